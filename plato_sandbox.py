@@ -1,0 +1,4578 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
+"""Ephemeral cloud VMs ("sandboxes") of the Plato platform for simulator developers, from one file.
+
+This file is the whole tool. Copy it into a repository, or install the package of the same name; it needs
+Python 3.9 or newer and, for SSH, the OpenSSH client. It imports nothing outside the standard library.
+
+    python3 plato_sandbox.py start --from-config     a VM for the plato-config.yml of this directory
+    python3 plato_sandbox.py status                  what the VM and its heartbeat are doing
+    python3 plato_sandbox.py stop                    destroy the VM and everything that belongs to it
+
+Environment
+    PLATO_API_KEY                       the key; required by every command that talks to Plato
+    PLATO_BASE_URL                      the API (https://plato.so)
+    PLATO_GATEWAY_HOST                  the SSH gateway (gateway.plato.so)
+    PLATO_GATEWAY_PORT                  its port (443)
+    PLATO_HOME                          SSH files and heartbeat records (~/.plato)
+    PLATO_HEARTBEAT_INTERVAL_SECONDS    time between two heartbeats (30)
+    HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, NO_COLOR, TERM    with their usual meaning
+
+Files
+    .sandbox.yaml            the sandbox of a directory: ids, address, SSH and heartbeat; no secret
+    PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log
+                             where <id> is the first part of the session id; `stop` removes them
+
+Exit codes
+    0 done; 1 failed; 2 usage; 3 no sandbox here, or it is gone; 4 authentication; 5 conflict;
+    6 the API or the network failed; 7 timed out, or the outcome is unknown;
+    8 a check said no (invalid config); 130 and 143 interrupted
+
+Importers may rely on the names in `__all__`, on the exit codes and on the keys of every `--json` document.
+Everything else may change between versions.
+
+Sections, each using only those above it: constants, errors, settings, yaml, config, processes, state,
+transport, api, ssh, heartbeat, sandbox, output, commands, parser, main.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import time
+from bisect import bisect_right
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    import http.client
+    import socket
+    import ssl
+    import subprocess
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from types import FrameType
+    from typing import Any, NoReturn, TextIO, TypeVar
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ApiError",
+    "AuthenticationError",
+    "CheckFailedError",
+    "ConfigError",
+    "ConflictError",
+    "NetworkError",
+    "NoSandboxError",
+    "Reporter",
+    "Sandbox",
+    "SandboxError",
+    "Settings",
+    "StateError",
+    "TimedOutError",
+    "UnknownOutcomeError",
+    "UsageError",
+    "YamlError",
+    "__version__",
+    "main",
+    "yaml_dump",
+    "yaml_load",
+]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# constants: names, limits, intervals; nothing is read from the machine here
+# ----------------------------------------------------------------------------------------------------------
+
+PROGRAM = "plato-sandbox"
+STATE_FILE = ".sandbox.yaml"
+CONFIG_NAMES = ("plato-config.yml", "plato-config.yaml")
+
+DEFAULT_BASE_URL = "https://plato.so"
+DEFAULT_GATEWAY_HOST = "gateway.plato.so"
+DEFAULT_GATEWAY_PORT = 443
+DEFAULT_HEARTBEAT_SECONDS = 30.0
+
+DEFAULT_CPUS = 2
+DEFAULT_MEMORY_MB = 1024
+DEFAULT_DISK_MB = 10240
+DEFAULT_DATASET = "base"
+DEFAULT_TAG = "latest"
+DEFAULT_READY_SECONDS = 300
+DEFAULT_LIFETIME_SECONDS = 8 * 3600  # a working day; a forgotten VM ends by itself
+SERVER_HEARTBEAT_LIMIT_SECONDS = 120  # about the time after which a VM without heartbeats is shut down
+
+CPUS_RANGE = (1, 8)
+MEMORY_RANGE_MB = (512, 16384)
+DISK_RANGE_MB = (1024, 204800)
+
+REQUEST_SECONDS = 30.0
+MAKE_SECONDS = 120.0
+SETUP_SECONDS = 180.0
+RESET_SECONDS = 180.0
+READY_POLL_SECONDS = 10
+RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})
+RETRY_ATTEMPTS = 4
+RETRY_WINDOW_SECONDS = 20.0
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+
+HEARTBEAT_START_SECONDS = 20.0
+BEAT_SECONDS = 10.0
+BEAT_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
+BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
+BEAT_LOG_EVENTS = 100
+UNHEALTHY_BEATS = 2  # a last good beat older than this many intervals is worth a warning
+
+TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "timeout"})
+ALIVE_STATUSES = frozenset({"created", "queued", "running", "active", "ready", "healthy", "pending"})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# errors: one sentence, a hint, an exit code; the interruption; what an operation tells while it works
+# ----------------------------------------------------------------------------------------------------------
+
+
+class SandboxError(Exception):
+    """Anything that went wrong and is understood.
+
+    message: one or two plain sentences; hint: what to do next, or None.
+    exit_code and code (a stable word for programs) belong to the class.
+    """
+
+    exit_code = 1
+    code = "failed"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SandboxError):
+    """The command line or the arguments of a call do not fit together."""
+
+    exit_code = 2
+    code = "usage"
+
+
+class NoSandboxError(SandboxError):
+    """There is no sandbox in this directory, or it is gone."""
+
+    exit_code = 3
+    code = "no_sandbox"
+
+
+class AuthenticationError(SandboxError):
+    """The API key is missing, wrong, or may not do this."""
+
+    exit_code = 4
+    code = "authentication"
+
+
+class ConflictError(SandboxError):
+    """A live sandbox or another command holds this directory."""
+
+    exit_code = 5
+    code = "conflict"
+
+
+class ApiError(SandboxError):
+    """Plato answered with an error, or with something that is not an answer.
+
+    status: the HTTP status, or None when the body was the problem; retry_after: seconds, or None.
+    """
+
+    exit_code = 6
+    code = "api"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        status: int | None = None,
+        retry_after: float | None = None,
+        body: bytes = b"",
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.retry_after = retry_after
+        self.body = body
+
+
+class NetworkError(ApiError):
+    """No answer came. sent: whether the server may have received the request."""
+
+    code = "network"
+
+    def __init__(self, message: str, *, hint: str | None = None, sent: bool) -> None:
+        super().__init__(message, hint=hint)
+        self.sent = sent
+
+
+class TimedOutError(SandboxError):
+    """What was waited for did not happen in time."""
+
+    exit_code = 7
+    code = "timed_out"
+
+
+class UnknownOutcomeError(SandboxError):
+    """A request that must not be repeated got no usable answer."""
+
+    exit_code = 7
+    code = "unknown_outcome"
+
+
+class CheckFailedError(SandboxError):
+    """Something was looked at and is not as it should be."""
+
+    exit_code = 8
+    code = "check_failed"
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP arrived. Not an Exception: nothing but clean-up and `main` may catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.message = "Interrupted."
+        self.hint: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal's number, as shells count it."""
+        return 128 + self.number
+
+
+class Reporter:
+    """What operations tell while they work. This one is silent; the command line has one that prints."""
+
+    def step(self, text: str, limit: float | None = None) -> None:
+        """A new thing is being waited for, at most `limit` seconds if given."""
+
+    def detail(self, text: str) -> None:
+        """What is known of the step under way, in a word or two."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing happened."""
+
+    def warn(self, text: str) -> None:
+        """Something is not as it should be, and the work goes on."""
+
+    def trace(self, text: str) -> None:
+        """A detail for --verbose: requests and child processes; never a secret."""
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, without Python's decoration: "Permission denied", "timed out"."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printable(str(text)).rstrip(".")
+
+
+def printable(text: str) -> str:
+    """Text from outside made harmless for a terminal: control characters become visible escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shown_path(path: str) -> str:
+    """A path for people: the home directory as ~, nothing that a terminal would obey."""
+    home = os.path.expanduser("~").rstrip("/")
+    if home and path.startswith(home + "/"):
+        path = "~" + path[len(home) :]
+    return printable(path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# settings: what the environment says, read once per command
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Settings:
+    """Where Plato is and who asks. Only the environment and the caller decide these, never a file."""
+
+    def __init__(
+        self,
+        *,
+        api_key: str = "",
+        base_url: str = DEFAULT_BASE_URL,
+        gateway_host: str = DEFAULT_GATEWAY_HOST,
+        gateway_port: int = DEFAULT_GATEWAY_PORT,
+        home: str = "~/.plato",
+        heartbeat_seconds: float = DEFAULT_HEARTBEAT_SECONDS,
+        ca_file: str | None = None,
+    ) -> None:
+        self.api_key = api_key
+        self.base_url = normal_base_url(base_url)
+        self.gateway_host = gateway_host
+        self.gateway_port = gateway_port
+        self.home = os.path.abspath(os.path.expanduser(home))
+        self.heartbeat_seconds = heartbeat_seconds
+        self.ca_file = ca_file
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Read PLATO_* (see the head of this file); UsageError names a variable that makes no sense."""
+        source = os.environ if environment is None else environment
+        return cls(
+            api_key=source.get("PLATO_API_KEY", "").strip(),
+            base_url=source.get("PLATO_BASE_URL") or DEFAULT_BASE_URL,
+            gateway_host=source.get("PLATO_GATEWAY_HOST") or DEFAULT_GATEWAY_HOST,
+            gateway_port=int(_number(source, "PLATO_GATEWAY_PORT", DEFAULT_GATEWAY_PORT, 1, 65535)),
+            home=source.get("PLATO_HOME") or "~/.plato",
+            heartbeat_seconds=_number(
+                source, "PLATO_HEARTBEAT_INTERVAL_SECONDS", DEFAULT_HEARTBEAT_SECONDS, 0.1, 3600
+            ),
+            ca_file=source.get("SSL_CERT_FILE") or None,
+        )
+
+    def require_key(self) -> str:
+        """The API key, or AuthenticationError."""
+        if not self.api_key:
+            raise AuthenticationError(
+                "PLATO_API_KEY is not set, so Plato cannot know who is asking.",
+                hint="Set it in this shell: export PLATO_API_KEY=...",
+            )
+        if not self.api_key.isascii() or not self.api_key.isprintable():
+            raise AuthenticationError(
+                "PLATO_API_KEY holds characters that no key has (a line break, perhaps).",
+                hint="Copy the key again and set PLATO_API_KEY anew.",
+            )
+        return self.api_key
+
+
+def _number(source: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
+    text = source.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not low <= value <= high:
+        raise UsageError(f"{name} is {text!r}; it must be a number from {low:g} to {high:g}.")
+    return value
+
+
+def normal_base_url(url: str) -> str:
+    """Drop a trailing "/" or "/api"; refuse what would send the key somewhere it could be read.
+
+    Plain http is allowed on loopback only.
+    """
+    trimmed = url.strip().rstrip("/")
+    if trimmed.endswith("/api"):
+        trimmed = trimmed[: -len("/api")].rstrip("/")
+    match = re.fullmatch(r"(https?)://(\[[0-9a-fA-F:.]+\]|[^/?#@:\s]+)(?::(\d{1,5}))?(/[^?#\s]*)?", trimmed)
+    if match is None:
+        raise UsageError(
+            f"PLATO_BASE_URL is {url!r}, which is not the address of an API.",
+            hint=f"It looks like {DEFAULT_BASE_URL}.",
+        )
+    if match[1] == "http" and match[2] not in ("localhost", "127.0.0.1", "[::1]"):
+        raise UsageError(
+            f"PLATO_BASE_URL is {url!r}: over plain http the API key could be read on the way.",
+            hint="Use https://; plain http is only for 127.0.0.1, [::1] and localhost.",
+        )
+    return trimmed
+
+
+# ----------------------------------------------------------------------------------------------------------
+# yaml: text to values with the line and column of every node, and back; refuses what it does not support
+# ----------------------------------------------------------------------------------------------------------
+# One document of the YAML that people write by hand, with the scalar rules of YAML 1.1 (those of PyYAML's
+# safe_load, but timestamps stay strings). Every function below reads one rule at an offset of the text and
+# returns what it read with the offset where it stopped. Block rules also return the column of the next
+# token, -1 at the end of the document: columns alone decide where a block ends. Tags, several documents,
+# complex keys and whatever is doubtful are refused.
+
+YAML_MAX_DEPTH = 100  # collections inside one another, aliases counted as if written out
+YAML_MAX_KEY = 1024  # characters from the start of a key to its colon, the limit of YAML itself
+YAML_MAX_NUMBER = 4300  # characters: int() takes quadratic time, and newer Pythons stop at this length
+YAML_ALIAS_FACTOR = 10  # aliases may stand for this many times the text's length ...
+YAML_ALIAS_ALLOWANCE = 1_000_000  # ... plus this many characters
+
+_MERGE_KEY = object()  # the resolved value of a plain `<<` used as a key
+
+_YAML_WORDS: dict[str, bool | None] = {
+    "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+    "yes": True, "Yes": True, "YES": True, "no": False, "No": False, "NO": False,
+    "on": True, "On": True, "ON": True, "off": False, "Off": False, "OFF": False,
+}  # fmt: skip
+_YAML_NUMBER_STARTS = frozenset("+-.0123456789")
+_YAML_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
+_YAML_FLOAT = re.compile(
+    r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*(?:[eE][-+][0-9]+)?|(?::[0-5]?[0-9])+\.[0-9_]*)"
+    r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+
+_YAML_FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]|\r(?!\n)"
+)
+_YAML_GAP = re.compile(r"[ \r\n]*")
+_YAML_SPACES = re.compile(r" *")
+_YAML_MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\r\n]|\Z)")
+_YAML_COLON = re.compile(r" *:(?=[ \t\r\n]|\Z)")
+_YAML_DASH = re.compile(r"-(?=[ \t\r\n]|\Z)")
+_YAML_NAME = re.compile(r"[&*]([0-9A-Za-z_-]+)(?=[ \t\r\n:,\]}]|\Z)")
+# A colon belongs to plain text when something follows it, a '#' when no space precedes it.
+_YAML_PLAIN = re.compile(r"(?:[^ \t\r\n:]+|:(?=[^ \t\r\n])| +(?=[^ \t\r\n:#]|:[^ \t\r\n]))+")
+_YAML_FLOW_PLAIN = re.compile(
+    r"(?:[^ \t\r\n:,?\[\]{}]+|:(?=[^ \t\r\n,\[\]{}])| +(?=[^ \t\r\n:#,?\[\]{}]|:[^ \t\r\n,\[\]{}]))+"
+)
+_YAML_SINGLE_QUOTED = re.compile(r"'[^']*(?:''[^']*)*'(?!')")
+_YAML_DOUBLE_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+_YAML_ESCAPES = {
+    "0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
+    "e": "\x1b", " ": " ", '"': '"', "/": "/", "\\": "\\",
+    "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
+}  # fmt: skip
+_YAML_BLOCK_HEADER = re.compile(r"[|>]([+-]?)([1-9]?)([+-]?)(?: +(?:#[^\r\n]*)?)?(?:\r?\n|\Z)")
+
+_YAML_WHITE = frozenset(("", " ", "\t", "\r", "\n"))
+_YAML_LINE_ENDS = frozenset(("", "\r", "\n", "#"))
+_YAML_INDICATORS = frozenset(("", *"\t-?:,[]{}#&*!|>'\"%@`"))
+_YAML_BAD_STARTS = {
+    "\t": "a tab is used as white space; use spaces",
+    "@": "'@' is reserved and cannot start a plain value; put the value in quotes",
+    "`": "'`' is reserved and cannot start a plain value; put the value in quotes",
+    "%": "'%' cannot start a plain value; put the value in quotes",
+    "!": "tags such as '!name' are not supported; remove the tag, or put the value in quotes",
+    "|": "block text ('|') must follow 'key:' or '-', not stand inside brackets; use quotes here",
+    ">": "block text ('>') must follow 'key:' or '-', not stand inside brackets; use quotes here",
+    "&": "a value cannot have two anchors; remove one",
+    "*": "an alias cannot have an anchor of its own; remove the anchor",
+    ",": "a value is missing before ','; remove the comma, or put the text in quotes",
+    "]": "']' closes nothing here; remove it, or put the text in quotes",
+    "}": "'}' closes nothing here; remove it, or put the text in quotes",
+    "[": "a list or a mapping cannot be a key; put text with brackets or braces in quotes",
+    "{": "a list or a mapping cannot be a key; put text with brackets or braces in quotes",
+    "#": "'#' starts a comment only behind a space; put one before it, or put the text in quotes",
+    ":": "a key is missing before ':'; write 'key: value', or put the text in quotes",
+    "?": "complex keys ('? ') are not supported; write 'key: value', or put the text in quotes",
+    "-": "a list item ('- ') cannot start here; put it on a line of its own, or put the text in quotes",
+}
+_YAML_COLLECTION_KEY = _YAML_BAD_STARTS["["]
+_YAML_COLON_IN_VALUE = (
+    "': ' cannot stand inside a plain value; put the value in quotes, "
+    "or start the nested mapping on a line of its own"
+)
+
+# What may not be written as plain text in a block, and how double quotes show a character.
+_YAML_UNSAFE = re.compile(r"\A(?:[ #,\[\]{}&*!|>'\"%@`]|---|\.\.\.|[-?:](?: |\Z))|[^ -~]|:(?: |\Z)| (?:#|\Z)")
+_YAML_ESCAPED = {
+    character: "\\" + letter for letter, character in _YAML_ESCAPES.items() if letter not in "\t /"
+}
+
+
+class YamlError(SandboxError):
+    """Text that is not YAML, or not the YAML that is supported, at a `line` and `column` counted from 1."""
+
+    exit_code = 8
+    code = "yaml_invalid"
+
+    def __init__(self, message: str, source: str, line: int, column: int) -> None:
+        super().__init__(f"{source}:{line}:{column}: {message}")
+        self.message = message
+        self.source = source
+        self.line = line
+        self.column = column
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}: {self.message}"
+
+
+class YamlNode:
+    """One value of a document, and where it stands in the text.
+
+    `kind` is "scalar", "sequence" or "mapping". `value` is the resolved scalar, the list of the items' nodes,
+    or a dict from each resolved key to its (key node, value node), merges applied. `text[start:end]` is the
+    node's own source, without its anchor. An empty value has no source: `start` equals `end`, just behind its
+    colon or dash. Block text ends with its last line break. An alias is the very node of its anchor.
+    """
+
+    __slots__ = ("_document", "end", "kind", "start", "value")
+
+    def __init__(self, document: _YamlDocument, kind: str, value: Any, start: int, end: int) -> None:
+        self._document = document
+        self.kind = kind
+        self.value = value
+        self.start = start
+        self.end = end
+
+    def __repr__(self) -> str:
+        return f"<YamlNode {self.kind} at {self._document.source}:{self.line}:{self.column}>"
+
+    @property
+    def line(self) -> int:
+        """The line where the node starts, from 1."""
+        return self._document.position(self.start)[0]
+
+    @property
+    def column(self) -> int:
+        """The column where the node starts, from 1, in characters."""
+        return self._document.position(self.start)[1]
+
+    def get(self, key: object) -> YamlNode | None:
+        """The value's node of a mapping's key; None when there is no such key, or the node is no mapping."""
+        pair = self.value.get(key) if self.kind == "mapping" else None
+        return pair[1] if pair else None
+
+    def key(self, key: object) -> YamlNode | None:
+        """The node of the key itself."""
+        pair = self.value.get(key) if self.kind == "mapping" else None
+        return pair[0] if pair else None
+
+    def pairs(self) -> Iterator[tuple[YamlNode, YamlNode]]:
+        """Each (key node, value node) of a mapping; nothing for the other kinds."""
+        return iter(self.value.values() if self.kind == "mapping" else ())
+
+    def items(self) -> Iterator[YamlNode]:
+        """Each item of a sequence; nothing for the other kinds."""
+        return iter(self.value if self.kind == "sequence" else ())
+
+    def plain(self) -> Any:
+        """Plain Python values, new ones at every call: what an alias stands for is copied."""
+        if self.kind == "mapping":
+            return {key: pair[1].plain() for key, pair in self.value.items()}
+        if self.kind == "sequence":
+            return [item.plain() for item in self.value]
+        return self.value
+
+    def error(self, message: str) -> YamlError:
+        """An error, to be raised by the caller, that points at this node."""
+        return self._document.error(self.start, message)
+
+
+class _YamlDocument:
+    """The text being read, its anchors, and how far its aliases blow it up."""
+
+    __slots__ = ("anchors", "deepest", "expanded", "line_starts", "origin", "source", "text")
+
+    def __init__(self, text: str, source: str) -> None:
+        self.text = text
+        self.source = source
+        self.origin = 1 if text.startswith("\ufeff") else 0  # a byte order mark takes no column
+        self.anchors: dict[str, tuple[YamlNode, int, int] | None] = {}  # node, characters, height; None: open
+        self.expanded = 0  # characters that the aliases read so far stand for
+        self.deepest = 0  # collections around the deepest one read since the innermost open anchor
+        self.line_starts: list[int] = []
+
+    def position(self, offset: int) -> tuple[int, int]:
+        if not self.line_starts:
+            self.line_starts = [self.origin]
+            self.line_starts += (match.end() for match in re.finditer("\n", self.text))
+        line = max(bisect_right(self.line_starts, offset), 1)
+        return line, offset - self.line_starts[line - 1] + 1
+
+    def error(self, offset: int, message: str) -> YamlError:
+        return YamlError(message, self.source, *self.position(offset))
+
+    def enter(self, offset: int, depth: int) -> None:
+        """Note a collection that is the `depth`-th of those around it."""
+        if depth > YAML_MAX_DEPTH:
+            raise self.error(offset, f"nested deeper than {YAML_MAX_DEPTH} levels; make the document flatter")
+        if depth > self.deepest:
+            self.deepest = depth
+
+
+if TYPE_CHECKING:
+    _YamlPairs = dict[Any, tuple[YamlNode, YamlNode]]
+if TYPE_CHECKING:
+    _YamlRead = tuple[YamlNode, int, int, int]
+if TYPE_CHECKING:
+    _YamlResult = TypeVar("_YamlResult", bound=tuple[Any, ...])
+
+
+def yaml_load(text: str, source: str = "<yaml>") -> Any:
+    """The one document of `text` as plain values; None when it is empty; YamlError when it is wrong."""
+    node = yaml_compose(text, source)
+    return None if node is None else node.plain()
+
+
+def yaml_compose(text: str, source: str = "<yaml>") -> YamlNode | None:
+    """The one document of `text` as nodes that know their place; None when it is empty."""
+    document = _YamlDocument(text, source)
+    _yaml_check_characters(document)
+    at, column = _yaml_directives(document, *_yaml_next(document, document.origin, line_start=True))
+    if column >= 0:
+        node, _, at, column = _yaml_block_node(document, at, column, -1, 0, "")
+    elif text.startswith("---", at):
+        node, _, at, column = _yaml_block_value(document, at + 3, -1, 0, "")
+    elif at < len(text):
+        raise document.error(at, "'...' ends a document, but none has started; remove this line")
+    else:
+        return None
+    _yaml_document_end(document, node, at, column)
+    return node if node.start < node.end else None
+
+
+def _yaml_check_characters(document: _YamlDocument) -> None:
+    found = _YAML_FORBIDDEN.search(document.text, document.origin)
+    if not found:
+        return
+    if found.group() == "\r":
+        message = "a carriage return without a line feed; use one kind of line ends, LF or CRLF"
+    else:
+        code = ord(found.group())
+        escape = f"\\x{code:02X}" if code < 256 else f"\\u{code:04X}"
+        message = (
+            f"the character U+{code:04X} is not allowed; write it as {escape} in double quotes, or remove it"
+        )
+    raise document.error(found.start(), message)
+
+
+def _yaml_directives(document: _YamlDocument, at: int, column: int) -> tuple[int, int]:
+    """Read `%YAML 1.x`, if it is there; return the next token."""
+    if column != 0 or document.text[at] != "%":
+        return at, column
+    version = re.compile(r"%YAML +1\.[0-9]+(?=[ \r\n]|\Z)").match(document.text, at)
+    if not version:
+        raise document.error(at, "this directive is not supported; only '%YAML 1.1' and other 1.x are")
+    at, column = _yaml_next(document, version.end())
+    if column >= 0 or not document.text.startswith("---", at):
+        raise document.error(at, "'---' must follow the %YAML line")
+    return at, column
+
+
+def _yaml_document_end(document: _YamlDocument, node: YamlNode, at: int, column: int) -> None:
+    if column >= 0:
+        message = (
+            "this line does not belong to what starts on line {}; indent it to match, or put that in quotes"
+        )
+        raise document.error(at, message.format(node.line))
+    while column < 0 and document.text.startswith("...", at):
+        at, column = _yaml_next(document, at + 3)
+    if at < len(document.text):
+        raise document.error(at, "a second document starts here; only one document in a text is supported")
+
+
+# White space, comments and the ends of lines
+
+
+def _yaml_skip(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where a match at `at` ends; `at` itself when there is none."""
+    match = pattern.match(text, at)
+    return match.end() if match else at
+
+
+def _yaml_next(document: _YamlDocument, at: int, *, line_start: bool = False) -> tuple[int, int]:
+    """Skip from the end of a value (or the start of a line) to the next token; return it with its column."""
+    text = document.text
+    stop = _yaml_skip(_YAML_GAP, text, at)
+    while text.startswith("#", stop):
+        if stop == at and not line_start:
+            raise document.error(stop, _YAML_BAD_STARTS["#"])
+        at, line_start = text.find("\n", stop), False
+        if at < 0:
+            return len(text), -1
+        stop = _yaml_skip(_YAML_GAP, text, at)
+    if stop == len(text):
+        return stop, -1
+    newline = text.rfind("\n", at, stop)
+    if newline < 0:
+        if not line_start:
+            raise _yaml_unexpected(document, stop)
+        newline = at - 1
+    if text[stop] == "\t":
+        raise document.error(stop, "a tab is used for indentation; use spaces")
+    column = stop - newline - 1
+    if column == 0 and _YAML_MARKER.match(text, stop):
+        return stop, -1
+    return stop, column
+
+
+def _yaml_unexpected(document: _YamlDocument, at: int) -> YamlError:
+    """Why the text at `at` cannot stand behind a value, on its line."""
+    text = document.text
+    before = text[:at].rstrip(" ")[-1:]
+    if text[at] == "\t":
+        return document.error(at, _YAML_BAD_STARTS["\t"])
+    if text[at] == ":" and before and before in "]}":
+        return document.error(at, _YAML_COLLECTION_KEY)
+    if text[at] == ":":
+        return document.error(at, _YAML_COLON_IN_VALUE)
+    if before and before in "\"'":
+        return document.error(
+            at, "text follows a closing quote; inside quotes write '' for ' and \\\" for \""
+        )
+    return document.error(at, "text follows a complete value; put the whole value in quotes")
+
+
+def _yaml_flow_gap(document: _YamlDocument, at: int, opened: int) -> int:
+    """Skip white space and comments between brackets; `opened` is where the bracket stands."""
+    text = document.text
+    stop = _yaml_skip(_YAML_GAP, text, at)
+    while text.startswith("#", stop):
+        if stop == at:
+            raise document.error(stop, _YAML_BAD_STARTS["#"])
+        at = text.find("\n", stop)
+        stop = _YAML_GAP.match(text, at).end() if at >= 0 else len(text)  # type: ignore[union-attr]
+    if stop == len(text):
+        raise document.error(opened, f"'{text[opened]}' is never closed; add the matching bracket")
+    if text[stop] == "\t":
+        raise document.error(stop, _YAML_BAD_STARTS["\t"])
+    if text[stop] in "-." and text[stop - 1] == "\n" and _YAML_MARKER.match(text, stop):
+        raise document.error(stop, f"a document marker inside '{text[opened]}'; close the bracket before it")
+    return stop
+
+
+# Block structure
+
+
+def _yaml_block_value(document: _YamlDocument, at: int, indent: int, depth: int, after: str) -> _YamlRead:
+    """The value that follows `after`: ":", "-", or "" for `---`, each with "&" added behind an anchor.
+
+    It stands on the same line, or below and deeper than `indent`. Behind a dash, keys and further dashes may
+    stand on the same line; below a key, dashes may stand at `indent` itself.
+    """
+    text = document.text
+    here = _yaml_skip(_YAML_SPACES, text, at)
+    if text[here : here + 1] in _YAML_LINE_ENDS:
+        below, column = _yaml_next(document, at)
+        if column > indent or (":" in after and column == indent and _YAML_DASH.match(text, below)):
+            return _yaml_block_node(document, below, column, indent, depth, after)
+        return YamlNode(document, "scalar", None, at, at), at, below, column
+    if after == "-":
+        return _yaml_block_node(document, here, indent + 1 + here - at, indent, depth, after)
+    return _yaml_inline(document, here, indent, depth, after)
+
+
+def _yaml_block_node(
+    document: _YamlDocument, at: int, column: int, indent: int, depth: int, after: str
+) -> _YamlRead:
+    """A value that starts a line or follows `- `: keys and dashes may stand here."""
+    if _YAML_DASH.match(document.text, at):
+        return _yaml_block_sequence(document, at, column, depth + 1)
+    key = _yaml_key(document, at)
+    if key:
+        return _yaml_block_mapping(document, at, column, depth + 1, key)
+    return _yaml_inline(document, at, indent, depth, after.replace("-", ""))
+
+
+def _yaml_block_sequence(document: _YamlDocument, at: int, column: int, depth: int) -> _YamlRead:
+    document.enter(at, depth)
+    start = end = at
+    next_column = column
+    items: list[YamlNode] = []
+    while next_column == column and _YAML_DASH.match(document.text, at):
+        item, end, at, next_column = _yaml_block_value(document, at + 1, column, depth, "-")
+        items.append(item)
+    if next_column > column:
+        raise _yaml_wrong_indent(document, at, next_column, start, column)
+    return YamlNode(document, "sequence", items, start, end), end, at, next_column
+
+
+def _yaml_block_mapping(
+    document: _YamlDocument, at: int, column: int, depth: int, key: tuple[YamlNode, int]
+) -> _YamlRead:
+    """A block mapping; its first key is already read, with the offset behind its colon."""
+    document.enter(at, depth)
+    start = at
+    pairs: _YamlPairs = {}
+    while True:
+        value, end, below, next_column = _yaml_block_value(document, key[1], column, depth, ":")
+        _yaml_add_pair(document, pairs, key[0], value, at)
+        at = below
+        if next_column != column:
+            break
+        next_key = _yaml_key(document, at)
+        if next_key is None:
+            raise _yaml_missing_key(document, at)
+        key = next_key
+    if next_column > column:
+        raise _yaml_wrong_indent(document, at, next_column, start, column)
+    return YamlNode(document, "mapping", _yaml_merged(pairs), start, end), end, at, next_column
+
+
+def _yaml_wrong_indent(document: _YamlDocument, at: int, column: int, start: int, expected: int) -> YamlError:
+    line = document.position(start)[0]
+    return document.error(
+        at,
+        f"wrong indentation: this line has {column} spaces, what starts on line {line} has {expected}; "
+        "align the lines, or put a text of several lines in quotes",
+    )
+
+
+def _yaml_missing_key(document: _YamlDocument, at: int) -> YamlError:
+    """Why the line at `at`, in a block mapping, does not start with a key."""
+    text = document.text
+    line = text[at:].split("\n", 1)[0]
+    if _YAML_DASH.match(text, at):
+        return document.error(
+            at, "a list item stands where 'key: value' is expected; indent it under its key"
+        )
+    if text[at] not in "&*\"'" and not _yaml_starts_plain(text, at):
+        return _yaml_bad_start(document, at)
+    if ":" in line and text[at] not in "\"'":
+        return document.error(at, "'key: value' is expected here; put a space after the colon")
+    return document.error(at, "'key: value' is expected here; add the colon, or indent the text")
+
+
+def _yaml_key(document: _YamlDocument, at: int) -> tuple[YamlNode, int] | None:
+    """A key and the offset behind its colon, when one starts at `at`."""
+    text, start, anchor = document.text, at, ""
+    if text[at] == "&":
+        anchor, at = _yaml_name(document, at)
+        at = _yaml_skip(_YAML_SPACES, text, at)
+    char = text[at : at + 1]
+    if char == "*":
+        end = _yaml_name(document, at)[1]
+    elif char and char in "\"'":
+        end = _yaml_quoted_end(document, at)
+    elif _yaml_starts_plain(text, at):
+        end = _yaml_skip(_YAML_PLAIN, text, at)
+    else:
+        return None
+    colon = _YAML_COLON.match(text, end)
+    if not colon or "\n" in text[at:end] or (anchor and char == "*"):
+        return None
+    _yaml_check_key(document, start, colon.end() - 1)
+    if char == "*":
+        node = _yaml_alias(document, at, 0)[0]
+    elif char in "\"'":
+        node = _yaml_quoted(document, at)[0]
+    else:
+        node = YamlNode(document, "scalar", _yaml_resolve(document, text[at:end], at, end), at, end)
+    if node.kind != "scalar":
+        raise document.error(at, _YAML_COLLECTION_KEY)
+    if anchor:
+        _yaml_anchor_key(document, start, anchor, node)
+    return node, colon.end()
+
+
+def _yaml_check_key(document: _YamlDocument, start: int, colon: int) -> None:
+    if "\n" in document.text[start:colon]:
+        raise document.error(start, "a key and its colon must stand on one line; join the lines")
+    if colon - start > YAML_MAX_KEY:
+        raise document.error(start, f"this key is longer than {YAML_MAX_KEY} characters; use a shorter one")
+
+
+def _yaml_add_pair(
+    document: _YamlDocument, pairs: _YamlPairs, key: YamlNode, value: YamlNode, at: int
+) -> None:
+    first = pairs.get(key.value)
+    if first:
+        name = document.text[key.start : key.end]
+        remedy = "write '<<: [*a, *b]'" if key.value is _MERGE_KEY else "remove or rename one"
+        raise document.error(at, f"the key {name} is used twice, first on line {first[0].line}; {remedy}")
+    if key.value is _MERGE_KEY:
+        for source in value.value if value.kind == "sequence" else [value]:
+            if source.kind != "mapping":
+                raise document.error(
+                    at, "'<<' takes a mapping or a list of mappings, such as '<<: *defaults'"
+                )
+    pairs[key.value] = key, value
+
+
+def _yaml_merged(pairs: _YamlPairs) -> _YamlPairs:
+    """Put the pairs of `<<` first: the mapping's own win over them, and earlier ones in its list over later."""
+    merge = pairs.pop(_MERGE_KEY, None)
+    if merge is None:
+        return pairs
+    value = merge[1]
+    merged: _YamlPairs = {}
+    for source in reversed(value.value) if value.kind == "sequence" else [value]:
+        merged.update(source.value)
+    merged.update(pairs)
+    return merged
+
+
+# Values in block context
+
+
+def _yaml_inline(document: _YamlDocument, at: int, indent: int, depth: int, after: str) -> _YamlRead:
+    """A value in block context that starts at `at` and is no block collection; `after` as for block values."""
+    char = document.text[at]
+    if char in "&*" and "&" in after:
+        raise _yaml_bad_start(document, at)
+    if char == "&":
+        return _yaml_anchored(
+            document,
+            at,
+            depth,
+            lambda behind: _yaml_block_value(document, behind, indent, depth, after + "&"),
+        )
+    if char in "\"'":
+        node, end = _yaml_quoted(document, at)
+    elif char in "[{":
+        node, end = _yaml_flow_collection(document, at, depth + 1)
+    elif char == "*":
+        node, end = _yaml_alias(document, at, depth)
+    elif char in "|>":
+        return _yaml_block_text(document, at, indent)
+    else:
+        return _yaml_block_plain(document, at, indent)
+    return node, end, *_yaml_next(document, end)
+
+
+def _yaml_starts_plain(text: str, at: int) -> bool:
+    char = text[at : at + 1]
+    if char not in _YAML_INDICATORS:
+        return True
+    return char != "" and char in "-?:" and text[at + 1 : at + 2] not in _YAML_WHITE
+
+
+def _yaml_bad_start(document: _YamlDocument, at: int) -> YamlError:
+    """Why no value can start with the character at `at`."""
+    return document.error(at, _YAML_BAD_STARTS[document.text[at]])
+
+
+def _yaml_block_plain(document: _YamlDocument, at: int, indent: int) -> _YamlRead:
+    """A plain scalar; the lines below that are deeper than `indent` go on with it, up to a comment."""
+    text, start = document.text, at
+    if not _yaml_starts_plain(text, at):
+        raise _yaml_bad_start(document, at)
+    end = first_end = _yaml_skip(_YAML_PLAIN, text, at)
+    at, column = _yaml_next(document, end)
+    while column > indent:
+        if "#" in text[end:at]:
+            raise document.error(at, "text cannot go on after a comment; move the comment, or quote the text")
+        more = _YAML_PLAIN.match(text, at)
+        if not more:
+            raise document.error(at, _YAML_COLON_IN_VALUE)
+        end = more.end()
+        at, column = _yaml_next(document, end)
+    raw = text[start:end]
+    value = _yaml_resolve(document, raw if end == first_end else _yaml_fold(raw), start, end)
+    return YamlNode(document, "scalar", value, start, end), end, at, column
+
+
+def _yaml_block_text(document: _YamlDocument, at: int, indent: int) -> _YamlRead:
+    """Text of lines deeper than `indent`, below `|` (kept as they are) or `>` (folded)."""
+    text = document.text
+    header = _YAML_BLOCK_HEADER.match(text, at)
+    if not header or (header[1] and header[3]):
+        message = f"behind '{text[at]}' only '+' or '-', an indentation from 1 to 9 and a comment may stand"
+        raise document.error(at, f"{message}; start the text on the next line")
+    chomping = header[1] or header[3]
+    if header[2]:
+        margin = max(indent, 0) + int(header[2])
+    else:
+        margin = _yaml_block_margin(document, header.end(), indent)
+    lines, filled_end, end = _yaml_block_lines(text, header.end(), margin)
+    filled = len(lines)
+    while filled and not lines[filled - 1]:
+        filled -= 1
+    value = "\n".join(lines[:filled]) if text[at] == "|" else _yaml_fold_block(lines[:filled])
+    if filled and chomping != "-" and text[filled_end - 1] == "\n":
+        value += "\n"
+    if chomping == "+":
+        value += "\n" * (len(lines) - filled)
+        filled_end = end
+    node = YamlNode(document, "scalar", value, at, filled_end)
+    return node, filled_end, *_yaml_next(document, end, line_start=True)
+
+
+def _yaml_block_margin(document: _YamlDocument, at: int, indent: int) -> int:
+    """The indentation of block text: that of its first line that is not blank."""
+    text = document.text
+    stop = _yaml_skip(_YAML_GAP, text, at)
+    margin = stop - max(at, text.rfind("\n", at, stop) + 1)
+    longest = max(len(line.rstrip("\r")) for line in text[at:stop].split("\n"))
+    if stop == len(text) or margin < max(indent + 1, 1):
+        return max(indent + 1, 1, longest)  # no text at all, only blank lines
+    if longest > margin:
+        message = "a blank line above has more spaces than this first line of the text; remove them"
+        raise document.error(stop, message)
+    return margin
+
+
+def _yaml_block_lines(text: str, at: int, margin: int) -> tuple[list[str], int, int]:
+    """The lines of block text without margin, blank ones empty; the end of the last filled one; of all."""
+    lines: list[str] = []
+    prefix = " " * margin
+    filled_end = at
+    while at < len(text):
+        newline = text.find("\n", at)
+        stop = newline + 1 or len(text)
+        line = text[at:stop].rstrip("\r\n")
+        if line.startswith(prefix) and len(line) > margin:
+            lines.append(line[margin:])
+            filled_end = stop
+        elif line.strip(" "):
+            break
+        elif newline >= 0:
+            lines.append("")
+        at = stop
+    return lines, filled_end, at
+
+
+def _yaml_fold_block(lines: list[str]) -> str:
+    """Join lines by spaces, but keep the breaks around blank lines and around those that start with a space."""
+    parts: list[str] = []
+    previous, blanks = "", 0
+    for line in lines:
+        if not line:
+            blanks += 1
+            continue
+        if not previous:
+            parts.append("\n" * blanks)
+        elif previous[0] in " \t" or line[0] in " \t":
+            parts.append("\n" * (blanks + 1))
+        else:
+            parts.append("\n" * blanks or " ")
+        parts.append(line)
+        previous, blanks = line, 0
+    return "".join(parts)
+
+
+# Scalars
+
+
+def _yaml_resolve(document: _YamlDocument, raw: str, start: int, end: int) -> Any:
+    """The value of plain text, by the rules of YAML 1.1; it stands at `start` to `end`."""
+    if raw in _YAML_WORDS:
+        return _YAML_WORDS[raw]
+    if raw[0] in _YAML_NUMBER_STARTS:
+        try:
+            return _yaml_number(raw)
+        except (ValueError, OverflowError):
+            raise document.error(
+                start, "this number has no value; put it in quotes to keep it as text"
+            ) from None
+    if raw == "<<" and document.text.startswith(":", _yaml_skip(_YAML_SPACES, document.text, end)):
+        return _MERGE_KEY
+    if raw in ("=", "<<"):
+        raise document.error(start, f"a plain '{raw}' has a special meaning in YAML; put it in quotes")
+    return raw
+
+
+def _yaml_number(raw: str) -> int | float | str:
+    """The number that `raw` is, or `raw` itself; ValueError or OverflowError for one that has no value."""
+    is_int = _YAML_INT.fullmatch(raw)
+    if not is_int and not _YAML_FLOAT.fullmatch(raw):
+        return raw
+    if len(raw) > YAML_MAX_NUMBER:
+        raise ValueError(raw)
+    sign = -1 if raw[0] == "-" else 1
+    digits = raw.lstrip("+-").replace("_", "")
+    return sign * (_yaml_int(digits) if is_int else _yaml_float(digits.lower()))
+
+
+def _yaml_int(digits: str) -> int:
+    if digits.startswith(("0b", "0x")):
+        return int(digits[2:], 2 if digits[1] == "b" else 16)
+    if digits.startswith("0"):
+        return int(digits, 8)
+    value = 0
+    for part in digits.split(":"):
+        value = value * 60 + int(part)
+    return value
+
+
+def _yaml_float(digits: str) -> float:
+    if digits in (".inf", ".nan"):
+        return float(digits[1:])
+    value, base = 0.0, 1
+    for part in reversed(digits.split(":")):  # from the right: sums must round as they do elsewhere
+        value += float(part) * base
+        base *= 60
+    return value
+
+
+def _yaml_fold(raw: str, escapes: bool = False) -> str:
+    """Join the lines of a scalar: one line break is a space, each further one a line break."""
+    lines = raw.split("\n")
+    parts: list[str] = []
+    blanks, glue = 0, ""
+    for number, line in enumerate(lines):
+        body, next_glue = line.lstrip(" \t") if number else line, " "
+        if number < len(lines) - 1:
+            body, next_glue = _yaml_trim_line(body, escapes)
+            if number and not body and next_glue:
+                blanks += 1
+                continue
+        parts.append("\n" * blanks or glue)
+        parts.append(body)
+        blanks, glue = 0, next_glue
+    return "".join(parts)
+
+
+def _yaml_trim_line(line: str, escapes: bool) -> tuple[str, str]:
+    """A line without the white space at its end, and what joins it to the next line."""
+    body = line.rstrip(" \t\r")
+    if not escapes or (len(body) - len(body.rstrip("\\"))) % 2 == 0:
+        return body, " "
+    if line[len(body) :] in ("", "\r"):
+        return body[:-1], ""
+    return line[: len(body) + 1], " "  # the backslash keeps one space or tab
+
+
+def _yaml_quoted_end(document: _YamlDocument, at: int) -> int:
+    pattern = _YAML_DOUBLE_QUOTED if document.text[at] == '"' else _YAML_SINGLE_QUOTED
+    match = pattern.match(document.text, at)
+    if not match:
+        raise document.error(
+            at, f"the quote that opens here is never closed; add {document.text[at]} at its end"
+        )
+    return match.end()
+
+
+def _yaml_quoted(document: _YamlDocument, at: int) -> tuple[YamlNode, int]:
+    text = document.text
+    end = _yaml_quoted_end(document, at)
+    double = text[at] == '"'
+    value = text[at + 1 : end - 1]
+    if "\n" in value:
+        marker = re.compile(r"^(?:---|\.\.\.)(?=[ \t\r\n])", re.MULTILINE).search(text, at, end)
+        if marker:
+            raise document.error(marker.start(), "a document marker stands inside quotes; indent the line")
+        value = _yaml_fold(value, double)
+    if not double:
+        value = value.replace("''", "'")
+    elif "\\" in value:
+        value = _yaml_unescape(document, value, at, end)
+    return YamlNode(document, "scalar", value, at, end), end
+
+
+def _yaml_unescape(document: _YamlDocument, value: str, start: int, end: int) -> str:
+    try:
+        return _YAML_ESCAPE.sub(_yaml_escape, value)
+    except (KeyError, ValueError, OverflowError):
+        escapes = _YAML_ESCAPE.finditer(document.text, start + 1, end)
+        bad = next(match for match in escapes if not _yaml_is_escape(match))
+    message = f"{bad[0][:2]} is no escape in double quotes; write \\\\ for a backslash, or use single quotes"
+    raise document.error(bad.start(), message)
+
+
+def _yaml_escape(match: re.Match[str]) -> str:
+    code = match[1] or match[2] or match[3]
+    return chr(int(code, 16)) if code else _YAML_ESCAPES[match[4]]
+
+
+def _yaml_is_escape(match: re.Match[str]) -> bool:
+    if match[4]:
+        return match[4] in _YAML_ESCAPES or match[4] in "\r\n"  # a line may end with a backslash
+    return int(match[0][2:], 16) <= sys.maxunicode
+
+
+# Anchors and aliases
+
+
+def _yaml_name(document: _YamlDocument, at: int) -> tuple[str, int]:
+    """The name of the anchor or alias at `at`, and where it ends."""
+    match = _YAML_NAME.match(document.text, at)
+    if not match:
+        message = f"a name of letters, digits, '-' and '_' must follow '{document.text[at]}'; quote it if it is text"
+        raise document.error(at, message)
+    return match[1], match.end()
+
+
+def _yaml_check_anchor(document: _YamlDocument, at: int, name: str) -> None:
+    if name in document.anchors:
+        raise document.error(at, f"the anchor '&{name}' is defined twice; rename one")
+
+
+def _yaml_anchored(
+    document: _YamlDocument, at: int, depth: int, read: Callable[[int], _YamlResult]
+) -> _YamlResult:
+    """An anchor and what `read` makes of the text behind it, noted for the aliases to come."""
+    name, behind = _yaml_name(document, at)
+    _yaml_check_anchor(document, at, name)
+    expanded, deepest = document.expanded, document.deepest
+    document.anchors[name], document.deepest = None, depth
+    result = read(behind)
+    size = result[1] - behind + document.expanded - expanded
+    document.anchors[name] = result[0], size, document.deepest - depth
+    document.deepest = max(document.deepest, deepest)
+    return result
+
+
+def _yaml_anchor_key(document: _YamlDocument, at: int, name: str, node: YamlNode) -> None:
+    _yaml_check_anchor(document, at, name)
+    if node.value is _MERGE_KEY:
+        raise document.error(at, "'<<' cannot have an anchor; remove it")
+    document.anchors[name] = node, node.end - node.start, 0
+
+
+def _yaml_alias(document: _YamlDocument, at: int, depth: int) -> tuple[YamlNode, int]:
+    name, end = _yaml_name(document, at)
+    if name not in document.anchors:
+        raise document.error(at, f"no '&{name}' stands above this alias; define it first, or quote the text")
+    anchor = document.anchors[name]
+    if anchor is None:
+        raise document.error(
+            at, f"the alias '*{name}' stands inside its own anchor; a value cannot hold itself"
+        )
+    node, size, height = anchor
+    document.expanded += size + 1
+    if document.expanded > YAML_ALIAS_FACTOR * len(document.text) + YAML_ALIAS_ALLOWANCE:
+        message = f"the aliases up to here stand for {document.expanded} characters, too many; use fewer"
+        raise document.error(at, message)
+    if height:
+        document.enter(at, depth + height)
+    return node, end
+
+
+# Flow collections
+
+
+def _yaml_flow_collection(document: _YamlDocument, at: int, depth: int) -> tuple[YamlNode, int]:
+    document.enter(at, depth)
+    if document.text[at] == "[":
+        return _yaml_flow_sequence(document, at, depth)
+    return _yaml_flow_mapping(document, at, depth)
+
+
+def _yaml_flow_sequence(document: _YamlDocument, opened: int, depth: int) -> tuple[YamlNode, int]:
+    items: list[YamlNode] = []
+    at = _yaml_flow_gap(document, opened + 1, opened)
+    while document.text[at] != "]":
+        item, end = _yaml_flow_value(document, at, opened, depth)
+        colon = _yaml_flow_colon(document, item, at, end)
+        if colon:  # `[key: value]` is a list that holds a mapping of one pair
+            document.enter(at, depth + 1)
+            value, end = _yaml_flow_pair_value(document, colon, opened, depth + 1)
+            pairs: _YamlPairs = {}
+            _yaml_add_pair(document, pairs, item, value, at)
+            item = YamlNode(document, "mapping", _yaml_merged(pairs), at, end)
+        items.append(item)
+        at = _yaml_flow_separator(document, end, opened, "]")
+    return YamlNode(document, "sequence", items, opened, at + 1), at + 1
+
+
+def _yaml_flow_mapping(document: _YamlDocument, opened: int, depth: int) -> tuple[YamlNode, int]:
+    pairs: _YamlPairs = {}
+    at = _yaml_flow_gap(document, opened + 1, opened)
+    while document.text[at] != "}":
+        key, end = _yaml_flow_value(document, at, opened, depth)
+        if key.kind != "scalar":
+            raise document.error(at, _YAML_COLLECTION_KEY)
+        colon = _yaml_flow_colon(document, key, at, end)
+        value = YamlNode(document, "scalar", None, end, end)
+        if colon:
+            value, end = _yaml_flow_pair_value(document, colon, opened, depth)
+        _yaml_add_pair(document, pairs, key, value, at)
+        at = _yaml_flow_separator(document, end, opened, "}")
+    return YamlNode(document, "mapping", _yaml_merged(pairs), opened, at + 1), at + 1
+
+
+def _yaml_flow_colon(document: _YamlDocument, key: YamlNode, at: int, end: int) -> int:
+    """The offset behind the colon that makes a key of what stands at `at` to `end`; 0 without one."""
+    colon = _yaml_skip(_YAML_SPACES, document.text, end)
+    if not document.text.startswith(":", colon):
+        return 0
+    if key.kind != "scalar":
+        raise document.error(at, _YAML_COLLECTION_KEY)
+    _yaml_check_key(document, at, colon)
+    return colon + 1
+
+
+def _yaml_flow_pair_value(document: _YamlDocument, at: int, opened: int, depth: int) -> tuple[YamlNode, int]:
+    here = _yaml_flow_gap(document, at, opened)
+    if document.text[here] in ",]}":
+        return YamlNode(document, "scalar", None, at, at), at
+    return _yaml_flow_value(document, here, opened, depth)
+
+
+def _yaml_flow_separator(document: _YamlDocument, at: int, opened: int, closer: str) -> int:
+    """Skip a comma to the next entry; stop at the closing bracket."""
+    at = _yaml_flow_gap(document, at, opened)
+    char = document.text[at]
+    if char == ",":
+        return _yaml_flow_gap(document, at + 1, opened)
+    if char == closer:
+        return at
+    if char == ":":
+        message = (
+            "':' is not expected here; a key stands on one line with its colon, text with ': ' in quotes"
+        )
+    elif char in "]}":
+        message = f"'{char}' cannot close the '{document.text[opened]}' that is open; write '{closer}'"
+    else:
+        message = f"',' or '{closer}' is expected here; add it, or put the text in quotes"
+    raise document.error(at, message)
+
+
+def _yaml_flow_value(
+    document: _YamlDocument, at: int, opened: int, depth: int, anchored: bool = False
+) -> tuple[YamlNode, int]:
+    char = document.text[at]
+    if char in "&*" and anchored:
+        raise _yaml_bad_start(document, at)
+    if char == "&":
+        return _yaml_anchored(
+            document,
+            at,
+            depth,
+            lambda behind: _yaml_flow_value(
+                document, _yaml_flow_gap(document, behind, opened), opened, depth, anchored=True
+            ),
+        )
+    if char == "*":
+        return _yaml_alias(document, at, depth)
+    if char in "\"'":
+        return _yaml_quoted(document, at)
+    if char in "[{":
+        return _yaml_flow_collection(document, at, depth + 1)
+    return _yaml_flow_plain(document, at)
+
+
+def _yaml_flow_plain(document: _YamlDocument, at: int) -> tuple[YamlNode, int]:
+    """A plain scalar between brackets; it may go on over lines, whatever their indentation."""
+    text, start, end = document.text, at, at
+    more = _YAML_FLOW_PLAIN.match(text, at) if _yaml_starts_plain(text, at) and text[at] != ":" else None
+    if not more or text[at : more.end()] == "-":
+        raise _yaml_bad_start(document, at)
+    while more:
+        end = more.end()
+        at = _yaml_skip(_YAML_GAP, text, end)
+        if text.startswith("#", at) or (text[at - 1] == "\n" and _YAML_MARKER.match(text, at)):
+            break
+        more = _YAML_FLOW_PLAIN.match(text, at) if at > end else None
+    raw = text[start:end]
+    value = _yaml_resolve(document, _yaml_fold(raw) if "\n" in raw else raw, start, end)
+    return YamlNode(document, "scalar", value, start, end), end
+
+
+# Writing
+
+
+def yaml_dump(value: Any) -> str:
+    """`value` as a YAML document in block style with sorted keys, which readers of YAML 1.1 read back equal.
+
+    Takes dicts, lists, tuples (written as lists), strings, numbers, booleans and None; keys are scalars.
+    SandboxError for anything else, for what contains itself, and for what is nested too deep to be read.
+    """
+    out: list[str] = []
+    if value and isinstance(value, (dict, list, tuple)):
+        _yaml_write_block(out, value, 0, ())
+    else:
+        written = _yaml_write_scalar(value, 2)
+        out.append(written + "\n")
+        if written[0] not in "\"'[{":
+            out.append("...\n")  # the only value of a document that is plain text ends with a marker
+    return "".join(out)
+
+
+def _yaml_write_block(out: list[str], value: Any, indent: int, parents: tuple[int, ...]) -> None:
+    """Write a collection that is not empty; the cursor stands in column `indent` already."""
+    if id(value) in parents:
+        raise SandboxError("This value cannot be written as YAML: it contains itself.")
+    if len(parents) >= YAML_MAX_DEPTH:
+        raise SandboxError(
+            f"This value cannot be written as YAML: it is deeper than {YAML_MAX_DEPTH} levels."
+        )
+    parents = (*parents, id(value))
+    margin = ""
+    for head, item in _yaml_write_heads(value):
+        out.append(margin + head)
+        if not item or not isinstance(item, (dict, list, tuple)):
+            out.append(f" {_yaml_write_scalar(item, indent + 2)}\n")
+        elif head == "-":
+            out.append(" ")
+            _yaml_write_block(out, item, indent + 2, parents)
+        else:
+            inner = indent + 2 if isinstance(item, dict) else indent
+            out.append("\n" + " " * inner)
+            _yaml_write_block(out, item, inner, parents)
+        margin = " " * indent
+
+
+def _yaml_write_heads(value: Any) -> Iterator[tuple[str, Any]]:
+    """What starts each entry, `-` or `key:`, with the entry's value; keys are sorted if they can be compared."""
+    if not isinstance(value, dict):
+        yield from (("-", item) for item in value)
+        return
+    try:
+        keys = sorted(value)
+    except TypeError:
+        keys = list(value)
+    for key in keys:
+        yield _yaml_write_key(key) + ":", value[key]
+
+
+def _yaml_write_key(key: Any) -> str:
+    if isinstance(key, str) and "\n" in key:
+        written = _yaml_write_double_quoted(key)
+    elif isinstance(key, tuple):
+        raise SandboxError("This value cannot be written as YAML: a key is a tuple; use text.")
+    else:
+        written = _yaml_write_scalar(key, 0)
+    if len(written) > YAML_MAX_KEY:
+        raise SandboxError(
+            f"This value cannot be written as YAML: a key takes over {YAML_MAX_KEY} characters."
+        )
+    return written
+
+
+def _yaml_write_scalar(value: Any, indent: int) -> str:
+    if value is None:
+        return "null"
+    if value is True or value is False:
+        return "true" if value else "false"
+    if type(value) is str:
+        return _yaml_write_text(value, indent)
+    if type(value) is int and value.bit_length() < 3 * YAML_MAX_NUMBER:  # a digit is more than 3 bits
+        return str(value)
+    if type(value) is float:
+        return _yaml_write_float(value)
+    if type(value) in (dict, list, tuple):
+        return "{}" if type(value) is dict else "[]"
+    what = "too long an integer" if type(value) is int else f"a value of type {type(value).__name__}"
+    raise SandboxError(f"This value cannot be written as YAML: it holds {what}; convert it to text first.")
+
+
+def _yaml_write_float(value: float) -> str:
+    written = repr(value)
+    if written[-1] in "fn":  # inf, -inf, nan
+        return written.replace("inf", ".inf").replace("nan", ".nan")
+    return written if "." in written else written.replace("e", ".0e")  # an exponent needs a point before it
+
+
+def _yaml_write_text(value: str, indent: int) -> str:
+    """Text in the plainest style that reads back the same; lines after the first get `indent` spaces."""
+    if re.search(r"[^\n -~]| \n|\n ", value):
+        return _yaml_write_double_quoted(value)
+    if not _YAML_UNSAFE.search(value) and not _yaml_means_more(value):
+        return value
+    quoted = value.replace("'", "''")
+    if "\n" in quoted:
+        quoted = re.sub(r"\n+", lambda breaks: f"\n{breaks[0]}{' ' * indent}", quoted)
+    return f"'{quoted}'"
+
+
+def _yaml_means_more(value: str) -> bool:
+    """Whether plain text would be read as something else than text, here or by another reader of YAML 1.1."""
+    if value in _YAML_WORDS or value in ("", "=", "<<"):
+        return True
+    if value[0] not in _YAML_NUMBER_STARTS:
+        return False
+    timestamp = (
+        r"\d{4}-\d\d-\d\d|\d{4}-\d\d?-\d\d?(?:[Tt]|[ \t]+)\d\d?:\d\d:\d\d(?:\.\d*)?"
+        r"(?:[ \t]*(?:Z|[-+]\d\d?(?::\d\d)?))?"
+    )
+    return bool(_YAML_INT.fullmatch(value) or _YAML_FLOAT.fullmatch(value) or re.fullmatch(timestamp, value))
+
+
+def _yaml_write_double_quoted(value: str) -> str:
+    return '"' + re.sub(r"[^ !#-\[\]-~]", _yaml_write_escape, value) + '"'
+
+
+def _yaml_write_escape(match: re.Match[str]) -> str:
+    if match[0] in _YAML_ESCAPED:
+        return _YAML_ESCAPED[match[0]]
+    code = ord(match[0])
+    if code < 0x100:
+        return f"\\x{code:02X}"
+    return f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# config: plato-config.yml, every field checked against the API's models before anything is created
+# ----------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(CheckFailedError):
+    """A config that cannot be used. problems: one `file:line:column: what is wrong` each."""
+
+    code = "config_invalid"
+
+    def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
+        super().__init__("\n".join([message, *problems]), hint=hint)
+        self.problems = list(problems)
+
+
+class Field:
+    """What a field of the API's models may hold (source: the models of `setup-sandbox`).
+
+    kind: integer, text, boolean, texts (list of text), or any; low/high: bounds of an integer;
+    choices: the only texts allowed; nullable: whether it may be left empty.
+    """
+
+    __slots__ = ("choices", "high", "kind", "low", "nullable", "required")
+
+    def __init__(
+        self,
+        kind: str,
+        low: int | None = None,
+        high: int | None = None,
+        *,
+        choices: tuple[str, ...] = (),
+        required: bool = False,
+        nullable: bool = True,
+    ) -> None:
+        self.kind = kind
+        self.low = low
+        self.high = high
+        self.choices = choices
+        self.required = required
+        self.nullable = nullable and not required
+
+
+_TEXT, _TEXTS, _ANY, _BOOLEAN = Field("text"), Field("texts"), Field("any"), Field("boolean")
+
+COMPUTE_FIELDS = {
+    "cpus": Field("integer", *CPUS_RANGE),
+    "memory": Field("integer", *MEMORY_RANGE_MB),
+    "disk": Field("integer", *DISK_RANGE_MB),
+    "app_port": Field("integer", 0, 65535),
+    "plato_messaging_port": Field("integer", 0, 65535),
+    "native_worker": _BOOLEAN,
+}
+METADATA_FIELDS = {
+    "favicon": _TEXT,
+    "name": _TEXT,
+    "description": _TEXT,
+    "source_code_url": _TEXT,
+    "start_url": _TEXT,
+    "license": _TEXT,
+    "variables": _ANY,
+    "flows_path": _TEXT,
+}
+SERVICE_FIELDS = {
+    "type": Field("text", choices=("docker-compose",), nullable=False),
+    "file": _TEXT,
+    "required_healthy_containers": _TEXTS,
+    "healthy_wait_timeout": Field("integer", 30, 1800),
+}
+DATABASE_TYPES = ("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis")
+_FILE_LISTENER_FIELDS = {
+    "type": _TEXT,
+    "seed_data_path": _TEXT,
+    "target_dir": Field("text", required=True),
+    "watch_enabled": _BOOLEAN,
+    "watch_patterns": _TEXTS,
+    "ignore_patterns": _TEXTS,
+    "scan_frequency": Field("integer"),
+    "volumes": _TEXTS,
+}
+LISTENER_FIELDS = {
+    "db": {
+        "type": _TEXT,
+        "db_type": Field("text", choices=DATABASE_TYPES, required=True),
+        "db_host": _TEXT,
+        "db_port": Field("integer", 0, 65535),
+        "db_user": _TEXT,
+        "db_password": _TEXT,
+        "db_database": Field("text", required=True),
+        "db_schema": _TEXT,
+        "schema_name": _TEXT,
+        "seed_data_paths": _TEXTS,
+        "truncate_tables": _BOOLEAN,
+        "audit_ignore_tables": _ANY,
+        "audit_table_name": _TEXT,
+        "volumes": _TEXTS,
+    },
+    "proxy": {
+        "type": _TEXT,
+        "sim_name": _TEXT,
+        "dataset": _TEXT,
+        "proxy_host": _TEXT,
+        "proxy_port": Field("integer", 1024, 65535),
+        "passthrough_all_ood_requests": _BOOLEAN,
+        "replay_sessions": _ANY,
+    },
+    "file": _FILE_LISTENER_FIELDS,
+    "xml": _FILE_LISTENER_FIELDS,
+}
+
+
+class Config:
+    """A checked plato-config.yml and the dataset chosen from it.
+
+    path: absolute; service: its name; dataset: the chosen dataset's name; content: that dataset as the
+    user wrote it, unknown keys included; compute: its compute section; warnings: what looks mistaken.
+    """
+
+    def __init__(self, path: str, service: str, dataset: str, content: dict[str, Any], warnings: list[str]):
+        self.path = path
+        self.service = service
+        self.dataset = dataset
+        self.content = content
+        self.compute: dict[str, Any] = content.get("compute") or {}
+        self.warnings = warnings
+
+    def for_setup(self) -> dict[str, Any]:
+        """The dataset for `setup-sandbox` and `start-worker`: as written, required objects filled in."""
+        filled = dict(self.content)
+        filled["compute"] = dict(self.compute)
+        filled["metadata"] = dict(self.content.get("metadata") or {})
+        return filled
+
+
+def find_config(directory: str) -> str:
+    """The path of the plato-config.yml (or .yaml) in a directory; ConfigError when there is none."""
+    for name in CONFIG_NAMES:
+        path = os.path.join(directory, name)
+        if os.path.lexists(path):
+            return path
+    raise ConfigError(
+        f"There is no {CONFIG_NAMES[0]} in {shown_path(directory)}.",
+        hint="Go to the simulator's directory or name it with -w DIR; --blank starts a VM without a config.",
+    )
+
+
+def load_config(path: str, dataset: str | None) -> Config:
+    """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
+    source = shown_path(path)
+    root = yaml_compose(_read_config(path), source)
+    checker = ConfigChecker(source)
+    chosen = checker.check(root, dataset or DEFAULT_DATASET)
+    if checker.problems or root is None or chosen is None:
+        count = len(checker.problems)
+        raise ConfigError(
+            f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
+            problems=checker.problems,
+            hint="Nothing was created. Correct the file and run the command again.",
+        )
+    plain = root.plain()
+    name = dataset or DEFAULT_DATASET
+    return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
+
+
+def _read_config(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown_path(path)} is not UTF-8 text (byte {error.start}).") from None
+    except OSError as error:
+        raise ConfigError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
+
+
+class ConfigChecker:
+    """Walks the nodes of a config and collects problems and warnings, each with file, line and column."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def check(self, root: YamlNode | None, dataset: str) -> YamlNode | None:
+        """Check the whole document for one dataset; returns that dataset's node, None when it is missing."""
+        if root is None:
+            self.problems.append(f"{self.source}:1:1: the file is empty; it needs `service` and `datasets`")
+            return None
+        if not self._is_mapping(root, "the config"):
+            return None
+        service = root.get("service")
+        if service is None:
+            self._problem(root, "`service` is missing: the name of the simulator")
+        else:
+            self._check_service_name(service)
+        datasets = root.get("datasets")
+        if datasets is None:
+            self._problem(root, "`datasets` is missing: a map from dataset names to datasets")
+        elif self._is_mapping(datasets, "`datasets`"):
+            return self._check_chosen(datasets, dataset)
+        return None
+
+    def _check_service_name(self, node: YamlNode) -> None:
+        if self._check_value(node, "`service`", Field("text", required=True)) and not re.fullmatch(
+            r"[A-Za-z0-9][A-Za-z0-9._-]*", str(node.value)
+        ):
+            self._problem(node, "`service` may hold letters, digits, '.', '_' and '-' only")
+
+    def _check_chosen(self, datasets: YamlNode, dataset: str) -> YamlNode | None:
+        chosen = datasets.get(dataset)
+        if chosen is None:
+            known = ", ".join(str(key.value) for key, _ in datasets.pairs()) or "none"
+            self._problem(datasets, f"there is no dataset {dataset!r}; the datasets here are: {known}")
+        elif self._is_mapping(chosen, f"dataset {dataset!r}"):
+            self._check_dataset(chosen)
+        return chosen
+
+    def _check_dataset(self, node: YamlNode) -> None:
+        for name, fields in (("compute", COMPUTE_FIELDS), ("metadata", METADATA_FIELDS)):
+            part = node.get(name)
+            if part is not None and part.value is not None and self._is_mapping(part, f"`{name}`"):
+                self._check_fields(part, fields, name)
+        for name, check in (("services", self._check_service), ("listeners", self._check_listener)):
+            part = node.get(name)
+            if part is not None and part.value is not None and self._is_mapping(part, f"`{name}`"):
+                for key, value in part.pairs():
+                    where = f"{name}.{key.value}"
+                    if self._is_mapping(value, f"`{where}`"):
+                        check(value, where)
+        self._warn_unknown(node, ("compute", "metadata", "services", "listeners"), "the dataset")
+
+    def _check_service(self, node: YamlNode, where: str) -> None:
+        self._check_fields(node, SERVICE_FIELDS, where)
+
+    def _check_listener(self, node: YamlNode, where: str) -> None:
+        kind = node.get("type")
+        name = "db" if kind is None else kind.value
+        fields = LISTENER_FIELDS.get(name) if isinstance(name, str) else None
+        if fields is None:
+            known = _listed(LISTENER_FIELDS)
+            self._problem(kind or node, f"`{where}.type` is {name!r}; it must be one of {known}")
+            return
+        self._check_fields(node, fields, where)
+        ignored = node.get("audit_ignore_tables")
+        if ignored is not None and ignored.value is not None:
+            self._check_ignore_rules(ignored, f"{where}.audit_ignore_tables")
+
+    def _check_ignore_rules(self, node: YamlNode, where: str) -> None:
+        if node.kind != "sequence":
+            self._problem(node, f"`{where}` must be a list of table names and {{table, columns}} entries")
+            return
+        for item in node.items():
+            if item.kind == "mapping" or (item.kind == "scalar" and isinstance(item.value, str)):
+                continue
+            self._problem(item, f"each entry of `{where}` is a table name or {{table: NAME, columns: [..]}}")
+
+    def _check_fields(self, node: YamlNode, fields: Mapping[str, Field], where: str) -> None:
+        for name, field in fields.items():
+            value = node.get(name)
+            if value is not None:
+                self._check_value(value, f"`{where}.{name}`", field)
+            elif field.required:
+                self._problem(node, f"`{where}.{name}` is missing")
+        self._warn_unknown(node, tuple(fields), f"`{where}`")
+
+    def _check_value(self, node: YamlNode, what: str, field: Field) -> bool:
+        wrong = describe_wrong_value(node, field)
+        if wrong:
+            self._problem(node, f"{what} {wrong}")
+        return not wrong
+
+    def _warn_unknown(self, node: YamlNode, known: tuple[str, ...], where: str) -> None:
+        for key, _ in node.pairs():
+            if key.value in known:
+                continue
+            close = closest(str(key.value), known)
+            if close:
+                meant = f"; did you mean `{close}`?"
+                self.warnings.append(
+                    f"{self.source}:{key.line}:{key.column}: {where} has no field `{key.value}`{meant}"
+                )
+
+    def _is_mapping(self, node: YamlNode, what: str) -> bool:
+        if node.kind != "mapping":
+            self._problem(node, f"{what} must be a map of fields (`name: value` lines)")
+        return node.kind == "mapping"
+
+    def _problem(self, node: YamlNode, text: str) -> None:
+        self.problems.append(f"{self.source}:{node.line}:{node.column}: {text}")
+
+
+def describe_wrong_value(node: YamlNode, field: Field) -> str:
+    """What is wrong with a node as the value of a field, as the end of a sentence; "" when it fits."""
+    if field.kind == "any":
+        return ""
+    if node.kind == "scalar" and node.value is None:
+        return "" if field.nullable else "is empty"
+    if field.kind == "texts":
+        if node.kind != "sequence":
+            return "must be a list of texts"
+        wrong = [item for item in node.items() if not isinstance(item.value, str) or item.kind != "scalar"]
+        return f"must be a list of texts; the entry on line {wrong[0].line} is not one" if wrong else ""
+    if node.kind != "scalar":
+        return f"must be {_KIND_WORDS[field.kind]}, not a {'list' if node.kind == 'sequence' else 'map'}"
+    return _describe_wrong_scalar(node.value, field)
+
+
+_KIND_WORDS = {"integer": "a whole number", "text": "a text", "boolean": "true or false"}
+
+
+def _describe_wrong_scalar(value: Any, field: Field) -> str:
+    if field.kind == "boolean":
+        return "" if isinstance(value, bool) else f"is {value!r}; it must be true or false"
+    if field.kind == "text":
+        if not isinstance(value, str):
+            return f"is {value!r}, which YAML does not read as a text; put it in quotes"
+        return (
+            f"is {value!r}; it must be one of {_listed(field.choices)}" if _not_chosen(value, field) else ""
+        )
+    number = whole_number(value)
+    if number is None:
+        return f"is {value!r}; it must be a whole number"
+    low, high = field.low, field.high
+    if (low is not None and number < low) or (high is not None and number > high):
+        return f"is {number}; it must be from {low} to {high}"
+    return ""
+
+
+def _not_chosen(value: str, field: Field) -> bool:
+    return bool(field.choices) and value not in field.choices
+
+
+def whole_number(value: Any) -> int | None:
+    """An int, or a float or text that the API's models take for one; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}", value.strip()):
+        return int(value)
+    return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant, or None."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1, 0.7)
+    return found[0] if found else None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# processes: the one door to child processes; who a process is; work beside the main thread; signals
+# ----------------------------------------------------------------------------------------------------------
+
+
+def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a child process. SandboxError names a program that cannot be run."""
+    import subprocess
+
+    reporter.trace("run: " + shell_words(command))
+    try:
+        return subprocess.Popen(list(command), **options)
+    except OSError as error:
+        raise SandboxError(
+            f"{command[0]} could not be run: {reason(error)}.",
+            hint="Check that it is installed and that PATH finds it.",
+        ) from None
+
+
+def find_program(name: str) -> str | None:
+    """The absolute path of a program on PATH, or None."""
+    import shutil
+
+    return shutil.which(name)
+
+
+def shell_words(words: Sequence[str]) -> str:
+    """Words as one line that a POSIX shell reads back as the same words."""
+    import shlex
+
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def own_command(*arguments: str) -> list[str]:
+    """The command that runs this very file again, without the user's site-packages and PYTHON* variables."""
+    if not sys.executable:
+        raise SandboxError(
+            "The path of the Python interpreter is unknown, so the heartbeat and SSH could not be started.",
+            hint="Run this file with python3.",
+        )
+    return [os.path.abspath(sys.executable), "-I", "-S", own_file(), *arguments]
+
+
+def own_file() -> str:
+    """The absolute path of this file, symbolic links kept."""
+    return os.path.abspath(__file__)
+
+
+def process_start_mark(pid: int) -> str | None:
+    """Something that two processes with the same pid never share: the start time; None if there is none.
+
+    Linux: clock ticks since boot (/proc/PID/stat); elsewhere what `ps` says.
+    """
+    if pid <= 0:
+        return None
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except FileNotFoundError:
+        return None if os.path.isdir("/proc/self") else _start_mark_from_ps(pid)
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def _start_mark_from_ps(pid: int) -> str | None:
+    import subprocess
+
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def process_command(pid: int) -> str:
+    """The command line of a process, words separated by spaces; "" when it cannot be read."""
+    import subprocess
+
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+    except OSError:
+        pass
+    if os.path.isdir("/proc/self"):
+        return ""
+    command = ["ps", "-o", "command=", "-p", str(pid)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> bool:
+    """Send a signal to the process that `is_it` says it is, and to no other; False when it is not there.
+
+    On Linux a file descriptor holds the process while it is looked at, so a reused pid cannot slip in.
+    """
+    import signal
+
+    try:
+        if hasattr(os, "pidfd_open"):
+            handle = os.pidfd_open(pid)
+            try:
+                if not is_it():
+                    return False
+                signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
+                return True
+            finally:
+                os.close(handle)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # a kernel or sandbox without pidfd: look and send
+    try:
+        if not is_it():
+            return False
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+class Aside:
+    """A function running in a thread beside the main one; `result` waits and gives its value or its error."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        import threading
+
+        self._function = function
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._function()
+        except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
+            self._error = error
+
+    def result(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class SignalGuard:
+    """Turns SIGINT, SIGTERM and SIGHUP into Interrupted while the block runs (main thread only).
+
+    Inside `hold()` a first signal is only remembered and raised at the end, so that the answer of a
+    request that created something is not lost; a second one is raised at once.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._previous: list[tuple[int, Any]] = []
+        self._held = False
+        self._pending: int | None = None
+
+    def __enter__(self) -> SignalGuard:  # noqa: PYI034  (Self is newer than 3.9)
+        import signal
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                    self._previous.append((number, signal.signal(number, self._arrived)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        for number, handler in self._previous:
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _arrived(self, number: int, _frame: FrameType | None) -> None:
+        if self._held and self._pending is None:
+            self._pending = number
+            self._reporter.warn("Interrupted; waiting for the answer to the request that creates the VM.")
+            return
+        raise Interrupted(number)
+
+    def hold(self) -> None:
+        self._held = True
+
+    def release(self) -> None:
+        """Obey signals again; raise the remembered one, if there is one."""
+        self._held = False
+        if self._pending is not None:
+            number, self._pending = self._pending, None
+            raise Interrupted(number)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# state: .sandbox.yaml and ~/.plato; written whole or not at all; one kernel lock per directory
+# ----------------------------------------------------------------------------------------------------------
+
+
+class StateError(SandboxError):
+    """.sandbox.yaml cannot be read or written, or is damaged. The file is left as it is."""
+
+    code = "state_damaged"
+
+
+# A file that was cut off anywhere lacks its last line, so it is never taken for a whole one.
+STATE_FIRST_LINE = "# The sandbox of this directory. Written by plato-sandbox; `stop` removes it.\n"
+STATE_LAST_LINE = "# end of the sandbox state\n"
+
+
+def state_path(directory: str) -> str:
+    """The path of a directory's .sandbox.yaml."""
+    return os.path.join(directory, STATE_FILE)
+
+
+def load_state(directory: str) -> dict[str, Any] | None:
+    """The state of a directory's sandbox (the keys of the specification), or None without a file.
+
+    StateError for a file that cannot be read, was cut off, or holds no sandbox. A state with `starting`
+    and without `session_id` is what a `start` leaves that died before Plato answered it.
+    """
+    path = state_path(directory)
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise damaged_state(path, "it is not text", "") from None
+    except OSError as error:
+        raise StateError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
+    return parse_state(text, path)
+
+
+def parse_state(text: str, path: str) -> dict[str, Any]:
+    """The state in the text of a .sandbox.yaml, ours or that of `plato` 2.0.x; StateError if damaged."""
+    if not text.strip():
+        raise damaged_state(path, "it is empty", text)
+    ours, whole = text.startswith(STATE_FIRST_LINE), text.rstrip("\n").endswith(STATE_LAST_LINE.rstrip("\n"))
+    if not whole and (ours or not text.endswith("\n")):
+        raise damaged_state(path, "its end is missing", text)
+    try:
+        state = yaml_load(text, STATE_FILE)
+    except YamlError as error:
+        raise damaged_state(path, str(error), text) from None
+    if not isinstance(state, dict):
+        raise damaged_state(path, "it does not hold the fields of a sandbox", text)
+    if not state.get("starting") and not _is_text(state.get("session_id")):
+        raise damaged_state(path, "it holds no session_id", text)
+    wrong = [key for key in _TEXT_KEYS if state.get(key) is not None and not _is_text(state[key])]
+    if wrong:
+        raise damaged_state(path, f"its {wrong[0]} is not a text", text)
+    return state
+
+
+_TEXT_KEYS = (
+    *("session_id", "job_id", "public_url", "url", "mode", "service", "dataset", "base_url", "created_at"),
+    *("plato_config_path", "ssh_host", "ssh_config_path", "ssh_private_key_path", "expires_at"),
+)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def damaged_state(path: str, why: str, text: str) -> StateError:
+    """The error for a .sandbox.yaml that cannot be trusted; its hint says how to stop the VM all the same."""
+    found = re.search(r"^session_id: ['\"]?([A-Za-z0-9_-]+)['\"]?$\n", text, re.MULTILINE)
+    name = found[1] if found else "ID"
+    return StateError(
+        f"{shown_path(path)} is damaged: {why}. Nothing was changed; a VM may still be running.",
+        hint=f"To stop the VM: {PROGRAM} stop --session-id {name}. Then remove the file.",
+    )
+
+
+def save_state(directory: str, state: Mapping[str, Any]) -> None:
+    """Write .sandbox.yaml so that a crash leaves the old file or the new one, readable by the owner only."""
+    kept = {key: value for key, value in state.items() if value is not None}
+    text = STATE_FIRST_LINE + yaml_dump(kept) + STATE_LAST_LINE
+    try:
+        write_whole(state_path(directory), text)
+    except OSError as error:
+        raise StateError(
+            f"{shown_path(state_path(directory))} cannot be written: {reason(error)}.",
+            hint="The directory must be writable: the only record of the VM is kept there.",
+        ) from None
+
+
+def remove_state(directory: str) -> None:
+    """Remove .sandbox.yaml; no error when it is not there."""
+    try:
+        os.unlink(state_path(directory))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StateError(f"{shown_path(state_path(directory))} cannot be removed: {reason(error)}.") from None
+    _sync_directory(directory)
+
+
+def write_whole(path: str, text: str, mode: int = 0o600) -> None:
+    """Replace a file in one step: temporary file beside it, fsync, rename, fsync of the directory."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    _unlink_quietly(temporary)
+    handle = os.open(temporary, flags, mode)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        _unlink_quietly(temporary)
+        raise
+    _sync_directory(os.path.dirname(path))
+
+
+def _unlink_quietly(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def _sync_directory(path: str) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some file systems cannot; the rename itself is done
+    finally:
+        os.close(handle)
+
+
+def make_home(home: str) -> None:
+    """Create PLATO_HOME (0700) if needed and check that files can be written there."""
+    try:
+        os.makedirs(home, mode=0o700, exist_ok=True)
+        if os.stat(home).st_uid == os.getuid():
+            os.chmod(home, 0o700)
+        probe = os.path.join(home, f".probe.{os.getpid()}")
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.unlink(probe)
+    except OSError as error:
+        raise SandboxError(
+            f"{shown_path(home)} cannot be used for SSH files and heartbeat records: {reason(error)}.",
+            hint="Make it a directory you can write to, or set PLATO_HOME to another one.",
+        ) from None
+
+
+def short_id(session_id: str) -> str:
+    """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name."""
+    safe = re.sub(r"[^A-Za-z0-9-]", "", session_id).strip("-")
+    first = safe.split("-", 1)[0]
+    return (first if len(first) >= 6 else safe)[:64] or "unknown"
+
+
+class DirectoryLock:
+    """The kernel's lock on a directory itself: it leaves no file behind and ends with its process.
+
+    Entering raises ConflictError, naming the holder, when another command has it.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._handle = -1
+
+    def __enter__(self) -> DirectoryLock:  # noqa: PYI034  (Self is newer than 3.9)
+        import fcntl
+
+        try:
+            self._handle = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise SandboxError(f"{shown_path(self.directory)} cannot be opened: {reason(error)}.") from None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = lock_holder(os.fstat(self._handle))
+            os.close(self._handle)
+            raise ConflictError(
+                f"Another command is at work in {shown_path(self.directory)}: {holder}.",
+                hint="Wait for it to end, or press Ctrl-C in its terminal; then run this again.",
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+
+def lock_holder(status: os.stat_result) -> str:
+    """Who holds the lock on a file, in words: "start (PID 123)" where the system tells (Linux)."""
+    wanted = f":{status.st_ino} "
+    try:
+        with open("/proc/locks", encoding="ascii") as file:
+            lines = [line for line in file if " FLOCK " in line and wanted in line and "->" not in line]
+    except OSError:
+        lines = []
+    for line in lines:
+        pid = line.split()[4]
+        words = process_command(int(pid)).split() if pid.isdigit() else []
+        for word in words:
+            if word in ("start", "stop", "status"):
+                return f"`{word}` (PID {pid})"
+        return f"PID {pid}"
+    return "a plato-sandbox command"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# transport: the one door to the network: deadlines, proxies, TLS, retries, JSON, status to error
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A connected socket whose every operation ends at one deadline, however slowly the bytes drip.
+
+    It is what http.client needs of a socket (sendall, makefile, close).
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.sock = sock
+        self.deadline = deadline
+
+    def _limit(self) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no complete answer in time")
+        self.sock.settimeout(left)
+
+    def sendall(self, data: Any) -> None:
+        self._limit()
+        self.sock.sendall(data)
+
+    def recv_into(self, buffer: Any) -> int:
+        self._limit()
+        return self.sock.recv_into(buffer)
+
+    def makefile(self, mode: str, *_: Any, **__: Any) -> Any:
+        import io
+
+        stream = self
+
+        class Reader(io.RawIOBase):
+            def readable(self) -> bool:
+                return True
+
+            def readinto(self, buffer: Any) -> int:
+                return stream.recv_into(buffer)
+
+        return io.BufferedReader(Reader(), 65536)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def split_address(url: str) -> tuple[str, str, int, str]:
+    """Scheme, host, port and path prefix of a base URL that `normal_base_url` accepted."""
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    host, port = authority, ""
+    if not authority.endswith("]"):
+        found = re.fullmatch(r"(.*?):(\d+)", authority)
+        if found:
+            host, port = found[1], found[2]
+    return scheme, host.strip("[]"), int(port or (443 if scheme == "https" else 80)), slash + path
+
+
+def proxy_for(host: str, environment: Mapping[str, str]) -> str | None:
+    """The proxy URL that HTTPS_PROXY names for a host, or None (NO_PROXY: suffixes, "*", exact addresses)."""
+    proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY")
+    if not proxy or host in ("localhost", "127.0.0.1", "::1"):
+        return None
+    excluded = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    for entry in excluded.replace(",", " ").split():
+        name = entry.lower().lstrip("*").lstrip(".").partition(":")[0]
+        if entry == "*" or (name and (host.lower() == name or host.lower().endswith("." + name))):
+            return None
+    return proxy
+
+
+def connect(host: str, port: int, deadline: float) -> socket.socket:
+    """A TCP connection to a host, through the proxy of the environment if it names one."""
+    import socket
+
+    proxy = proxy_for(host, os.environ)
+    target = _proxy_address(proxy) if proxy else (host, port)
+    left = max(0.1, deadline - time.monotonic())
+    try:
+        sock = socket.create_connection(target, timeout=left)
+    except socket.gaierror as error:
+        raise NetworkError(
+            f"The address of {target[0]} could not be found ({error.strerror}).",
+            hint="Check the network connection and the name.",
+            sent=False,
+        ) from None
+    except OSError as error:
+        raise NetworkError(
+            f"{'The proxy ' if proxy else ''}{target[0]}:{target[1]} could not be reached: {reason(error)}.",
+            hint="Check the network connection, and HTTPS_PROXY if there is a proxy.",
+            sent=False,
+        ) from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if proxy:
+        _tunnel(sock, host, port, proxy, deadline)
+    return sock
+
+
+def _proxy_address(proxy: str) -> tuple[str, int]:
+    import urllib.parse
+
+    parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+    try:
+        port = parts.port or 80
+    except ValueError:
+        port = 0
+    if parts.scheme != "http" or not parts.hostname or not port:
+        raise UsageError(
+            "HTTPS_PROXY is not the address of a proxy that can be used.",
+            hint="It looks like http://proxy.example.com:3128.",
+        )
+    return parts.hostname, port
+
+
+def _tunnel(sock: socket.socket, host: str, port: int, proxy: str, deadline: float) -> None:
+    import base64
+    import urllib.parse
+
+    parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+    lines = [f"CONNECT {host}:{port} HTTP/1.1", f"Host: {host}:{port}"]
+    if parts.username is not None:
+        pair = urllib.parse.unquote(parts.username) + ":" + urllib.parse.unquote(parts.password or "")
+        lines.append("Proxy-Authorization: Basic " + base64.b64encode(pair.encode()).decode())
+    stream = Stream(sock, deadline)
+    try:
+        stream.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+        answer = bytearray()
+        byte = bytearray(1)
+        while not answer.endswith(b"\r\n\r\n") and len(answer) < 65536:
+            if not stream.recv_into(byte):  # byte by byte: what follows belongs to the tunnel
+                break
+            answer += byte
+    except OSError as error:
+        sock.close()
+        raise NetworkError(f"The proxy did not answer: {reason(error)}.", sent=False) from None
+    status = bytes(answer).split(b"\r\n", 1)[0].split(b" ")
+    if len(status) < 2 or status[1] != b"200":
+        sock.close()
+        word = status[1].decode("ascii", "replace") if len(status) > 1 else "no status"
+        hint = "Put the proxy's user and password into HTTPS_PROXY." if word == "407" else None
+        message = f"The proxy refused the connection to {host}:{port} ({word})."
+        raise NetworkError(message, hint=hint, sent=False)
+
+
+@functools.lru_cache(maxsize=1)
+def tls_context() -> ssl.SSLContext:
+    """The one TLS context of this process: verification on, CAs of the system or of SSL_CERT_FILE."""
+    import ssl
+
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def secure(sock: socket.socket, name: str, deadline: float) -> ssl.SSLSocket:
+    """TLS over a connected socket, the certificate verified for `name`. Never without verification."""
+    import ssl
+
+    sock.settimeout(max(0.1, deadline - time.monotonic()))
+    try:
+        return tls_context().wrap_socket(sock, server_hostname=name)
+    except ssl.SSLCertVerificationError as error:
+        sock.close()
+        raise NetworkError(
+            f"The certificate of {name} could not be verified: {error.verify_message}.",
+            hint="Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones.",
+            sent=False,
+        ) from None
+    except OSError as error:
+        sock.close()
+        raise NetworkError(f"No secure connection to {name}: {reason(error)}.", sent=False) from None
+
+
+class Answer:
+    """An HTTP answer: status, headers (lower-case names), body."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+
+class Transport:
+    """JSON over HTTP to one base URL with one key, over one kept connection. Not for several threads."""
+
+    def __init__(self, settings: Settings, reporter: Reporter) -> None:
+        self.settings = settings
+        self.reporter = reporter
+        self._scheme, self._host, self._port, self._prefix = split_address(settings.base_url)
+        self._connection: http.client.HTTPConnection | None = None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+        seconds: float = REQUEST_SECONDS,
+        repeatable: bool = True,
+        window: float = RETRY_WINDOW_SECONDS,
+    ) -> Any:
+        """Send a request and return the decoded JSON of a 2xx answer.
+
+        seconds: until the complete answer, per attempt; window: no retry begins later than this.
+        repeatable: whether the request may be sent again after a lost answer or a status that invites it;
+        one that is not goes out once, on a connection of its own. AuthenticationError (401, 403), ApiError
+        (with `.status`) and NetworkError (with `.sent`) say what went wrong.
+        """
+        started = time.monotonic()
+        for attempt in range(RETRY_ATTEMPTS):
+            try:
+                return self._attempt(method, path, query, body, seconds, fresh=not repeatable)
+            except ApiError as error:
+                delay = retry_delay(error, attempt)
+                late = delay is None or time.monotonic() - started + delay > window
+                if not repeatable or late or attempt + 1 == RETRY_ATTEMPTS:
+                    raise
+                self.reporter.trace(f"{method} {path}: {error.message} Again in {delay:.1f} s.")
+                time.sleep(delay or 0)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _attempt(
+        self, method: str, path: str, query: Mapping[str, Any] | None, body: Any, seconds: float, fresh: bool
+    ) -> Any:
+        import json
+
+        target = self._prefix + path
+        if query:
+            import urllib.parse
+
+            target += "?" + urllib.parse.urlencode(query)
+        payload = None if body is None else json.dumps(body, allow_nan=False).encode()
+        started = time.monotonic()
+        answer = self._exchange(method, target, payload, started + seconds, fresh)
+        self.reporter.trace(f"{method} {path}: {answer.status} in {time.monotonic() - started:.2f} s")
+        if not 200 <= answer.status < 300:
+            raise error_for_answer(method, path, answer)
+        try:
+            return json.loads(answer.body)
+        except (ValueError, RecursionError):
+            raise ApiError(
+                f"{self._host} answered {method} {path} with {describe_body(answer)} instead of JSON.",
+                hint="Check PLATO_BASE_URL, and that no login page or proxy stands in between.",
+                body=answer.body,
+            ) from None
+
+    def _exchange(
+        self, method: str, target: str, payload: bytes | None, deadline: float, fresh: bool
+    ) -> Answer:
+        """One request and its answer; a kept connection that turns out dead is replaced once, unseen."""
+        kept = None if fresh else self._connection
+        if kept is not None:
+            try:
+                return self._send(kept, method, target, payload, deadline)
+            except NetworkError:
+                if time.monotonic() >= deadline:
+                    raise
+        self.close()
+        self._connection = self._connect(deadline)
+        return self._send(self._connection, method, target, payload, deadline)
+
+    def _connect(self, deadline: float) -> http.client.HTTPConnection:
+        import http.client
+
+        sock = connect(self._host, self._port, deadline)
+        if self._scheme == "https":
+            sock = secure(sock, self._host, deadline)
+        connection = http.client.HTTPConnection(self._host, self._port)
+        connection.auto_open = 0
+        stream: Any = Stream(sock, deadline)
+        connection.sock = stream
+        return connection
+
+    def _send(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        target: str,
+        payload: bytes | None,
+        deadline: float,
+    ) -> Answer:
+        import http.client
+
+        headers = {
+            "X-API-Key": self.settings.require_key(),
+            "Accept": "application/json",
+            "User-Agent": f"{PROGRAM}/{__version__}",
+        }
+        if payload is not None:
+            headers["Content-Type"] = "application/json"
+        where = target.partition("?")[0]
+        stream: Any = connection.sock
+        stream.deadline = deadline
+        try:
+            connection.request(method, target, payload, headers)
+            response = connection.getresponse()
+            body = response.read(MAX_ANSWER_BYTES + 1)
+            if response.will_close or len(body) > MAX_ANSWER_BYTES:
+                self.close()
+        except TimeoutError:
+            self.close()
+            raise NetworkError(
+                f"{self._host} did not answer {method} {where} in time.",
+                hint="Run the command again; if it keeps failing, Plato may be having trouble.",
+                sent=True,
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise NetworkError(
+                f"The connection to {self._host} broke during {method} {where}: {reason(error)}.",
+                hint="Run the command again; if it keeps failing, check the network.",
+                sent=True,
+            ) from None
+        except BaseException:  # interrupted halfway: what is left on this connection is nobody's answer
+            self.close()
+            raise
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ApiError(f"{self._host} sent an answer of more than {MAX_ANSWER_BYTES >> 20} MB.")
+        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
+
+
+def retry_delay(error: ApiError, attempt: int) -> float | None:
+    """Seconds to wait before a request is sent again; None when sending it again would not help."""
+    import random
+
+    if not isinstance(error, NetworkError) and error.status not in RETRY_STATUSES:
+        return None
+    backoff: float = 0.4 * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311  (jitter, not a secret)
+    return max(backoff, error.retry_after or 0.0)
+
+
+def error_for_answer(method: str, path: str, answer: Answer) -> SandboxError:
+    """The error that an HTTP status of 300 or more means, with the server's own words in it."""
+    said = server_words(answer)
+    status = answer.status
+    if status == 401:
+        return AuthenticationError(
+            f"Plato refused the API key (401{': ' + said if said else ''}).",
+            hint="Check PLATO_API_KEY, and that it belongs to PLATO_BASE_URL.",
+        )
+    if status == 403:
+        return AuthenticationError(
+            f"This API key may not do that ({method} {path}: 403{', ' + said if said else ''}).",
+            hint="Ask the owner of the Plato organization for access.",
+        )
+    hint = None
+    if 300 <= status < 400:
+        said = f"a redirect to {answer.headers.get('location', 'nowhere')[:200]}"
+        hint = "Redirects are not followed, so that the key stays here. Check PLATO_BASE_URL."
+    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
+    if status == 429:
+        hint = (
+            f"Too many requests; try again in {wait:.0f} s."
+            if wait
+            else "Too many requests; try again later."
+        )
+    elif status >= 500:
+        hint = "This is a trouble of the server; run the command again a little later."
+    return ApiError(
+        f"{method} {path} failed with {status}{': ' + said if said else ''}.",
+        hint=hint,
+        status=status,
+        retry_after=wait,
+        body=answer.body,
+    )
+
+
+def server_words(answer: Answer) -> str:
+    """What a FastAPI error says: `detail`, or the fields that a 422 complains about; "" if nothing."""
+    import json
+
+    try:
+        content = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return describe_body(answer) if answer.body else ""
+    detail = content.get("detail") if isinstance(content, dict) else None
+    if isinstance(detail, list):
+        rows = [row for row in detail if isinstance(row, dict)]
+        fields = [".".join(map(str, as_list(row.get("loc")))) + ": " + str(row.get("msg")) for row in rows]
+        return "; ".join(fields)[:600]
+    return str(detail)[:600].rstrip(".") if detail else ""
+
+
+def describe_body(answer: Answer) -> str:
+    """What kind of body came instead of JSON, without its text (it may echo what was sent)."""
+    kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not answer.body.strip():
+        return "an empty body"
+    if answer.body.lstrip()[:1] == b"<" or "html" in kind:
+        return "an HTML page"
+    if answer.body.lstrip()[:1] in (b"{", b"["):
+        return "half a JSON document"
+    return f"{len(answer.body)} bytes of {printable(kind)[:60] or 'something'}"
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """The seconds of a Retry-After header, given in seconds or as a date; None when it says nothing."""
+    if not value:
+        return None
+    if re.fullmatch(r"\s*\d{1,9}\s*", value):
+        return float(value)
+    import email.utils
+
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+# Answers come from outside: these take a value only if it has the type that the API promises.
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def as_text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# api: one thin method per endpoint; no printing, no decisions
+# ----------------------------------------------------------------------------------------------------------
+
+
+class PlatoApi:
+    """The endpoints that this tool uses. Answers are plain dicts; what is missing in them is missing."""
+
+    def __init__(self, settings: Settings, reporter: Reporter) -> None:
+        self.settings = settings
+        self.transport = Transport(settings, reporter)
+
+    def another(self) -> PlatoApi:
+        """The same with a connection of its own, for another thread."""
+        return PlatoApi(self.settings, self.transport.reporter)
+
+    def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        answer = self.transport.request(method, path, **options)
+        if not isinstance(answer, dict):
+            raise ApiError(
+                f"{method} {path} was answered with a JSON {type(answer).__name__} where an object belongs.",
+                hint="Check PLATO_BASE_URL, and that this version fits the server.",
+            )
+        return answer
+
+    def make_session(self, environment: Mapping[str, Any], lifetime: int | None) -> dict[str, Any]:
+        """POST /api/v2/sessions/make: a session of one job. Sent once, whatever happens.
+
+        lifetime: seconds until the server ends the VM. Returns CreateSessionResponse.
+        """
+        body = {"type": "envs", "envs": [dict(environment)], "timeout": lifetime, "source": "SDK"}
+        return self._call("POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False)
+
+    def wait_for_ready(self, session_id: str, seconds: int) -> dict[str, Any]:
+        """GET .../wait_for_ready: a long poll of `seconds`. Returns WaitForReadyResponse."""
+        path = f"/api/v2/sessions/{quoted(session_id)}/wait_for_ready"
+        return self._call("GET", path, query={"timeout": seconds}, seconds=seconds + 15.0)
+
+    def session_details(self, session_id: str) -> dict[str, Any]:
+        """GET /api/v2/sessions/{session_id}. Returns SessionDetailsResponse."""
+        return self._call("GET", f"/api/v2/sessions/{quoted(session_id)}")
+
+    def heartbeat(self, session_id: str) -> dict[str, Any]:
+        """POST .../heartbeat, once: the caller has its own rhythm. Returns HeartbeatResponse."""
+        path = f"/api/v2/sessions/{quoted(session_id)}/heartbeat"
+        return self._call("POST", path, seconds=BEAT_SECONDS, repeatable=False)
+
+    def reset(self, session_id: str) -> dict[str, Any]:
+        """POST .../reset: back to the initial state, however often. Returns ResetSessionResponse."""
+        path = f"/api/v2/sessions/{quoted(session_id)}/reset"
+        return self._call("POST", path, body={"source": "SDK"}, seconds=RESET_SECONDS)
+
+    def close(self, session_id: str) -> dict[str, Any]:
+        """POST .../close. Returns CloseSessionResponse."""
+        return self._call("POST", f"/api/v2/sessions/{quoted(session_id)}/close", seconds=60.0)
+
+    def public_url(self, session_id: str) -> dict[str, Any]:
+        """GET .../public_url. Returns PublicUrlResponse."""
+        return self._call("GET", f"/api/v2/sessions/{quoted(session_id)}/public_url")
+
+    def add_ssh_key(self, session_id: str, public_key: str, username: str) -> dict[str, Any]:
+        """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
+        body = {"public_key": public_key, "username": username}
+        path = f"/api/v2/sessions/{quoted(session_id)}/add_ssh_key"
+        return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
+
+    def setup_root_access(self, job_id: str, public_key: str) -> dict[str, Any]:
+        """POST .../vm/{job_id}/setup-root-access. Returns VMManagementResponse."""
+        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}/setup-root-access"
+        return self._call("POST", path, body={"ssh_public_key": public_key}, seconds=SETUP_SECONDS)
+
+    def setup_sandbox(
+        self, job_id: str, service: str, dataset: str, content: Mapping[str, Any], public_key: str | None
+    ) -> dict[str, Any]:
+        """POST .../vm/{job_id}/setup-sandbox: the config and the SSH key. Returns SetupSandboxResponse."""
+        body = {"service": service, "dataset": dataset, "plato_dataset_config": dict(content)}
+        if public_key:
+            body["ssh_public_key"] = public_key
+        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}/setup-sandbox"
+        return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
+
+
+def quoted(part: str) -> str:
+    """One part of a URL path; ids are opaque, so anything may be in them."""
+    import urllib.parse
+
+    return urllib.parse.quote(part, safe="")
+
+
+def job_of(answer: Mapping[str, Any], job_id: str | None) -> dict[str, Any]:
+    """The entry of one job in the `results` of an answer; {} when it has none. Sessions here have one job."""
+    results = as_dict(answer.get("results"))
+    if job_id in results:
+        return as_dict(results[job_id])
+    return as_dict(next(iter(results.values()), None)) if len(results) == 1 else {}
+
+
+def vm_status(details: Mapping[str, Any], job_id: str | None) -> tuple[str | None, str | None]:
+    """The VM's status and its reason in session details, wherever this server's version puts them."""
+    jobs = [as_dict(job) for job in as_list(details.get("jobs")) or as_list(details.get("envs"))]
+    same = [job for job in jobs if job_id and job_id in (job.get("job_id"), job.get("public_id"))]
+    for entry in (*same, *jobs[:1], details):
+        status = as_text(entry.get("status"))
+        if status:
+            return status, as_text(entry.get("status_reason")) or as_text(entry.get("error"))
+    return None, None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# ssh: key, config and known hosts of one sandbox; the gateway stream, which is this file as ProxyCommand
+# ----------------------------------------------------------------------------------------------------------
+
+
+class SshFiles:
+    """The SSH files of one sandbox under PLATO_HOME. `~/.ssh` is never read or written."""
+
+    def __init__(self, home: str, session_id: str) -> None:
+        self.name = short_id(session_id)
+        self.host = f"sandbox-{self.name}"
+        self.config = os.path.join(home, f"ssh_{self.name}.conf")
+        self.key = os.path.join(home, f"ssh_{self.name}_key")
+        self.public_key = self.key + ".pub"
+        self.known_hosts = os.path.join(home, f"known_hosts_{self.name}")
+
+    def all(self) -> tuple[str, ...]:
+        return self.config, self.key, self.public_key, self.known_hosts
+
+    def remove(self) -> None:
+        for path in (*self.all(), self.known_hosts + ".old"):
+            _unlink_quietly(path)
+
+
+class KeyMaking:
+    """ssh-keygen at work beside the main thread; `finish` waits and returns the public key."""
+
+    def __init__(self, files: SshFiles, reporter: Reporter) -> None:
+        import subprocess
+
+        self.files = files
+        _unlink_quietly(files.key)
+        _unlink_quietly(files.public_key)
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
+        quiet = subprocess.DEVNULL
+        self._process = launch(command, reporter, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE)
+
+    def finish(self) -> str:
+        _, complaint = self._process.communicate()
+        if self._process.returncode:
+            words = printable(complaint.decode("utf-8", "replace").strip())
+            raise SandboxError(f"ssh-keygen could not make a key: {words or 'no reason given'}.")
+        try:
+            with open(self.files.public_key, encoding="ascii") as file:
+                return file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SandboxError(f"The new SSH key cannot be read: {reason(error)}.") from None
+
+
+def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str) -> str:
+    """The config for `ssh -F`: one host, its own key and known hosts, and this file as the way there."""
+    stream = own_command(
+        "gateway-stream", "--host", settings.gateway_host, "--port", str(settings.gateway_port)
+    )
+    if settings.ca_file:
+        stream += ["--ca-file", os.path.abspath(settings.ca_file)]
+    stream += [f"{job_id}--22"]
+    lines = [
+        f"# SSH to one sandbox. Written by {PROGRAM}; `stop` removes it.",
+        f"Host {files.host}",
+        f"    HostName {files.host}",
+        f"    HostKeyAlias {files.host}",
+        f"    User {user}",
+        f"    IdentityFile {ssh_quoted(files.key)}",
+        "    IdentitiesOnly yes",
+        "    PreferredAuthentications publickey",
+        f"    UserKnownHostsFile {ssh_quoted(files.known_hosts)}",
+        "    GlobalKnownHostsFile /dev/null",
+        "    StrictHostKeyChecking accept-new",
+        "    UpdateHostKeys no",
+        "    LogLevel ERROR",
+        "    ConnectTimeout 30",
+        "    ServerAliveInterval 15",
+        "    ServerAliveCountMax 4",
+        f"    ProxyCommand {shell_words(stream).replace('%', '%%')}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def ssh_quoted(path: str) -> str:
+    """A path as a value of ssh_config; SandboxError for one that its syntax cannot carry."""
+    if any(mark in path for mark in ('"', "\n", "\\", "${")):
+        raise SandboxError(
+            f"The path {shown_path(path)} holds a character that an SSH config cannot carry.",
+            hint="Set PLATO_HOME to a directory with a simpler name.",
+        )
+    return '"' + path.replace("%", "%%") + '"'
+
+
+def write_ssh_config(settings: Settings, files: SshFiles, job_id: str, user: str) -> None:
+    try:
+        write_whole(files.config, ssh_config_text(settings, files, job_id, user))
+    except OSError as error:
+        raise SandboxError(f"{shown_path(files.config)} cannot be written: {reason(error)}.") from None
+
+
+def repair_ssh_config(state: Mapping[str, Any], settings: Settings, reporter: Reporter) -> None:
+    """Write an SSH config of ours anew when this file, its interpreter or the gateway has moved."""
+    path, job_id = state.get("ssh_config_path"), state.get("job_id")
+    if not path or not job_id or not state.get("session_id"):
+        return
+    files = SshFiles(settings.home, state["session_id"])
+    if path != files.config:
+        return  # another client's
+    try:
+        with open(path, encoding="utf-8") as file:
+            written = file.read()
+    except (OSError, UnicodeDecodeError):
+        return
+    user = re.search(r"^    User (\w+)$", written, re.MULTILINE)
+    proxy = re.search(r"^    ProxyCommand .*gateway-stream .*$", written, re.MULTILINE)
+    if user is None or proxy is None or not written.startswith(f"# SSH to one sandbox. Written by {PROGRAM}"):
+        return
+    if not _proxy_runs(proxy[0]):
+        write_ssh_config(settings, files, job_id, user[1])
+        reporter.note(f"{shown_path(path)} was written anew, as this file or Python has moved.")
+
+
+def _proxy_runs(line: str) -> bool:
+    """Whether the interpreter and the file that a ProxyCommand line names are still where they were."""
+    import shlex
+
+    words = shlex.split(line.replace("%%", "%"))[1:]
+    return os.access(words[0], os.X_OK) and os.path.isfile(words[3]) if len(words) > 3 else False
+
+
+def ssh_command(state: Mapping[str, Any], *, shown: bool) -> str | None:
+    """The command that opens a shell on the VM; with `shown`, for people: the home directory as ~."""
+    config, host = state.get("ssh_config_path"), state.get("ssh_host")
+    if not config or not host:
+        return None
+    short = shown_path(config)
+    if shown and short.startswith("~/") and shell_words([short[2:]]) == short[2:]:
+        return f"ssh -F {short} {shell_words([host])}"
+    return shell_words(["ssh", "-F", config, host])
+
+
+def gateway_stream(host: str, port: int, target: str) -> None:
+    """Join standard input and output to a port of a VM, through TLS to the gateway.
+
+    target: `<job id>--<port>`; with the gateway's name behind it, it is the TLS server name.
+    """
+    deadline = time.monotonic() + REQUEST_SECONDS
+    stream = secure(connect(host, port, deadline), f"{target}.{host}", deadline)
+    try:
+        _relay(stream, 0, 1)
+    except OSError:
+        return  # either side hung up, which is how these connections end
+    finally:
+        stream.close()
+
+
+def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
+    """Copy both ways until the VM's side ends. One thread: an SSL object must not be used by two."""
+    import select
+    import ssl
+
+    stream.setblocking(False)
+    outgoing = b""
+    reading = True
+    while True:
+        sources: list[Any] = [stream, source] if reading and not outgoing else [stream]
+        patience = 0 if stream.pending() else None
+        readable, _, _ = select.select(sources, [stream] if outgoing else [], [], patience)
+        if source in readable:
+            outgoing = os.read(source, 65536)
+            if not outgoing:
+                reading = False
+                _say_goodbye(stream)
+        if outgoing:
+            try:
+                outgoing = outgoing[stream.send(outgoing) :]
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass
+        if stream in readable or stream.pending():
+            try:
+                data = stream.recv(65536)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                continue
+            if not data:
+                return
+            _write_all(sink, data)
+
+
+def _say_goodbye(stream: ssl.SSLSocket) -> None:
+    """Tell the gateway that nothing more comes, and go on reading what it still has."""
+    try:
+        stream.unwrap()
+    except (OSError, ValueError):
+        pass
+
+
+def _write_all(sink: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(sink, view) :]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# heartbeat: the child that keeps a VM alive; its record, its start, its end, its health
+# ----------------------------------------------------------------------------------------------------------
+
+
+class HeartbeatRecord:
+    """heartbeat_<id>.log: one line of JSON with the present truth, then the last events, one a line.
+
+    The child holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
+    The keys of the first line: session_id, pid, start_mark, interval, beats, last_ok and last_error_at
+    (seconds since 1970), last_error, failures (in a row), ended (why, once it has).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.truth: dict[str, Any] = {}
+        self.events: list[str] = []
+        self._handle = -1
+
+    def take(self) -> bool:
+        """Create the file if needed and take its lock; False when another heartbeat has it."""
+        import fcntl
+
+        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        for _ in range(100):  # a command that only looks holds a shared lock for a moment
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(0.02)
+        return False
+
+    def is_ours(self) -> bool:
+        """Whether the file at the path is still the one that was taken."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._handle))
+        except OSError:
+            return False
+
+    def write(self, event: str | None = None, **truth: Any) -> None:
+        import json
+
+        self.truth.update(truth)
+        if event:
+            self.events = [*self.events[-BEAT_LOG_EVENTS + 1 :], f"{utc_text(time.time())} {event[:300]}"]
+        data = ("\n".join([json.dumps(self.truth), *self.events]) + "\n").encode("utf-8", "replace")
+        try:
+            os.pwrite(self._handle, data, 0)
+            os.ftruncate(self._handle, len(data))
+        except OSError:
+            pass  # a full disk must not end the heartbeat
+
+    @classmethod
+    def read(cls, path: str) -> dict[str, Any]:
+        """The truth that a child wrote last, or {} when there is none to read."""
+        import json
+
+        for _ in range(3):  # a reader may meet a write halfway
+            try:
+                with open(path, encoding="utf-8") as file:
+                    truth = json.loads(file.readline())
+                return truth if isinstance(truth, dict) else {}
+            except OSError:
+                return {}
+            except ValueError:
+                time.sleep(0.02)
+        return {}
+
+
+def heartbeat_path(home: str, session_id: str) -> str:
+    return os.path.join(home, f"heartbeat_{short_id(session_id)}.log")
+
+
+def heartbeat_alive(path: str) -> bool:
+    """Whether a heartbeat holds the lock on its record."""
+    import fcntl
+
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def utc_text(seconds: float) -> str:
+    """A time as ISO 8601 in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(seconds))
+
+
+class BeatOutcome:
+    """What one beat came to: good; gone (the VM ended), and what was said, for the record."""
+
+    def __init__(
+        self, good: bool, gone: bool = False, words: str = "", retry_after: float | None = None
+    ) -> None:
+        self.good = good
+        self.gone = gone
+        self.words = words
+        self.retry_after = retry_after
+
+
+def judge_beat(answer: Mapping[str, Any], job_id: str | None) -> BeatOutcome:
+    """What a heartbeat's answer means (api notes on `heartbeat`).
+
+    Errors that name `vm_heartbeat_message` only say that the worker is not started yet; one that names
+    `registry_heartbeat_update` says that the VM's own record was not updated, which is what keeps it alive.
+    """
+    job = job_of(answer, job_id)
+    errors = [str(error) for error in as_list(job.get("errors"))]
+    serious = [error for error in errors if "vm_heartbeat_message" not in error]
+    words = printable("; ".join(serious))[:200]
+    if job.get("gone") is True:
+        return BeatOutcome(False, True, words or "the VM is gone")
+    if not serious and (errors or answer.get("success") is True):
+        return BeatOutcome(True)
+    return BeatOutcome(False, words=words or "Plato did not accept the heartbeat")
+
+
+def try_beat(api: PlatoApi, session_id: str, job_id: str | None) -> BeatOutcome:
+    """Send one heartbeat; whatever goes wrong is an outcome, never an error."""
+    try:
+        return judge_beat(api.heartbeat(session_id), job_id)
+    except ApiError as error:
+        return BeatOutcome(False, error.status in (404, 410), error.message, error.retry_after)
+    except SandboxError as error:
+        return BeatOutcome(False, words=error.message)
+    finally:
+        api.transport.close()
+
+
+def next_beat_delay(interval: float, failures: int, elapsed: float, retry_after: float | None) -> float:
+    """Seconds from now to the next beat: the rest of the interval, or a retry that comes no later than it."""
+    regular = max(0.0, interval - elapsed)
+    if not failures:
+        return regular
+    retry = BEAT_RETRY_SECONDS[failures - 1] if failures <= len(BEAT_RETRY_SECONDS) else interval
+    return min(regular, max(retry, retry_after or 0.0))
+
+
+class Heartbeat:
+    """The child's loop. Ends when the VM is gone (looked at twice), when .sandbox.yaml no longer names its
+    session, when its record is taken away, or after an hour without one good beat."""
+
+    def __init__(self, task: Mapping[str, Any], record: HeartbeatRecord) -> None:
+        settings = Settings(api_key=task["api_key"], base_url=task["base_url"])
+        self.api = PlatoApi(settings, Reporter())
+        self.session_id: str = task["session_id"]
+        self.job_id: str | None = task["job_id"]
+        self.directory: str = task["directory"]
+        self.interval: float = task["interval"]
+        self.record = record
+        self.failures = 0
+        self.gone_before = False
+        self.last_ok = time.time()
+        self.retry_after: float | None = None
+        self._seen: object = None
+
+    def run(self) -> str:
+        """Beat until there is a reason to end; returns that reason."""
+        self.record.write("started")
+        while True:
+            began = time.time()
+            ending = self.reason_to_end() or self.beat()
+            if ending:
+                self.record.write(f"ended: {ending}", ended=ending)
+                return ending
+            now = time.time()
+            wait_until(
+                now + next_beat_delay(self.interval, self.failures, max(0.0, now - began), self.retry_after)
+            )
+
+    def beat(self) -> str | None:
+        """One beat and its place in the record; returns why the heartbeat must end, or None."""
+        outcome = try_beat(self.api, self.session_id, self.job_id)
+        now = time.time()
+        self.retry_after = outcome.retry_after
+        if outcome.good:
+            event = f"good again after {self.failures} failed beats" if self.failures else None
+            self.failures, self.gone_before, self.last_ok = 0, False, now
+            beats = self.record.truth.get("beats", 0) + 1
+            self.record.write(event, last_ok=now, failures=0, beats=beats)
+            return None
+        self.failures += 1
+        first = self.failures == 1 or outcome.gone
+        event = f"failed: {outcome.words}" if first else None
+        self.record.write(event, last_error=outcome.words, last_error_at=now, failures=self.failures)
+        if outcome.gone and self.gone_before:
+            return "the VM is gone"
+        self.gone_before = outcome.gone
+        if now - self.last_ok > BEAT_SILENCE_LIMIT_SECONDS:
+            return "no good beat for an hour"
+        return None
+
+    def reason_to_end(self) -> str | None:
+        """Why this heartbeat is no longer wanted, or None. A file that cannot be read is no reason."""
+        if not self.record.is_ours():
+            return "its record was taken away"
+        try:
+            status = os.stat(state_path(self.directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{STATE_FILE} was removed"
+        except OSError:
+            return None
+        seen = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if seen == self._seen:
+            return None
+        try:
+            state = load_state(self.directory)
+        except SandboxError:
+            return None
+        self._seen = seen
+        if state is None or state.get("session_id") != self.session_id:
+            return f"{STATE_FILE} names another sandbox"
+        return None
+
+
+def wait_until(moment: float) -> None:
+    """Sleep until a time of the wall clock; a computer that slept meanwhile wakes this at once.
+
+    The monotonic clock stands still while a computer sleeps, so the wait is cut into slices.
+    """
+    started, mark = time.time(), time.monotonic()
+    total = moment - started
+    while True:
+        now = time.time()
+        left = min(moment - now, total - (time.monotonic() - mark))
+        if left <= 0:
+            return
+        time.sleep(min(left, 5.0))
+
+
+def heartbeat_child() -> int:
+    """The hidden command: read the task from standard input, report on standard output, then beat."""
+    import json
+
+    task = json.loads(sys.stdin.buffer.read())
+    record = HeartbeatRecord(task["record"])
+    try:
+        taken = record.take()
+    except OSError as error:
+        print(f"error {reason(error)}", flush=True)
+        return 1
+    pid = os.getpid()
+    if taken:
+        record.truth = {"session_id": task["session_id"], "pid": pid, "start_mark": process_start_mark(pid)}
+        record.write(interval=task["interval"], started=time.time(), failures=0, beats=0)
+    print("ready" if taken else "busy", flush=True)
+    _leave_streams()
+    if taken:
+        Heartbeat(task, record).run()
+    return 0
+
+
+def _leave_streams() -> None:
+    """Point the three standard streams at nothing, so that no pipe or terminal is held open."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    os.close(nothing)
+
+
+def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str, reporter: Reporter) -> int:
+    """Start the heartbeat of a sandbox and return its pid, once it holds its lock. The key goes by a pipe."""
+    import json
+    import subprocess
+
+    task = {
+        "api_key": settings.require_key(),
+        "base_url": settings.base_url,
+        "session_id": state["session_id"],
+        "job_id": state.get("job_id"),
+        "directory": directory,
+        "interval": settings.heartbeat_seconds,
+        "record": heartbeat_path(settings.home, state["session_id"]),
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "PLATO_API_KEY"}
+    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+    options = {"stdin": pipe, "stdout": pipe, "stderr": quiet, "env": environment, "cwd": "/"}
+    child = launch(own_command("heartbeat-child"), reporter, start_new_session=True, **options)
+    said = _tell_and_hear(child, json.dumps(task).encode())
+    word, _, detail = said.decode("utf-8", "replace").strip().partition(" ")
+    if word == "busy":
+        return int(HeartbeatRecord.read(str(task["record"])).get("pid") or 0)
+    if word != "ready":
+        raise SandboxError(
+            f"The heartbeat could not be started: {printable(detail) or 'it ended at once'}.",
+            hint=f"Check that {shown_path(settings.home)} is writable.",
+        )
+    child.returncode = 0  # it lives on by itself: nobody waits for it
+    return child.pid
+
+
+def _tell_and_hear(child: subprocess.Popen[bytes], task: bytes) -> bytes:
+    """Give the child its task and return its first word; it is ended if it does not say one."""
+    import select
+
+    stdin, stdout = child.stdin, child.stdout
+    if stdin is None or stdout is None:
+        raise TypeError("both streams of the child must be pipes")
+    try:
+        with stdin:
+            stdin.write(task)
+    except BrokenPipeError:
+        pass  # it ended at once: its silence says so
+    with stdout:
+        if select.select([stdout], [], [], HEARTBEAT_START_SECONDS)[0]:
+            return os.read(stdout.fileno(), 4096)
+    child.kill()
+    child.wait()
+    return b"error it did not start in time"
+
+
+def heartbeat_health(settings: Settings, state: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """What is known of a sandbox's heartbeat, for `status`.
+
+    state: ok, degraded (alive, but the last good beat is long ago), dead, or expired (ended with the VM);
+    pid; last_ok and last_error_at as ISO 8601 or None; last_error; failures in a row.
+    """
+    path = heartbeat_path(settings.home, state.get("session_id") or "")
+    truth = HeartbeatRecord.read(path)
+    pid = truth.get("pid") or state.get("heartbeat_pid")
+    last_ok, failed_at = truth.get("last_ok"), truth.get("last_error_at")
+    if heartbeat_alive(path):
+        limit = UNHEALTHY_BEATS * truth.get("interval", settings.heartbeat_seconds) + BEAT_SECONDS
+        fresh = now - (last_ok or truth.get("started") or 0) <= limit
+        word = "ok" if fresh else "degraded"
+    elif not truth and other_heartbeat_alive(state):
+        word = "ok"
+    else:
+        word = "expired" if truth.get("ended") == "the VM is gone" else "dead"
+    return {
+        "state": word,
+        "pid": pid,
+        "last_ok": utc_text(last_ok) if last_ok else None,
+        "last_error": truth.get("last_error") if truth.get("failures") or word != "ok" else None,
+        "last_error_at": utc_text(failed_at) if failed_at else None,
+        "failures": truth.get("failures", 0),
+        "ended": truth.get("ended"),
+    }
+
+
+def other_heartbeat_alive(state: Mapping[str, Any]) -> bool:
+    """Whether the process that another client's state names is a heartbeat of this very session."""
+    pid, session_id = state.get("heartbeat_pid"), state.get("session_id")
+    if not isinstance(pid, int) or not session_id:
+        return False
+    command = process_command(pid)
+    return session_id in command and "heartbeat" in command and process_start_mark(pid) is not None
+
+
+def stop_heartbeat(settings: Settings, state: Mapping[str, Any]) -> bool:
+    """End the heartbeat of a sandbox, ours or another client's; True when none is left.
+
+    No signal goes to a process that is not provably the heartbeat: it holds the lock and is the process
+    that its record describes, or its command line names this session.
+    """
+    import signal
+
+    path = heartbeat_path(settings.home, state["session_id"])
+    if not heartbeat_alive(path):
+        pid = state.get("heartbeat_pid")
+        if other_heartbeat_alive(state) and isinstance(pid, int):
+            signal_process(pid, lambda: other_heartbeat_alive(state), signal.SIGTERM)
+        return True
+    truth = HeartbeatRecord.read(path)
+    pid, mark = truth.get("pid"), truth.get("start_mark")
+    if isinstance(pid, int) and mark:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal_process(pid, lambda: heartbeat_alive(path) and process_start_mark(pid) == mark, number)
+            if _ended_within(path, 3.0):
+                return True
+    return not heartbeat_alive(path)
+
+
+def _ended_within(path: str, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while heartbeat_alive(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sandbox: start, status and stop as operations; the commands and importers are thin over this
+# ----------------------------------------------------------------------------------------------------------
+
+
+class StartPlan:
+    """What `start` will do, decided before anything is touched.
+
+    environment: the `envs[]` entry of `make` (its alias is added when it is sent); state: the first fields
+    of .sandbox.yaml; ssh_user: whose key is installed; config: in config mode; lifetime, ready_seconds: in
+    seconds; reset: whether to reset once the VM is ready.
+    """
+
+    def __init__(
+        self,
+        environment: dict[str, Any],
+        state: dict[str, Any],
+        *,
+        ssh_user: str = "root",
+        config: Config | None = None,
+        lifetime: int = DEFAULT_LIFETIME_SECONDS,
+        ready_seconds: float = DEFAULT_READY_SECONDS,
+        reset: bool = True,
+    ) -> None:
+        self.environment = environment
+        self.state = state
+        self.ssh_user = ssh_user
+        self.config = config
+        self.lifetime = lifetime
+        self.ready_seconds = ready_seconds
+        self.reset = reset
+
+
+def plan_start(
+    directory: str,
+    *,
+    from_config: bool = False,
+    simulator: str | None = None,
+    artifact_id: str | None = None,
+    blank: bool = False,
+    dataset: str | None = None,
+    tag: str | None = None,
+    service: str | None = None,
+    cpus: int | None = None,
+    memory: int | None = None,
+    disk: int | None = None,
+    timeout: float = DEFAULT_READY_SECONDS,
+    lifetime: int = DEFAULT_LIFETIME_SECONDS,
+    reset: bool = True,
+) -> StartPlan:
+    """Check the options of `start` and turn them into a plan. Reads the config, changes nothing.
+
+    UsageError for options that do not fit together, ConfigError for a config with problems.
+    """
+    modes = [from_config, simulator is not None, artifact_id is not None, blank]
+    if sum(modes) != 1:
+        raise UsageError(
+            "Choose one mode: --from-config, --simulator, --artifact-id or --blank."
+            if not any(modes)
+            else "Only one of --from-config, --simulator, --artifact-id and --blank can be used.",
+            hint=f"In a simulator's directory: {PROGRAM} start --from-config",
+        )
+    specs = {"cpus": cpus, "memory": memory, "disk": disk}
+    mode = ("from-config", "simulator", "artifact-id", "blank")[modes.index(True)]
+    _refuse_unfit(mode, {"dataset": dataset, "tag": tag, "service": service, **specs})
+    _check_seconds("--timeout", timeout)
+    _check_seconds("--lifetime", lifetime)
+    if from_config:
+        plan = _plan_from_config(load_config(find_config(directory), dataset))
+    elif simulator is not None:
+        plan = _plan_from_simulator(simulator, tag, dataset)
+    elif artifact_id is not None:
+        plan = _plan_from_artifact(artifact_id)
+    else:
+        plan = _plan_blank(service, specs)
+    plan.ready_seconds, plan.lifetime, plan.reset = timeout, lifetime, reset
+    return plan
+
+
+_OPTION_MODES = {
+    "dataset": ("from-config", "simulator"),
+    "tag": ("simulator",),
+    "service": ("blank",),
+    "cpus": ("blank",),
+    "memory": ("blank",),
+    "disk": ("blank",),
+}
+
+
+def _refuse_unfit(mode: str, given: Mapping[str, Any]) -> None:
+    for option, value in given.items():
+        fitting = _OPTION_MODES[option]
+        if value is not None and mode not in fitting:
+            raise UsageError(f"--{option} goes with {' and '.join('--' + name for name in fitting)} only.")
+
+
+def _check_seconds(option: str, value: float) -> None:
+    if not 1 <= value <= 7 * 86400:
+        raise UsageError(f"{option} is {value:g}; it must be from 1 second to 7 days (604800).")
+
+
+def _plan_from_config(config: Config) -> StartPlan:
+    numbers = {
+        name: whole_number(config.compute.get(name)) for name in COMPUTE_FIELDS if name != "native_worker"
+    }
+    sent = {name: number for name, number in numbers.items() if number is not None}
+    state = {
+        "mode": "config",
+        "service": config.service,
+        "dataset": config.dataset,
+        "plato_config_path": config.path,
+        **{name: sent.get(name) for name in ("cpus", "memory", "disk")},
+    }
+    environment = {"type": "resource", "simulator": config.service, "sim_config": sent}
+    return StartPlan(environment, state, ssh_user="plato", config=config)
+
+
+def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -> StartPlan:
+    name, colon, version = simulator.partition(":")
+    if not name or (colon and not version):
+        raise UsageError(
+            f"--simulator is {simulator!r}; it must be a name, NAME:TAG or NAME:ARTIFACT-UUID.",
+            hint="For example: --simulator espocrm:prod-latest",
+        )
+    if colon and tag is not None and tag != version:
+        raise UsageError(
+            f"--simulator names the tag {version!r} and --tag the tag {tag!r}; give one of them."
+        )
+    state = {
+        "mode": "artifact",
+        "simulator": simulator,
+        "service": name,
+        "dataset": dataset or DEFAULT_DATASET,
+    }
+    if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", version):
+        return StartPlan({"type": "artifact", "artifact_id": version}, {**state, "artifact_id": version})
+    chosen = version or tag or DEFAULT_TAG
+    environment = {
+        "type": "simulator",
+        "simulator": name,
+        "tag": chosen,
+        "dataset": dataset or DEFAULT_DATASET,
+    }
+    return StartPlan(environment, {**state, "tag": chosen})
+
+
+def _plan_from_artifact(artifact_id: str) -> StartPlan:
+    if not artifact_id.strip():
+        raise UsageError("--artifact-id is empty.")
+    state = {"mode": "artifact", "artifact_id": artifact_id, "dataset": DEFAULT_DATASET}
+    return StartPlan({"type": "artifact", "artifact_id": artifact_id}, state)
+
+
+def _plan_blank(service: str | None, specs: Mapping[str, int | None]) -> StartPlan:
+    if not service:
+        raise UsageError(
+            "--blank needs --service NAME.", hint=f"For example: {PROGRAM} start --blank --service myapp"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", service):
+        raise UsageError(f"--service is {service!r}; it may hold letters, digits, '.', '_' and '-' only.")
+    sizes = {
+        "cpus": _within("--cpus", specs["cpus"], DEFAULT_CPUS, CPUS_RANGE),
+        "memory": _within("--memory", specs["memory"], DEFAULT_MEMORY_MB, MEMORY_RANGE_MB),
+        "disk": _within("--disk", specs["disk"], DEFAULT_DISK_MB, DISK_RANGE_MB),
+    }
+    environment = {"type": "resource", "simulator": service, "sim_config": sizes}
+    return StartPlan(environment, {"mode": "blank", "service": service, **sizes})
+
+
+def _within(option: str, value: int | None, default: int, bounds: tuple[int, int]) -> int:
+    chosen = default if value is None else value
+    if not bounds[0] <= chosen <= bounds[1]:
+        raise UsageError(f"{option} is {chosen}; it must be from {bounds[0]} to {bounds[1]}.")
+    return chosen
+
+
+def with_router_target(url: str | None, service: str | None) -> str | None:
+    """The address for a browser: the public URL with `_plato_router_target` (api notes)."""
+    if not url or not service:
+        return url
+    import urllib.parse
+
+    target = urllib.parse.quote(f"{service}.web.plato.so", safe="")
+    return f"{url}{'&' if '?' in url else '?'}_plato_router_target={target}"
+
+
+class Sandbox:
+    """The sandbox of a directory: at most one, recorded in its .sandbox.yaml.
+
+        with Sandbox.start("simulator/", from_config=True) as sandbox:
+            print(sandbox.state["url"])
+
+    Leaving the block stops it. `Sandbox("simulator/")` is the one that is already there.
+    state: the fields of .sandbox.yaml as a dict, {} without a sandbox.
+    """
+
+    def __init__(
+        self, directory: str = ".", *, settings: Settings | None = None, reporter: Reporter | None = None
+    ) -> None:
+        self.directory = os.path.abspath(directory)
+        if not os.path.isdir(self.directory):
+            raise UsageError(f"{shown_path(self.directory)} is not a directory.")
+        self.settings = settings or Settings.from_environment()
+        self.reporter = reporter or Reporter()
+        self.api = PlatoApi(self.settings, self.reporter)
+        self.state: dict[str, Any] = {}
+
+    @classmethod
+    def start(
+        cls,
+        directory: str = ".",
+        *,
+        replace: bool = False,
+        settings: Settings | None = None,
+        reporter: Reporter | None = None,
+        **options: Any,
+    ) -> Sandbox:
+        """Create a VM and return when it is ready, reset, and reachable by SSH.
+
+        options: those of `plan_start` (from_config, simulator, artifact_id, blank, dataset, tag, service,
+        cpus, memory, disk in MB, timeout and lifetime in seconds, reset). replace: stop a live one first.
+        Whatever fails after the VM exists, the VM is closed again. Raises any SandboxError.
+        """
+        sandbox = cls(directory, settings=settings, reporter=reporter)
+        plan = plan_start(sandbox.directory, **options)
+        sandbox.settings.require_key()
+        Starter(sandbox, plan).run(replace)
+        return sandbox
+
+    def __enter__(self) -> Sandbox:  # noqa: PYI034  (Self is newer than 3.9)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def load(self) -> dict[str, Any]:
+        """Read .sandbox.yaml into `state`. NoSandboxError without one, ConflictError for another Plato's."""
+        state = load_state(self.directory)
+        if state is None:
+            raise NoSandboxError(
+                f"There is no sandbox in {shown_path(self.directory)}.",
+                hint=f"Start one: {PROGRAM} start --from-config (or --simulator, --artifact-id, --blank)",
+            )
+        self._check_base_url(state)
+        self.state = state
+        return state
+
+    def _check_base_url(self, state: Mapping[str, Any]) -> None:
+        theirs = state.get("base_url") or DEFAULT_BASE_URL
+        if theirs == self.settings.base_url or ("base_url" not in state and not self._is_ours(state)):
+            return
+        raise ConflictError(
+            f"The sandbox of {shown_path(self.directory)} belongs to {printable(theirs)},"
+            f" but PLATO_BASE_URL is {self.settings.base_url}.",
+            hint="Set PLATO_BASE_URL to the sandbox's Plato. A file never decides where the API key is sent.",
+        )
+
+    @staticmethod
+    def _is_ours(state: Mapping[str, Any]) -> bool:
+        return "expires_at" in state  # `plato` 2.0.x records neither this nor its base URL
+
+    def save(self, **changes: Any) -> None:
+        """Change fields of the state (None removes one) and write .sandbox.yaml."""
+        self.state = {key: value for key, value in {**self.state, **changes}.items() if value is not None}
+        save_state(self.directory, self.state)
+
+    # What the VM is doing
+
+    def status(self) -> dict[str, Any]:
+        """The state with what the API and the heartbeat's record say now. Nothing is changed.
+
+        Adds vm_status, vm_status_reason, vm_running, ssh_command, heartbeat (see `heartbeat_health`), and
+        `error` (a SandboxError or None) when the API could not be asked or the VM is gone.
+        """
+        state = self.load()
+        report: dict[str, Any] = {**state, "ssh_command": ssh_command(state, shown=False)}
+        report["heartbeat"] = heartbeat_health(self.settings, state, time.time())
+        report.update(vm_status="unknown", vm_status_reason=None, vm_running=False, error=None)
+        if state.get("session_id"):
+            self._ask_for_status(state, report)
+        else:
+            report["vm_status_reason"] = "`start` was cut off before Plato answered"
+            report["error"] = unfinished_start(state)
+        return report
+
+    def _ask_for_status(self, state: Mapping[str, Any], report: dict[str, Any]) -> None:
+        try:
+            details = self.api.session_details(state["session_id"])
+        except SandboxError as error:
+            gone = isinstance(error, ApiError) and error.status in (404, 410)
+            report["vm_status"] = "gone" if gone else "unreachable"
+            report["error"] = gone_error(None) if gone else error
+            return
+        word, why = vm_status(details, state.get("job_id"))
+        report.update(vm_status=word or "active", vm_status_reason=why)
+        report["vm_running"] = report["vm_status"].lower() in ("running", "active", "ready", "healthy")
+        if report["vm_status"].lower() in TERMINAL_STATUSES:
+            report["error"] = gone_error(why)
+
+    # The end
+
+    def stop(self, session_id: str | None = None) -> dict[str, Any]:
+        """Destroy the VM, then remove all that belongs to it; in that order, so nothing is lost on failure.
+
+        session_id: stop this session, from any directory. Returns session_id and already_gone.
+        """
+        with DirectoryLock(self.directory):
+            return self._stop(session_id)
+
+    def _stop(self, session_id: str | None) -> dict[str, Any]:
+        if session_id is None:
+            self.load()
+        else:
+            self._load_if_about(session_id)
+        target = session_id or self.state.get("session_id")
+        if target is None:  # a start that died before Plato answered
+            remove_state(self.directory)
+            self.reporter.warn(f"{unfinished_start(self.state).message} Its record was removed.")
+            return {"session_id": None, "already_gone": True}
+        self.reporter.step("Stopping the VM")
+        already_gone = self.close_session(target)
+        self.clean_up({**self.state, "session_id": target})
+        return {"session_id": target, "already_gone": already_gone}
+
+    def _load_if_about(self, session_id: str) -> None:
+        """Take up this directory's state if it is of that session; another or a damaged one is left alone."""
+        try:
+            state = load_state(self.directory)
+        except StateError as error:
+            self.reporter.warn(error.message)
+            return
+        if state is not None and state.get("session_id") == session_id:
+            self.state = state
+
+    def close_session(self, session_id: str) -> bool:
+        """Close a session and be sure of it; True when it was gone already. Raises when it may still run."""
+        try:
+            answer = self.api.close(session_id)
+        except ApiError as error:
+            if error.status in (404, 410):
+                return True
+            raise
+        if answer.get("success") is not False:
+            return False
+        details = self.api.session_details(session_id)
+        word, _ = vm_status(details, self.state.get("job_id"))
+        if word is not None and word.lower() in TERMINAL_STATUSES:
+            return True
+        said = as_text(answer.get("message")) or "no reason was given"
+        raise ApiError(
+            f"Plato did not close the session: {printable(said)}.",
+            hint=f"Everything was left as it is; run `{PROGRAM} stop` again.",
+        )
+
+    def clean_up(self, state: Mapping[str, Any]) -> None:
+        """Remove what belongs to a session that is certainly closed: heartbeat, SSH files, .sandbox.yaml."""
+        session_id = state["session_id"]
+        if not stop_heartbeat(self.settings, state):
+            self.reporter.warn("The heartbeat could not be ended; it ends by itself within two beats.")
+        SshFiles(self.settings.home, session_id).remove()
+        self._remove_foreign_ssh_files(state)
+        if self.state.get("session_id") == session_id:
+            remove_state(self.directory)
+        _unlink_quietly(heartbeat_path(self.settings.home, session_id))
+        self.state = {}
+
+    def _remove_foreign_ssh_files(self, state: Mapping[str, Any]) -> None:
+        """Another client's SSH files, if they lie in PLATO_HOME and are named as such files are."""
+        key = state.get("ssh_private_key_path")
+        for path in (state.get("ssh_config_path"), key, key and key + ".pub"):
+            name = os.path.basename(path or "")
+            if path == os.path.join(self.settings.home, name) and re.fullmatch(
+                r"ssh_[A-Za-z0-9-]+(\.conf|_key|_key\.pub)", name
+            ):
+                _unlink_quietly(path)
+
+
+def gone_error(why: str | None) -> NoSandboxError:
+    return NoSandboxError(
+        f"The VM is gone{': ' + printable(why) if why else ''}.",
+        hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
+    )
+
+
+def unfinished_start(state: Mapping[str, Any]) -> NoSandboxError:
+    return NoSandboxError(
+        f"A `start` ({state.get('created_at', 'at an unknown time')}) was cut off before Plato answered it."
+        " If a VM was created, it gets no heartbeat and is shut down after about two minutes.",
+        hint=f"`{PROGRAM} stop` removes this record; `start` goes ahead in spite of it.",
+    )
+
+
+class Starter:
+    """One `start`: the order of its steps is what keeps every VM accounted for.
+
+    Lock; record; create; record the ids; heartbeat; then wait. After a failure or an interruption the
+    session is closed and everything removed; where even that fails, the record stays.
+    """
+
+    def __init__(self, sandbox: Sandbox, plan: StartPlan) -> None:
+        self.sandbox = sandbox
+        self.plan = plan
+        self.api = sandbox.api
+        self.settings = sandbox.settings
+        self.reporter = sandbox.reporter
+        self.provider: str | None = None
+
+    def run(self, replace: bool) -> None:
+        for warning in self.plan.config.warnings if self.plan.config else ():
+            self.reporter.warn(warning)
+        with DirectoryLock(self.sandbox.directory), SignalGuard(self.reporter) as guard:
+            make_home(self.settings.home)
+            self._make_way(replace)
+            self._create(guard)
+            try:
+                guard.release()
+                self._bring_up()
+            except BaseException as error:
+                self._undo(error)
+                raise
+
+    # Before the VM exists
+
+    def _make_way(self, replace: bool) -> None:
+        """Make sure that no live sandbox is recorded here; with `replace`, stop it."""
+        if load_state(self.sandbox.directory) is None:
+            return
+        state = self.sandbox.load()
+        session_id = state.get("session_id")
+        if session_id is None:
+            self.reporter.warn(unfinished_start(state).message)
+        elif replace:
+            self.reporter.step("Stopping the sandbox that is here")
+            self.sandbox.close_session(session_id)
+            self.sandbox.clean_up(state)
+        else:
+            report = self.sandbox.status()
+            if not isinstance(report["error"], NoSandboxError):
+                raise report["error"] or live_sandbox_error(state)
+            self.reporter.note("The sandbox that was recorded here is gone; its files are removed.")
+            self.sandbox.close_session(session_id)
+            self.sandbox.clean_up(state)
+        self.sandbox.state = {}
+
+    def _create(self, guard: SignalGuard) -> None:
+        """Create the VM and record it. From the request to the record no signal is obeyed at once."""
+        now = time.time()
+        intent: dict[str, Any] = {**self.plan.state, "created_at": utc_text(now), "starting": True}
+        intent["expires_at"] = utc_text(now + self.plan.lifetime)
+        if self.settings.base_url != DEFAULT_BASE_URL:
+            intent["base_url"] = self.settings.base_url
+        self.sandbox.save(**intent)
+        guard.hold()
+        try:
+            self.reporter.step("Creating the VM", MAKE_SECONDS)
+            answer = self._make()
+            session_id = answer["session_id"]
+            entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
+            if entry.get("success") is False or not as_text(entry.get("job_id")):
+                self._refuse(session_id, as_text(entry.get("error")))
+        except (UnknownOutcomeError, Interrupted):
+            raise  # nobody knows whether there is a VM: the record stays, and `status` tells what is known
+        except BaseException:
+            if not self.sandbox.state.get("session_id"):
+                remove_state(self.sandbox.directory)
+            raise
+        self.sandbox.save(session_id=session_id, job_id=entry["job_id"], **self._learned(entry))
+
+    def _learned(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """What `make` tells of a VM beyond its id: the service of an artifact, the sizes of a config."""
+        state = self.sandbox.state
+        if state["mode"] == "artifact":
+            return {} if state.get("service") else {"service": as_text(entry.get("simulator"))}
+        sizes = as_dict(entry.get("effective_sim_config"))
+        return {
+            name: whole_number(sizes.get(name)) for name in ("cpus", "memory", "disk") if name not in state
+        }
+
+    def _make(self) -> dict[str, Any]:
+        import uuid
+
+        environment = {**self.plan.environment, "alias": f"sandbox-{uuid.uuid4().hex[:8]}"}
+        try:
+            answer = self.api.make_session(environment, self.plan.lifetime)
+            if as_text(answer.get("session_id")):
+                return answer
+            raise ApiError("Plato's answer to the request that creates a VM names no session.")
+        except NetworkError as error:
+            if error.sent:
+                raise lost_answer(error) from None
+            raise
+        except ApiError as error:
+            if error.status is None or error.status in (408, 502, 504):
+                self._close_what_the_answer_names(error)
+                raise lost_answer(error) from None
+            raise
+
+    def _close_what_the_answer_names(self, error: ApiError) -> None:
+        """Half an answer may still name the session: then close it, so that nothing runs unknown."""
+        found = re.search(rb'"session_id"\s*:\s*"([^"\\]{1,200})"', error.body)
+        if found is None:
+            return
+        session_id = found[1].decode("utf-8", "replace")
+        self.sandbox.save(session_id=session_id)
+        self.sandbox.close_session(session_id)
+        self.sandbox.clean_up(self.sandbox.state)
+        raise ApiError(
+            f"Plato's answer to the request that creates a VM was cut short: {error.message}",
+            hint="The VM was closed again. Run the command once more.",
+        )
+
+    def _refuse(self, session_id: str, why: str | None) -> NoReturn:
+        """Plato made a session without a VM: close it and say why there is none."""
+        self.sandbox.save(session_id=session_id)
+        self.sandbox.close_session(session_id)
+        self.sandbox.clean_up(self.sandbox.state)
+        raise SandboxError(
+            f"Plato could not create the VM: {printable(why or 'no reason was given').rstrip('.')}.",
+            hint="Check the simulator, tag, dataset or artifact id; nothing is left running.",
+        )
+
+    # From the moment it exists
+
+    def _bring_up(self) -> None:
+        """Heartbeat first; then wait, with the keys being made meanwhile; then reset, address and SSH."""
+        sandbox = self.sandbox
+        pid = spawn_heartbeat(self.settings, sandbox.state, sandbox.directory, self.reporter)
+        sandbox.save(heartbeat_pid=pid)
+        session_id, job_id = sandbox.state["session_id"], sandbox.state["job_id"]
+        keys = self._begin_keys(session_id)
+        self._wait_for_ready(session_id, job_id)
+        address = Aside(lambda: self._public_url(session_id, job_id))
+        if self.plan.reset:
+            self.reporter.step("Resetting the environment", RESET_SECONDS)
+            self._check_reset(self.api.reset(session_id))
+        self.reporter.step("Setting up SSH", SETUP_SECONDS)
+        ssh = self._set_up_ssh(keys, session_id, job_id)
+        public_url = address.result()
+        url = with_router_target(public_url, sandbox.state.get("service"))
+        sandbox.save(public_url=public_url, url=url, starting=None, **ssh)
+
+    def _begin_keys(self, session_id: str) -> KeyMaking | None:
+        missing = [name for name in ("ssh", "ssh-keygen") if find_program(name) is None]
+        if missing:
+            self.reporter.warn(
+                f"{' and '.join(missing)} cannot be found, so SSH to this sandbox is not set up."
+                " Install the OpenSSH client and start again to have it."
+            )
+            return None
+        return KeyMaking(SshFiles(self.settings.home, session_id), self.reporter)
+
+    def _wait_for_ready(self, session_id: str, job_id: str) -> None:
+        deadline = time.monotonic() + self.plan.ready_seconds
+        self.reporter.step("Waiting for the VM to boot", self.plan.ready_seconds)
+        while True:
+            began = time.monotonic()
+            left = deadline - began
+            if left <= 0:
+                raise TimedOutError(
+                    f"The VM was not ready after {self.plan.ready_seconds:g} s.",
+                    hint="Run `start` again, with a longer --timeout if it needs one.",
+                )
+            if self._is_ready(session_id, job_id, max(1, min(READY_POLL_SECONDS, int(left)))):
+                return
+            pause = 0.5 - (time.monotonic() - began)
+            if pause > 0:  # a server that answers at once is not to be flooded
+                time.sleep(pause)
+
+    def _is_ready(self, session_id: str, job_id: str, seconds: int) -> bool:
+        try:
+            answer = self.api.wait_for_ready(session_id, seconds)
+        except ApiError as error:
+            if error.status in (404, 410):
+                raise NoSandboxError("The session ended while its VM was booting.") from None
+            if error.status == 408:
+                return False
+            if isinstance(error, NetworkError) or error.status in RETRY_STATUSES or error.status is None:
+                self.reporter.note(f"{error.message} Still waiting.")
+                return False
+            raise
+        job = job_of(answer, job_id)
+        word = as_text(job.get("status"))
+        if answer.get("status") == "failed" or (word or "").lower() in TERMINAL_STATUSES:
+            why = as_text(job.get("error")) or word or "no reason was given"
+            raise SandboxError(
+                f"The VM could not be started: {printable(why).rstrip('.')}.",
+                hint="Run `start` again; if it fails the same way, try other sizes or another artifact.",
+            )
+        self.provider = as_text(job.get("provider")) or self.provider
+        if answer.get("ready") is not True:
+            self.reporter.detail(word or "pending")
+        return answer.get("ready") is True
+
+    def _check_reset(self, answer: Mapping[str, Any]) -> None:
+        if answer.get("success") is False:
+            said = (
+                as_text(job_of(answer, self.sandbox.state["job_id"]).get("message")) or "no reason was given"
+            )
+            raise SandboxError(
+                f"The environment could not be reset: {printable(said).rstrip('.')}.",
+                hint="--no-reset starts without the initial reset.",
+            )
+
+    def _public_url(self, session_id: str, job_id: str) -> str | None:
+        try:
+            answer = self.api.another().public_url(session_id)
+        except SandboxError as error:
+            self.reporter.warn(f"The public URL is unknown: {error.message}")
+            return None
+        return as_text(job_of(answer, job_id).get("url"))
+
+    def _set_up_ssh(self, keys: KeyMaking | None, session_id: str, job_id: str) -> dict[str, Any]:
+        """Install the key on the VM and write the config; returns the SSH fields of the state."""
+        public_key = keys.finish() if keys else None
+        config = self.plan.config
+        user = "plato" if self.provider == "qemu" else self.plan.ssh_user
+        if config is not None:
+            self.api.setup_sandbox(job_id, config.service, config.dataset, config.for_setup(), public_key)
+        elif public_key:
+            self._add_key(session_id, job_id, public_key, user)
+        if keys is None:
+            return {}
+        write_ssh_config(self.settings, keys.files, job_id, user)
+        return {
+            "ssh_host": keys.files.host,
+            "ssh_config_path": keys.files.config,
+            "ssh_private_key_path": keys.files.key,
+        }
+
+    def _add_key(self, session_id: str, job_id: str, public_key: str, user: str) -> None:
+        try:
+            answer = self.api.add_ssh_key(session_id, public_key, user)
+        except ApiError as error:
+            if error.status not in (404, 405, 501):
+                raise
+            self.api.setup_root_access(job_id, public_key)  # servers that do not have add_ssh_key
+            return
+        job = job_of(answer, job_id)
+        if answer.get("success") is False or job.get("success") is False:
+            said = as_text(job.get("error")) or "no reason was given"
+            raise SandboxError(
+                f"The SSH key could not be installed on the VM: {printable(said).rstrip('.')}."
+            )
+
+    # When it goes wrong
+
+    def _undo(self, error: BaseException) -> None:
+        """Close the session after a failure. Where that fails too, the record stays and the hint names it."""
+        sandbox = self.sandbox
+        self.reporter.step("Closing the VM")
+        try:
+            sandbox.close_session(sandbox.state["session_id"])
+            sandbox.clean_up(sandbox.state)
+        except (SandboxError, Interrupted) as trouble:
+            why = trouble.message if isinstance(trouble, SandboxError) else "interrupted again"
+            left = (
+                f"The VM could not be closed ({printable(why).rstrip('.')}) and may still run: {PROGRAM} stop"
+            )
+            if isinstance(error, (SandboxError, Interrupted)):
+                error.hint = left
+            else:
+                self.reporter.warn(left)
+            return
+        if isinstance(error, (SandboxError, Interrupted)):
+            error.message = error.message.rstrip() + " The VM was closed again."
+
+
+def live_sandbox_error(state: Mapping[str, Any]) -> ConflictError:
+    return ConflictError(
+        f"There is a live sandbox here already (session {printable(str(state.get('session_id')))}).",
+        hint=f"`{PROGRAM} stop` ends it; `start --replace` ends it and starts a new one.",
+    )
+
+
+def lost_answer(error: ApiError) -> UnknownOutcomeError:
+    return UnknownOutcomeError(
+        f"Plato may have created a VM, but its answer was lost: {error.message}",
+        hint="Such a VM gets no heartbeat and is shut down after about two minutes; then `start` again.",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# output: the one place that prints; the result on stdout, everything else on stderr
+# ----------------------------------------------------------------------------------------------------------
+
+PROGRESS_LINE_SECONDS = 10.0  # without a terminal, at most one progress line in this time
+_COLOURS = {"good": "\033[32m", "bad": "\033[31m", "warn": "\033[33m", "plain": ""}
+
+
+def use_colour(stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Whether a stream is a terminal that wants colours (NO_COLOR, TERM=dumb)."""
+    return bool(stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb")
+
+
+def duration_text(seconds: float) -> str:
+    """A span of time for people: 0.4 s, 12 s, 3 min 5 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{max(0.0, seconds):.1f} s"
+    whole = int(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Output(Reporter):
+    """Human text and JSON, progress and errors. What comes from outside is made harmless, secrets are hidden.
+
+    json: stdout gets exactly one JSON document, whatever happens; quiet: no progress and no notes.
+    """
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, environment: Mapping[str, str]) -> None:
+        import threading
+
+        self.stdout = stdout
+        self.stderr = stderr
+        self.json = False
+        self.quiet = False
+        self.verbose = False
+        self._secret = environment.get("PLATO_API_KEY", "").strip()
+        self._colour = use_colour(stdout, environment)
+        self._live = stderr.isatty() and environment.get("TERM") != "dumb"
+        self._lock = threading.RLock()
+        self._ticker: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._step = ""
+        self._detail = ""
+        self._began = 0.0
+        self._limit: float | None = None
+        self._last_line = -PROGRESS_LINE_SECONDS
+
+    # Results
+
+    def line(self, text: str = "") -> None:
+        """A line of the result."""
+        self.finish()
+        self.stdout.write(self._hide("\n".join(map(printable, text.split("\n")))) + "\n")
+
+    def field(self, label: str, value: object, style: str = "plain", suffix: str = "") -> None:
+        """`  Label:       value`, as the specification shows it; the value coloured on a terminal."""
+        text = self._hide(printable(str(value)))
+        if self._colour and _COLOURS[style]:
+            text = f"{_COLOURS[style]}{text}\033[0m"
+        self.finish()
+        self.stdout.write(f"  {label + ':':<13}{text}{printable(suffix)}\n")
+
+    def document(self, value: Mapping[str, Any]) -> None:
+        """The one JSON document of --json."""
+        import json
+
+        self.finish()
+        self.stdout.write(self._hide(json.dumps(value, ensure_ascii=not self._is_utf8(), indent=2)) + "\n")
+
+    def _is_utf8(self) -> bool:
+        return (getattr(self.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
+
+    def error(self, error: SandboxError | Interrupted, code: str) -> None:
+        """Tell an error: in words on stderr, and with --json as the document on stdout."""
+        self.finish()
+        if self.json:
+            self.document({"error": error_document(error, code)})
+        self._say(f"Error: {error.message}")
+        if error.hint:
+            self._say(error.hint)
+
+    def _hide(self, text: str) -> str:
+        return text.replace(self._secret, "***") if len(self._secret) >= 4 else text
+
+    def _say(self, text: str) -> None:
+        safe = self._hide("\n".join(map(printable, text.split("\n"))))
+        with self._lock:
+            self._erase()
+            self.stderr.write(safe + "\n")
+            self.stderr.flush()
+
+    # Progress (the Reporter that operations talk to)
+
+    def step(self, text: str, limit: float | None = None) -> None:
+        self.finish()
+        with self._lock:
+            self._step, self._detail, self._limit, self._began = text, "", limit, time.monotonic()
+        if self.quiet:
+            return
+        self._draw()
+        if self._ticker is None:
+            import threading
+
+            self._ticker = threading.Thread(target=self._tick, daemon=True)
+            self._ticker.start()
+
+    def detail(self, text: str) -> None:
+        with self._lock:
+            self._detail = printable(text)[:40]
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._say(text)
+
+    def warn(self, text: str) -> None:
+        self._say(f"Warning: {text}")
+
+    def trace(self, text: str) -> None:
+        if self.verbose:
+            self._say(f"  {text}")
+
+    def finish(self) -> None:
+        """The step under way is over: on a terminal it becomes a line that stays."""
+        with self._lock:
+            step, self._step = self._step, ""
+            if step and self._live and not self.quiet:
+                self._erase()
+                self.stderr.write(f"{step}: {duration_text(time.monotonic() - self._began)}\n")
+                self.stderr.flush()
+
+    def _tick(self) -> None:
+        while not self._wake.wait(1.0 if self._live else PROGRESS_LINE_SECONDS / 10):
+            self._draw()
+
+    def _draw(self) -> None:
+        with self._lock:
+            if not self._step:
+                return
+            now = time.monotonic()
+            if not self._live and now - self._last_line < PROGRESS_LINE_SECONDS:
+                return
+            self._last_line = now
+            text = self._hide(self._progress_text(now))
+            try:
+                if self._live:
+                    self.stderr.write("\r\033[K" + text[: terminal_columns(self.stderr) - 1])
+                else:
+                    self.stderr.write(text + "\n")
+                self.stderr.flush()
+            except (OSError, ValueError):
+                pass  # the terminal went away; the work goes on
+
+    def _progress_text(self, now: float) -> str:
+        spent = now - self._began
+        text = f"{self._step} ({self._detail})" if self._detail else self._step
+        if spent < 1:
+            return text + " ..."
+        limit = f" of at most {duration_text(self._limit)}" if self._limit else ""
+        return f"{text}: {duration_text(int(spent))}{limit}"
+
+    def _erase(self) -> None:
+        if self._live:
+            self.stderr.write("\r\033[K")
+
+
+def terminal_columns(stream: TextIO) -> int:
+    try:
+        return max(20, os.get_terminal_size(stream.fileno()).columns)
+    except (OSError, ValueError):
+        return 80
+
+
+def error_document(error: SandboxError | Interrupted, code: str) -> dict[str, Any]:
+    """The `error` object of a --json document."""
+    return {"code": code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# commands: one function per command: call the operation, show what came of it
+# ----------------------------------------------------------------------------------------------------------
+
+
+def command_start(options: argparse.Namespace, output: Output) -> int:
+    sandbox = Sandbox.start(
+        options.working_dir,
+        replace=options.replace,
+        reporter=output,
+        from_config=options.from_config,
+        simulator=options.simulator,
+        artifact_id=options.artifact_id,
+        blank=options.blank,
+        dataset=options.dataset,
+        tag=options.tag,
+        service=options.service,
+        cpus=options.cpus,
+        memory=options.memory,
+        disk=options.disk,
+        timeout=options.timeout,
+        lifetime=options.lifetime,
+        reset=not options.no_reset,
+    )
+    state = sandbox.state
+    if output.json:
+        output.document({**state, "ssh_command": ssh_command(state, shown=False)})
+        return 0
+    output.line("Sandbox started successfully!")
+    show_sandbox(state, output)
+    output.field("Heartbeat", f"running (PID: {state['heartbeat_pid']})", "good")
+    output.line(f"\nState saved to {STATE_FILE}")
+    return 0
+
+
+def show_sandbox(state: Mapping[str, Any], output: Output) -> None:
+    """The lines that `start` and `status` share: where the VM is and how long it may live."""
+    shown = (
+        ("Session ID", state.get("session_id")),
+        ("Job ID", state.get("job_id")),
+        ("Mode", state.get("mode")),
+        ("VM Status", state.get("vm_status")),
+        ("Reason", state.get("vm_status_reason")),
+        ("Simulator", state.get("simulator")),
+        ("Artifact ID", state.get("artifact_id")),
+        ("Service", state.get("service")),
+        ("Dataset", state.get("dataset")),
+        ("Public URL", state.get("url") or state.get("public_url")),
+        ("Created", state.get("created_at")),
+        ("Ends at", state.get("expires_at")),
+        ("SSH", ssh_command(state, shown=True)),
+    )
+    for label, value in shown:
+        if value:
+            style = status_style(state) if label in ("VM Status", "Reason") else "plain"
+            output.field(label, value, style)
+
+
+def status_style(report: Mapping[str, Any]) -> str:
+    if report.get("vm_running"):
+        return "good"
+    return "warn" if report.get("vm_status") in ("unreachable", "unknown", "created", "queued") else "bad"
+
+
+def command_status(options: argparse.Namespace, output: Output) -> int:
+    sandbox = Sandbox(options.working_dir, reporter=output)
+    state = sandbox.load()
+    sandbox.settings.require_key()
+    repair_ssh_config(state, sandbox.settings, output)
+    report = sandbox.status()
+    error: SandboxError | None = report.pop("error")
+    if output.json:
+        told = {"error": error_document(error, error.code)} if error else {}
+        output.document({**report, **told})
+    else:
+        output.line("Sandbox Status")
+        show_sandbox(report, output)
+        show_heartbeat(report["heartbeat"], time.time(), output)
+    if error is None:
+        return 0
+    if not output.json:
+        output.error(error, error.code)
+    return error.exit_code
+
+
+def show_heartbeat(health: Mapping[str, Any], now: float, output: Output) -> None:
+    """The heartbeat's line of the specification, then its last good beat and its last error."""
+    pid = health["pid"]
+    if health["state"] in ("ok", "degraded"):
+        output.field("Heartbeat", "running", "good" if health["state"] == "ok" else "warn", f" (PID: {pid})")
+    elif pid:
+        output.field("Heartbeat", "stopped", "bad", f" (PID: {pid} not found)")
+    else:
+        output.field("Heartbeat", "never started", "bad")
+    if health["last_ok"]:
+        output.field("Last beat", f"{duration_text(now - seconds_of(health['last_ok']))} ago", "plain")
+    if health["ended"]:
+        output.field("Ended", health["ended"], "bad")
+    if health["last_error"]:
+        ago = duration_text(now - seconds_of(health["last_error_at"]))
+        output.field("Last error", health["last_error"], "warn", f" ({ago} ago)")
+
+
+def seconds_of(text: str) -> float:
+    """The time that `utc_text` wrote, as seconds since 1970."""
+    import calendar
+
+    return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+
+
+def command_stop(options: argparse.Namespace, output: Output) -> int:
+    sandbox = Sandbox(options.working_dir, reporter=output)
+    sandbox.settings.require_key()
+    done = sandbox.stop(options.session_id)
+    if output.json:
+        output.document({"stopped": True, **done})
+        return 0
+    gone = " It was gone already; what was left of it here is removed." if done["already_gone"] else ""
+    output.line(f"Sandbox stopped successfully.{gone}")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# parser: the command line; one small function per command sets its options and its handler
+# ----------------------------------------------------------------------------------------------------------
+
+COMMANDS_HELP = {
+    "start": "Start a new sandbox environment",
+    "stop": "Stop and destroy the sandbox",
+    "status": "Show current sandbox status",
+}
+
+EXAMPLES = f"""\
+examples:
+  {PROGRAM} start --from-config       a VM for the plato-config.yml in this directory
+  {PROGRAM} status --json             everything about it, for programs
+
+exit codes:
+  0 done  1 failed  2 usage  3 no sandbox, or it is gone  4 authentication  5 conflict
+  6 API or network  7 timed out, or outcome unknown  8 a check said no  130/143 interrupted
+"""
+
+START_EXAMPLES = f"""\
+modes (choose one):
+  {PROGRAM} start --from-config [--dataset base]
+  {PROGRAM} start --simulator espocrm[:prod-latest | :ARTIFACT-UUID]
+  {PROGRAM} start --artifact-id ID
+  {PROGRAM} start --blank --service myapp [--cpus 4 --memory 2048 --disk 20480]
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message[:1].upper()}{message[1:]}.", hint=f"See {self.prog} --help")
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog=PROGRAM,
+        description="Ephemeral cloud VMs for simulator development on Plato.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and a hash of this file")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, (text, describe) in {
+        "start": (START_EXAMPLES, describe_start),
+        "stop": (None, describe_stop),
+        "status": (None, describe_status),
+    }.items():
+        words = COMMANDS_HELP[name]
+        command = commands.add_parser(
+            name, help=words, description=words + ".", epilog=text, formatter_class=raw, allow_abbrev=False
+        )
+        describe(command)
+        add_common_options(command)
+    return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-w", "--working-dir", metavar="DIR", default=".", help="directory of the sandbox (default: this one)"
+    )
+    parser.add_argument("-j", "--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, only warnings and errors")
+    parser.add_argument("--verbose", action="store_true", help="show requests and child processes on stderr")
+
+
+def describe_start(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-c", "--from-config", action="store_true", help="use plato-config.yml in the working directory")
+    add("-s", "--simulator", metavar="NAME", help="simulator name, NAME:TAG or NAME:ARTIFACT-UUID")
+    add("-a", "--artifact-id", metavar="ID", help="specific artifact id")
+    add("-b", "--blank", action="store_true", help="create a blank VM")
+    add(
+        "-d",
+        "--dataset",
+        metavar="NAME",
+        help=f"dataset from config or simulator (default: {DEFAULT_DATASET})",
+    )
+    add("-t", "--tag", help=f"artifact tag (default: {DEFAULT_TAG})")
+    add("--service", metavar="NAME", help="service name (required for a blank VM)")
+    add("--cpus", type=int, metavar="N", help=f"number of CPUs of a blank VM (default: {DEFAULT_CPUS})")
+    add("--memory", type=int, metavar="MB", help=f"its memory in MB (default: {DEFAULT_MEMORY_MB})")
+    add("--disk", type=int, metavar="MB", help=f"its disk in MB (default: {DEFAULT_DISK_MB})")
+    add(
+        "--timeout",
+        type=float,
+        default=DEFAULT_READY_SECONDS,
+        metavar="SECONDS",
+        help=f"how long to wait for the VM to be ready (default: {DEFAULT_READY_SECONDS})",
+    )
+    add(
+        "--lifetime",
+        type=int,
+        default=DEFAULT_LIFETIME_SECONDS,
+        metavar="SECONDS",
+        help=f"when the VM ends even with heartbeats (default: {DEFAULT_LIFETIME_SECONDS}, 8 hours)",
+    )
+    add("--no-reset", action="store_true", help="skip the initial reset after the VM is ready")
+    add("--replace", action="store_true", help="stop a live sandbox of this directory first")
+    parser.set_defaults(handler=command_start)
+
+
+def describe_stop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--session-id", metavar="ID", help="stop this session, from any directory")
+    parser.set_defaults(handler=command_stop)
+
+
+def describe_status(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=command_status)
+
+
+def check_command_word(arguments: Sequence[str]) -> None:
+    """Say which command was probably meant, before argparse lists all of them."""
+    word = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if word is None or word in COMMANDS_HELP:
+        return
+    meant = closest(word, COMMANDS_HELP)
+    hint = f"Did you mean `{meant}`?" if meant else f"The commands are: {', '.join(COMMANDS_HELP)}."
+    raise UsageError(f"There is no command {word!r}.", hint=hint)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# main: the only place that catches errors and turns them into words and exit codes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if os.name == "nt":
+        print(
+            f"{PROGRAM} runs on Linux, macOS and WSL, not on native Windows; use it inside WSL.",
+            file=sys.stderr,
+        )
+        return 1
+    if arguments[:1] == ["heartbeat-child"]:
+        return heartbeat_child()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    output = Output(sys.stdout, sys.stderr, os.environ)
+    output.json = any(word in ("--json", "-j") for word in arguments)
+    try:
+        code = run(arguments, output)
+        sys.stdout.flush()
+        return code
+    except SandboxError as error:
+        return fail(output, error, error.code)
+    except Interrupted as interruption:
+        return fail(output, interruption, "interrupted")
+    except KeyboardInterrupt:
+        import signal
+
+        return fail(output, Interrupted(signal.SIGINT), "interrupted")
+    except BrokenPipeError:
+        return closed_pipe()
+    except Exception as error:  # noqa: BLE001  (a mistake of ours; a traceback helps no user)
+        if output.verbose:
+            import traceback
+
+            traceback.print_exc()
+        words = f"This is a mistake in {PROGRAM} {__version__} ({type(error).__name__}: {error})."
+        return fail(output, SandboxError(words, hint="Please report it; --verbose shows where."), "internal")
+
+
+def run(arguments: Sequence[str], output: Output) -> int:
+    """Parse the command line and run its command; whatever goes wrong is an exception."""
+    if arguments[:1] == ["gateway-stream"]:
+        return run_gateway_stream(arguments[1:])
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    if arguments == ["--version"]:
+        output.line(version_text())
+        return 0
+    check_command_word(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as ending:  # --help
+        return int(ending.code or 0)
+    if options.version or options.command is None:
+        output.line(version_text())
+        return 0
+    output.quiet, output.verbose = options.quiet, options.verbose
+    return int(options.handler(options, output))
+
+
+def run_gateway_stream(arguments: Sequence[str]) -> int:
+    """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
+    values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
+    if values.get("--ca-file"):
+        os.environ["SSL_CERT_FILE"] = values["--ca-file"]
+    gateway_stream(values["--host"], int(values["--port"]), arguments[-1])
+    return 0
+
+
+def version_text() -> str:
+    """The version, and a hash of this file's text so that edited copies show."""
+    import hashlib
+
+    with open(own_file(), "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return f"{PROGRAM} {__version__} ({digest[:12]})"
+
+
+def fail(output: Output, error: SandboxError | Interrupted, code: str) -> int:
+    try:
+        output.error(error, code)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        closed_pipe()
+    return error.exit_code
+
+
+def closed_pipe() -> int:
+    """Whoever read the output has gone: keep the interpreter from complaining at its end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+    return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

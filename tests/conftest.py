@@ -1,0 +1,257 @@
+"""What the tests stand on: a local Plato each, a user's desk with its own home, and the product run from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import yaml
+
+from localplato import LocalPlato
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+ROOT = Path(__file__).resolve().parent.parent
+PRODUCT = ROOT / "plato_sandbox.py"
+SIMULATOR = ROOT / "tests" / "simulator"
+COMMAND_SECONDS = 60.0
+
+
+def part(name: str, package: str) -> str:
+    """The path of a program of the system; without it the test is skipped, or fails under `run.py --all`."""
+    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if found is None:
+        missing(f"{name} is not installed; on Debian: apt-get install {package}")
+    return str(found)
+
+
+def missing(reason: str) -> None:
+    """Skip for a missing part, or fail where nothing may be missing."""
+    if os.environ.get("PLATO_TESTS_ALL"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class Result(NamedTuple):
+    """How a command ended: exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The one JSON document on stdout."""
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The `error` object of a --json failure; its exit code is checked against the process's."""
+        error: dict[str, Any] = self.document["error"]
+        assert set(error) == {"code", "message", "hint", "exit_code"}
+        assert error["exit_code"] == self.code
+        return error
+
+
+class Desk:
+    """A user: a home, a working directory with the example config, an environment; and the product at hand."""
+
+    def __init__(self, place: Path, environment: Mapping[str, str]) -> None:
+        self.place = place
+        self.home = place / "home"
+        self.work = place / "work"
+        self.home.mkdir(parents=True)
+        self.work.mkdir()
+        shutil.copy(SIMULATOR / "plato-config.yml", self.work)
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "LANG": "C.UTF-8",
+            "HOME": str(self.home),
+            **environment,
+        }
+        self.processes: list[subprocess.Popen[str]] = []
+
+    @property
+    def plato_home(self) -> Path:
+        return Path(self.environment.get("PLATO_HOME", self.home / ".plato"))
+
+    @property
+    def state_file(self) -> Path:
+        return self.work / ".sandbox.yaml"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The fields of .sandbox.yaml, as another client reads them."""
+        value = yaml.safe_load(self.state_file.read_text())
+        assert isinstance(value, dict)
+        return value
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(PRODUCT), *arguments]
+
+    def run(
+        self,
+        *arguments: str,
+        directory: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        timeout: float = COMMAND_SECONDS,
+        command: list[str] | None = None,
+    ) -> Result:
+        """Run the product to its end, without a terminal and with no input."""
+        done = subprocess.run(
+            command or self.command(*arguments),
+            cwd=directory or self.work,
+            env={**self.environment, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        result = Result(done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in result.err, result.err
+        return result
+
+    def good(self, *arguments: str, **options: Any) -> Result:
+        """Run the product; it must succeed."""
+        result = self.run(*arguments, **options)
+        assert result.code == 0, f"exit {result.code}\n{result.out}\n{result.err}"
+        return result
+
+    def begin(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """Start the product and go on; it is ended with the test."""
+        process = subprocess.Popen(
+            self.command(*arguments),
+            cwd=options.pop("directory", self.work),
+            env={**self.environment, **options.pop("environment", {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        self.processes.append(process)
+        return process
+
+    def ssh(self, command: str, *options: str) -> Result:
+        """Run a command on the VM through the real OpenSSH client and the config that `start` wrote."""
+        state = self.state
+        words = [part("ssh", "openssh-client"), "-F", state["ssh_config_path"], *options, state["ssh_host"], command]
+        return self.run(command=words)
+
+    def heartbeat_record(self) -> dict[str, Any]:
+        """The first line of the heartbeat's record of the sandbox in the working directory."""
+        name = self.state["session_id"].split("-")[0]
+        record: dict[str, Any] = json.loads((self.plato_home / f"heartbeat_{name}.log").read_text().splitlines()[0])
+        return record
+
+    def leftovers(self) -> list[str]:
+        """Files that a stopped sandbox must not leave behind."""
+        files = list(self.plato_home.iterdir()) if self.plato_home.is_dir() else []
+        return sorted(path.name for path in [*files, *self.work.glob(".sandbox.yaml*")])
+
+    def clear(self) -> None:
+        """End every process that the test left: commands under way and heartbeats, by their own records."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+        for record in self.plato_home.glob("heartbeat_*.log") if self.plato_home.is_dir() else ():
+            end_heartbeat(record)
+
+
+def end_heartbeat(record: Path) -> None:
+    """Kill the heartbeat that a record names, if it is one."""
+    try:
+        pid = int(json.loads(record.read_text().splitlines()[0])["pid"])
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError, KeyError, IndexError):
+        return
+    if b"heartbeat-child" in command:
+        os.kill(pid, signal.SIGKILL)
+
+
+def living(plato: LocalPlato) -> list[str]:
+    """The job ids of the VMs that a local Plato still has running."""
+    return sorted(machine["job_id"] for machine in plato.machines() if machine["alive"])
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """What a condition gives once it holds; the test fails when it does not within the time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:g} s: {condition}")
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The certificate authority that the local Platos of one test process share."""
+    part("openssl", "openssl")
+    with LocalPlato(tmp_path_factory.mktemp("authority")) as plato:
+        return plato.certificates
+
+
+@pytest.fixture
+def new_plato(tmp_path: Path, certificates: Path) -> Iterator[Callable[..., LocalPlato]]:
+    """Start local Platos with settings of the test's choice: `new_plato(boot_seconds=3)`."""
+    started: list[LocalPlato] = []
+
+    def start(**settings: Any) -> LocalPlato:
+        plato = LocalPlato(tmp_path / f"plato{len(started)}", ca_from=certificates, **settings)
+        plato.start()
+        started.append(plato)
+        return plato
+
+    yield start
+    for plato in started:
+        plato.stop()
+
+
+@pytest.fixture
+def plato(new_plato: Callable[..., LocalPlato]) -> LocalPlato:
+    """A local Plato whose VMs boot at once."""
+    return new_plato()
+
+
+@pytest.fixture
+def new_desk(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
+    """Desks with an environment of the test's choice: `new_desk(plato.environment)`."""
+    made: list[Desk] = []
+
+    def make(environment: Mapping[str, str]) -> Desk:
+        made.append(Desk(tmp_path / f"desk{len(made)}", environment))
+        return made[-1]
+
+    yield make
+    for desk in made:
+        desk.clear()
+
+
+@pytest.fixture
+def desk(new_desk: Callable[..., Desk], plato: LocalPlato) -> Desk:
+    """A user of `plato`, with a fast heartbeat."""
+    return new_desk({**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "1"})

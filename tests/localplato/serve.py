@@ -1,0 +1,148 @@
+"""`serve`: the server in the foreground, from its locks and ports to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import contract, ssh
+from .catalogue import Catalogue
+from .certificates import CertificateError, Certificates
+from .clock import Clock
+from .endpoints import Settings
+from .gateway import Gateway
+from .home import Home
+from .machine import namespaces_problem
+from .server import HttpServer, Service
+from .sessions import Sessions
+
+IDLE_CHECKS = 4
+
+
+@dataclass
+class Running:
+    """The parts of a running server."""
+
+    service: Service
+    http: HttpServer
+    gateway: Gateway | None
+    information: dict[str, Any]
+
+
+def serve(home: Home, settings: Settings, shared_authority: Path | None) -> int:
+    """Serve until a signal, the admin interface or idleness ends it. Prints one line of JSON when ready."""
+    home.prepare()
+    with home.lock_for_server():
+        raise_file_limit()
+        # A killed server leaves its VMs' files; the VMs themselves died with it.
+        shutil.rmtree(home.machines, ignore_errors=True)
+        running = start(home, settings, shared_authority)
+        print(json.dumps(running.information), flush=True)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: running.service.stop_requested.set())
+        wait_for_end(running.service, settings.idle_minutes * 60)
+        stop(running)
+        shutil.rmtree(home.machines, ignore_errors=True)
+    return 0
+
+
+def raise_file_limit() -> None:
+    """Every connection takes some descriptors: allow as many as the host does."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        pass
+
+
+def start(home: Home, settings: Settings, shared_authority: Path | None) -> Running:
+    """Start every part, on the ports of the last time when they are free."""
+    clock = Clock(settings.speed)
+    catalogue = Catalogue(home.artifacts)
+    catalogue.prepare()
+    sessions = Sessions(clock, catalogue, home.machines, settings.boot_seconds)
+    sessions.heartbeat_seconds = settings.heartbeat_seconds
+    warnings: list[str] = []
+    last = home.information() or {}
+    certificates = Certificates(home.certificates, settings.gateway_host)
+    gateway: Gateway | None = None
+    try:
+        certificates.prepare(shared_authority)
+        gateway = Gateway(
+            certificates, settings.gateway_host, int(last.get("gateway_port", 0)), sessions.machine
+        )
+    except CertificateError as error:
+        warnings.append(str(error))
+    for problem in (ssh.sshd_problem(), namespaces_problem()):
+        if problem is not None:
+            warnings.append(problem)
+    service = Service(contract.load(), sessions, settings, home.key(), gateway)
+    http = open_http(int(last.get("port", 0)), service)
+    information = describe(service, http, gateway, certificates, warnings)
+    home.write_information(information)
+    if gateway is not None:
+        gateway.start()
+    threading.Thread(target=sessions.run, name="timer", daemon=True).start()
+    threading.Thread(
+        target=http.serve_forever, kwargs={"poll_interval": 0.05}, name="http", daemon=True
+    ).start()
+    return Running(service, http, gateway, information)
+
+
+def open_http(port: int, service: Service) -> HttpServer:
+    try:
+        return HttpServer(port, service)
+    except OSError:
+        return HttpServer(0, service)
+
+
+def describe(
+    service: Service,
+    http: HttpServer,
+    gateway: Gateway | None,
+    certificates: Certificates,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """What clients need to know; `environment` is what they are run with."""
+    base_url = f"http://127.0.0.1:{http.server_port}"
+    environment = {"PLATO_BASE_URL": base_url, "PLATO_API_KEY": service.key}
+    if gateway is not None:
+        environment["PLATO_GATEWAY_HOST"] = service.settings.gateway_host
+        environment["PLATO_GATEWAY_PORT"] = str(gateway.port)
+        environment["SSL_CERT_FILE"] = str(certificates.bundle_path)
+    return {
+        "pid": os.getpid(),
+        "port": http.server_port,
+        "gateway_port": gateway.port if gateway is not None else 0,
+        "base_url": base_url,
+        "environment": environment,
+        "warnings": warnings,
+    }
+
+
+def wait_for_end(service: Service, idle_seconds: float) -> None:
+    """Until someone asks for the end, or nobody has used the server for that long and no VM is alive."""
+    while not service.stop_requested.wait(idle_seconds / IDLE_CHECKS if idle_seconds > 0 else None):
+        idle = time.monotonic() - service.last_active
+        if idle >= idle_seconds and not service.sessions.alive():
+            return
+
+
+def stop(running: Running) -> None:
+    """End the VMs, then the rest. Connections that are still open die with the process."""
+    running.service.stop_requested.set()
+    running.http.shutdown()
+    running.http.socket.close()
+    if running.gateway is not None:
+        running.gateway.stop()
+    running.service.sessions.stop()
+    sys.stdout.flush()

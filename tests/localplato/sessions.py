@@ -1,0 +1,368 @@
+"""Sessions and jobs: what was asked for, how far it is, and when it ends. A job is one VM."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable
+
+from .catalogue import Artifact, Catalogue, UnknownArtifactError
+from .clock import Clock
+from .machine import Machine, MachineError, create_directory, namespaces_problem
+from .public_url import Door
+
+DEFAULT_LIFETIME_SECONDS = 1800
+DEFAULT_HEARTBEAT_SECONDS = 120.0
+TERMINAL = ("completed", "failed", "cancelled", "timeout")
+HEARTBEAT_MISS = "VM shutdown due to heartbeat miss"
+WORKER_MISSING = "vm_heartbeat_message: the Plato worker of this VM is not started"
+IDLE_LOOK_SECONDS = 30.0
+
+
+@dataclass
+class BootFault:
+    """What goes wrong with the next `times` VMs: they fail for a reason, or never get ready (None)."""
+
+    reason: str | None
+    times: int
+
+
+@dataclass(eq=False)
+class Job:
+    """One VM of a session. `compute` has cpus, memory (MB) and disk (MB)."""
+
+    job_id: str
+    session: Session
+    alias: str
+    simulator: str
+    kind: str
+    compute: dict[str, int]
+    created_at: str
+    boot_at: float
+    app_port: int
+    artifact: Artifact | None = None
+    provider: str = "firecracker"
+    dataset: dict[str, Any] | None = None
+    fault: BootFault | None = None
+    status: str = "created"
+    reason: str | None = None
+    ready: bool = False
+    booted: bool = False
+    last_beat: float = 0.0
+    machine: Machine | None = None
+    doors: dict[int, Door] = field(default_factory=dict)
+    logs: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        return self.status in TERMINAL
+
+
+@dataclass(eq=False)
+class Session:
+    """What one `make` asked for. Times are the clock's; with `heartbeat_timeout` 0 none is needed."""
+
+    session_id: str
+    created: float
+    created_at: str
+    updated_at: str
+    lifetime: float
+    heartbeat_timeout: float
+    source: str
+    jobs: list[Job] = field(default_factory=list)
+    environments: list[dict[str, Any]] = field(default_factory=list)
+    closed: bool = False
+
+
+class Sessions:
+    """Every session of this server. Whenever one changes, `changed` is notified and `version` counts on."""
+
+    def __init__(self, clock: Clock, catalogue: Catalogue, directory: Path, boot_seconds: float) -> None:
+        self.clock = clock
+        self.catalogue = catalogue
+        self.directory = directory
+        self.boot_seconds = boot_seconds
+        self.heartbeat_seconds = DEFAULT_HEARTBEAT_SECONDS
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.version = 0
+        self.sessions: dict[str, Session] = {}
+        self.jobs: dict[str, Job] = {}
+        self.boot_fault: BootFault | None = None
+        self.stopping = False
+
+    def touch(self, session: Session | None = None) -> None:
+        """Something changed: whoever waits looks again. Call with the lock held."""
+        self.version += 1
+        if session is not None:
+            session.updated_at = self.clock.timestamp()
+        self.changed.notify_all()
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until a condition over the sessions holds, at most that many real seconds."""
+        deadline = time.monotonic() + seconds
+        with self.lock:
+            while not condition():
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or self.stopping:
+                    return False
+                self.changed.wait(remaining)
+            return True
+
+    # -- making --
+
+    def make(self, request: dict[str, Any]) -> Session:
+        """A new session with a job for every environment that exists; the others say what is wrong."""
+        lifetime = request["timeout"] if request["timeout"] is not None else DEFAULT_LIFETIME_SECONDS
+        beat = request["heartbeat_timeout"]
+        now, stamp = self.clock.now(), self.clock.timestamp()
+        session = Session(
+            session_id=str(uuid.uuid4()),
+            created=now,
+            created_at=stamp,
+            updated_at=stamp,
+            lifetime=float(lifetime),
+            heartbeat_timeout=self.heartbeat_seconds if beat is None else float(beat),
+            source=request["source"] or "SDK",
+        )
+        for environment in request["envs"]:
+            self.add_environment(session, environment)
+        with self.lock:
+            self.sessions[session.session_id] = session
+            self.jobs.update({job.job_id: job for job in session.jobs})
+            self.touch()
+        for job in session.jobs:
+            threading.Thread(target=self.boot, args=(job,), name=f"boot {job.job_id}", daemon=True).start()
+        return session
+
+    def add_environment(self, session: Session, environment: dict[str, Any]) -> None:
+        """Plan one VM, or note why it cannot be."""
+        kind = environment["type"]
+        name = environment.get("simulator") or kind
+        alias = self.free_alias(session, environment["alias"] or name.partition(":")[0])
+        info: dict[str, Any] = {"job_id": None, "alias": alias, "simulator": environment.get("simulator")}
+        session.environments.append(info)
+        try:
+            artifact = self.artifact_of(environment)
+        except UnknownArtifactError as error:
+            info.update(success=False, error=str(error), artifact_id=environment.get("artifact_id"))
+            return
+        job = self.plan_job(session, environment, alias, artifact)
+        session.jobs.append(job)
+        info.update(
+            job_id=job.job_id,
+            simulator=job.simulator,
+            artifact_id=artifact.artifact_id if artifact else None,
+            is_desktop=job.provider == "qemu",
+            success=True,
+            effective_sim_config=dict(job.compute),
+        )
+
+    def artifact_of(self, environment: dict[str, Any]) -> Artifact | None:
+        """What an environment starts from; None for a blank VM. Raises UnknownArtifactError."""
+        if environment["type"] == "artifact":
+            return self.catalogue.artifact(environment["artifact_id"])
+        if environment["type"] == "simulator":
+            return self.catalogue.find(
+                environment["simulator"], environment["tag"], environment["version"], environment["dataset"]
+            )
+        return None
+
+    def plan_job(
+        self, session: Session, environment: dict[str, Any], alias: str, artifact: Artifact | None
+    ) -> Job:
+        wishes = environment["sim_config"] or {}
+        base = artifact.compute if artifact else {"cpus": 1, "memory": 2048, "disk": 10240}
+        compute = {name: wishes[name] if wishes.get(name) is not None else base[name] for name in base}
+        port = artifact.app_port if artifact else wishes.get("app_port")
+        return Job(
+            job_id=str(uuid.uuid4()),
+            session=session,
+            alias=alias,
+            simulator=artifact.simulator if artifact else environment["simulator"],
+            kind=environment["type"],
+            compute=compute,
+            created_at=self.clock.timestamp(),
+            boot_at=self.clock.now() + self.boot_seconds,
+            app_port=8080 if port is None else port,
+            artifact=artifact,
+            provider=environment.get("provider") or "firecracker",
+            fault=self.take_boot_fault(),
+        )
+
+    def free_alias(self, session: Session, wanted: str) -> str:
+        taken = {info["alias"] for info in session.environments}
+        candidate, number = wanted, 1
+        while candidate in taken:
+            number += 1
+            candidate = f"{wanted}-{number}"
+        return candidate
+
+    def take_boot_fault(self) -> BootFault | None:
+        with self.lock:
+            fault = self.boot_fault
+            if fault is None or fault.times == 0:
+                return None
+            fault.times -= 1
+            return fault
+
+    # -- booting --
+
+    def boot(self, job: Job) -> None:
+        """The job's thread: start its VM. `tick` declares it running when its time has come."""
+        with self.lock:
+            if job.over:
+                return
+            job.status = "queued"
+            self.log(job, "queued")
+        if job.fault is None or job.fault.reason is None:
+            try:
+                self.start_machine(job)
+            except (MachineError, OSError) as error:
+                self.fail(job, f"VM failed to start: {error}")
+                return
+        with self.lock:
+            job.booted = True
+            self.touch(job.session)
+
+    def start_machine(self, job: Job) -> None:
+        """Lay out the VM's directory and start it, unless the job has ended meanwhile. Raises MachineError."""
+        problem = namespaces_problem()
+        if problem is not None:
+            raise MachineError(problem)
+        directory = self.directory / job.job_id
+        hostname = "vm-" + job.job_id.partition("-")[0]
+        create_directory(directory, hostname)
+        if job.artifact is not None:
+            self.catalogue.extract(job.artifact, directory)
+        machine = Machine(
+            job.job_id, directory, hostname, lambda dead: self.fail(job, "VM stopped unexpectedly")
+        )
+        machine.start()
+        with self.lock:
+            if not job.over and not self.stopping:
+                job.machine = machine
+                return
+        machine.kill()
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def fail(self, job: Job, reason: str) -> None:
+        with self.lock:
+            self.finish(job, "failed", reason)
+        self.remove(job)
+
+    # -- time --
+
+    def tick(self) -> float:
+        """Do what is due by the clock; the moment when something will be due next."""
+        ended: list[Job] = []
+        with self.lock:
+            now = self.clock.now()
+            following = now + IDLE_LOOK_SECONDS * self.clock.speed
+            for job in self.jobs.values():
+                if job.over:
+                    continue
+                due = self.advance_job(job, now)
+                if job.over:
+                    ended.append(job)
+                elif due > now:
+                    following = min(following, due)
+        for job in ended:
+            self.remove(job)
+        return following
+
+    def advance_job(self, job: Job, now: float) -> float:
+        """Move one job on; when to look at it again."""
+        session = job.session
+        end_of_life = session.created + session.lifetime
+        if now >= end_of_life:
+            self.finish(job, "timeout", f"VM reached its lifetime of {session.lifetime:g} seconds")
+            return now
+        if job.status != "running":
+            if now < job.boot_at or not job.booted:
+                return min(end_of_life, max(job.boot_at, now))
+            self.come_up(job, now)
+        if session.heartbeat_timeout <= 0 or job.over:
+            return end_of_life
+        deadline = job.last_beat + session.heartbeat_timeout
+        if now >= deadline:
+            self.finish(job, "failed", HEARTBEAT_MISS)
+        return min(end_of_life, deadline)
+
+    def come_up(self, job: Job, now: float) -> None:
+        """The boot is over: the VM runs, or has failed as a fault asked for. Heartbeats count from here."""
+        if job.fault is not None and job.fault.reason is not None:
+            self.finish(job, "failed", job.fault.reason)
+            return
+        job.status = "running"
+        job.ready = job.fault is None
+        job.last_beat = now
+        self.log(job, "running")
+
+    def run(self) -> None:
+        """The timer's thread."""
+        while not self.stopping:
+            following = self.tick()
+            with self.lock:
+                self.changed.wait(min(self.clock.real_seconds_until(following), IDLE_LOOK_SECONDS))
+
+    # -- ending --
+
+    def finish(self, job: Job, status: str, reason: str | None) -> None:
+        """Set the final status of a job. Call with the lock held, then `remove` without it."""
+        if job.over:
+            return
+        job.status, job.reason, job.ready = status, reason, False
+        self.log(job, status if reason is None else f"{status}: {reason}")
+
+    def remove(self, job: Job) -> None:
+        """End the VM of a finished job, its doors and its files."""
+        for door in list(job.doors.values()):
+            door.close()
+        if job.machine is not None:
+            job.machine.kill()
+            shutil.rmtree(job.machine.directory, ignore_errors=True)
+        with self.lock:
+            self.touch(job.session)
+
+    def close(self, session: Session) -> list[Job]:
+        """End a session; the jobs that were still alive."""
+        with self.lock:
+            session.closed = True
+            alive = [job for job in session.jobs if not job.over]
+            for job in alive:
+                self.finish(job, "completed", "session closed")
+            self.touch(session)
+        for job in alive:
+            self.remove(job)
+        return alive
+
+    def stop(self) -> None:
+        """The server ends, and so does every VM."""
+        with self.lock:
+            self.stopping = True
+            self.changed.notify_all()
+        for session in list(self.sessions.values()):
+            self.close(session)
+
+    # -- looking --
+
+    def log(self, job: Job, message: str) -> None:
+        """Note an event of a job. Call with the lock held."""
+        job.logs.append({"timestamp": self.clock.timestamp(), "message": message})
+        self.touch(job.session)
+
+    def alive(self) -> list[Job]:
+        with self.lock:
+            return [job for job in self.jobs.values() if not job.over]
+
+    def machine(self, job_id: str) -> Machine | None:
+        """The running VM of a job, or None."""
+        job = self.jobs.get(job_id)
+        if job is None or job.status != "running" or job.machine is None or not job.machine.alive:
+            return None
+        return job.machine

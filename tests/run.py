@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Set up what the tests need and run them.
+
+    python3 tests/run.py [PYTEST ARGUMENTS]   a virtual environment with the `test` group, then pytest
+    python3 tests/run.py --all                the same; on Debian, as root, it first installs the system's
+                                              parts, and a test that would skip for a missing part fails
+    python3 tests/run.py --check              linter, formatter's check and type checker
+
+The virtual environment is .venv-test in the repository, made anew when pyproject.toml changes; where the
+repository cannot be written, it is in a directory of the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SYSTEM_PACKAGES = {
+    # what must be there: the Debian package that brings it
+    "/usr/sbin/sshd": "openssh-server",
+    "/usr/bin/ssh": "openssh-client",
+    "/usr/bin/openssl": "openssl",
+    "/usr/bin/git": "git",
+    "/usr/bin/unshare": "util-linux",
+    "/usr/bin/tmux": "tmux",
+    "/usr/sbin/runuser": "util-linux",
+    "/usr/share/postgresql-common": "postgresql-common",
+    "/usr/lib/postgresql": "postgresql",
+    "/usr/lib/python3/dist-packages/pip": "python3-pip",
+}
+CHECKED = ["plato_sandbox.py", "tests"]
+
+
+def main(arguments: list[str]) -> int:
+    everything = "--all" in arguments
+    rest = [argument for argument in arguments if argument not in ("--all", "--check")]
+    if everything:
+        install_system_packages()
+    python = virtual_environment()
+    if "--check" in arguments:
+        return check(python)
+    environment = {**os.environ, "PLATO_TESTS_ALL": "1" if everything else ""}
+    if not any(argument.startswith("-n") for argument in rest):
+        rest = ["-n", str(min(4, os.cpu_count() or 1) * 2), *rest]
+    return subprocess.run([python, "-m", "pytest", *rest], cwd=ROOT, env=environment, check=False).returncode
+
+
+def check(python: str) -> int:
+    """Lint, format and types, all three even when one fails."""
+    commands = (
+        ["ruff", "check", *CHECKED],
+        ["ruff", "format", "--check", *CHECKED],
+        ["mypy", *CHECKED],
+    )
+    failed = [
+        words[0]
+        for words in commands
+        if subprocess.run([python, "-m", *words], cwd=ROOT, check=False).returncode
+    ]
+    return 1 if failed else 0
+
+
+def virtual_environment() -> str:
+    """The interpreter of a virtual environment that holds the `test` group of pyproject.toml."""
+    text = (ROOT / "pyproject.toml").read_bytes()
+    mark = hashlib.sha256(text + sys.version.encode() + str(ROOT).encode()).hexdigest()[:16]
+    place = environment_place()
+    stamp, python = place / "stamp", place / "bin" / "python"
+    if stamp.is_file() and stamp.read_text() == mark and python.exists():
+        return str(python)
+    shutil.rmtree(place, ignore_errors=True)
+    print(f"Setting up {place} ...", file=sys.stderr, flush=True)
+    run(
+        [sys.executable, "-m", "venv", str(place)],
+        "python3 -m venv failed; on Debian: apt-get install python3-venv",
+    )
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run(
+        [*pip, "--upgrade", "pip>=25.1"],
+        "pip could not be brought up to date; is the package index reachable?",
+    )
+    run([*pip, "--group", f"{ROOT / 'pyproject.toml'}:test"], "the test group could not be installed")
+    stamp.write_text(mark)
+    return str(python)
+
+
+def environment_place() -> Path:
+    if os.access(ROOT, os.W_OK):
+        return ROOT / ".venv-test"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "plato-sandbox-tests"
+
+
+def install_system_packages() -> None:
+    """Install the Debian packages of the parts that are missing; needs root."""
+    missing = sorted({package for path, package in SYSTEM_PACKAGES.items() if not Path(path).exists()})
+    if not venv_works():
+        missing.append("python3-venv")
+    if not missing:
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        sys.exit(f"--all needs these Debian packages, and root to install them: {' '.join(missing)}")
+    print(f"Installing {' '.join(missing)} ...", file=sys.stderr, flush=True)
+    keep_services_from_starting()
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    run(["apt-get", "update", "-q"], "apt-get update failed", environment)
+    run(
+        ["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing], "apt-get failed", environment
+    )
+
+
+def venv_works() -> bool:
+    return (
+        subprocess.run(
+            [sys.executable, "-c", "import ensurepip"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
+
+
+def keep_services_from_starting() -> None:
+    """The tests start their own servers on loopback; the packages' services and clusters stay down."""
+    settings = Path("/etc/postgresql-common/createcluster.conf")
+    if not settings.exists():
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text("create_main_cluster = false\n")
+    policy = Path("/usr/sbin/policy-rc.d")
+    if not policy.exists():
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+
+
+def run(command: list[str], failure: str, environment: dict[str, str] | None = None) -> None:
+    """Run a command of the setup; its output goes to stderr, its failure ends everything."""
+    done = subprocess.run(command, env=environment, stdout=sys.stderr.fileno(), check=False)
+    if done.returncode:
+        sys.exit(f"{failure} (exit {done.returncode})")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
