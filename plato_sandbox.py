@@ -20,6 +20,7 @@ Environment
     PLATO_GATEWAY_PORT                  its port (443)
     PLATO_HOME                          SSH files and heartbeat records (~/.plato)
     PLATO_HEARTBEAT_INTERVAL_SECONDS    time between two heartbeats (30)
+    PLATO_SANDBOX_COMMAND               how a wrapper calls this tool, for the commands in its hints
     HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, NO_COLOR, TERM    with their usual meaning
 
 Files
@@ -107,6 +108,7 @@ DEFAULT_READY_SECONDS = 300
 DEFAULT_LIFETIME_SECONDS = 8 * 3600  # a working day; a forgotten VM ends by itself
 SERVER_HEARTBEAT_LIMIT_SECONDS = 120  # about the time after which a VM without heartbeats is shut down
 
+SERVICE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 CPUS_RANGE = (1, 8)
 MEMORY_RANGE_MB = (512, 16384)
 DISK_RANGE_MB = (1024, 204800)
@@ -1670,7 +1672,7 @@ class ConfigChecker:
 
     def _check_service_name(self, node: YamlNode) -> None:
         if self._check_value(node, "`service`", Field("text", required=True)) and not re.fullmatch(
-            r"[A-Za-z0-9][A-Za-z0-9._-]*", str(node.value)
+            SERVICE_NAME, str(node.value)
         ):
             self._problem(node, "`service` may hold letters, digits, '.', '_' and '-' only")
 
@@ -3350,17 +3352,21 @@ def stop_heartbeat(settings: Settings, state: Mapping[str, Any]) -> bool:
     if isinstance(pid, int) and mark:
         for number in (signal.SIGTERM, signal.SIGKILL):
             signal_process(pid, lambda: heartbeat_alive(path) and process_start_mark(pid) == mark, number)
-            if _ended_within(path, 3.0):
+            if _ended_within(path, pid, 3.0):
                 return True
     return not heartbeat_alive(path)
 
 
-def _ended_within(path: str, seconds: float) -> bool:
+def _ended_within(path: str, pid: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while heartbeat_alive(path):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
+    try:
+        os.waitpid(pid, os.WNOHANG)  # where this very process started it
+    except ChildProcessError:
+        pass
     return True
 
 
@@ -3522,7 +3528,7 @@ def _plan_blank(service: str | None, specs: Mapping[str, int | None]) -> StartPl
         raise UsageError(
             "--blank needs --service NAME.", hint=f"For example: {PROGRAM} start --blank --service myapp"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", service):
+    if not re.fullmatch(SERVICE_NAME, service):
         raise UsageError(f"--service is {service!r}; it may hold letters, digits, '.', '_' and '-' only.")
     sizes = {
         "cpus": _within("--cpus", specs["cpus"], DEFAULT_CPUS, CPUS_RANGE),
@@ -4059,15 +4065,18 @@ def use_colour(stream: TextIO, environment: Mapping[str, str]) -> bool:
 
 
 def duration_text(seconds: float) -> str:
-    """A span of time for people: 0.4 s, 12 s, 3 min 5 s, 2 h 10 min."""
-    if seconds < 10:
-        return f"{max(0.0, seconds):.1f} s"
+    """A span of time for people: 0.4 s, 12 s, 5 min, 3 min 5 s, 2 h 10 min."""
     whole = int(seconds)
+    if seconds < 10 and seconds != whole:
+        return f"{max(0.0, seconds):.1f} s"
     if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+        return f"{max(0, whole)} s"
+    large, small, names = (
+        (whole // 60, whole % 60, ("min", "s"))
+        if whole < 7200
+        else (whole // 3600, whole % 3600 // 60, ("h", "min"))
+    )
+    return f"{large} {names[0]} {small} {names[1]}" if small else f"{large} {names[0]}"
 
 
 class Output(Reporter):
@@ -4084,6 +4093,8 @@ class Output(Reporter):
         self.json = False
         self.quiet = False
         self.verbose = False
+        self.program = PROGRAM
+        self.place = ""
         self._secret = environment.get("PLATO_API_KEY", "").strip()
         self._colour = use_colour(stdout, environment)
         self._live = stderr.isatty() and environment.get("TERM") != "dumb"
@@ -4125,10 +4136,24 @@ class Output(Reporter):
         """Tell an error: in words on stderr, and with --json as the document on stdout."""
         self.finish()
         if self.json:
-            self.document({"error": error_document(error, code)})
-        self._say(f"Error: {error.message}")
+            self.document({"error": self.error_document(error, code)})
+        self._say(f"Error: {self.told(error.message)}")
         if error.hint:
-            self._say(error.hint)
+            self._say(self.told(error.hint))
+
+    def error_document(self, error: SandboxError | Interrupted, code: str) -> dict[str, Any]:
+        """The `error` object of a --json document."""
+        hint = self.told(error.hint) if error.hint else None
+        message = self.told(error.message)
+        return {"code": code, "message": message, "hint": hint, "exit_code": error.exit_code}
+
+    def told(self, text: str) -> str:
+        """Commands in a text as this user types them: the same program, the same directory."""
+        return re.sub(
+            rf"\b{PROGRAM} (start|stop|status)\b",
+            lambda found: f"{self.program} {found[1]}{self.place}",
+            text,
+        )
 
     def _hide(self, text: str) -> str:
         return text.replace(self._secret, "***") if len(self._secret) >= 4 else text
@@ -4164,7 +4189,7 @@ class Output(Reporter):
             self._say(text)
 
     def warn(self, text: str) -> None:
-        self._say(f"Warning: {text}")
+        self._say(f"Warning: {self.told(text)}")
 
     def trace(self, text: str) -> None:
         if self.verbose:
@@ -4219,11 +4244,6 @@ def terminal_columns(stream: TextIO) -> int:
         return max(20, os.get_terminal_size(stream.fileno()).columns)
     except (OSError, ValueError):
         return 80
-
-
-def error_document(error: SandboxError | Interrupted, code: str) -> dict[str, Any]:
-    """The `error` object of a --json document."""
-    return {"code": code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4298,7 +4318,7 @@ def command_status(options: argparse.Namespace, output: Output) -> int:
     report = sandbox.status()
     error: SandboxError | None = report.pop("error")
     if output.json:
-        told = {"error": error_document(error, error.code)} if error else {}
+        told = {"error": output.error_document(error, error.code)} if error else {}
         output.document({**report, **told})
     else:
         output.line("Sandbox Status")
@@ -4492,6 +4512,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     output = Output(sys.stdout, sys.stderr, os.environ)
+    output.program = invocation(sys.argv[0], os.environ)
     output.json = any(word in ("--json", "-j") for word in arguments)
     try:
         code = run(arguments, output)
@@ -4516,6 +4537,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(output, SandboxError(words, hint="Please report it; --verbose shows where."), "internal")
 
 
+def invocation(program: str, environment: Mapping[str, str]) -> str:
+    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
+    if environment.get("PLATO_SANDBOX_COMMAND"):
+        return environment["PLATO_SANDBOX_COMMAND"]
+    if program.endswith(".py"):
+        return shell_words(["python3", program])
+    return shell_words([os.path.basename(program) or PROGRAM])
+
+
 def run(arguments: Sequence[str], output: Output) -> int:
     """Parse the command line and run its command; whatever goes wrong is an exception."""
     if arguments[:1] == ["gateway-stream"]:
@@ -4536,6 +4566,7 @@ def run(arguments: Sequence[str], output: Output) -> int:
         output.line(version_text())
         return 0
     output.quiet, output.verbose = options.quiet, options.verbose
+    output.place = "" if options.working_dir == "." else " " + shell_words(["-w", options.working_dir])
     return int(options.handler(options, output))
 
 
