@@ -122,6 +122,7 @@ RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})
 RETRY_ATTEMPTS = 4
 RETRY_WINDOW_SECONDS = 20.0
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
+SHORTEST_SECRET = 4  # hiding what is shorter would make nonsense of other words
 
 HEARTBEAT_START_SECONDS = 20.0
 BEAT_SECONDS = 10.0
@@ -373,7 +374,7 @@ def normal_base_url(url: str) -> str:
     if trimmed.endswith("/api"):
         trimmed = trimmed[: -len("/api")].rstrip("/")
     match = re.fullmatch(r"(https?)://(\[[0-9a-fA-F:.]+\]|[^/?#@:\s]+)(?::(\d{1,5}))?(/[^?#\s]*)?", trimmed)
-    if match is None:
+    if match is None or not 0 < int(match[3] or 443) < 65536:
         raise UsageError(
             f"PLATO_BASE_URL is {url!r}, which is not the address of an API.",
             hint=f"It looks like {DEFAULT_BASE_URL}.",
@@ -395,7 +396,7 @@ def normal_base_url(url: str) -> str:
 # token, -1 at the end of the document: columns alone decide where a block ends. Tags, several documents,
 # complex keys and whatever is doubtful are refused.
 
-YAML_MAX_DEPTH = 100  # collections inside one another, aliases counted as if written out
+YAML_MAX_DEPTH = 64  # collections inside one another, aliases counted as if written out; spares the stack
 YAML_MAX_KEY = 1024  # characters from the start of a key to its colon, the limit of YAML itself
 YAML_MAX_NUMBER = 4300  # characters: int() takes quadratic time, and newer Pythons stop at this length
 YAML_ALIAS_FACTOR = 10  # aliases may stand for this many times the text's length ...
@@ -701,6 +702,10 @@ def _yaml_unexpected(document: _YamlDocument, at: int) -> YamlError:
         return document.error(at, _YAML_BAD_STARTS["\t"])
     if text[at] == ":" and before and before in "]}":
         return document.error(at, _YAML_COLLECTION_KEY)
+    if text[at] == ":" and before and before in "\"'":
+        return document.error(
+            at, "a ':' follows a quoted value; quote the whole value, keep a key on one line"
+        )
     if text[at] == ":":
         return document.error(at, _YAML_COLON_IN_VALUE)
     if before and before in "\"'":
@@ -718,7 +723,7 @@ def _yaml_flow_gap(document: _YamlDocument, at: int, opened: int) -> int:
         if stop == at:
             raise document.error(stop, _YAML_BAD_STARTS["#"])
         at = text.find("\n", stop)
-        stop = _YAML_GAP.match(text, at).end() if at >= 0 else len(text)  # type: ignore[union-attr]
+        stop = _yaml_skip(_YAML_GAP, text, at) if at >= 0 else len(text)
     if stop == len(text):
         raise document.error(opened, f"'{text[opened]}' is never closed; add the matching bracket")
     if text[stop] == "\t":
@@ -877,7 +882,7 @@ def _yaml_add_pair(
 
 
 def _yaml_merged(pairs: _YamlPairs) -> _YamlPairs:
-    """Put the pairs of `<<` first: the mapping's own win over them, and earlier ones in its list over later."""
+    """Put the pairs of `<<` first: the mapping's own win over them, earlier ones in its list over later."""
     merge = pairs.pop(_MERGE_KEY, None)
     if merge is None:
         return pairs
@@ -893,7 +898,7 @@ def _yaml_merged(pairs: _YamlPairs) -> _YamlPairs:
 
 
 def _yaml_inline(document: _YamlDocument, at: int, indent: int, depth: int, after: str) -> _YamlRead:
-    """A value in block context that starts at `at` and is no block collection; `after` as for block values."""
+    """A value at `at`, in a block, that is no block collection itself; `after` as for block values."""
     char = document.text[at]
     if char in "&*" and "&" in after:
         raise _yaml_bad_start(document, at)
@@ -1010,7 +1015,7 @@ def _yaml_block_lines(text: str, at: int, margin: int) -> tuple[list[str], int, 
 
 
 def _yaml_fold_block(lines: list[str]) -> str:
-    """Join lines by spaces, but keep the breaks around blank lines and around those that start with a space."""
+    """Join lines by spaces, but keep the breaks at blank lines and around those that start with a space."""
     parts: list[str] = []
     previous, blanks = "", 0
     for line in lines:
@@ -1165,7 +1170,7 @@ def _yaml_name(document: _YamlDocument, at: int) -> tuple[str, int]:
     """The name of the anchor or alias at `at`, and where it ends."""
     match = _YAML_NAME.match(document.text, at)
     if not match:
-        message = f"a name of letters, digits, '-' and '_' must follow '{document.text[at]}'; quote it if it is text"
+        message = f"a name (letters, digits, '-', '_') must follow '{document.text[at]}'; put text in quotes"
         raise document.error(at, message)
     return match[1], match.end()
 
@@ -1344,10 +1349,11 @@ def yaml_dump(value: Any) -> str:
     """`value` as a YAML document in block style with sorted keys, which readers of YAML 1.1 read back equal.
 
     Takes dicts, lists, tuples (written as lists), strings, numbers, booleans and None; keys are scalars.
-    SandboxError for anything else, for what contains itself, and for what is nested too deep to be read.
+    What stands in several places is written out in each. SandboxError for other types, for what contains
+    itself, and for what is nested too deep to be read.
     """
     out: list[str] = []
-    if value and isinstance(value, (dict, list, tuple)):
+    if isinstance(value, (dict, list, tuple)) and value:
         _yaml_write_block(out, value, 0, ())
     else:
         written = _yaml_write_scalar(value, 2)
@@ -1369,7 +1375,7 @@ def _yaml_write_block(out: list[str], value: Any, indent: int, parents: tuple[in
     margin = ""
     for head, item in _yaml_write_heads(value):
         out.append(margin + head)
-        if not item or not isinstance(item, (dict, list, tuple)):
+        if not isinstance(item, (dict, list, tuple)) or not item:
             out.append(f" {_yaml_write_scalar(item, indent + 2)}\n")
         elif head == "-":
             out.append(" ")
@@ -1382,7 +1388,7 @@ def _yaml_write_block(out: list[str], value: Any, indent: int, parents: tuple[in
 
 
 def _yaml_write_heads(value: Any) -> Iterator[tuple[str, Any]]:
-    """What starts each entry, `-` or `key:`, with the entry's value; keys are sorted if they can be compared."""
+    """What starts each entry, `-` or `key:`, with the entry's value; keys are sorted if they compare."""
     if not isinstance(value, dict):
         yield from (("-", item) for item in value)
         return
@@ -1419,8 +1425,8 @@ def _yaml_write_scalar(value: Any, indent: int) -> str:
         return str(value)
     if type(value) is float:
         return _yaml_write_float(value)
-    if type(value) in (dict, list, tuple):
-        return "{}" if type(value) is dict else "[]"
+    if isinstance(value, (dict, list, tuple)):
+        return "{}" if isinstance(value, dict) else "[]"
     what = "too long an integer" if type(value) is int else f"a value of type {type(value).__name__}"
     raise SandboxError(f"This value cannot be written as YAML: it holds {what}; convert it to text first.")
 
@@ -1600,6 +1606,9 @@ class Config:
         filled = dict(self.content)
         filled["compute"] = dict(self.compute)
         filled["metadata"] = dict(self.content.get("metadata") or {})
+        for name, kind in (("services", "docker-compose"), ("listeners", "db")):
+            if filled.get(name):  # servers differ in whether `type` may be left out
+                filled[name] = {key: {"type": kind, **part} for key, part in filled[name].items()}
         return filled
 
 
@@ -1618,19 +1627,26 @@ def find_config(directory: str) -> str:
 def load_config(path: str, dataset: str | None) -> Config:
     """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
     source = shown_path(path)
-    root = yaml_compose(_read_config(path), source)
+    try:
+        root = yaml_compose(_read_config(path), source)
+    except YamlError as error:
+        raise unusable_config(source, [str(error)]) from None
     checker = ConfigChecker(source)
     chosen = checker.check(root, dataset or DEFAULT_DATASET)
     if checker.problems or root is None or chosen is None:
-        count = len(checker.problems)
-        raise ConfigError(
-            f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
-            problems=checker.problems,
-            hint="Nothing was created. Correct the file and run the command again.",
-        )
+        raise unusable_config(source, checker.problems)
     plain = root.plain()
     name = dataset or DEFAULT_DATASET
     return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
+
+
+def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
+    count = len(problems)
+    return ConfigError(
+        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
+        problems=problems,
+        hint="Nothing was created. Correct the file and run the command again.",
+    )
 
 
 def _read_config(path: str) -> str:
@@ -1698,6 +1714,15 @@ class ConfigChecker:
                     if self._is_mapping(value, f"`{where}`"):
                         check(value, where)
         self._warn_unknown(node, ("compute", "metadata", "services", "listeners"), "the dataset")
+        self._check_numbers(node)
+
+    def _check_numbers(self, node: YamlNode) -> None:
+        """Find `.inf` and `.nan`: the dataset is sent as JSON, which has no such numbers."""
+        for part in (*(value for _, value in node.pairs()), *node.items()):
+            if part.kind != "scalar":
+                self._check_numbers(part)
+            elif isinstance(part.value, float) and part.value - part.value != 0:
+                self._problem(part, "`.inf` and `.nan` cannot be sent to Plato; write a number or a text")
 
     def _check_service(self, node: YamlNode, where: str) -> None:
         self._check_fields(node, SERVICE_FIELDS, where)
@@ -1978,14 +2003,14 @@ class Aside:
 class SignalGuard:
     """Turns SIGINT, SIGTERM and SIGHUP into Interrupted while the block runs (main thread only).
 
-    Inside `hold()` a first signal is only remembered and raised at the end, so that the answer of a
-    request that created something is not lost; a second one is raised at once.
+    While `held` is true, a first signal is only remembered until `release`, so that the answer of a
+    request that creates something is not lost; a second one is raised at once.
     """
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
         self._previous: list[tuple[int, Any]] = []
-        self._held = False
+        self.held = False
         self._pending: int | None = None
 
     def __enter__(self) -> SignalGuard:  # noqa: PYI034  (Self is newer than 3.9)
@@ -2006,18 +2031,15 @@ class SignalGuard:
         self._previous.clear()
 
     def _arrived(self, number: int, _frame: FrameType | None) -> None:
-        if self._held and self._pending is None:
+        if self.held and self._pending is None:
             self._pending = number
             self._reporter.warn("Interrupted; waiting for the answer to the request that creates the VM.")
             return
         raise Interrupted(number)
 
-    def hold(self) -> None:
-        self._held = True
-
     def release(self) -> None:
         """Obey signals again; raise the remembered one, if there is one."""
-        self._held = False
+        self.held = False
         if self._pending is not None:
             number, self._pending = self._pending, None
             raise Interrupted(number)
@@ -2132,7 +2154,7 @@ def write_whole(path: str, text: str, mode: int = 0o600) -> None:
     """Replace a file in one step: temporary file beside it, fsync, rename, fsync of the directory."""
     temporary = f"{path}.{os.getpid()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    _unlink_quietly(temporary)
+    remove_temporaries(path)
     handle = os.open(temporary, flags, mode)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -2145,6 +2167,16 @@ def write_whole(path: str, text: str, mode: int = 0o600) -> None:
         _unlink_quietly(temporary)
         raise
     _sync_directory(os.path.dirname(path))
+
+
+def remove_temporaries(path: str) -> None:
+    """Remove what `write_whole` left beside a path in processes that were killed, or in this one."""
+    import glob
+
+    for temporary in glob.glob(f"{glob.escape(path)}.*.tmp"):
+        pid = temporary.split(".")[-2]
+        if pid.isdigit() and (int(pid) == os.getpid() or process_start_mark(int(pid)) is None):
+            _unlink_quietly(temporary)
 
 
 def _unlink_quietly(path: str) -> None:
@@ -2168,14 +2200,16 @@ def _sync_directory(path: str) -> None:
 
 
 def make_home(home: str) -> None:
-    """Create PLATO_HOME (0700) if needed and check that files can be written there."""
+    """Create PLATO_HOME (0700) if needed and check that files can be written there.
+
+    `~/.plato` becomes 0700 whoever made it; another directory that is there already keeps its mode.
+    """
     try:
         os.makedirs(home, mode=0o700, exist_ok=True)
-        if os.stat(home).st_uid == os.getuid():
+        if home == os.path.expanduser("~/.plato") and os.stat(home).st_uid == os.getuid():
             os.chmod(home, 0o700)
-        probe = os.path.join(home, f".probe.{os.getpid()}")
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        os.unlink(probe)
+        if not os.access(home, os.W_OK | os.X_OK):
+            raise PermissionError("it is not writable")
     except OSError as error:
         raise SandboxError(
             f"{shown_path(home)} cannot be used for SSH files and heartbeat records: {reason(error)}.",
@@ -2306,7 +2340,9 @@ def proxy_for(host: str, environment: Mapping[str, str]) -> str | None:
         return None
     excluded = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     for entry in excluded.replace(",", " ").split():
-        name = entry.lower().lstrip("*").lstrip(".").partition(":")[0]
+        name = entry.lower().lstrip("*").lstrip(".").strip("[]")
+        if name.count(":") == 1:  # with a port; more colons are an IPv6 address
+            name = name.partition(":")[0]
         if entry == "*" or (name and (host.lower() == name or host.lower().endswith("." + name))):
             return None
     return proxy
@@ -2321,9 +2357,9 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
     left = max(0.1, deadline - time.monotonic())
     try:
         sock = socket.create_connection(target, timeout=left)
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
         raise NetworkError(
-            f"The address of {target[0]} could not be found ({error.strerror}).",
+            f"The address of {printable(target[0])} could not be found ({reason(error)}).",
             hint="Check the network connection and the name.",
             sent=False,
         ) from None
@@ -2342,17 +2378,17 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
 def _proxy_address(proxy: str) -> tuple[str, int]:
     import urllib.parse
 
-    parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
     try:
-        port = parts.port or 80
-    except ValueError:
-        port = 0
-    if parts.scheme != "http" or not parts.hostname or not port:
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port or 80
+    except ValueError:  # its text may hold the password
+        scheme, host, port = "", None, 0
+    if scheme != "http" or not host:
         raise UsageError(
             "HTTPS_PROXY is not the address of a proxy that can be used.",
             hint="It looks like http://proxy.example.com:3128.",
         )
-    return parts.hostname, port
+    return host, port
 
 
 def _tunnel(sock: socket.socket, host: str, port: int, proxy: str, deadline: float) -> None:
@@ -2360,7 +2396,8 @@ def _tunnel(sock: socket.socket, host: str, port: int, proxy: str, deadline: flo
     import urllib.parse
 
     parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-    lines = [f"CONNECT {host}:{port} HTTP/1.1", f"Host: {host}:{port}"]
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
     if parts.username is not None:
         pair = urllib.parse.unquote(parts.username) + ":" + urllib.parse.unquote(parts.password or "")
         lines.append("Proxy-Authorization: Basic " + base64.b64encode(pair.encode()).decode())
@@ -2379,9 +2416,9 @@ def _tunnel(sock: socket.socket, host: str, port: int, proxy: str, deadline: flo
     status = bytes(answer).split(b"\r\n", 1)[0].split(b" ")
     if len(status) < 2 or status[1] != b"200":
         sock.close()
-        word = status[1].decode("ascii", "replace") if len(status) > 1 else "no status"
+        word = printable(status[1].decode("ascii", "replace"))[:20] if len(status) > 1 else "no status"
         hint = "Put the proxy's user and password into HTTPS_PROXY." if word == "407" else None
-        message = f"The proxy refused the connection to {host}:{port} ({word})."
+        message = f"The proxy refused the connection to {target} ({word})."
         raise NetworkError(message, hint=hint, sent=False)
 
 
@@ -2419,7 +2456,7 @@ class Answer:
 
     def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         self.status = status
-        self.headers = headers
+        self.headers = {name.lower(): value for name, value in headers.items()}
         self.body = body
 
 
@@ -2529,6 +2566,7 @@ class Transport:
         deadline: float,
     ) -> Answer:
         import http.client
+        import socket
 
         headers = {
             "X-API-Key": self.settings.require_key(),
@@ -2546,7 +2584,7 @@ class Transport:
             body = response.read(MAX_ANSWER_BYTES + 1)
             if response.will_close or len(body) > MAX_ANSWER_BYTES:
                 self.close()
-        except TimeoutError:
+        except (TimeoutError, socket.timeout):  # noqa: UP041  (two classes until Python 3.10)
             self.close()
             raise NetworkError(
                 f"{self._host} did not answer {method} {where} in time.",
@@ -2565,7 +2603,15 @@ class Transport:
             raise
         if len(body) > MAX_ANSWER_BYTES:
             raise ApiError(f"{self._host} sent an answer of more than {MAX_ANSWER_BYTES >> 20} MB.")
-        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
+        return self._without_key(Answer(response.status, dict(response.getheaders()), body))
+
+    def _without_key(self, answer: Answer) -> Answer:
+        """An answer that repeats the key, as errors may, loses it here: no message or file can hold it."""
+        key = self.settings.require_key()
+        if len(key) < SHORTEST_SECRET:
+            return answer
+        headers = {name: value.replace(key, "***") for name, value in answer.headers.items()}
+        return Answer(answer.status, headers, answer.body.replace(key.encode(), b"***"))
 
 
 def retry_delay(error: ApiError, attempt: int) -> float | None:
@@ -2801,6 +2847,7 @@ class SshFiles:
     def remove(self) -> None:
         for path in (*self.all(), self.known_hosts + ".old"):
             _unlink_quietly(path)
+        remove_temporaries(self.config)
 
 
 class KeyMaking:
@@ -2815,6 +2862,11 @@ class KeyMaking:
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
         quiet = subprocess.DEVNULL
         self._process = launch(command, reporter, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE)
+
+    def cancel(self) -> None:
+        """End it, so that no file of its comes after those here are removed."""
+        self._process.kill()
+        self._process.wait()
 
     def finish(self) -> str:
         _, complaint = self._process.communicate()
@@ -3259,13 +3311,19 @@ def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str
         "record": heartbeat_path(settings.home, state["session_id"]),
     }
     environment = {name: value for name, value in os.environ.items() if name != "PLATO_API_KEY"}
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # the child's working directory is another one
+        if environment.get(name):
+            environment[name] = os.path.abspath(environment[name])
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     options = {"stdin": pipe, "stdout": pipe, "stderr": quiet, "env": environment, "cwd": "/"}
     child = launch(own_command("heartbeat-child"), reporter, start_new_session=True, **options)
     said = _tell_and_hear(child, json.dumps(task).encode())
     word, _, detail = said.decode("utf-8", "replace").strip().partition(" ")
+    holder = HeartbeatRecord.read(str(task["record"])) if word == "busy" else {}
+    if word == "busy" and holder.get("session_id") == state["session_id"]:
+        return int(holder.get("pid") or 0)
     if word == "busy":
-        return int(HeartbeatRecord.read(str(task["record"])).get("pid") or 0)
+        detail = f"that of another sandbox uses {shown_path(str(task['record']))}"
     if word != "ready":
         raise SandboxError(
             f"The heartbeat could not be started: {printable(detail) or 'it ended at once'}.",
@@ -3282,17 +3340,21 @@ def _tell_and_hear(child: subprocess.Popen[bytes], task: bytes) -> bytes:
     stdin, stdout = child.stdin, child.stdout
     if stdin is None or stdout is None:
         raise TypeError("both streams of the child must be pipes")
+    said = b"error it did not start in time"
     try:
-        with stdin:
-            stdin.write(task)
-    except BrokenPipeError:
-        pass  # it ended at once: its silence says so
-    with stdout:
-        if select.select([stdout], [], [], HEARTBEAT_START_SECONDS)[0]:
-            return os.read(stdout.fileno(), 4096)
-    child.kill()
-    child.wait()
-    return b"error it did not start in time"
+        try:
+            with stdin:
+                stdin.write(task)
+        except BrokenPipeError:
+            pass  # it ended at once: its silence says so
+        with stdout:
+            if select.select([stdout], [], [], HEARTBEAT_START_SECONDS)[0]:
+                said = os.read(stdout.fileno(), 4096)
+        return said
+    finally:
+        if not said.startswith((b"ready", b"busy")):  # also when a signal came: nobody would know of it
+            child.kill()
+            child.wait()
 
 
 def heartbeat_health(settings: Settings, state: Mapping[str, Any], now: float) -> dict[str, Any]:
@@ -3462,6 +3524,8 @@ _OPTION_MODES = {
 def _refuse_unfit(mode: str, given: Mapping[str, Any]) -> None:
     for option, value in given.items():
         fitting = _OPTION_MODES[option]
+        if isinstance(value, str) and not value.strip():
+            raise UsageError(f"--{option} is empty.")
         if value is not None and mode not in fitting:
             raise UsageError(f"--{option} goes with {' and '.join('--' + name for name in fitting)} only.")
 
@@ -3489,7 +3553,7 @@ def _plan_from_config(config: Config) -> StartPlan:
 
 def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -> StartPlan:
     name, colon, version = simulator.partition(":")
-    if not name or (colon and not version):
+    if not name.strip() or (colon and not version):
         raise UsageError(
             f"--simulator is {simulator!r}; it must be a name, NAME:TAG or NAME:ARTIFACT-UUID.",
             hint="For example: --simulator espocrm:prod-latest",
@@ -3569,7 +3633,12 @@ class Sandbox:
     def __init__(
         self, directory: str = ".", *, settings: Settings | None = None, reporter: Reporter | None = None
     ) -> None:
-        self.directory = os.path.abspath(directory)
+        if not directory:
+            raise UsageError("The name of the working directory is empty.")
+        try:
+            self.directory = os.path.abspath(directory)
+        except FileNotFoundError:
+            raise UsageError("The current directory does not exist any more; go to another one.") from None
         if not os.path.isdir(self.directory):
             raise UsageError(f"{shown_path(self.directory)} is not a directory.")
         self.settings = settings or Settings.from_environment()
@@ -3680,6 +3749,7 @@ class Sandbox:
             return self._stop(session_id)
 
     def _stop(self, session_id: str | None) -> dict[str, Any]:
+        remove_temporaries(state_path(self.directory))
         if session_id is None:
             self.load()
         else:
@@ -3731,9 +3801,9 @@ class Sandbox:
             self.reporter.warn("The heartbeat could not be ended; it ends by itself within two beats.")
         SshFiles(self.settings.home, session_id).remove()
         self._remove_foreign_ssh_files(state)
-        if self.state.get("session_id") == session_id:
-            remove_state(self.directory)
         _unlink_quietly(heartbeat_path(self.settings.home, session_id))
+        if self.state.get("session_id") == session_id:
+            remove_state(self.directory)  # last: what a killed `stop` leaves is still on record
         self.state = {}
 
     def _remove_foreign_ssh_files(self, state: Mapping[str, Any]) -> None:
@@ -3754,10 +3824,13 @@ def gone_error(why: str | None) -> NoSandboxError:
     )
 
 
+UNKNOWN_VM = "If a VM was created, it gets no heartbeat and is shut down after about two minutes."
+
+
 def unfinished_start(state: Mapping[str, Any]) -> NoSandboxError:
     return NoSandboxError(
         f"A `start` ({state.get('created_at', 'at an unknown time')}) was cut off before Plato answered it."
-        " If a VM was created, it gets no heartbeat and is shut down after about two minutes.",
+        f" {UNKNOWN_VM}",
         hint=f"`{PROGRAM} stop` removes this record; `start` goes ahead in spite of it.",
     )
 
@@ -3776,6 +3849,7 @@ class Starter:
         self.settings = sandbox.settings
         self.reporter = sandbox.reporter
         self.provider: str | None = None
+        self.keys: KeyMaking | None = None
 
     def run(self, replace: bool) -> None:
         for warning in self.plan.config.warnings if self.plan.config else ():
@@ -3783,12 +3857,14 @@ class Starter:
         with DirectoryLock(self.sandbox.directory), SignalGuard(self.reporter) as guard:
             make_home(self.settings.home)
             self._make_way(replace)
-            self._create(guard)
             try:
+                self._create(guard)
                 guard.release()
                 self._bring_up()
             except BaseException as error:
-                self._undo(error)
+                guard.held = False
+                if self.sandbox.state.get("session_id"):
+                    self._undo(error)
                 raise
 
     # Before the VM exists
@@ -3815,27 +3891,35 @@ class Starter:
         self.sandbox.state = {}
 
     def _create(self, guard: SignalGuard) -> None:
-        """Create the VM and record it. From the request to the record no signal is obeyed at once."""
+        """Create the VM and record it. From the request to the record no signal is obeyed at once.
+
+        What is left after an error: without a VM, nothing; when nobody knows whether there is one, the
+        record without a session, so that `status` tells what is known; else a session for `_undo` to close.
+        """
         now = time.time()
         intent: dict[str, Any] = {**self.plan.state, "created_at": utc_text(now), "starting": True}
         intent["expires_at"] = utc_text(now + self.plan.lifetime)
         if self.settings.base_url != DEFAULT_BASE_URL:
             intent["base_url"] = self.settings.base_url
-        self.sandbox.save(**intent)
-        guard.hold()
         try:
+            self.sandbox.save(**intent)
+            guard.held = True
             self.reporter.step("Creating the VM", MAKE_SECONDS)
             answer = self._make()
-            session_id = answer["session_id"]
-            entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
-            if entry.get("success") is False or not as_text(entry.get("job_id")):
-                self._refuse(session_id, as_text(entry.get("error")))
-        except (UnknownOutcomeError, Interrupted):
-            raise  # nobody knows whether there is a VM: the record stays, and `status` tells what is known
-        except BaseException:
-            if not self.sandbox.state.get("session_id"):
+        except BaseException as error:
+            unknown = isinstance(error, UnknownOutcomeError) or (
+                isinstance(error, Interrupted) and guard.held
+            )
+            if isinstance(error, Interrupted) and unknown:
+                error.message = f"Interrupted before Plato answered. {UNKNOWN_VM}"
+                error.hint = unfinished_start(self.sandbox.state).hint
+            elif not unknown and not self.sandbox.state.get("session_id"):
                 remove_state(self.sandbox.directory)
             raise
+        session_id = answer["session_id"]
+        entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
+        if entry.get("success") is False or not as_text(entry.get("job_id")):
+            self._refuse(session_id, as_text(entry.get("error")))
         self.sandbox.save(session_id=session_id, job_id=entry["job_id"], **self._learned(entry))
 
     def _learned(self, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -3863,29 +3947,24 @@ class Starter:
             raise
         except ApiError as error:
             if error.status is None or error.status in (408, 502, 504):
-                self._close_what_the_answer_names(error)
+                self._record_what_the_answer_names(error)
                 raise lost_answer(error) from None
             raise
 
-    def _close_what_the_answer_names(self, error: ApiError) -> None:
-        """Half an answer may still name the session: then close it, so that nothing runs unknown."""
+    def _record_what_the_answer_names(self, error: ApiError) -> None:
+        """Half an answer may still name the session: then it can be closed, and nothing runs unknown."""
         found = re.search(rb'"session_id"\s*:\s*"([^"\\]{1,200})"', error.body)
         if found is None:
             return
-        session_id = found[1].decode("utf-8", "replace")
-        self.sandbox.save(session_id=session_id)
-        self.sandbox.close_session(session_id)
-        self.sandbox.clean_up(self.sandbox.state)
+        self.sandbox.save(session_id=found[1].decode("utf-8", "replace"))
         raise ApiError(
             f"Plato's answer to the request that creates a VM was cut short: {error.message}",
-            hint="The VM was closed again. Run the command once more.",
+            hint="Run the command once more.",
         )
 
     def _refuse(self, session_id: str, why: str | None) -> NoReturn:
-        """Plato made a session without a VM: close it and say why there is none."""
+        """Plato made a session without a VM: record it, to be closed, and say why there is none."""
         self.sandbox.save(session_id=session_id)
-        self.sandbox.close_session(session_id)
-        self.sandbox.clean_up(self.sandbox.state)
         raise SandboxError(
             f"Plato could not create the VM: {printable(why or 'no reason was given').rstrip('.')}.",
             hint="Check the simulator, tag, dataset or artifact id; nothing is left running.",
@@ -3899,14 +3978,14 @@ class Starter:
         pid = spawn_heartbeat(self.settings, sandbox.state, sandbox.directory, self.reporter)
         sandbox.save(heartbeat_pid=pid)
         session_id, job_id = sandbox.state["session_id"], sandbox.state["job_id"]
-        keys = self._begin_keys(session_id)
+        self.keys = self._begin_keys(session_id)
         self._wait_for_ready(session_id, job_id)
         address = Aside(lambda: self._public_url(session_id, job_id))
         if self.plan.reset:
             self.reporter.step("Resetting the environment", RESET_SECONDS)
             self._check_reset(self.api.reset(session_id))
         self.reporter.step("Setting up SSH", SETUP_SECONDS)
-        ssh = self._set_up_ssh(keys, session_id, job_id)
+        ssh = self._set_up_ssh(self.keys, session_id, job_id)
         public_url = address.result()
         url = with_router_target(public_url, sandbox.state.get("service"))
         sandbox.save(public_url=public_url, url=url, starting=None, **ssh)
@@ -4020,7 +4099,10 @@ class Starter:
         """Close the session after a failure. Where that fails too, the record stays and the hint names it."""
         sandbox = self.sandbox
         self.reporter.step("Closing the VM")
+        had_vm = "job_id" in sandbox.state
         try:
+            if self.keys:
+                self.keys.cancel()
             sandbox.close_session(sandbox.state["session_id"])
             sandbox.clean_up(sandbox.state)
         except (SandboxError, Interrupted) as trouble:
@@ -4034,7 +4116,9 @@ class Starter:
                 self.reporter.warn(left)
             return
         if isinstance(error, (SandboxError, Interrupted)):
-            error.message = error.message.rstrip() + " The VM was closed again."
+            error.message = (
+                f"{error.message.rstrip()} {'The VM' if had_vm else 'Its session'} was closed again."
+            )
 
 
 def live_sandbox_error(state: Mapping[str, Any]) -> ConflictError:
@@ -4156,14 +4240,23 @@ class Output(Reporter):
         )
 
     def _hide(self, text: str) -> str:
-        return text.replace(self._secret, "***") if len(self._secret) >= 4 else text
+        return text.replace(self._secret, "***") if len(self._secret) >= SHORTEST_SECRET else text
 
     def _say(self, text: str) -> None:
         safe = self._hide("\n".join(map(printable, text.split("\n"))))
         with self._lock:
             self._erase()
-            self.stderr.write(safe + "\n")
+            self._tell(safe + "\n")
+
+    def _tell(self, text: str) -> None:
+        """Write to stderr. That nobody is there any more, as after a hangup, must not end the work."""
+        try:
+            self.stderr.write(text)
             self.stderr.flush()
+        except (OSError, ValueError):
+            forget_stream(self.stderr)
+        except RuntimeError:
+            pass  # a signal came in the middle of a write; what its handler has to say is lost
 
     # Progress (the Reporter that operations talk to)
 
@@ -4201,8 +4294,7 @@ class Output(Reporter):
             step, self._step = self._step, ""
             if step and self._live and not self.quiet:
                 self._erase()
-                self.stderr.write(f"{step}: {duration_text(time.monotonic() - self._began)}\n")
-                self.stderr.flush()
+                self._tell(f"{step}: {duration_text(time.monotonic() - self._began)}\n")
 
     def _tick(self) -> None:
         while not self._wake.wait(1.0 if self._live else PROGRESS_LINE_SECONDS / 10):
@@ -4217,14 +4309,10 @@ class Output(Reporter):
                 return
             self._last_line = now
             text = self._hide(self._progress_text(now))
-            try:
-                if self._live:
-                    self.stderr.write("\r\033[K" + text[: terminal_columns(self.stderr) - 1])
-                else:
-                    self.stderr.write(text + "\n")
-                self.stderr.flush()
-            except (OSError, ValueError):
-                pass  # the terminal went away; the work goes on
+            if self._live:
+                self._tell("\r\033[K" + text[: terminal_columns(self.stderr) - 1])
+            else:
+                self._tell(text + "\n")
 
     def _progress_text(self, now: float) -> str:
         spent = now - self._began
@@ -4236,7 +4324,17 @@ class Output(Reporter):
 
     def _erase(self) -> None:
         if self._live:
-            self.stderr.write("\r\033[K")
+            self._tell("\r\033[K")
+
+
+def forget_stream(stream: TextIO) -> None:
+    """Point a stream that cannot be written at nothing, or the interpreter would complain at its end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, stream.fileno())
+    except (OSError, ValueError):
+        pass  # it is closed
+    os.close(nothing)
 
 
 def terminal_columns(stream: TextIO) -> int:
@@ -4359,7 +4457,11 @@ def seconds_of(text: str) -> float:
 def command_stop(options: argparse.Namespace, output: Output) -> int:
     sandbox = Sandbox(options.working_dir, reporter=output)
     sandbox.settings.require_key()
-    done = sandbox.stop(options.session_id)
+    try:
+        done = sandbox.stop(options.session_id)
+    except Interrupted as interruption:
+        interruption.hint = f"What is not yet removed is still on record; go on with: {PROGRAM} stop"
+        raise
     if output.json:
         output.document({"stopped": True, **done})
         return 0
@@ -4513,7 +4615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     output = Output(sys.stdout, sys.stderr, os.environ)
     output.program = invocation(sys.argv[0], os.environ)
-    output.json = any(word in ("--json", "-j") for word in arguments)
+    output.json = asks_for_json(arguments)
     try:
         code = run(arguments, output)
         sys.stdout.flush()
@@ -4535,6 +4637,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         words = f"This is a mistake in {PROGRAM} {__version__} ({type(error).__name__}: {error})."
         return fail(output, SandboxError(words, hint="Please report it; --verbose shows where."), "internal")
+
+
+def asks_for_json(arguments: Sequence[str]) -> bool:
+    """Whether --json is given, also as in `-cj`; asked before parsing, for the errors that parsing finds."""
+    return any(word == "--json" or re.match("-[bcq]*j", word) for word in arguments)
 
 
 def invocation(program: str, environment: Mapping[str, str]) -> str:
@@ -4565,9 +4672,10 @@ def run(arguments: Sequence[str], output: Output) -> int:
     if options.version or options.command is None:
         output.line(version_text())
         return 0
-    output.quiet, output.verbose = options.quiet, options.verbose
+    output.json, output.quiet, output.verbose = options.json, options.quiet, options.verbose
     output.place = "" if options.working_dir == "." else " " + shell_words(["-w", options.working_dir])
-    return int(options.handler(options, output))
+    with SignalGuard(output):
+        return int(options.handler(options, output))
 
 
 def run_gateway_stream(arguments: Sequence[str]) -> int:
@@ -4592,16 +4700,14 @@ def fail(output: Output, error: SandboxError | Interrupted, code: str) -> int:
     try:
         output.error(error, code)
         sys.stdout.flush()
-    except BrokenPipeError:
-        closed_pipe()
+    except OSError:  # nobody reads it; the exit code still tells
+        forget_stream(sys.stdout)
     return error.exit_code
 
 
 def closed_pipe() -> int:
-    """Whoever read the output has gone: keep the interpreter from complaining at its end."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.close(nothing)
+    """Whoever read the output has gone, and shells count that as SIGPIPE."""
+    forget_stream(sys.stdout)
     return 141
 
 
