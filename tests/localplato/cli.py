@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from .endpoints import Settings
 from .home import Home, HomeError, default_home
+from .machine import remove_tree
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 COMMAND = Path(__file__).resolve().parent.parent / "local_plato.py"
@@ -40,8 +40,22 @@ def up(home: Home, options: Sequence[str] = ()) -> dict[str, Any]:
     with home.lock_for_start():
         information = home.information()
         if information is not None and home.running:
-            return {**information, "started": False}
+            if answers(information):
+                return {**information, "started": False}
+            if not wait_for_stop(home):
+                raise CommandError(
+                    "the local Plato runs but does not answer; stop it with: local_plato.py down"
+                )
         return {**start_server(home, options), "started": True}
+
+
+def answers(information: dict[str, Any]) -> bool:
+    """Whether the server takes requests; one that is about to end does not."""
+    try:
+        admin(information, "GET", "/_local/status")
+    except OSError:
+        return False
+    return True
 
 
 def start_server(home: Home, options: Sequence[str]) -> dict[str, Any]:
@@ -63,6 +77,7 @@ def start_server(home: Home, options: Sequence[str]) -> dict[str, Any]:
         process.wait()
         last = home.log_path.read_text(errors="replace").strip().splitlines()[-1:]
         raise CommandError(f"the server did not start: {''.join(last)} (see {home.log_path})")
+    process.returncode = 0  # It outlives us, of which Popen would warn.
     information: dict[str, Any] = json.loads(line)
     return information
 
@@ -170,10 +185,11 @@ def command_status(home: Home, arguments: argparse.Namespace) -> int:
     status = admin(information, "GET", "/_local/status")
     sessions = admin(information, "GET", "/_local/sessions")["sessions"]
     value = {"running": True, "home": str(home.directory), **information, **status, "sessions": sessions}
+    gateway_host = information["environment"].get("PLATO_GATEWAY_HOST", "off")
     lines = [
         f"Local Plato is running at {information['base_url']} (PID: {information['pid']})",
         f"  Data directory:  {home.directory}",
-        f"  Gateway:         {information['environment'].get('PLATO_GATEWAY_HOST', 'off')}:{information['gateway_port']}",
+        f"  Gateway:         {gateway_host}:{information['gateway_port']}",
         f"  Living VMs:      {len(status['alive'])}",
     ]
     lines += [
@@ -186,14 +202,16 @@ def command_down(home: Home, arguments: argparse.Namespace) -> int:
     stopped = down(home)
     print("Local Plato stopped" if stopped else "Local Plato was not running")
     if arguments.purge and home.directory.is_dir():
-        shutil.rmtree(home.directory)
+        remove_tree(home.directory)
         print(f"Removed {home.directory}")
     return 0
 
 
 def command_run(home: Home, arguments: argparse.Namespace) -> int:
-    """Become `plato_sandbox.py ARGS` of this repository."""
-    return become(home, [sys.executable, str(REPOSITORY / "plato_sandbox.py"), *arguments.arguments])
+    """Become `plato_sandbox.py ARGS` of this repository; its hints then name this command."""
+    typed = shlex.join(["python3", sys.argv[0], "run"])
+    command = [sys.executable, str(REPOSITORY / "plato_sandbox.py"), *arguments.arguments]
+    return become(home, command, {"PLATO_SANDBOX_COMMAND": typed})
 
 
 def command_exec(home: Home, arguments: argparse.Namespace) -> int:
@@ -201,15 +219,15 @@ def command_exec(home: Home, arguments: argparse.Namespace) -> int:
     words = arguments.arguments[1:] if arguments.arguments[:1] == ["--"] else arguments.arguments
     if not words:
         raise CommandError("exec needs a command: local_plato.py exec -- CMD ARGS")
-    return become(home, words)
+    return become(home, words, {})
 
 
-def become(home: Home, command: list[str]) -> int:
+def become(home: Home, command: list[str], environment: dict[str, str]) -> int:
     information = up(home)
     warn(information)
     sys.stdout.flush()
     try:
-        os.execvpe(command[0], command, {**os.environ, **information["environment"]})
+        os.execvpe(command[0], command, {**os.environ, **information["environment"], **environment})
     except OSError as error:
         raise CommandError(f"{command[0]}: {error.strerror}") from error
 
@@ -217,7 +235,9 @@ def become(home: Home, command: list[str]) -> int:
 def command_serve(home: Home, arguments: argparse.Namespace) -> int:
     from . import serve
 
-    return serve.serve(home, settings_of(arguments), arguments.ca_from)
+    status = serve.serve(home, settings_of(arguments), arguments.ca_from)
+    # Threads of open connections may hold what the interpreter would wait for in its own orderly end.
+    os._exit(status)
 
 
 # ---------------------------------------------------------------------------
@@ -230,9 +250,10 @@ SETTINGS = {
     "speed": "how many times faster than real time boots, lifetimes and heartbeats go",
     "idle_minutes": "stop by itself after that long without use and without VMs; 0: never",
     "gateway_host": "the gateway's host name",
-    "not_ready_status": "status of wait_for_ready when it is not ready in time: 200 or 408",
-    "isolation": "auto, namespaces or paths",
+    "not_ready_status": "status of wait_for_ready when it is not ready in time",
+    "isolation": "namespaces for VMs, or only the mapping of paths in commands",
 }
+CHOICES: dict[str, list[Any]] = {"not_ready_status": [200, 408], "isolation": ["auto", "namespaces", "paths"]}
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -241,9 +262,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     for name, help_text in SETTINGS.items():
         option = "--" + name.replace("_", "-")
         default = defaults[name]
-        parser.add_argument(
-            option, type=type(default), default=default, help=f"{help_text} (default: {default})"
-        )
+        help_text = f"{help_text} (default: {default})"
+        choices = CHOICES.get(name)
+        parser.add_argument(option, type=type(default), default=default, choices=choices, help=help_text)
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
