@@ -2,8 +2,8 @@
 
 `LocalPlato` runs one for tests. Every module has one concern: `contract` (the API's models), `server` (HTTP),
 `endpoints` (what each does), `sessions` (lifecycles), `machine`, `init` and `accounts` (VMs), `gateway`,
-`certificates` and `relay` (TLS into VMs), `ssh`, `public_url`, `catalogue` (simulators and artifacts), `faults`,
-`admin`, `clock`, `home` (the data directory), `serve` and `cli`.
+`certificates` and `relay` (TLS into VMs), `ssh`, `public_url`, `catalogue` (simulators and artifacts),
+`faults`, `admin`, `clock`, `home` (the data directory), `serve` and `cli`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The admin interface under `/_local/`: looks at the server, moves its clock and scripts its faults.
 
-It needs no key, and is for tests and for the command `local_plato.py`. A GET with `after=N&wait=S` answers when
-the server's version is beyond N, or after S seconds.
+It needs no key, and is for tests and for the command `local_plato.py`. A GET with `after=N&wait=S` answers
+when the server's version is beyond N, or after S seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any, Callable
 
 from . import faults, gateway
-from .machine import MachineError
+from .machine import BOOT_LIMIT_SECONDS, MachineError
 from .sessions import BootFault, Job
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def get_faults(service: Service, parameters: dict[str, str]) -> AdminAnswer:
 def post_fault(service: Service, values: dict[str, Any]) -> AdminAnswer:
     """Script a rule of `faults.Fault`, or one for VMs or for the gateway.
 
-    VMs: `boot_failure` (with `reason`), `never_ready`. Gateway: `gateway_down`, `gateway_reset` (`after_bytes`).
+    VMs: `boot_failure` (`reason`), `never_ready`. Gateway: `gateway_down`, `gateway_reset` (`after_bytes`).
     """
     effect = values.get("effect")
     times = int(values.get("times", 1))
@@ -209,11 +209,12 @@ def post_advance(service: Service, values: dict[str, Any]) -> AdminAnswer:
     """Move the clock on by `seconds`; what is due then has happened when the answer comes."""
     service.sessions.clock.advance(float(values["seconds"]))
     service.sessions.tick()
+    service.sessions.wait_until(service.sessions.booted, BOOT_LIMIT_SECONDS)
     with service.sessions.lock:
         service.sessions.touch()
         return 200, {"version": service.sessions.version, "clock": service.sessions.clock.now()}
 
 
 def post_shutdown(service: Service, values: dict[str, Any]) -> AdminAnswer:
-    service.stop_requested.set()
+    service.request_stop()
     return 200, {}

@@ -1,6 +1,6 @@
-"""The certificates of the TLS gateway: a CA of the data directory, and a leaf certificate for each server name.
+"""The certificates of the TLS gateway: a CA of the data directory, and one for each server name.
 
-They are made by the `openssl` command. The CA may vouch only for the gateway's own host and the names below it.
+They are made by the `openssl` command. The CA may vouch only for the gateway's host and the names below it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Certificates:
         self.contexts: dict[str, ssl.SSLContext] = {}
 
     def prepare(self, shared: Path | None = None) -> None:
-        """Make the CA, the leaf key and the bundle for clients unless they exist, or take them from `shared`."""
+        """Make the CA, the leaf key and the clients' bundle unless they exist, or take them from `shared`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.directory.chmod(0o700)
         if not (self.directory / "leaf.csr").exists():
@@ -120,10 +120,11 @@ class Certificates:
         certificate = self.directory / f"{name}.pem"
         extensions.write_text(LEAF_EXTENSIONS.format(name=name))
         try:
+            authority = ("-CA", str(self.directory / "ca.pem"), "-CAkey", str(self.directory / "ca.key"))
             openssl(
-                "x509", "-req", "-in", str(self.directory / "leaf.csr"), "-CA", str(self.directory / "ca.pem"),
-                "-CAkey", str(self.directory / "ca.key"), "-set_serial", "0x" + os.urandom(15).hex(),
-                "-days", str(LEAF_DAYS), "-sha256", "-extfile", str(extensions), "-out", str(certificate),
+                "x509", "-req", "-in", str(self.directory / "leaf.csr"), *authority,
+                "-set_serial", "0x" + os.urandom(15).hex(), "-days", str(LEAF_DAYS), "-sha256",
+                "-extfile", str(extensions), "-out", str(certificate),
             )  # fmt: skip
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate, self.directory / "leaf.key")

@@ -253,6 +253,7 @@ SETTINGS = {
     "not_ready_status": "status of wait_for_ready when it is not ready in time",
     "isolation": "namespaces for VMs, or only the mapping of paths in commands",
 }
+PASSING = ("run", "exec")
 CHOICES: dict[str, list[Any]] = {"not_ready_status": [200, 408], "isolation": ["auto", "namespaces", "paths"]}
 
 
@@ -302,8 +303,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, (handler, help_text) in adding.items():
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(handler=handler)
-        if name in ("run", "exec"):
-            command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+        if name in PASSING:
+            command.add_argument("arguments", nargs="*", metavar="...")
         if name in ("up", "env", "status"):
             command.add_argument("--json", action="store_true", help="print JSON")
         if name in ("up", "serve"):
@@ -317,11 +318,24 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def split_words(words: list[str]) -> tuple[list[str], list[str] | None]:
+    """Our own words, and those after `run` or `exec`: they are another program's, not argparse's."""
+    for position, word in enumerate(words):
+        if word.startswith("-") or (position > 0 and words[position - 1] == "--home"):
+            continue
+        passed = words[position + 1 :]
+        if word not in PASSING or (word == "exec" and passed[:1] in (["-h"], ["--help"])):
+            break
+        return words[: position + 1], passed
+    return words, None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
-    arguments = parser.parse_args(words)
+    words, passed = split_words(list(sys.argv[1:] if argv is None else argv))
+    arguments = make_parser().parse_args(words)
+    if passed is not None:
+        arguments.arguments = passed
     home = Home(arguments.home.absolute() if arguments.home else default_home())
     try:
         status: int = arguments.handler(home, arguments)

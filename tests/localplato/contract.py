@@ -1,7 +1,7 @@
 """The API's contract: reads `contract.txt`, and checks requests and answers against its models.
 
-A wrong request gets the list of problems that FastAPI (pydantic 2) would answer with a 422, and numbers, booleans
-and strings are converted in the few cases in which it converts them. Unknown fields are let through and listed.
+A wrong request gets the list of problems that FastAPI (pydantic 2) would answer with a 422. Numbers and
+booleans are converted in the few cases in which it converts them. Unknown fields are let through and listed.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ class Contract:
         return self.check_untagged(members, value, where, report)
 
     def check_untagged(self, members: list[Type], value: Any, where: Location, report: Report) -> Any:
-        """The first member that takes the value as it is, else the first that converts it, else every problem."""
+        """The first member that takes the value as it is, else one that converts it, else every problem."""
         trials = []
         for member in members:
             trial = Report()

@@ -19,6 +19,7 @@ from .sessions import WORKER_MISSING, Job, Session, Sessions
 
 MAXIMUM_POLL_SECONDS = 300.0
 PAGE_LIMIT = 500
+DEFAULT_EXECUTE_SECONDS = 30
 
 
 class ApiError(Exception):
@@ -344,11 +345,12 @@ def close(call: Call) -> dict[str, Any]:
 
 @endpoint("POST", "/api/v2/sessions/{session_id}/execute")
 def execute(call: Call) -> dict[str, Any]:
-    """Run a command as root on every VM of the session. One that still boots gives a result without success."""
+    """Run a command as root on every VM of the session; one that still boots gives a failed result."""
     session = call.session(living=True)
     if session.jobs and all(job.over for job in session.jobs):
         raise ApiError(410, f"Job is gone: {session.jobs[0].status} ({session.jobs[0].reason})")
-    timeout = call.body["timeout"]
+    limit = call.body["timeout"]
+    timeout = float(DEFAULT_EXECUTE_SECONDS if limit is None else max(0, limit))
 
     def execute_on(job: Job) -> dict[str, Any]:
         machine = call.sessions.machine(job.job_id)
@@ -369,7 +371,8 @@ def execute(call: Call) -> dict[str, Any]:
             "success": result.exit_code == 0 and not result.timed_out,
             "stdout": result.stdout.decode("utf-8", "replace"),
             "stderr": result.stderr.decode("utf-8", "replace"),
-            "exit_code": result.exit_code,
+            # As a shell tells it of a command that a signal ended.
+            "exit_code": result.exit_code if result.exit_code >= 0 else 128 - result.exit_code,
             "timed_out": result.timed_out,
         }
 

@@ -1,4 +1,4 @@
-"""The TLS gateway: a connection's server name `<job id>--<port>.<gateway host>` says which port of which VM."""
+"""The TLS gateway: the server name `<job id>--<port>.<gateway host>` says which port of which VM."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Gateway:
                 raise StreamResetError("the gateway is down (fault)")
             self.carry(connection, entry, fault)
         except (StreamResetError, MachineError, CertificateError, OSError) as error:
-            entry["error"] = str(error)
+            entry["error"] = entry["error"] or str(error)
             reset(connection)
         finally:
             connection.close()
@@ -117,12 +117,13 @@ class Gateway:
         relay(stream, PlainStream(target, far=True), count)
 
     def context(self, entry: dict[str, object]) -> ssl.SSLContext:
-        """A TLS context that chooses the certificate by the server name, and refuses names of no living VM."""
+        """A TLS context that takes the certificate of the server name, and refuses names of no living VM."""
 
         def choose(tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
             entry["name"] = name
             parts = split_name(name or "", self.host)
             if name is None or parts is None or self.find_machine(parts[0]) is None:
+                entry["error"] = "no living VM has this name"
                 return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
             try:
                 tls.context = self.certificates.context(name)

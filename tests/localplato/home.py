@@ -57,7 +57,7 @@ class Home:
 
     def lock_for_server(self) -> IO[str]:
         """Hold the server's lock until the returned file closes. Raises HomeError when a server has it."""
-        file = open(self.directory / "server.lock", "w")
+        file = open(self.directory / "server.lock", "w")  # noqa: SIM115 - it is the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,28 +1,33 @@
 """PID 1 of a VM of the local Plato.
 
-`machine.py` starts this file in new namespaces with one argument: the number of an inherited socket. It reads the
-VM's settings from it, gives the VM its own files, /proc, /dev, loopback and host name, answers `ready`, and then
-serves requests until the socket closes, which ends the VM and every process in it.
+`machine.py` starts this file in new namespaces with one argument: the number of an inherited socket. It reads
+the VM's settings from it, gives the VM its own files, /proc, /dev, loopback and host name, answers `ready`,
+and then serves requests until the socket closes, which ends the VM and every process in it.
 
-A message is a four byte length and that many bytes of JSON; file descriptors ride on the length. Requests, each
-with an "id" that comes back in the answer:
+A message is a four byte length and that many bytes of JSON; file descriptors ride on the length. Requests,
+each with an "id" that comes back in the answer:
 
     run         argv, env, cwd, uid, gid, and three descriptors: answers "pid", and "exit" when it has ended
     signal      pid, signal: to the process group of a command started by `run`
     socket      family: answers a new TCP socket of the VM's network, not yet connected
     processes   answers every process of the VM but this one
 
+Where the host allows no namespaces it runs without them: it is then no PID 1, but still the parent of every
+process of the VM, whose orphans come to it, and ends them before it ends itself.
+
 This file imports nothing of ours, so that it runs by its path with `python -I`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import json
 import os
 import re
+import resource
 import selectors
 import signal
 import socket
@@ -34,6 +39,7 @@ from typing import Any, Callable
 
 HEADER = struct.Struct("!I")
 MAXIMUM_DESCRIPTORS = 8
+OPEN_FILES = 1024
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 8, 32, 4096, 16384
 MS_NOATIME, MS_NODIRATIME, MS_RELATIME = 1024, 2048, 1 << 21
@@ -46,12 +52,19 @@ MOUNT_OPTIONS = {
     "nodiratime": MS_NODIRATIME,
     "relatime": MS_RELATIME,
 }
+STATVFS_FLAGS = {
+    os.ST_NOSUID: MS_NOSUID,
+    os.ST_NOEXEC: MS_NOEXEC,
+    os.ST_NOATIME: MS_NOATIME,
+    os.ST_NODIRATIME: MS_NODIRATIME,
+    os.ST_RELATIME: MS_RELATIME,
+}
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 READ_ONLY_PROC = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 # Nothing in a VM may load modules, touch raw devices or mounts, reboot, set the clock or make device nodes.
 CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SYS_BOOT, CAP_SYS_TIME, CAP_MKNOD = 16, 17, 21, 22, 25, 27
 DROPPED_CAPABILITIES = (CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SYS_BOOT, CAP_SYS_TIME, CAP_MKNOD)
-PR_CAPBSET_DROP = 24
+PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 24, 36
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 
 
@@ -149,7 +162,7 @@ def protect_host() -> None:
 
 
 def bind_own_files(directory: str, binds: dict[str, str]) -> None:
-    """Mount files and directories of the VM's directory over the host's: {path in the VM: name in the directory}.
+    """Mount what lies in the VM's directory over the host's files: {path in the VM: name in the directory}.
 
     All are opened first, since a mount over /tmp or /home may hide the VM's directory itself.
     """
@@ -157,10 +170,20 @@ def bind_own_files(directory: str, binds: dict[str, str]) -> None:
     for target, descriptor in opened:
         if os.path.exists(target):
             mount(f"/proc/self/fd/{descriptor}", target, "none", MS_BIND)
-            mount("none", target, "none", MS_REMOUNT | MS_BIND | MS_NODEV)
+            make_writable(target, descriptor)
         elif os.path.isdir(f"/proc/self/fd/{descriptor}"):
             raise FileNotFoundError(errno.ENOENT, "a VM needs this directory on the host", target)
         os.close(descriptor)
+
+
+def make_writable(target: str, source: int) -> None:
+    """Undo `protect_host` for a mount of the VM's own, and lift what else the host's mount forbids."""
+    try:
+        mount("none", target, "none", MS_REMOUNT | MS_BIND | MS_NODEV)
+    except PermissionError:
+        # An ordinary user may not lift it, only keep it.
+        kept = sum(flag for option, flag in STATVFS_FLAGS.items() if os.fstatvfs(source).f_flag & option)
+        mount("none", target, "none", MS_REMOUNT | MS_BIND | MS_NODEV | kept)
 
 
 def mount_devices() -> None:
@@ -211,8 +234,14 @@ def drop_capabilities() -> None:
 
 
 def set_up(settings: dict[str, Any]) -> None:
-    """Turn the new namespaces into this VM."""
+    """Turn the new namespaces into this VM, or be ready for one without them."""
     os.umask(0o022)
+    # The server needs many more open files than programs in a VM should be used to.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, hard), hard))
+    if not settings["isolated"]:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        return
     socket.sethostname(settings["hostname"])
     bring_loopback_up()
     protect_host()
@@ -254,10 +283,21 @@ def run_child(request: dict[str, Any], descriptors: Sequence[int]) -> None:
 
 
 def list_processes() -> list[dict[str, Any]]:
-    """Every process of the VM but PID 1: pid, parent, state letter and command line."""
+    """Every process of the VM but this one: pid, parent, state letter and command line."""
+    everything = list_all_processes()
+    family = {os.getpid()}
+    while True:
+        grown = family | {process["pid"] for process in everything if process["parent"] in family}
+        if grown == family:
+            return [process for process in everything if process["pid"] in family - {os.getpid()}]
+        family = grown
+
+
+def list_all_processes() -> list[dict[str, Any]]:
+    """Every process that /proc shows."""
     processes: list[dict[str, Any]] = []
     for name in os.listdir("/proc"):
-        if not name.isdigit() or name == "1":
+        if not name.isdigit():
             continue
         try:
             with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
@@ -268,6 +308,18 @@ def list_processes() -> list[dict[str, Any]]:
             continue
         processes.append({"pid": int(name), "parent": int(parent), "state": state, "argv": argv})
     return processes
+
+
+def end_descendants() -> None:
+    """Kill and reap until this process has no descendants."""
+    while True:
+        for process in list_processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process["pid"], signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
 
 class Init:
@@ -377,6 +429,9 @@ def main() -> int:
         init.serve()
     except ConnectionError:
         pass
+    if not received[0]["isolated"]:
+        signal.set_wakeup_fd(-1)
+        end_descendants()
     return 0
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Callable
 
-from . import accounts
+from . import accounts, paths
 from .init import receive_message, send_message
 
 BOOT_LIMIT_SECONDS = 20.0
@@ -86,7 +87,8 @@ def namespaces_problem() -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unshare does not work here ({error})"
     if trial.returncode != 0:
-        return f"this host does not allow namespaces ({trial.stderr.strip().splitlines()[-1:] or [trial.returncode]})"
+        reason = (trial.stderr.strip().splitlines() or [f"status {trial.returncode}"])[-1]
+        return f"this host does not allow namespaces ({reason})"
     return None
 
 
@@ -102,7 +104,7 @@ def own(path: Path, uid: int, mode: int) -> None:
     path.chmod(mode)
 
 
-def create_directory(directory: Path, hostname: str) -> None:
+def create_directory(directory: Path, hostname: str, isolated: bool) -> None:
     """Lay out an empty VM: the homes of root and plato, temporary directories and the account files."""
     for name, uid, mode in (
         ("home", 0, 0o755),
@@ -117,10 +119,27 @@ def create_directory(directory: Path, hostname: str) -> None:
         path = directory / name
         path.mkdir(parents=True, exist_ok=True)
         own(path, uid, mode)
-    for name, text, mode in accounts.account_files(hostname, one_uid=os.geteuid() != 0):
+    if not isolated:
+        files = accounts.mapped_account_files(directory)
+    else:
+        files = accounts.account_files(hostname, one_uid=os.geteuid() != 0)
+    for name, text, mode in files:
         path = directory / "etc" / name
         path.write_text(text)
         own(path, 0, mode)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory, also when a VM has left directories in it that its owner may not read."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        for parent, names, _ in os.walk(directory):
+            for name in names:
+                path = os.path.join(parent, name)
+                if not os.path.islink(path):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.chmod(path, 0o700)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------
@@ -149,12 +168,13 @@ class Machine:
     """A VM. Every method may be called from any thread."""
 
     def __init__(
-        self, name: str, directory: Path, hostname: str, on_death: Callable[[Machine], None]
+        self, name: str, directory: Path, hostname: str, isolated: bool, on_death: Callable[[Machine], None]
     ) -> None:
         self.name = name
         self.directory = directory
         self.hostname = hostname
         self.on_death = on_death
+        self.isolated = isolated
         self.one_uid = os.geteuid() != 0
         self.console_path = directory / "console.log"
         self.channel: socket.socket | None = None
@@ -172,9 +192,10 @@ class Machine:
         """Start PID 1 and wait until the VM's world is set up. Raises MachineError."""
         ours, theirs = socket.socketpair()
         script = Path(__file__).with_name("init.py")
+        wrapper = unshare_command() if self.isolated else []
         with theirs, open(self.console_path, "ab") as console:
             self.process = subprocess.Popen(
-                [*unshare_command(), sys.executable, "-I", "-S", str(script), str(theirs.fileno())],
+                [*wrapper, sys.executable, "-I", "-S", str(script), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
@@ -184,7 +205,12 @@ class Machine:
                 start_new_session=True,
             )
         self.channel = ours
-        settings = {"directory": str(self.directory), "hostname": self.hostname, "binds": BINDS}
+        settings = {
+            "directory": str(self.directory),
+            "hostname": self.hostname,
+            "binds": BINDS,
+            "isolated": self.isolated,
+        }
         ours.settimeout(BOOT_LIMIT_SECONDS)
         try:
             send_message(ours, settings)
@@ -210,11 +236,14 @@ class Machine:
         self.end_process()
 
     def end_process(self) -> None:
-        """Kill PID 1: the kernel then ends every process of the VM before unshare sees it gone, and ends too."""
+        """Kill PID 1. The kernel ends every process of the VM before unshare sees it gone, and ends too.
+
+        Without namespaces it ends the others itself when its socket is closed, which it is.
+        """
         if self.process is None:
             return
         pid = self.pid
-        if pid is not None:
+        if pid is not None and self.isolated:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -231,6 +260,8 @@ class Machine:
         """The process id, on the host, of the VM's PID 1."""
         if self.process is None or self.process.poll() is not None:
             return None
+        if not self.isolated:
+            return self.process.pid
         try:
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         except OSError:
@@ -262,6 +293,8 @@ class Machine:
         """After the end: nobody waits for an answer any more."""
         died = self.alive
         self.alive = False
+        if self.channel is not None:
+            self.channel.close()
         with self.lock:
             replies, self.replies = self.replies, {}
             commands, self.commands = self.commands, {}
@@ -272,6 +305,10 @@ class Machine:
         if died:
             self.end_process()
             self.on_death(self)
+
+    def on_host(self, text: str) -> str:
+        """A text with the VM's paths as its processes have to write them."""
+        return text if self.isolated else paths.map_paths(text, str(self.directory))
 
     # -- requests --
 
@@ -298,23 +335,30 @@ class Machine:
         return answer
 
     def spawn(
-        self, argv: list[str], stdin: int, stdout: int, stderr: int, user: str = "root", **environment: str
+        self,
+        argv: list[str],
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        user: str = "root",
+        environment: dict[str, str] | None = None,
     ) -> Command:
         """Start a command with these standard streams, as a user of the VM, in that user's home."""
         account = accounts.ACCOUNTS[user]
-        change = self.one_uid or user == "root"
+        keep_uid = self.one_uid or user == "root" or not self.isolated
         with self.lock:
             command = Command(self, self.next_identifier)
             self.next_identifier += 1
             self.commands[command.identifier] = command
+        home = self.on_host(account.home)
         message = {
             "op": "run",
             "id": command.identifier,
-            "argv": argv,
-            "env": {**accounts.environment(user, PATH), **environment},
-            "cwd": account.home,
-            "uid": None if change else account.uid,
-            "gid": None if change else account.uid,
+            "argv": [self.on_host(word) for word in argv],
+            "env": {**accounts.environment(user, PATH), "HOME": home, **(environment or {})},
+            "cwd": home,
+            "uid": None if keep_uid else account.uid,
+            "gid": None if keep_uid else account.uid,
         }
         try:
             command.pid = self.request(message, (stdin, stdout, stderr))[0]["pid"]

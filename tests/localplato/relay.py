@@ -57,7 +57,7 @@ class PlainStream:
         self.output_ended = False
 
     def receive(self) -> bytes | None:
-        """The bytes that have come; empty at the end, None when there are none yet. Raises StreamResetError."""
+        """The bytes that have come; empty at the end, None when there are none yet. Or StreamResetError."""
         data = self.receive_raw()
         self.input_ended = data == b""
         return data
@@ -106,7 +106,7 @@ class PlainStream:
 
 
 class TlsStream(PlainStream):
-    """The server's end of a TLS connection, with TLS over memory, so that each direction can end by itself."""
+    """The server's end of a TLS connection. TLS runs over memory: each direction can end by itself."""
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
         super().__init__(connection)
@@ -141,13 +141,9 @@ class TlsStream(PlainStream):
     def feed(self) -> bool | None:
         """Hand what the socket has to TLS: True for bytes, False at the end, None when there are none yet."""
         data = self.receive_raw()
-        if data == b"":
-            self.incoming.write_eof()
-            return False
-        if data is None:
-            return None
-        self.incoming.write(data)
-        return True
+        if data:
+            self.incoming.write(data)
+        return None if data is None else bool(data)
 
     def receive(self) -> bytes | None:
         while True:
@@ -156,19 +152,24 @@ class TlsStream(PlainStream):
                 return data
             try:
                 data = self.tls.read(CHUNK)
-                self.output += self.outgoing.read()
                 self.input_ended = data == b""
                 return data
             except ssl.SSLWantReadError:
-                self.output += self.outgoing.read()
-                if self.feed() is None:
+                fed = self.feed()
+                if fed is None:
                     return None
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                # A client that only closes its TCP side has still said that it sends nothing more.
+                # A client that only ends its TCP direction has still said that it sends nothing more. TLS
+                # must not hear of it: OpenSSL would then refuse to send what the client is still to get.
+                self.input_ended = not fed
+                if self.input_ended:
+                    return b""
+            except ssl.SSLZeroReturnError:
                 self.input_ended = True
                 return b""
             except ssl.SSLError as error:
                 raise StreamResetError(str(error)) from error
+            finally:
+                self.output += self.outgoing.read()
 
     def send(self, data: bytes) -> None:
         try:
@@ -222,7 +223,7 @@ def move(source: PlainStream, target: PlainStream, count: Callable[[int], None])
 
 
 def relay(left: PlainStream, right: PlainStream, count: Callable[[int], None] = lambda length: None) -> None:
-    """Carry bytes both ways until both directions have ended, and close both. A reset resets the other side too.
+    """Carry bytes both ways until both directions have ended, and close both. A reset is passed on.
 
     `count` is called with the length of every piece, and may raise StreamCutError to cut the line.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
+import select
 import signal
 import sys
 import threading
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import contract, ssh
+from . import contract, paths, ssh
 from .catalogue import Catalogue
 from .certificates import CertificateError, Certificates
 from .clock import Clock
 from .endpoints import Settings
 from .gateway import Gateway
-from .home import Home
-from .machine import namespaces_problem
+from .home import Home, HomeError
+from .machine import namespaces_problem, remove_tree
 from .server import HttpServer, Service
 from .sessions import Sessions
 
@@ -44,14 +44,13 @@ def serve(home: Home, settings: Settings, shared_authority: Path | None) -> int:
     with home.lock_for_server():
         raise_file_limit()
         # A killed server leaves its VMs' files; the VMs themselves died with it.
-        shutil.rmtree(home.machines, ignore_errors=True)
+        remove_tree(home.machines)
         running = start(home, settings, shared_authority)
+        listen_for_signals(running.service)
         print(json.dumps(running.information), flush=True)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: running.service.stop_requested.set())
         wait_for_end(running.service, settings.idle_minutes * 60)
         stop(running)
-        shutil.rmtree(home.machines, ignore_errors=True)
+        remove_tree(home.machines)
     return 0
 
 
@@ -82,9 +81,11 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
         )
     except CertificateError as error:
         warnings.append(str(error))
-    for problem in (ssh.sshd_problem(), namespaces_problem()):
-        if problem is not None:
-            warnings.append(problem)
+    sessions.isolated, isolation_warnings = choose_isolation(settings.isolation)
+    warnings += isolation_warnings
+    problem = ssh.sshd_problem()
+    if problem is not None:
+        warnings.append(problem)
     service = Service(contract.load(), sessions, settings, home.key(), gateway)
     http = open_http(int(last.get("port", 0)), service)
     information = describe(service, http, gateway, certificates, warnings)
@@ -92,10 +93,30 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
     if gateway is not None:
         gateway.start()
     threading.Thread(target=sessions.run, name="timer", daemon=True).start()
-    threading.Thread(
-        target=http.serve_forever, kwargs={"poll_interval": 0.05}, name="http", daemon=True
-    ).start()
+    threading.Thread(target=http.serve_forever, name="http", daemon=True).start()
     return Running(service, http, gateway, information)
+
+
+def choose_isolation(wish: str) -> tuple[bool, list[str]]:
+    """Whether VMs get namespaces, and what does not hold when they do not. Raises HomeError."""
+    if wish == "namespaces" or (wish == "auto" and namespaces_problem() is None):
+        problem = namespaces_problem()
+        if problem is not None:
+            raise HomeError(problem)
+        return True, []
+    if not sys.platform.startswith("linux"):
+        return False, ["VMs need Linux: sessions can be made here, but their VMs fail to start"]
+    reason = "asked for" if wish == "paths" else namespaces_problem()
+    warnings = [
+        f"VMs are directories without namespaces ({reason}): /home/plato and /root in commands are rewritten "
+        "to the VM's directory; all other files, processes and ports are this host's, and commands run as you"
+    ]
+    if paths.find_nss_wrapper() is None:
+        warnings.append(
+            "SSH lets in only users that this host has, and as you: "
+            "install the package libnss-wrapper for root and plato"
+        )
+    return False, warnings
 
 
 def open_http(port: int, service: Service) -> HttpServer:
@@ -129,9 +150,21 @@ def describe(
     }
 
 
+def listen_for_signals(service: Service) -> None:
+    """Let the signals that end a server write to the socket that `wait_for_end` waits for.
+
+    A handler that sets an event would not do: a signal that comes just before the main thread falls asleep in
+    a lock is not seen until the lock wakes it.
+    """
+    signal.set_wakeup_fd(service.stop_writer.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: None)
+
+
 def wait_for_end(service: Service, idle_seconds: float) -> None:
     """Until someone asks for the end, or nobody has used the server for that long and no VM is alive."""
-    while not service.stop_requested.wait(idle_seconds / IDLE_CHECKS if idle_seconds > 0 else None):
+    pause = idle_seconds / IDLE_CHECKS if idle_seconds > 0 else None
+    while not select.select([service.stop_reader], [], [], pause)[0]:
         idle = time.monotonic() - service.last_active
         if idle >= idle_seconds and not service.sessions.alive():
             return
@@ -139,8 +172,7 @@ def wait_for_end(service: Service, idle_seconds: float) -> None:
 
 def stop(running: Running) -> None:
     """End the VMs, then the rest. Connections that are still open die with the process."""
-    running.service.stop_requested.set()
-    running.http.shutdown()
+    running.service.stopping.set()
     running.http.socket.close()
     if running.gateway is not None:
         running.gateway.stop()

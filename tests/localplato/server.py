@@ -72,7 +72,9 @@ class Service:
         self.requests: deque[dict[str, Any]] = deque(maxlen=LOG_LENGTH)
         self.unknown_fields: deque[dict[str, Any]] = deque(maxlen=REPORT_LENGTH)
         self.last_active = time.monotonic()
-        self.stop_requested = threading.Event()
+        self.stopping = threading.Event()
+        self.stop_reader, self.stop_writer = socket.socketpair()
+        self.stop_writer.setblocking(False)
         self.request_count = 0
 
     def note(self, request: Request) -> dict[str, Any]:
@@ -107,6 +109,10 @@ class Service:
         with self.sessions.lock:
             request.entry.update(changes)
             self.sessions.touch()
+
+    def request_stop(self) -> None:
+        """Ask the main thread to end the server."""
+        self.stop_writer.send(b"!")
 
     def without_key(self, text: str) -> str:
         return text.replace(self.key, KEY_PLACEHOLDER)
@@ -373,6 +379,8 @@ class Handler(BaseHTTPRequestHandler):
     def handle_admin(self, path: str, query: str) -> None:
         try:
             body = self.read_body()
+            if "Origin" in self.headers:
+                raise ValueError("the admin interface is not for web pages")
             status, value = admin.answer(self.server.service, self.command, path, query, body)
         except (BodyTooLargeError, ValueError, TypeError) as error:
             status, value = 400, {"detail": str(error)}
@@ -413,7 +421,7 @@ def fault_hang(handler: Handler, fault: Fault, request: Request) -> None:
 
 def fault_latency(handler: Handler, fault: Fault, request: Request) -> None:
     answer = handler.act(request)
-    handler.server.service.stop_requested.wait(fault.seconds)
+    handler.server.service.stopping.wait(fault.seconds)
     handler.send(answer)
 
 
@@ -447,7 +455,7 @@ def fault_drip(handler: Handler, fault: Fault, request: Request) -> None:
     handler.wfile.write(handler.head(answer))
     for position in range(len(answer.body)):
         handler.wfile.write(answer.body[position : position + 1])
-        handler.server.service.stop_requested.wait(fault.seconds / len(answer.body))
+        handler.server.service.stopping.wait(fault.seconds / len(answer.body))
 
 
 def fault_redirect(handler: Handler, fault: Fault, request: Request) -> None:

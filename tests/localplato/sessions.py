@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
 import threading
 import time
 import uuid
@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 from .catalogue import Artifact, Catalogue, UnknownArtifactError
 from .clock import Clock
-from .machine import Machine, MachineError, create_directory, namespaces_problem
+from .machine import Machine, MachineError, create_directory, remove_tree
 from .public_url import Door
 
 DEFAULT_LIFETIME_SECONDS = 1800
@@ -87,6 +87,7 @@ class Sessions:
         self.directory = directory
         self.boot_seconds = boot_seconds
         self.heartbeat_seconds = DEFAULT_HEARTBEAT_SECONDS
+        self.isolated = True
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.version = 0
@@ -230,17 +231,20 @@ class Sessions:
             self.touch(job.session)
 
     def start_machine(self, job: Job) -> None:
-        """Lay out the VM's directory and start it, unless the job has ended meanwhile. Raises MachineError."""
-        problem = namespaces_problem()
-        if problem is not None:
-            raise MachineError(problem)
+        """Lay out the VM's directory and start it, unless the job has ended meanwhile. Or MachineError."""
+        if not sys.platform.startswith("linux"):
+            raise MachineError("VMs need Linux")
         directory = self.directory / job.job_id
         hostname = "vm-" + job.job_id.partition("-")[0]
-        create_directory(directory, hostname)
+        create_directory(directory, hostname, self.isolated)
         if job.artifact is not None:
             self.catalogue.extract(job.artifact, directory)
         machine = Machine(
-            job.job_id, directory, hostname, lambda dead: self.fail(job, "VM stopped unexpectedly")
+            job.job_id,
+            directory,
+            hostname,
+            self.isolated,
+            lambda dead: self.fail(job, "VM stopped unexpectedly"),
         )
         machine.start()
         with self.lock:
@@ -248,7 +252,7 @@ class Sessions:
                 job.machine = machine
                 return
         machine.kill()
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_tree(directory)
 
     def fail(self, job: Job, reason: str) -> None:
         with self.lock:
@@ -267,7 +271,7 @@ class Sessions:
                 if job.over:
                     continue
                 due = self.advance_job(job, now)
-                if job.over:
+                if due is None:
                     ended.append(job)
                 elif due > now:
                     following = min(following, due)
@@ -275,29 +279,30 @@ class Sessions:
             self.remove(job)
         return following
 
-    def advance_job(self, job: Job, now: float) -> float:
-        """Move one job on; when to look at it again."""
+    def advance_job(self, job: Job, now: float) -> float | None:
+        """Move one job on; when to look at it again, or None when it has ended."""
         session = job.session
         end_of_life = session.created + session.lifetime
         if now >= end_of_life:
             self.finish(job, "timeout", f"VM reached its lifetime of {session.lifetime:g} seconds")
-            return now
+            return None
         if job.status != "running":
             if now < job.boot_at or not job.booted:
                 return min(end_of_life, max(job.boot_at, now))
+            if job.fault is not None and job.fault.reason is not None:
+                self.finish(job, "failed", job.fault.reason)
+                return None
             self.come_up(job, now)
-        if session.heartbeat_timeout <= 0 or job.over:
+        if session.heartbeat_timeout <= 0:
             return end_of_life
         deadline = job.last_beat + session.heartbeat_timeout
         if now >= deadline:
             self.finish(job, "failed", HEARTBEAT_MISS)
+            return None
         return min(end_of_life, deadline)
 
     def come_up(self, job: Job, now: float) -> None:
-        """The boot is over: the VM runs, or has failed as a fault asked for. Heartbeats count from here."""
-        if job.fault is not None and job.fault.reason is not None:
-            self.finish(job, "failed", job.fault.reason)
-            return
+        """The boot is over: the VM runs. Heartbeats are due from here on."""
         job.status = "running"
         job.ready = job.fault is None
         job.last_beat = now
@@ -306,8 +311,11 @@ class Sessions:
     def run(self) -> None:
         """The timer's thread."""
         while not self.stopping:
+            seen = self.version
             following = self.tick()
             with self.lock:
+                if self.version != seen:
+                    continue
                 self.changed.wait(min(self.clock.real_seconds_until(following), IDLE_LOOK_SECONDS))
 
     # -- ending --
@@ -325,7 +333,7 @@ class Sessions:
             door.close()
         if job.machine is not None:
             job.machine.kill()
-            shutil.rmtree(job.machine.directory, ignore_errors=True)
+            remove_tree(job.machine.directory)
         with self.lock:
             self.touch(job.session)
 
@@ -355,6 +363,11 @@ class Sessions:
         """Note an event of a job. Call with the lock held."""
         job.logs.append({"timestamp": self.clock.timestamp(), "message": message})
         self.touch(job.session)
+
+    def booted(self) -> bool:
+        """Whether every VM runs, or is over, whose time to boot has passed."""
+        now = self.clock.now()
+        return all(job.over or job.status == "running" or job.boot_at > now for job in self.jobs.values())
 
     def alive(self) -> list[Job]:
         with self.lock:
