@@ -117,6 +117,7 @@ REQUEST_SECONDS = 30.0
 MAKE_SECONDS = 120.0
 SETUP_SECONDS = 180.0
 RESET_SECONDS = 180.0
+CLOSE_SECONDS = 60.0
 READY_POLL_SECONDS = 10
 RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})
 RETRY_ATTEMPTS = 4
@@ -319,7 +320,7 @@ class Settings:
         self.gateway_port = gateway_port
         self.home = os.path.abspath(os.path.expanduser(home))
         self.heartbeat_seconds = heartbeat_seconds
-        self.ca_file = ca_file
+        self.ca_file = os.path.abspath(ca_file) if ca_file else None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -2081,7 +2082,8 @@ def load_state(directory: str) -> dict[str, Any] | None:
     except UnicodeDecodeError:
         raise damaged_state(path, "it is not text", "") from None
     except OSError as error:
-        raise StateError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
+        message = f"{shown_path(path)} cannot be read: {reason(error)}. A VM may still be running."
+        raise StateError(message, hint=stop_by_id_hint("ID")) from None
     return parse_state(text, path)
 
 
@@ -2100,7 +2102,7 @@ def parse_state(text: str, path: str) -> dict[str, Any]:
         raise damaged_state(path, "it does not hold the fields of a sandbox", text)
     if not state.get("starting") and not _is_text(state.get("session_id")):
         raise damaged_state(path, "it holds no session_id", text)
-    wrong = [key for key in _TEXT_KEYS if state.get(key) is not None and not _is_text(state[key])]
+    wrong = [key for key in _TEXT_KEYS if not isinstance(state.get(key), (str, type(None)))]
     if wrong:
         raise damaged_state(path, f"its {wrong[0]} is not a text", text)
     return state
@@ -2122,8 +2124,12 @@ def damaged_state(path: str, why: str, text: str) -> StateError:
     name = found[1] if found else "ID"
     return StateError(
         f"{shown_path(path)} is damaged: {why}. Nothing was changed; a VM may still be running.",
-        hint=f"To stop the VM: {PROGRAM} stop --session-id {name}. Then remove the file.",
+        hint=stop_by_id_hint(name),
     )
+
+
+def stop_by_id_hint(session_id: str) -> str:
+    return f"To stop the VM: {PROGRAM} stop --session-id {session_id}. Then remove the file."
 
 
 def save_state(directory: str, state: Mapping[str, Any]) -> None:
@@ -2153,11 +2159,13 @@ def remove_state(directory: str) -> None:
 def write_whole(path: str, text: str, mode: int = 0o600) -> None:
     """Replace a file in one step: temporary file beside it, fsync, rename, fsync of the directory."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     remove_temporaries(path)
-    handle = os.open(temporary, flags, mode)
+
+    def create(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, mode)
+
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "x", encoding="utf-8", newline="\n", opener=create) as file:
             os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
@@ -2227,11 +2235,13 @@ def short_id(session_id: str) -> str:
 class DirectoryLock:
     """The kernel's lock on a directory itself: it leaves no file behind and ends with its process.
 
-    Entering raises ConflictError, naming the holder, when another command has it.
+    Entering raises ConflictError, naming the holder, when another command has it. shared: not against others
+    that only look.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, shared: bool = False) -> None:
         self.directory = directory
+        self.shared = shared
         self._handle = -1
 
     def __enter__(self) -> DirectoryLock:  # noqa: PYI034  (Self is newer than 3.9)
@@ -2242,7 +2252,7 @@ class DirectoryLock:
         except OSError as error:
             raise SandboxError(f"{shown_path(self.directory)} cannot be opened: {reason(error)}.") from None
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._handle, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = lock_holder(os.fstat(self._handle))
             os.close(self._handle)
@@ -2282,12 +2292,14 @@ def lock_holder(status: os.stat_result) -> str:
 class Stream:
     """A connected socket whose every operation ends at one deadline, however slowly the bytes drip.
 
-    It is what http.client needs of a socket (sendall, makefile, close).
+    It is what http.client needs of a socket (sendall, makefile, close). Like a socket, it is closed once
+    the files made of it are: http.client closes the one before it has read the other.
     """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock = sock
         self.deadline = deadline
+        self._users = 1
 
     def _limit(self) -> None:
         left = self.deadline - time.monotonic()
@@ -2315,10 +2327,18 @@ class Stream:
             def readinto(self, buffer: Any) -> int:
                 return stream.recv_into(buffer)
 
+            def close(self) -> None:
+                if not self.closed:
+                    super().close()
+                    stream.close()
+
+        self._users += 1
         return io.BufferedReader(Reader(), 65536)
 
     def close(self) -> None:
-        self.sock.close()
+        self._users -= 1
+        if self._users <= 0:
+            self.sock.close()
 
 
 def split_address(url: str) -> tuple[str, str, int, str]:
@@ -2423,22 +2443,31 @@ def _tunnel(sock: socket.socket, host: str, port: int, proxy: str, deadline: flo
 
 
 @functools.lru_cache(maxsize=1)
-def tls_context() -> ssl.SSLContext:
-    """The one TLS context of this process: verification on, CAs of the system or of SSL_CERT_FILE."""
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """The TLS context of this process: verification on, the CAs of that file or those of the system."""
     import ssl
 
-    context = ssl.create_default_context()
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise UsageError(
+            f"The CA certificates in {shown_path(ca_file or '')} cannot be used: {reason(error)}.",
+            hint="SSL_CERT_FILE must name a file of certificates in PEM form, or not be set.",
+        ) from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
 
 
-def secure(sock: socket.socket, name: str, deadline: float) -> ssl.SSLSocket:
+def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None) -> ssl.SSLSocket:
     """TLS over a connected socket, the certificate verified for `name`. Never without verification."""
     import ssl
 
     sock.settimeout(max(0.1, deadline - time.monotonic()))
     try:
-        return tls_context().wrap_socket(sock, server_hostname=name)
+        return tls_context(ca_file).wrap_socket(sock, server_hostname=name)
+    except UsageError:
+        sock.close()
+        raise
     except ssl.SSLCertVerificationError as error:
         sock.close()
         raise NetworkError(
@@ -2446,9 +2475,10 @@ def secure(sock: socket.socket, name: str, deadline: float) -> ssl.SSLSocket:
             hint="Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones.",
             sent=False,
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no certificate can be for such a name
         sock.close()
-        raise NetworkError(f"No secure connection to {name}: {reason(error)}.", sent=False) from None
+        message = f"No secure connection to {printable(name)}: {reason(error)}."
+        raise NetworkError(message, sent=False) from None
 
 
 class Answer:
@@ -2550,7 +2580,7 @@ class Transport:
 
         sock = connect(self._host, self._port, deadline)
         if self._scheme == "https":
-            sock = secure(sock, self._host, deadline)
+            sock = secure(sock, self._host, deadline, self.settings.ca_file)
         connection = http.client.HTTPConnection(self._host, self._port)
         connection.auto_open = 0
         stream: Any = Stream(sock, deadline)
@@ -2584,7 +2614,7 @@ class Transport:
             body = response.read(MAX_ANSWER_BYTES + 1)
             if response.will_close or len(body) > MAX_ANSWER_BYTES:
                 self.close()
-        except (TimeoutError, socket.timeout):  # noqa: UP041  (two classes until Python 3.10)
+        except (TimeoutError, socket.timeout):  # two classes until Python 3.10
             self.close()
             raise NetworkError(
                 f"{self._host} did not answer {method} {where} in time.",
@@ -2661,7 +2691,7 @@ def error_for_answer(method: str, path: str, answer: Answer) -> SandboxError:
 
 
 def server_words(answer: Answer) -> str:
-    """What a FastAPI error says: `detail`, or the fields that a 422 complains about; "" if nothing."""
+    """What a FastAPI error says, in one line: `detail`, or the fields that a 422 complains about."""
     import json
 
     try:
@@ -2672,8 +2702,8 @@ def server_words(answer: Answer) -> str:
     if isinstance(detail, list):
         rows = [row for row in detail if isinstance(row, dict)]
         fields = [".".join(map(str, as_list(row.get("loc")))) + ": " + str(row.get("msg")) for row in rows]
-        return "; ".join(fields)[:600]
-    return str(detail)[:600].rstrip(".") if detail else ""
+        return printable("; ".join(fields)[:600])
+    return printable(str(detail)[:600]).rstrip(".") if detail else ""
 
 
 def describe_body(answer: Answer) -> str:
@@ -2771,7 +2801,7 @@ class PlatoApi:
 
     def close(self, session_id: str) -> dict[str, Any]:
         """POST .../close. Returns CloseSessionResponse."""
-        return self._call("POST", f"/api/v2/sessions/{quoted(session_id)}/close", seconds=60.0)
+        return self._call("POST", f"/api/v2/sessions/{quoted(session_id)}/close", seconds=CLOSE_SECONDS)
 
     def public_url(self, session_id: str) -> dict[str, Any]:
         """GET .../public_url. Returns PublicUrlResponse."""
@@ -2886,7 +2916,7 @@ def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str)
         "gateway-stream", "--host", settings.gateway_host, "--port", str(settings.gateway_port)
     )
     if settings.ca_file:
-        stream += ["--ca-file", os.path.abspath(settings.ca_file)]
+        stream += ["--ca-file", settings.ca_file]
     stream += [f"{job_id}--22"]
     lines = [
         f"# SSH to one sandbox. Written by {PROGRAM}; `stop` removes it.",
@@ -2907,17 +2937,27 @@ def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str)
         "    ServerAliveCountMax 4",
         f"    ProxyCommand {shell_words(stream).replace('%', '%%')}",
     ]
+    if any(mark in line for line in lines for mark in "\n\r\0"):  # what follows it would be an option
+        raise SandboxError(
+            "An SSH config cannot be written, as a path or the job id in it holds a line break.",
+            hint="Move PLATO_HOME, this file or Python to a path without one.",
+        )
     return "\n".join(lines) + "\n"
 
 
 def ssh_quoted(path: str) -> str:
     """A path as a value of ssh_config; SandboxError for one that its syntax cannot carry."""
-    if any(mark in path for mark in ('"', "\n", "\\", "${")):
+    if any(mark in path for mark in ('"', "\n", "\\", "${")) or not _is_unicode(path):
         raise SandboxError(
             f"The path {shown_path(path)} holds a character that an SSH config cannot carry.",
             hint="Set PLATO_HOME to a directory with a simpler name.",
         )
     return '"' + path.replace("%", "%%") + '"'
+
+
+def _is_unicode(path: str) -> bool:
+    """Whether the bytes of a file name are text; Python keeps others as surrogates."""
+    return not any("\ud800" <= char <= "\udfff" for char in path)
 
 
 def write_ssh_config(settings: Settings, files: SshFiles, job_id: str, user: str) -> None:
@@ -2944,17 +2984,21 @@ def repair_ssh_config(state: Mapping[str, Any], settings: Settings, reporter: Re
     proxy = re.search(r"^    ProxyCommand .*gateway-stream .*$", written, re.MULTILINE)
     if user is None or proxy is None or not written.startswith(f"# SSH to one sandbox. Written by {PROGRAM}"):
         return
-    if not _proxy_runs(proxy[0]):
+    if not _proxy_runs(proxy[0], settings):
         write_ssh_config(settings, files, job_id, user[1])
-        reporter.note(f"{shown_path(path)} was written anew, as this file or Python has moved.")
+        reporter.note(f"{shown_path(path)} was written anew, as this file, Python or the gateway has moved.")
 
 
-def _proxy_runs(line: str) -> bool:
-    """Whether the interpreter and the file that a ProxyCommand line names are still where they were."""
+def _proxy_runs(line: str, settings: Settings) -> bool:
+    """Whether what a ProxyCommand line names (see `ssh_config_text`) is still where it was."""
     import shlex
 
-    words = shlex.split(line.replace("%%", "%"))[1:]
-    return os.access(words[0], os.X_OK) and os.path.isfile(words[3]) if len(words) > 3 else False
+    try:
+        words = shlex.split(line.replace("%%", "%"))[1:]
+    except ValueError:  # edited by hand
+        return False
+    gateway = ["--host", settings.gateway_host, "--port", str(settings.gateway_port)]
+    return words[5:9] == gateway and os.access(words[0], os.X_OK) and os.path.isfile(words[3])
 
 
 def ssh_command(state: Mapping[str, Any], *, shown: bool) -> str | None:
@@ -2968,13 +3012,18 @@ def ssh_command(state: Mapping[str, Any], *, shown: bool) -> str | None:
     return shell_words(["ssh", "-F", config, host])
 
 
-def gateway_stream(host: str, port: int, target: str) -> None:
+def gateway_stream(host: str, port: int, target: str, ca_file: str | None) -> None:
     """Join standard input and output to a port of a VM, through TLS to the gateway.
 
     target: `<job id>--<port>`; with the gateway's name behind it, it is the TLS server name.
+    ca_file: certificates to verify it with instead of the system's.
     """
     deadline = time.monotonic() + REQUEST_SECONDS
-    stream = secure(connect(host, port, deadline), f"{target}.{host}", deadline)
+    try:
+        stream = secure(connect(host, port, deadline), f"{target}.{host}", deadline, ca_file)
+    except NetworkError as error:
+        error.hint = error.hint or f"If the VM has ended, `{PROGRAM} status` in its directory says so."
+        raise
     try:
         _relay(stream, 0, 1)
     except OSError:
@@ -3179,7 +3228,9 @@ class Heartbeat:
     session, when its record is taken away, or after an hour without one good beat."""
 
     def __init__(self, task: Mapping[str, Any], record: HeartbeatRecord) -> None:
-        settings = Settings(api_key=task["api_key"], base_url=task["base_url"])
+        settings = Settings(
+            api_key=task["api_key"], base_url=task["base_url"], ca_file=task.get("ca_file")
+        )
         self.api = PlatoApi(settings, Reporter())
         self.session_id: str = task["session_id"]
         self.job_id: str | None = task["job_id"]
@@ -3309,11 +3360,11 @@ def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str
         "directory": directory,
         "interval": settings.heartbeat_seconds,
         "record": heartbeat_path(settings.home, state["session_id"]),
+        "ca_file": settings.ca_file,
     }
     environment = {name: value for name, value in os.environ.items() if name != "PLATO_API_KEY"}
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # the child's working directory is another one
-        if environment.get(name):
-            environment[name] = os.path.abspath(environment[name])
+    if environment.get("SSL_CERT_DIR"):  # the child's working directory is another one
+        environment["SSL_CERT_DIR"] = os.path.abspath(environment["SSL_CERT_DIR"])
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     options = {"stdin": pipe, "stdout": pipe, "stderr": quiet, "env": environment, "cwd": "/"}
     child = launch(own_command("heartbeat-child"), reporter, start_new_session=True, **options)
@@ -3352,7 +3403,7 @@ def _tell_and_hear(child: subprocess.Popen[bytes], task: bytes) -> bytes:
                 said = os.read(stdout.fileno(), 4096)
         return said
     finally:
-        if not said.startswith((b"ready", b"busy")):  # also when a signal came: nobody would know of it
+        if not said.startswith(b"ready"):  # also when a signal came: nobody would know of it
             child.kill()
             child.wait()
 
@@ -3665,7 +3716,10 @@ class Sandbox:
         sandbox = cls(directory, settings=settings, reporter=reporter)
         plan = plan_start(sandbox.directory, **options)
         sandbox.settings.require_key()
-        Starter(sandbox, plan).run(replace)
+        try:
+            Starter(sandbox, plan).run(replace)
+        finally:
+            sandbox.api.transport.close()
         return sandbox
 
     def __enter__(self) -> Sandbox:  # noqa: PYI034  (Self is newer than 3.9)
@@ -3720,9 +3774,18 @@ class Sandbox:
         if state.get("session_id"):
             self._ask_for_status(state, report)
         else:
-            report["vm_status_reason"] = "`start` was cut off before Plato answered"
-            report["error"] = unfinished_start(state)
+            self._look_at_unfinished_start(state, report)
+        self.api.transport.close()
         return report
+
+    def _look_at_unfinished_start(self, state: Mapping[str, Any], report: dict[str, Any]) -> None:
+        """A record without an id: its `start` waits for Plato's answer, or died before it."""
+        try:
+            with DirectoryLock(self.directory, shared=True):
+                report["vm_status_reason"] = "`start` was cut off before Plato answered"
+                report["error"] = unfinished_start(state)
+        except ConflictError as error:
+            report["vm_status_reason"] = error.message
 
     def _ask_for_status(self, state: Mapping[str, Any], report: dict[str, Any]) -> None:
         try:
@@ -3745,8 +3808,15 @@ class Sandbox:
 
         session_id: stop this session, from any directory. Returns session_id and already_gone.
         """
-        with DirectoryLock(self.directory):
-            return self._stop(session_id)
+        if session_id is not None:
+            session_id = session_id.strip()
+            if not session_id:
+                raise UsageError("--session-id is empty, so nothing was stopped.")
+        try:
+            with DirectoryLock(self.directory):
+                return self._stop(session_id)
+        finally:
+            self.api.transport.close()
 
     def _stop(self, session_id: str | None) -> dict[str, Any]:
         remove_temporaries(state_path(self.directory))
@@ -3772,6 +3842,7 @@ class Sandbox:
             self.reporter.warn(error.message)
             return
         if state is not None and state.get("session_id") == session_id:
+            self._check_base_url(state)
             self.state = state
 
     def close_session(self, session_id: str) -> bool:
@@ -3856,6 +3927,7 @@ class Starter:
             self.reporter.warn(warning)
         with DirectoryLock(self.sandbox.directory), SignalGuard(self.reporter) as guard:
             make_home(self.settings.home)
+            ssh_config_text(self.settings, SshFiles(self.settings.home, "x"), "x", "x")  # refuses odd paths
             self._make_way(replace)
             try:
                 self._create(guard)
@@ -4053,11 +4125,14 @@ class Starter:
             )
 
     def _public_url(self, session_id: str, job_id: str) -> str | None:
+        api = self.api.another()
         try:
-            answer = self.api.another().public_url(session_id)
+            answer = api.public_url(session_id)
         except SandboxError as error:
             self.reporter.warn(f"The public URL is unknown: {error.message}")
             return None
+        finally:
+            api.transport.close()
         return as_text(job_of(answer, job_id).get("url"))
 
     def _set_up_ssh(self, keys: KeyMaking | None, session_id: str, job_id: str) -> dict[str, Any]:
@@ -4210,8 +4285,11 @@ class Output(Reporter):
         """The one JSON document of --json."""
         import json
 
+        text = json.dumps(value, ensure_ascii=not self._is_utf8(), indent=2)
+        # A terminal obeys more characters than JSON has to escape.
+        lines = ["".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in t) for t in text.split("\n")]
         self.finish()
-        self.stdout.write(self._hide(json.dumps(value, ensure_ascii=not self._is_utf8(), indent=2)) + "\n")
+        self.stdout.write(self._hide("\n".join(lines)) + "\n")
 
     def _is_utf8(self) -> bool:
         return (getattr(self.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
@@ -4235,7 +4313,7 @@ class Output(Reporter):
         """Commands in a text as this user types them: the same program, the same directory."""
         return re.sub(
             rf"\b{PROGRAM} (start|stop|status)\b",
-            lambda found: f"{self.program} {found[1]}{self.place}",
+            lambda found: printable(f"{self.program} {found[1]}{self.place}"),
             text,
         )
 
@@ -4274,8 +4352,9 @@ class Output(Reporter):
             self._ticker.start()
 
     def detail(self, text: str) -> None:
+        narrow = printable(text).encode("ascii", "backslashreplace").decode()  # one column a character
         with self._lock:
-            self._detail = printable(text)[:40]
+            self._detail = narrow[:40]
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -4350,6 +4429,15 @@ def terminal_columns(stream: TextIO) -> int:
 
 
 def command_start(options: argparse.Namespace, output: Output) -> int:
+    try:
+        return start_and_show(options, output)
+    except Interrupted as interruption:
+        if interruption.hint is None and os.path.exists(state_path(os.path.abspath(options.working_dir))):
+            interruption.hint = f"The sandbox runs all the same; to end it: {PROGRAM} stop"
+        raise
+
+
+def start_and_show(options: argparse.Namespace, output: Output) -> int:
     sandbox = Sandbox.start(
         options.working_dir,
         replace=options.replace,
@@ -4460,7 +4548,8 @@ def command_stop(options: argparse.Namespace, output: Output) -> int:
     try:
         done = sandbox.stop(options.session_id)
     except Interrupted as interruption:
-        interruption.hint = f"What is not yet removed is still on record; go on with: {PROGRAM} stop"
+        which = f" --session-id {options.session_id}" if options.session_id else ""
+        interruption.hint = f"The VM may still run, and nothing is lost; go on with: {PROGRAM} stop{which}"
         raise
     if output.json:
         output.document({"stopped": True, **done})
@@ -4610,6 +4699,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if arguments[:1] == ["heartbeat-child"]:
         return heartbeat_child()
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -4618,7 +4708,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.json = asks_for_json(arguments)
     try:
         code = run(arguments, output)
-        sys.stdout.flush()
+        flush_result()
         return code
     except SandboxError as error:
         return fail(output, error, error.code)
@@ -4634,9 +4724,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if output.verbose:
             import traceback
 
-            traceback.print_exc()
+            output.trace(traceback.format_exc())
         words = f"This is a mistake in {PROGRAM} {__version__} ({type(error).__name__}: {error})."
         return fail(output, SandboxError(words, hint="Please report it; --verbose shows where."), "internal")
+
+
+def open_closed_streams() -> None:
+    """Let a standard stream that was closed (`>&-`) lead nowhere, before a file takes its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
+def flush_result() -> None:
+    """Write the rest of the result; SandboxError when there is no room for it, say."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_stream(sys.stdout)
+        raise SandboxError(
+            f"The result could not be written to standard output: {reason(error)}.",
+            hint=f"What was asked for is done; `{PROGRAM} status` shows how things are.",
+        ) from None
 
 
 def asks_for_json(arguments: Sequence[str]) -> bool:
@@ -4681,9 +4795,10 @@ def run(arguments: Sequence[str], output: Output) -> int:
 def run_gateway_stream(arguments: Sequence[str]) -> int:
     """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
     values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
-    if values.get("--ca-file"):
-        os.environ["SSL_CERT_FILE"] = values["--ca-file"]
-    gateway_stream(values["--host"], int(values["--port"]), arguments[-1])
+    if len(arguments) % 2 == 0 or not {"--host", "--port"} <= set(values) or not values["--port"].isdigit():
+        raise UsageError("gateway-stream is for the ProxyCommand of the SSH configs written by `start`.")
+    ca_file = values.get("--ca-file") or os.environ.get("SSL_CERT_FILE") or None
+    gateway_stream(values["--host"], int(values["--port"]), arguments[-1], ca_file)
     return 0
 
 

@@ -1,9 +1,10 @@
-"""What the tests stand on: a local Plato each, a user's desk with its own home, and the product run from outside."""
+"""What tests stand on: a local Plato each, a user's desk with its own home, the product run from outside."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import yaml
-
 from localplato import LocalPlato
 
 if TYPE_CHECKING:
@@ -41,6 +41,15 @@ def missing(reason: str) -> None:
     pytest.skip(reason)
 
 
+def altered(code: str, *arguments: str) -> list[str]:
+    """A command that runs the product after a change by `code` to its module, which is named `product`."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import plato_sandbox as product\n{code}\n"
+        "sys.exit(product.main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", program, *arguments]
+
+
 class Result(NamedTuple):
     """How a command ended: exit code, stdout and stderr."""
 
@@ -65,7 +74,7 @@ class Result(NamedTuple):
 
 
 class Desk:
-    """A user: a home, a working directory with the example config, an environment; and the product at hand."""
+    """A user: a home, a working directory with the example config, an environment; the product at hand."""
 
     def __init__(self, place: Path, environment: Mapping[str, str]) -> None:
         self.place = place
@@ -81,6 +90,7 @@ class Desk:
             **environment,
         }
         self.processes: list[subprocess.Popen[str]] = []
+        self.product = PRODUCT
 
     @property
     def plato_home(self) -> Path:
@@ -98,7 +108,16 @@ class Desk:
         return value
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, str(PRODUCT), *arguments]
+        return [sys.executable, str(self.product), *arguments]
+
+    def tune(self, **constants: object) -> None:
+        """From now on, run a copy of the product with other values for constants of its first section."""
+        text = PRODUCT.read_text()
+        for name, value in constants.items():
+            text, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
+            assert found == 1, name
+        self.product = self.place / "tuned.py"
+        self.product.write_text(text)
 
     def run(
         self,
@@ -131,8 +150,11 @@ class Desk:
 
     def begin(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """Start the product and go on; it is ended with the test."""
+        return self.begin_command(self.command(*arguments), **options)
+
+    def begin_command(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            self.command(*arguments),
+            command,
             cwd=options.pop("directory", self.work),
             env={**self.environment, **options.pop("environment", {})},
             stdin=subprocess.DEVNULL,
@@ -144,16 +166,34 @@ class Desk:
         self.processes.append(process)
         return process
 
+    def begin_on_terminal(self, *arguments: str) -> tuple[subprocess.Popen[str], int]:
+        """Start the product in a session of its own on a new terminal; with the terminal's master side."""
+        master, slave = os.openpty()
+        shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(slave)]
+        process = self.begin_command([*shell, *self.command(*arguments)], start_new_session=True)
+        eventually(lambda: os.tcgetpgrp(master) == process.pid)
+        os.close(slave)
+        return process, master
+
     def ssh(self, command: str, *options: str) -> Result:
         """Run a command on the VM through the real OpenSSH client and the config that `start` wrote."""
         state = self.state
-        words = [part("ssh", "openssh-client"), "-F", state["ssh_config_path"], *options, state["ssh_host"], command]
+        words = [
+            part("ssh", "openssh-client"),
+            "-F",
+            state["ssh_config_path"],
+            *options,
+            state["ssh_host"],
+            command,
+        ]
         return self.run(command=words)
 
     def heartbeat_record(self) -> dict[str, Any]:
         """The first line of the heartbeat's record of the sandbox in the working directory."""
         name = self.state["session_id"].split("-")[0]
-        record: dict[str, Any] = json.loads((self.plato_home / f"heartbeat_{name}.log").read_text().splitlines()[0])
+        record: dict[str, Any] = json.loads(
+            (self.plato_home / f"heartbeat_{name}.log").read_text().splitlines()[0]
+        )
         return record
 
     def leftovers(self) -> list[str]:
@@ -182,9 +222,41 @@ def end_heartbeat(record: Path) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def heartbeats(desk: Desk) -> list[int]:
+    """The pids of the heartbeats that a desk has running, found by what they are and not by any record."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"heartbeat-child" in command and os.fsencode(f"HOME={desk.home}") + b"\0" in environment:
+            found.append(int(process.name))
+    return sorted(found)
+
+
 def living(plato: LocalPlato) -> list[str]:
     """The job ids of the VMs that a local Plato still has running."""
     return sorted(machine["job_id"] for machine in plato.machines() if machine["alive"])
+
+
+def sent(plato: LocalPlato, path: str) -> list[dict[str, Any]]:
+    """The JSON bodies of the POST requests whose path contains that text, oldest first."""
+    return [json.loads(request["body"]) for request in plato.requests("POST", path)]
+
+
+def ending(process: subprocess.Popen[str]) -> Result:
+    """Wait for a command that was begun; how it ended, free of tracebacks."""
+    out, err = process.communicate(timeout=2 * COMMAND_SECONDS)
+    assert "Traceback" not in err, err
+    return Result(process.returncode, out, err)
+
+
+def nothing_left(desk: Desk, plato: LocalPlato) -> None:
+    """No file, no heartbeat and no VM remains of what a desk started."""
+    eventually(lambda: not heartbeats(desk))
+    assert desk.leftovers() == []
+    assert living(plato) == []
 
 
 def is_running(pid: int) -> bool:
@@ -235,6 +307,19 @@ def new_plato(tmp_path: Path, certificates: Path) -> Iterator[Callable[..., Loca
 def plato(new_plato: Callable[..., LocalPlato]) -> LocalPlato:
     """A local Plato whose VMs boot at once."""
     return new_plato()
+
+
+@pytest.fixture(scope="session")
+def shared_plato(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[LocalPlato]:
+    """One local Plato for all tests of a process that script no fault and tell their own VMs from others'."""
+    with LocalPlato(tmp_path_factory.mktemp("shared"), ca_from=certificates) as plato:
+        yield plato
+
+
+@pytest.fixture
+def visitor(new_desk: Callable[..., Desk], shared_plato: LocalPlato) -> Desk:
+    """A user of `shared_plato`."""
+    return new_desk(shared_plato.environment)
 
 
 @pytest.fixture
