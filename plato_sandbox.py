@@ -4312,7 +4312,7 @@ class Output(Reporter):
     def told(self, text: str) -> str:
         """Commands in a text as this user types them: the same program, the same directory."""
         return re.sub(
-            rf"\b{PROGRAM} (start|stop|status)\b",
+            rf"\b{PROGRAM} (start|stop|status|--help)\b",
             lambda found: printable(f"{self.program} {found[1]}{self.place}"),
             text,
         )
@@ -4499,7 +4499,6 @@ def status_style(report: Mapping[str, Any]) -> str:
 def command_status(options: argparse.Namespace, output: Output) -> int:
     sandbox = Sandbox(options.working_dir, reporter=output)
     state = sandbox.load()
-    sandbox.settings.require_key()
     repair_ssh_config(state, sandbox.settings, output)
     report = sandbox.status()
     error: SandboxError | None = report.pop("error")

@@ -163,6 +163,8 @@ def test_no_key(started: Desk, command: str) -> None:
     result = started.run(command, "--json", environment={"PLATO_API_KEY": ""})
     assert (result.code, result.error["code"]) == (4, "authentication")
     assert started.state_file.read_bytes() == before
+    if command == "status":  # what is known without asking is shown all the same
+        assert result.document["session_id"] == started.state["session_id"]
 
 
 # status: the VM is gone
