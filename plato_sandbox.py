@@ -3228,9 +3228,7 @@ class Heartbeat:
     session, when its record is taken away, or after an hour without one good beat."""
 
     def __init__(self, task: Mapping[str, Any], record: HeartbeatRecord) -> None:
-        settings = Settings(
-            api_key=task["api_key"], base_url=task["base_url"], ca_file=task.get("ca_file")
-        )
+        settings = Settings(api_key=task["api_key"], base_url=task["base_url"], ca_file=task.get("ca_file"))
         self.api = PlatoApi(settings, Reporter())
         self.session_id: str = task["session_id"]
         self.job_id: str | None = task["job_id"]
@@ -4735,7 +4733,8 @@ def open_closed_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+            mode = "w" if number else "r"
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def flush_result() -> None:

@@ -1,0 +1,617 @@
+"""The heartbeat: a child that keeps a VM alive, needs no terminal, and ends when it is not wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import PRODUCT, ROOT, Desk, eventually, heartbeats, is_running, living
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from localplato import LocalPlato
+
+sys.path.insert(0, str(ROOT))
+
+import plato_sandbox as product
+
+BLANK = ("start", "--blank", "--service", "myapp")
+
+
+def beats(plato: LocalPlato) -> int:
+    return len(plato.requests("POST", "/heartbeat"))
+
+
+def wait_for_beats(plato: LocalPlato, more: int) -> None:
+    """Wait for that many beats more than there have been."""
+    plato.wait_for_request("POST", "/heartbeat", count=beats(plato) + more)
+
+
+def start(desk: Desk) -> int:
+    """Start a blank sandbox; the pid of its heartbeat."""
+    desk.good(*BLANK)
+    pid: int = desk.state["heartbeat_pid"]
+    assert heartbeats(desk) == [pid]
+    return pid
+
+
+def ended(desk: Desk, pid: int) -> None:
+    eventually(lambda: not is_running(pid))
+    assert heartbeats(desk) == []
+
+
+@pytest.fixture
+def fast(new_desk: Callable[..., Desk], plato: LocalPlato) -> Desk:
+    """A desk whose heartbeat beats as fast as it may."""
+    return new_desk({**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "0.1"})
+
+
+# -- what the child is --
+
+
+def test_child_holds_nothing_of_its_parent(desk: Desk, plato: LocalPlato) -> None:
+    """`out=$(... start --json)` returns; the child has a session, a directory and descriptors of its own."""
+    started = desk.good(*BLANK, "--json")  # reads both pipes to their end
+    pid = started.document["heartbeat_pid"]
+    open_files = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    record = desk.plato_home / f"heartbeat_{desk.state['session_id'].split('-')[0]}.log"
+    connections = {name for name in open_files if name.startswith("socket:")}  # to the API, while it beats
+    assert open_files - connections == {"/dev/null", str(record)}
+    assert os.getsid(pid) == pid
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+
+
+def test_key_is_neither_in_argv_nor_in_the_environment(desk: Desk, plato: LocalPlato) -> None:
+    pid = start(desk)
+    key = plato.api_key.encode()
+    assert key not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    environment = Path(f"/proc/{pid}/environ").read_bytes()
+    assert b"HOME=" in environment
+    assert key not in environment
+    assert all(request["key"] == "right" for request in plato.wait_for_request("POST", "/heartbeat", count=2))
+
+
+def test_only_the_interpreter_that_runs_is_needed(desk: Desk, plato: LocalPlato, tmp_path: Path) -> None:
+    """The original needs a `python3` with packages on PATH; without it the VM dies two minutes later."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "python3").symlink_to("/bin/false")
+    (tools / "python").symlink_to("/bin/false")
+    desk.environment.update(PATH=f"{tools}:{desk.environment['PATH']}", PYTHONPATH="/nowhere", PYTHONHOME="")
+    pid = start(desk)
+    wait_for_beats(plato, 2)
+    assert is_running(pid)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("0.1", 0.1), ("2", 2.0), ("", 30.0)])
+def test_interval_comes_from_the_environment(desk: Desk, text: str, seconds: float) -> None:
+    desk.environment["PLATO_HEARTBEAT_INTERVAL_SECONDS"] = text
+    start(desk)
+    assert desk.heartbeat_record()["interval"] == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "0.09", "3601", "nan", "inf", "often", "1,5"])
+def test_interval_that_makes_no_sense_creates_nothing(desk: Desk, plato: LocalPlato, text: str) -> None:
+    refused = desk.run(*BLANK, environment={"PLATO_HEARTBEAT_INTERVAL_SECONDS": text})
+    assert refused.code == 2
+    assert "PLATO_HEARTBEAT_INTERVAL_SECONDS" in refused.err
+    assert plato.requests() == []
+
+
+# -- how long it lives --
+
+
+def test_vm_outlives_its_terminal(desk: Desk, plato: LocalPlato) -> None:
+    """Started on a terminal that is then closed, it lives past many limits, until the child is killed."""
+    process, master = desk.begin_on_terminal(*BLANK)
+    assert process.wait(60) == 0
+    os.close(master)
+    [machine] = living(plato)
+    for _ in range(4):
+        wait_for_beats(plato, 2)
+        plato.advance(80)
+    wait_for_beats(plato, 2)
+    assert living(plato) == [machine]
+    pid = desk.state["heartbeat_pid"]
+    assert f"  Heartbeat:   running (PID: {pid})\n" in desk.good("status").out
+
+    os.kill(pid, signal.SIGKILL)
+    ended(desk, pid)
+    orphaned = desk.run("status")
+    assert orphaned.code == 0
+    assert "  VM Status:   running\n" in orphaned.out
+    assert f"  Heartbeat:   stopped (PID: {pid} not found)\n" in orphaned.out
+    plato.advance(90)
+    assert living(plato) == [machine]
+    plato.advance(31)
+    eventually(lambda: living(plato) == [])
+    gone = desk.run("status")
+    assert gone.code == 3
+    assert "heartbeat miss" in gone.out
+    assert f"  Heartbeat:   stopped (PID: {pid} not found)\n" in gone.out
+    desk.good("stop")
+    assert desk.leftovers() == []
+
+
+FAILURES: dict[str, dict[str, Any]] = {
+    "500": {"effect": "status", "status": 500},
+    "502 html": {"effect": "html", "status": 502},
+    "200 html": {"effect": "html", "status": 200},
+    "401": {"effect": "status", "status": 401},
+    "429": {"effect": "status", "status": 429, "headers": {"Retry-After": "1"}},
+    "reset": {"effect": "reset_before_acting"},
+    "lost answer": {"effect": "lost_answer"},
+    "half a body": {"effect": "truncate", "bytes": 20},
+    "a list": {"effect": "content_type", "body": "[]"},
+    "null": {"effect": "content_type", "body": "null"},
+    "not accepted": {"effect": "content_type", "body": '{"success": false, "results": null}'},
+    "nested nonsense": {"effect": "content_type", "body": '{"success": "yes", "results": {"x": [1]}}'},
+    "redirect": {"effect": "redirect", "url": "http://127.0.0.1:9/"},
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_failed_beat_is_recorded_and_retried_before_the_next_regular_one(
+    desk: Desk, plato: LocalPlato, failure: dict[str, Any]
+) -> None:
+    """With an interval of an hour only a retry can come."""
+    desk.environment["PLATO_HEARTBEAT_INTERVAL_SECONDS"] = "3600"
+    plato.fault(path="*/heartbeat", **failure)
+    start(desk)
+    plato.wait_for_request("POST", "/heartbeat", count=2)
+    record = eventually(lambda: (truth := desk.heartbeat_record())["beats"] and truth)
+    assert record["failures"] == 0
+    assert record["last_error"]
+    assert record["last_error_at"] <= record["last_ok"]
+    status = desk.good("status", "--json").document
+    assert status["heartbeat"]["state"] == "ok"
+    assert status["heartbeat"]["last_error"] is None
+    desk.good("stop")
+    assert desk.leftovers() == []
+
+
+SILENCES: dict[str, dict[str, Any]] = {
+    "hanging": {"effect": "hang"},
+    "dripping": {"effect": "drip", "seconds": 60},
+}
+
+
+@pytest.mark.parametrize("silence", SILENCES.values(), ids=SILENCES)
+def test_silent_api_does_not_kill_it(desk: Desk, plato: LocalPlato, silence: dict[str, Any]) -> None:
+    desk.tune(BEAT_SECONDS=0.5)
+    plato.fault(path="*/heartbeat", times=2, **silence)
+    pid = start(desk)
+    record = eventually(lambda: (truth := desk.heartbeat_record())["beats"] and truth)
+    assert "time" in record["last_error"]
+    assert is_running(pid)
+
+
+def test_unreachable_api_does_not_kill_it(desk: Desk, plato: LocalPlato) -> None:
+    pid = start(desk)
+    wait_for_beats(plato, 1)
+    plato.kill()
+    eventually(lambda: desk.heartbeat_record()["failures"] >= 3)
+    assert is_running(pid)
+    status = desk.run("status")
+    assert status.code == 6
+    assert f"  Heartbeat:   running (PID: {pid})\n" in status.out
+    assert desk.heartbeat_record()["last_error"] in status.out
+
+
+GONE: dict[str, dict[str, Any]] = {
+    "404": {"effect": "status", "status": 404},
+    "410": {"effect": "status", "status": 410},
+}
+
+
+@pytest.mark.parametrize("gone", GONE.values(), ids=GONE)
+def test_gone_is_believed_only_after_a_second_look(
+    desk: Desk, plato: LocalPlato, gone: dict[str, Any]
+) -> None:
+    desk.environment["PLATO_HEARTBEAT_INTERVAL_SECONDS"] = "1"
+    plato.fault(path="*/heartbeat", nth=2, times=1, **gone)
+    plato.fault(path="*/heartbeat", nth=5, times=2, **gone)
+    pid = start(desk)
+    ended(desk, pid)
+    assert beats(plato) == 6
+    assert desk.heartbeat_record()["ended"] == "the VM is gone"
+
+
+def test_vm_that_ended_ends_it(desk: Desk, plato: LocalPlato) -> None:
+    pid = start(desk)
+    wait_for_beats(plato, 1)
+    plato.advance(9 * 3600)  # beyond its lifetime
+    ended(desk, pid)
+    status = desk.run("status", "--json")
+    assert status.code == 3
+    assert status.document["heartbeat"]["state"] == "expired"
+
+
+def test_session_closed_elsewhere_ends_it(desk: Desk, plato: LocalPlato, tmp_path: Path) -> None:
+    pid = start(desk)
+    state = desk.state
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    desk.environment["PLATO_HOME"] = str(tmp_path / "other home")
+    desk.good("stop", "--session-id", state["session_id"], directory=elsewhere)
+    ended(desk, pid)
+
+
+# -- .sandbox.yaml and its record --
+
+
+def test_removed_state_ends_it(fast: Desk) -> None:
+    pid = start(fast)
+    fast.state_file.unlink()
+    ended(fast, pid)
+
+
+def test_state_of_another_session_ends_it(fast: Desk) -> None:
+    pid = start(fast)
+    session = fast.state["session_id"]
+    fast.state_file.write_text(fast.state_file.read_text().replace(session, "0" * 8 + session[8:]))
+    ended(fast, pid)
+
+
+def test_removed_directory_ends_it(fast: Desk) -> None:
+    pid = start(fast)
+    fast.work.rename(fast.place / "moved")
+    ended(fast, pid)
+
+
+def test_removed_record_ends_it(fast: Desk) -> None:
+    pid = start(fast)
+    [record] = fast.plato_home.glob("heartbeat_*.log")
+    record.unlink()
+    ended(fast, pid)
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "no end": lambda data: data.rpartition(b"# end")[0],
+    "not text": lambda data: b"\xff\xfe" + data,
+    "not YAML": lambda data: b"{[" + data,
+    "a list": lambda data: b"- 1\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_state_does_not_end_it(
+    fast: Desk, plato: LocalPlato, damage: Callable[[bytes], bytes]
+) -> None:
+    pid = start(fast)
+    whole = fast.state_file.read_bytes()
+    fast.state_file.write_bytes(damage(whole))
+    wait_for_beats(plato, 3)
+    assert is_running(pid)
+    fast.state_file.write_bytes(whole)
+    fast.good("stop")
+    assert fast.leftovers() == []
+
+
+def test_state_written_again_does_not_end_it(fast: Desk, plato: LocalPlato) -> None:
+    """Other clients rewrite .sandbox.yaml in their own manner; the session is what counts."""
+    pid = start(fast)
+    fast.state_file.write_text("".join(f"{key}: {value!r}\n" for key, value in fast.state.items()))
+    wait_for_beats(plato, 3)
+    assert is_running(pid)
+
+
+def test_suspended_and_continued(desk: Desk, plato: LocalPlato) -> None:
+    """A stopped process is alive to `status`; continued, it goes on."""
+    desk.environment["PLATO_HEARTBEAT_INTERVAL_SECONDS"] = "1"
+    pid = start(desk)
+    plato.wait_for_request("POST", "/heartbeat", count=2)
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    before = beats(plato)
+    plato.advance(100)
+    assert f"  Heartbeat:   running (PID: {pid})\n" in desk.good("status").out
+    os.kill(pid, signal.SIGCONT)
+    plato.wait_for_request("POST", "/heartbeat", count=before + 1)
+    plato.advance(100)
+    assert len(living(plato)) == 1
+
+
+def test_first_line_of_the_record_is_always_whole(fast: Desk, plato: LocalPlato) -> None:
+    start(fast)
+    [path] = fast.plato_home.glob("heartbeat_*.log")
+    goal = beats(plato) + 10
+    reads = 0
+    while reads % 500 or beats(plato) < goal:
+        first = path.read_bytes().splitlines()[0]
+        assert json.loads(first)["session_id"] == fast.state["session_id"]
+        reads += 1
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def spawn_second(desk: Desk, plato: LocalPlato, session_id: str) -> subprocess.CompletedProcess[bytes]:
+    """Start a heartbeat by hand with the task that the sandbox's own one has; how it ended."""
+    state = desk.state
+    [record] = desk.plato_home.glob("heartbeat_*.log")
+    task = {
+        "api_key": plato.api_key,
+        "base_url": plato.base_url,
+        "session_id": session_id,
+        "job_id": state["job_id"],
+        "directory": str(desk.work),
+        "interval": 1.0,
+        "record": str(record),
+    }
+    return subprocess.run(
+        desk.command("heartbeat-child"),
+        input=json.dumps(task).encode(),
+        env=desk.environment,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_of_two_heartbeats_one_lives(desk: Desk, plato: LocalPlato) -> None:
+    pid = start(desk)
+    second = spawn_second(desk, plato, desk.state["session_id"])
+    assert second.stdout == b"busy\n"
+    assert second.returncode == 0
+    assert heartbeats(desk) == [pid]
+    assert desk.heartbeat_record()["pid"] == pid
+
+
+@pytest.mark.parametrize("holder", ["abcdef12-mine", "abcdef12-another"])
+def test_record_that_is_held_already(tmp_path: Path, holder: str) -> None:
+    """By a heartbeat of this session: it will do. By that of another one: this sandbox has none, an error."""
+    settings = product.Settings(api_key="key", home=str(tmp_path))
+    record = product.HeartbeatRecord(product.heartbeat_path(str(tmp_path), holder))
+    assert record.take()
+    record.write(session_id=holder, pid=os.getpid())
+    task = settings, {"session_id": "abcdef12-mine"}, str(tmp_path), product.Reporter()
+    if holder == "abcdef12-mine":
+        assert product.spawn_heartbeat(*task) == os.getpid()
+    else:
+        with pytest.raises(product.SandboxError, match="another sandbox"):
+            product.spawn_heartbeat(*task)
+    os.close(record._handle)
+
+
+def test_child_without_a_task_ends(desk: Desk) -> None:
+    done = subprocess.run(
+        desk.command("heartbeat-child"),
+        input=b"",
+        env=desk.environment,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stdout == b""
+    assert desk.leftovers() == []
+
+
+# -- in-process: the record's size, the judgement, the rhythm --
+
+
+class ScriptedApi:
+    """Answers heartbeats from a list: a dict is an answer, an exception is raised."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers = answers
+        self.transport = self
+
+    def heartbeat(self, session_id: str) -> dict[str, Any]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, dict)
+        return answer
+
+    def close(self) -> None:
+        """The connection is given up after every beat."""
+
+
+GOOD = {"success": True, "results": {"j": {"success": True, "errors": [], "gone": False}}}
+GONE_ANSWER = {
+    "success": False,
+    "results": {"j": {"success": False, "errors": ["job is failed"], "gone": True}},
+}
+
+
+def heartbeat_in_process(directory: Path, answers: list[Any]) -> product.Heartbeat:
+    record = product.HeartbeatRecord(str(directory / "record.log"))
+    assert record.take()
+    task = {
+        "api_key": "key",
+        "base_url": "http://127.0.0.1:1",
+        "session_id": "s",
+        "job_id": "j",
+        "directory": str(directory),
+        "interval": 30.0,
+    }
+    heartbeat = product.Heartbeat(task, record)
+    heartbeat.api = ScriptedApi(answers)  # type: ignore[assignment]
+    return heartbeat
+
+
+def test_record_stays_small(tmp_path: Path) -> None:
+    """Thousands of beats, half of them failing with long words: bounded, and the newest events are kept."""
+    trouble = product.ApiError("x" * 5000, status=500)
+    heartbeat = heartbeat_in_process(tmp_path, [GOOD, trouble] * 3000)
+    for _ in range(6000):
+        assert heartbeat.beat() is None
+    data = (tmp_path / "record.log").read_bytes()
+    assert len(data) < 64_000
+    assert len(data.splitlines()) <= 102
+    assert json.loads(data.splitlines()[0])["beats"] == 3000
+
+
+def test_gone_then_good_again_is_not_gone(tmp_path: Path) -> None:
+    heartbeat = heartbeat_in_process(tmp_path, [GONE_ANSWER, GOOD, GONE_ANSWER, GONE_ANSWER])
+    assert [heartbeat.beat() for _ in range(4)] == [None, None, None, "the VM is gone"]
+
+
+def test_an_hour_without_a_good_beat_ends_it(tmp_path: Path) -> None:
+    heartbeat = heartbeat_in_process(tmp_path, [product.NetworkError("no", sent=False)] * 2)
+    assert heartbeat.beat() is None
+    heartbeat.last_ok -= product.BEAT_SILENCE_LIMIT_SECONDS
+    assert heartbeat.beat() is not None
+
+
+def job(**fields: Any) -> dict[str, Any]:
+    return {"results": {"j": fields}}
+
+
+JUDGED: dict[str, tuple[dict[str, Any], bool, bool]] = {  # answer, good, gone
+    "good": (GOOD, True, False),
+    "worker not started": (
+        {"success": True, **job(success=True, errors=["vm_heartbeat_message: no"])},
+        True,
+        False,
+    ),
+    "worker not started, refused": (
+        {"success": False, **job(success=False, errors=["vm_heartbeat_message: no"])},
+        True,
+        False,
+    ),
+    "record not updated": (
+        {"success": False, **job(success=False, errors=["registry_heartbeat_update: no"])},
+        False,
+        False,
+    ),
+    "both": (
+        {"success": True, **job(errors=["vm_heartbeat_message: x", "registry_heartbeat_update: y"])},
+        False,
+        False,
+    ),
+    "gone": (GONE_ANSWER, False, True),
+    "gone and success": ({"success": True, **job(success=True, gone=True)}, False, True),
+    "gone is a text": ({"success": True, **job(success=True, gone="no")}, True, False),
+    "no results": ({"success": True}, True, False),
+    "empty": ({}, False, False),
+    "refused without a word": ({"success": False}, False, False),
+    "results of another job alone": ({"success": True, "results": {"k": {"gone": True}}}, False, True),
+    "results of others": ({"success": True, "results": {"k": {"gone": True}, "l": {}}}, True, False),
+}
+
+
+@pytest.mark.parametrize(("answer", "good", "gone"), JUDGED.values(), ids=JUDGED)
+def test_judge_beat(answer: dict[str, Any], good: bool, gone: bool) -> None:
+    outcome = product.judge_beat(answer, "j")
+    assert (outcome.good, outcome.gone) == (good, gone)
+    assert good or outcome.words
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["success", "results", "j", "errors", "gone"]) | st.text(), inner, max_size=4
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(["success", "results", "errors"]), JSON))
+def test_judge_beat_of_anything(answer: dict[str, Any]) -> None:
+    outcome = product.judge_beat(answer, "j")
+    assert not (outcome.good and outcome.gone)
+    assert outcome.words.isprintable()
+    assert len(outcome.words) <= 200
+
+
+DELAYS = {  # interval, failures, elapsed, Retry-After -> seconds
+    "regular": ((30, 0, 0.25, None), 29.75),
+    "regular after a slow beat": ((5, 0, 7, None), 0),
+    "first failure": ((30, 1, 0, None), 1),
+    "second": ((30, 2, 0, None), 2),
+    "third": ((30, 3, 0, None), 4),
+    "fourth": ((30, 4, 0, None), 8),
+    "then the interval": ((30, 5, 0, None), 30),
+    "never later than the regular one": ((3, 3, 0.5, None), 2.5),
+    "no later for a failure that took long": ((30, 4, 25, None), 5),
+    "Retry-After": ((30, 1, 0, 7.0), 7),
+    "Retry-After of a minute": ((30, 1, 0, 60.0), 30),
+    "Retry-After in the past": ((30, 1, 0, 0.0), 1),
+}
+
+
+@pytest.mark.parametrize(("arguments", "delay"), DELAYS.values(), ids=DELAYS)
+def test_next_beat_delay(arguments: tuple[float, int, float, float | None], delay: float) -> None:
+    assert product.next_beat_delay(*arguments) == delay
+
+
+@given(
+    interval=st.floats(0.1, 3600),
+    failures=st.integers(0, 10_000),
+    elapsed=st.floats(0, 1e6),
+    retry_after=st.none() | st.floats(0, 1e9),
+)
+def test_next_beat_is_never_later_than_the_regular_one(
+    interval: float, failures: int, elapsed: float, retry_after: float | None
+) -> None:
+    delay = product.next_beat_delay(interval, failures, elapsed, retry_after)
+    assert 0 <= delay <= max(0.0, interval - elapsed)
+    assert failures or delay == max(0.0, interval - elapsed)
+
+
+class Watch:
+    """Both clocks of a computer that may sleep, and a `sleep` that only moves them."""
+
+    def __init__(self, asleep_at: float = -1.0, asleep_for: float = 0.0, wall_jump: float = 0.0) -> None:
+        self.wall = 1e9
+        self.steady = 50.0
+        self.slept = 0.0
+        self.asleep_at, self.asleep_for, self.wall_jump = asleep_at, asleep_for, wall_jump
+
+    def time(self) -> float:
+        return self.wall
+
+    def monotonic(self) -> float:
+        return self.steady
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.slept += seconds
+        self.wall += seconds
+        self.steady += seconds
+        if 0 <= self.asleep_at <= self.slept:
+            self.asleep_at = -1.0
+            self.wall += self.asleep_for + self.wall_jump
+
+
+@pytest.mark.parametrize(
+    ("watch", "longest"),
+    [(Watch(), 30.0), (Watch(3.0, asleep_for=7200.0), 5.0), (Watch(3.0, wall_jump=-7200.0), 30.0)],
+    ids=["awake", "asleep for two hours", "the wall clock is set back"],
+)
+def test_wait_until(monkeypatch: pytest.MonkeyPatch, watch: Watch, longest: float) -> None:
+    monkeypatch.setattr(product, "time", watch)
+    product.wait_until(watch.wall + 30.0)
+    assert watch.slept == pytest.approx(longest)
+
+
+def test_record_of_a_dead_heartbeat_is_not_alive(tmp_path: Path) -> None:
+    record = product.HeartbeatRecord(str(tmp_path / "record.log"))
+    assert record.take()
+    record.write("started", pid=os.getpid())
+    assert product.heartbeat_alive(record.path)
+    assert not product.HeartbeatRecord(record.path).take()
+    os.close(record._handle)
+    assert not product.heartbeat_alive(record.path)
+    assert product.heartbeat_health(product.Settings(home=str(tmp_path)), {}, time.time())["state"] == "dead"
+
+
+def test_product_of_these_tests_is_the_one_that_runs() -> None:
+    assert Path(product.__file__).resolve() == PRODUCT

@@ -1,0 +1,347 @@
+"""Fidelity: the real command line and models of plato-sdk-v2 on the local Plato, and each client taking up
+a sandbox that the other one started."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from conftest import Desk, Result, eventually, is_running, living, missing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from localplato import LocalPlato
+
+pytestmark = pytest.mark.timeout(900)  # the first test of all installs the SDK
+
+SDK = "plato-sdk-v2==2.0.40"
+NEEDS = ("playwright",)  # the SDK imports it without saying that it needs it
+BLANK = ("start", "--blank", "--service", "myapp")
+
+
+def sdk_place() -> Path:
+    """Where the SDK's virtual environment is kept: inside that of the tests, or in the user's cache."""
+    name = f"plato-sdk-2.0.40-python{sys.version_info[0]}.{sys.version_info[1]}"
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        return Path(sys.prefix) / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "plato-sandbox-tests" / name
+
+
+def install_sdk(place: Path) -> str | None:
+    """Make the virtual environment unless it is complete; why it could not be made, or None."""
+    complete = place / "complete"
+    if complete.exists():
+        return None
+    venv.create(place, with_pip=True, symlinks=True, clear=True)
+    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run([*pip, SDK, *NEEDS], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"{SDK} cannot be installed: {done.stderr.strip()[-400:]}"
+    complete.touch()
+    return None
+
+
+@pytest.fixture(scope="session")
+def sdk() -> Path:
+    """The `bin` of a virtual environment that holds the SDK."""
+    place = sdk_place()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{place}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        problem = install_sdk(place)
+    if problem is not None:
+        missing(problem)
+    return place / "bin"
+
+
+class Theirs:
+    """The SDK's command line at a desk."""
+
+    def __init__(self, desk: Desk, sdk: Path) -> None:
+        self.desk = desk
+        self.sdk = sdk
+        tools = desk.place / "tools"
+        tools.mkdir()
+        # It only looks for this program, and names it in the SSH config.
+        (tools / "proxytunnel").write_text("#!/bin/sh\nexit 1\n")
+        (tools / "proxytunnel").chmod(0o755)
+        path = f"{sdk}:{tools}:{desk.environment['PATH']}"  # its heartbeat is whatever `python3` is
+        self.environment = {"PATH": path, "COLUMNS": "1000", "TERM": "dumb"}
+
+    def run(self, *words: str) -> Result:
+        command = [str(self.sdk / "plato"), "sandbox", *words]
+        return self.desk.run(command=command, environment=self.environment, timeout=120)
+
+    def good(self, *words: str) -> Result:
+        result = self.run(*words)
+        assert result.code == 0, f"{result.out}\n{result.err}"
+        assert "Warning" not in result.out, result.out
+        return result
+
+    def document(self, *words: str) -> dict[str, Any]:
+        """The JSON in what --json prints; lines of its log are on stdout too."""
+        out = self.good(*words).out
+        value = json.loads(out[out.index("{") :])
+        assert isinstance(value, dict)
+        return value
+
+    def python(self, program: str, *words: str) -> Result:
+        command = [str(self.sdk / "python"), "-c", program, *words]
+        result = self.desk.run(command=command, environment=self.environment, timeout=120)
+        assert result.code == 0, f"{result.out}\n{result.err}"
+        return result
+
+
+@pytest.fixture
+def theirs(desk: Desk, sdk: Path) -> Iterator[Theirs]:
+    yield Theirs(desk, sdk)
+    end_their_heartbeat(desk)
+
+
+def end_their_heartbeat(desk: Desk) -> None:
+    """End the process that their state names, if it is a heartbeat of this very session."""
+    if not desk.state_file.exists():
+        return
+    pid, session_id = desk.state.get("heartbeat_pid"), desk.state["session_id"]
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return
+    if session_id.encode() in command or b"heartbeat-child" in command:
+        os.kill(int(str(pid)), signal.SIGKILL)
+
+
+MODES = {
+    "blank": ("-b", "--service", "myapp", "--cpus", "1", "--memory", "512", "--disk", "2048"),
+    "simulator": ("-s", "espocrm"),
+    "simulator and tag": ("-s", "espocrm", "-t", "staging"),
+    "artifact": ("-a", "art_abc123"),
+    "config": ("-c",),
+}
+
+
+# ---------------------------------------------------------------------------
+# theirs on the local Plato
+# ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_their_start_status_stop(theirs: Theirs, plato: LocalPlato, options: tuple[str, ...]) -> None:
+    started = theirs.good("start", *options)
+    assert "Sandbox started successfully!" in started.out
+    state = theirs.desk.state
+    assert living(plato) == [state["job_id"]]
+    status = theirs.good("status")
+    assert "VM Status:   running" in status.out
+    document = theirs.document("status", "--json")
+    assert (document["vm_running"], document["session_id"]) == (True, state["session_id"])
+    assert "stopped successfully" in theirs.good("stop").out
+    assert living(plato) == []
+    assert theirs.desk.leftovers() == []
+    assert plato.unknown_fields() == []
+    assert [request for request in plato.requests() if request["status"] in (404, 422, 501)] == []
+    assert len(plato.requests("POST", "/setup-sandbox")) == (1 if options == ("-c",) else 0)
+
+
+def test_their_json(theirs: Theirs, plato: LocalPlato) -> None:
+    document = theirs.document("start", *MODES["blank"], "--json")
+    assert document["job_id"] == living(plato)[0]
+    assert document["public_url"].startswith("http")
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "words"),
+    [
+        ({"PLATO_API_KEY": "wrong-key"}, MODES["blank"], "401"),
+        ({}, ("-a", "art_nowhere"), "art_nowhere"),
+        ({}, ("-s", "nobody"), "nobody"),
+    ],
+    ids=["key", "artifact", "simulator"],
+)
+def test_their_failures(
+    theirs: Theirs, plato: LocalPlato, environment: dict[str, str], options: tuple[str, ...], words: str
+) -> None:
+    theirs.environment.update(environment)
+    failed = theirs.run("start", *options)
+    assert failed.code == 1
+    assert words in failed.out
+    assert living(plato) == []
+
+
+DRIVER = """
+import json, sys
+import httpx
+from plato._generated.api.v1.sandbox import setup_root_access, setup_sandbox
+from plato._generated.api.v2 import sessions
+from plato._generated.models import (
+    CreateSessionFromEnvs, ExecuteCommandRequest, ResetSessionRequest, SetupRootPasswordRequest,
+    SetupSandboxRequest,
+)
+
+base_url, key, public_key, dataset = sys.argv[1:]
+client = httpx.Client(base_url=base_url, timeout=60)
+answers = {}
+
+def call(name, endpoint, **words):
+    answer = endpoint.sync(client=client, x_api_key=key, **words)
+    answers[name] = answer if isinstance(answer, dict) else answer.model_dump(mode="json")
+    return answers[name]
+
+envs = [{"type": "resource", "simulator": "myapp", "alias": "one",
+         "sim_config": {"cpus": 1, "memory": 512, "disk": 2048}}]
+body = CreateSessionFromEnvs.model_validate({"type": "envs", "envs": envs, "timeout": 600, "source": "SDK"})
+made = call("make", sessions.make, body=body)
+session_id, job_id = made["session_id"], made["envs"][0]["job_id"]
+ready = call("wait_for_ready", sessions.wait_for_ready, session_id=session_id, timeout=20)
+assert ready["ready"] is True, ready
+call("details", sessions.get_session_details, session_id=session_id)
+call("list", sessions.list_sessions)
+call("jobs", sessions.list_jobs, session_id=session_id)
+call("heartbeat", sessions.heartbeat, session_id=session_id)
+call("reset", sessions.reset, session_id=session_id, body=ResetSessionRequest())
+call("public_url", sessions.get_public_url, session_id=session_id)
+command = ExecuteCommandRequest(command="echo out; echo err >&2; exit 3")
+call("execute", sessions.execute, session_id=session_id, body=command)
+request = SetupRootPasswordRequest(ssh_public_key=public_key)
+call("setup_root_access", setup_root_access, public_id=job_id, body=request)
+request = SetupSandboxRequest.model_validate({
+    "service": "myapp", "dataset": "base", "plato_dataset_config": json.loads(dataset),
+    "ssh_public_key": public_key,
+})
+call("setup_sandbox", setup_sandbox, public_id=job_id, body=request)
+call("close", sessions.close, session_id=session_id)
+print(json.dumps({"session_id": session_id, "job_id": job_id, "answers": answers}))
+"""
+
+
+def test_their_models_accept_every_answer(theirs: Theirs, plato: LocalPlato, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    config = yaml.safe_load((theirs.desk.work / "plato-config.yml").read_text())
+    words = (
+        plato.base_url,
+        plato.api_key,
+        Path(f"{key}.pub").read_text(),
+        json.dumps(config["datasets"]["base"]),
+    )
+    done = json.loads(theirs.python(DRIVER, *words).out)
+    session_id, job_id, answers = done["session_id"], done["job_id"], done["answers"]
+    for name in ("wait_for_ready", "heartbeat", "reset", "public_url", "execute", "close"):
+        assert list(answers[name]["results"]) == [job_id], name
+    assert answers["details"]["jobs"][0]["status"] == "running"
+    assert answers["jobs"]["jobs"][0]["job_id"] == job_id
+    assert session_id in json.dumps(answers["list"])
+    assert answers["heartbeat"]["success"] is True
+    assert answers["public_url"]["results"][job_id]["url"].startswith("http")
+    executed = answers["execute"]["results"][job_id]
+    assert (executed["stdout"], executed["stderr"], executed["exit_code"]) == ("out\n", "err\n", 3)
+    assert answers["setup_root_access"]["status"] == answers["setup_sandbox"]["status"] == "success"
+    assert answers["close"]["success"] is True
+    assert living(plato) == []
+    assert plato.unknown_fields() == []
+
+
+# ---------------------------------------------------------------------------
+# each with a sandbox of the other
+# ---------------------------------------------------------------------------
+
+OURS = {
+    "blank": BLANK,
+    "simulator": ("start", "--simulator", "espocrm:staging"),
+    "artifact": ("start", "--artifact-id", "art_abc123"),
+    "config": ("start", "--from-config"),
+}
+
+
+@pytest.mark.parametrize("arguments", OURS.values(), ids=OURS)
+def test_theirs_goes_on_with_ours(
+    theirs: Theirs, desk: Desk, plato: LocalPlato, arguments: tuple[str, ...]
+) -> None:
+    desk.good(*arguments)
+    state = desk.state
+    pid = state["heartbeat_pid"]
+    human = theirs.good("status").out
+    for words in (
+        f"Session ID:  {state['session_id']}",
+        f"Job ID:      {state['job_id']}",
+        f"Mode:        {state['mode']}",
+        "VM Status:   running",
+        f"Public URL:  {state['url']}",
+        f"SSH:         ssh -F {state['ssh_config_path']} {state['ssh_host']}",
+        f"Heartbeat:   running (PID: {pid})",
+    ):
+        assert f"  {words}\n" in human, human
+    document = theirs.document("status", "--json")
+    assert document == {**state, "vm_status": "running", "vm_status_reason": None, "vm_running": True}
+    stopped = theirs.good("stop").out
+    assert f"Stopped heartbeat process (PID: {pid})" in stopped
+    eventually(lambda: not is_running(pid))
+    assert living(plato) == []
+    assert not desk.state_file.exists()
+    assert [name for name in desk.leftovers() if name.startswith("ssh_")] == []
+    assert desk.run("status").code == 3
+    desk.good(*arguments)  # what theirs has left behind does not disturb
+    desk.good("stop")
+
+
+@pytest.mark.parametrize("mode", ["blank", "simulator", "config"])
+def test_ours_goes_on_with_theirs(theirs: Theirs, desk: Desk, plato: LocalPlato, mode: str) -> None:
+    options = MODES[mode]
+    theirs.good("start", *options)
+    state, record = desk.state, desk.state_file.read_bytes()
+    pid = state["heartbeat_pid"]
+    plato.wait_for_request("POST", "/heartbeat")
+    human = desk.good("status").out
+    assert human.startswith(f"Sandbox Status\n  Session ID:  {state['session_id']}\n")
+    assert "  VM Status:   running\n" in human
+    assert f"  Heartbeat:   running (PID: {pid})\n" in human
+    if mode == "config":
+        assert f"  SSH:         ssh -F ~/.plato/ssh_1.conf {state['ssh_host']}\n" in human
+    document: dict[str, Any] = desk.good("status", "--json").document
+    assert document["vm_running"] is True
+    assert document["heartbeat"]["state"] == "ok"
+    assert document["heartbeat"]["pid"] == pid
+    assert state.items() <= document.items()
+    assert desk.run(*BLANK).code == 5
+    assert desk.state_file.read_bytes() == record
+    desk.good("stop")
+    eventually(lambda: not is_running(pid))
+    assert living(plato) == []
+    assert desk.leftovers() == []
+    assert theirs.run("status").code == 1
+
+
+def test_ours_replaces_theirs(theirs: Theirs, desk: Desk, plato: LocalPlato) -> None:
+    theirs.good("start", *MODES["config"])
+    before = desk.state
+    desk.good(*BLANK, "--replace")
+    assert living(plato) == [desk.state["job_id"]]
+    assert desk.state["job_id"] != before["job_id"]
+    eventually(lambda: not is_running(before["heartbeat_pid"]))
+    assert not Path(before["ssh_config_path"]).exists()
+    assert desk.ssh("echo there").out == "there\n"
+
+
+def test_ours_sees_that_their_heartbeat_died(theirs: Theirs, desk: Desk, plato: LocalPlato) -> None:
+    theirs.good("start", *MODES["blank"])
+    pid = desk.state["heartbeat_pid"]
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not is_running(pid))
+    assert f"  Heartbeat:   stopped (PID: {pid} not found)\n" in desk.run("status").out
+    plato.advance(130)
+    gone = desk.run("status")
+    assert gone.code == 3
+    assert "heartbeat miss" in gone.out
+    desk.good("stop")
+    assert desk.leftovers() == []
