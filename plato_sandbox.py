@@ -2226,10 +2226,15 @@ def make_home(home: str) -> None:
 
 
 def short_id(session_id: str) -> str:
-    """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name."""
+    """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name.
+
+    Session ids are UUIDs today. The first part of another kind of id is used only where it looks random
+    ("abc123-def456"), else the whole id: "session-1" and "session-2" must not share their files.
+    """
     safe = re.sub(r"[^A-Za-z0-9-]", "", session_id).strip("-")
     first = safe.split("-", 1)[0]
-    return (first if len(first) >= 6 else safe)[:64] or "unknown"
+    random = re.fullmatch(r"[0-9a-f]{8}|(?=.*\d)[0-9a-f]{6,}", first, re.IGNORECASE)
+    return (first if random else safe)[:64] or "unknown"
 
 
 class DirectoryLock:
@@ -4688,11 +4693,9 @@ def check_command_word(arguments: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if os.name == "nt":
-        print(
-            f"{PROGRAM} runs on Linux, macOS and WSL, not on native Windows; use it inside WSL.",
-            file=sys.stderr,
-        )
+    unfit = unfit_host()
+    if unfit:
+        print(unfit, file=sys.stderr)
         return 1
     if arguments[:1] == ["heartbeat-child"]:
         return heartbeat_child()
@@ -4724,6 +4727,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             output.trace(traceback.format_exc())
         words = f"This is a mistake in {PROGRAM} {__version__} ({type(error).__name__}: {error})."
         return fail(output, SandboxError(words, hint="Please report it; --verbose shows where."), "internal")
+
+
+def unfit_host() -> str:
+    """Why this tool cannot run here at all, in one sentence; "" where it can."""
+    if os.name == "nt":
+        return f"{PROGRAM} runs on Linux, macOS and WSL, not on native Windows; use it inside WSL."
+    if sys.version_info < (3, 9):  # noqa: UP036  (the file is copied to where no installer checks)
+        found = ".".join(map(str, sys.version_info[:2]))
+        return f"{PROGRAM} needs Python 3.9 or newer; this is {found}."
+    return ""
 
 
 def open_closed_streams() -> None:

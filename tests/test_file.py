@@ -244,12 +244,17 @@ def test_main_job_on_every_python(desk: Desk, plato: LocalPlato, python: str) ->
     assert desk.leftovers() == []
 
 
-def test_native_windows_is_refused_in_one_sentence(desk: Desk) -> None:
+@pytest.mark.parametrize(
+    ("host", "named"),
+    [("product.os.name = 'nt'", "WSL"), ("product.sys.version_info = (3, 8, 18)", "Python 3.9")],
+    ids=["native Windows", "Python 3.8"],
+)
+def test_unfit_host_is_refused_in_one_sentence(desk: Desk, host: str, named: str) -> None:
     for words in (["start", "-b", "--service", "x"], ["--help"], ["status", "--json"], ["heartbeat-child"]):
-        result = desk.run(command=altered("product.os.name = 'nt'", *words))
+        result = desk.run(command=altered(host, *words))
         assert result.code == 1
         assert result.err.count("\n") == 1
-        assert "WSL" in result.err
+        assert named in result.err
     assert desk.leftovers() == []
 
 

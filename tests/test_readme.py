@@ -1,4 +1,4 @@
-"""The README's front door: its commands, as they stand there, in a fresh copy of the repository with an empty home."""
+"""The README's commands, as they stand there, in a fresh copy of the repository with an empty home."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def commands(heading: str) -> list[str]:
     """The shell commands of a section, comments dropped."""
     section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    return [line.partition("   #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return [
+        line.partition("   #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()
+    ]
 
 
 class Newcomer:
@@ -91,12 +93,14 @@ def test_exit_codes_are_those_of_the_file(newcomer: Newcomer) -> None:
     table = re.findall(r"^\| (\d+(?:, \d+)?) \| ", README, re.MULTILINE)
     assert table == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "130, 143"]
     told = newcomer.type("python3 plato_sandbox.py --help").out
-    for code in "0 1 2 3 4 5 6 7 8 130/143".split():
+    for code in (*"012345678", "130/143"):
         assert re.search(rf"(?:^|\s){code} ", told), code
 
 
 def test_every_option_in_the_readme_exists(newcomer: Newcomer) -> None:
-    told = "".join(newcomer.type(f"python3 plato_sandbox.py {name} --help").out for name in ("start", "status", "stop"))
+    told = "".join(
+        newcomer.type(f"python3 plato_sandbox.py {name} --help").out for name in ("start", "status", "stop")
+    )
     named = set(re.findall(r"`(--[a-z-]+)", README)) - {"--all", "--purge"}
     assert named, "the README names no option"
     assert sorted(option for option in named if option not in told) == []

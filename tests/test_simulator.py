@@ -687,13 +687,13 @@ def flow_named(name: str) -> dict[str, Any]:
     return dict(flow)
 
 
-class FlowFailed(Exception):
+class FlowFailedError(Exception):
     pass
 
 
 def require(condition: object, problem: str) -> None:
     if not condition:
-        raise FlowFailed(problem)
+        raise FlowFailedError(problem)
 
 
 class FlowRunner:
@@ -708,7 +708,7 @@ class FlowRunner:
         for number, step in enumerate(steps, 1):
             try:
                 getattr(self, f"do_{step['type']}")(step)
-            except FlowFailed:
+            except FlowFailedError:
                 return number
         return None
 
