@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ROOT / "plato_sandbox.py"
 SIMULATOR = ROOT / "tests" / "simulator"
 COMMAND_SECONDS = 60.0
+BLANK = ("start", "--blank", "--service", "myapp")
 
 
 def part(name: str, package: str) -> str:
@@ -340,3 +341,16 @@ def new_desk(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
 def desk(new_desk: Callable[..., Desk], plato: LocalPlato) -> Desk:
     """A user of `plato`, with a fast heartbeat."""
     return new_desk({**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "1"})
+
+
+@pytest.fixture(scope="module")
+def standing(
+    tmp_path_factory: pytest.TempPathFactory, certificates: Path
+) -> Iterator[tuple[Desk, LocalPlato]]:
+    """A sandbox that stays for many tests: none of them may change it."""
+    place = tmp_path_factory.mktemp("standing")
+    with LocalPlato(place / "plato", ca_from=certificates) as plato:
+        desk = Desk(place / "desk", {**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "60"})
+        desk.good(*BLANK)
+        yield desk, plato
+        desk.clear()

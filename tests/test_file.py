@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import PRODUCT, ROOT, Desk, altered, is_running, living, missing
+from conftest import BLANK, PRODUCT, ROOT, Desk, altered, is_running, living, missing
 from localplato import LocalPlato
 
 import plato_sandbox
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 SOURCE = PRODUCT.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
-BLANK = ("start", "--blank", "--service", "myapp")
 RULE = "# " + "-" * 106
 
 
@@ -218,7 +217,7 @@ def interpreter(version: str) -> str | None:
 FOUND = {version: found for version in VERSIONS if (found := interpreter(version))}
 
 
-@pytest.fixture(params=FOUND.values(), ids=FOUND)
+@pytest.fixture(params=FOUND.values(), ids=list(FOUND))
 def python(request: pytest.FixtureRequest) -> str:
     """Each Python that this machine has; the static check above speaks for those that it has not."""
     return str(request.param)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import PRODUCT, ROOT, Desk, eventually, heartbeats, is_running, living
+from conftest import BLANK, PRODUCT, ROOT, Desk, eventually, heartbeats, is_running, living
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(ROOT))
 
 import plato_sandbox as product
-
-BLANK = ("start", "--blank", "--service", "myapp")
 
 
 def beats(plato: LocalPlato) -> int:

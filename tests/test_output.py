@@ -18,27 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import PRODUCT, Desk, altered, eventually, living, part
+from conftest import BLANK, PRODUCT, Desk, altered, eventually, living, part
 from localplato import LocalPlato
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-BLANK = ("start", "--blank", "--service", "myapp")
 ESCAPES = "\x1b[31mred\x1b]0;title\x07 \x9b2J \x7f \u202ex\nforged: line\r"
-
-
-@pytest.fixture(scope="module")
-def standing(
-    tmp_path_factory: pytest.TempPathFactory, certificates: Path
-) -> Iterator[tuple[Desk, LocalPlato]]:
-    """A sandbox that stays for many tests: none of them may change it."""
-    place = tmp_path_factory.mktemp("standing")
-    with LocalPlato(place / "plato", ca_from=certificates) as plato:
-        desk = Desk(place / "desk", {**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "60"})
-        desk.good(*BLANK)
-        yield desk, plato
-        desk.clear()
 
 
 @pytest.fixture

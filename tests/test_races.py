@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Desk, ending, eventually, heartbeats, is_running, living, nothing_left, part
+from conftest import BLANK, Desk, ending, eventually, heartbeats, is_running, living, nothing_left, part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from localplato import LocalPlato
-
-BLANK = ("start", "--blank", "--service", "myapp")
 
 
 # -- `make` is sent once --

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import Desk, Result, eventually, is_running, living, missing
+from conftest import BLANK, Desk, Result, eventually, is_running, living, missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.timeout(900)  # the first test of all installs the SDK
 
 SDK = "plato-sdk-v2==2.0.40"
 NEEDS = ("playwright",)  # the SDK imports it without saying that it needs it
-BLANK = ("start", "--blank", "--service", "myapp")
 
 
 def sdk_place() -> Path:

@@ -16,27 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import PRODUCT, Desk, Result, eventually, living, part
+from conftest import BLANK, PRODUCT, Desk, Result, eventually, living, part
 from localplato import LocalPlato
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-BLANK = ("start", "--blank", "--service", "myapp")
 MEGABYTES = 20
-
-
-@pytest.fixture(scope="module")
-def standing(
-    tmp_path_factory: pytest.TempPathFactory, certificates: Path
-) -> Iterator[tuple[Desk, LocalPlato]]:
-    """A sandbox that stays for many tests: none of them may change it."""
-    place = tmp_path_factory.mktemp("standing")
-    with LocalPlato(place / "plato", ca_from=certificates) as plato:
-        desk = Desk(place / "desk", {**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "60"})
-        desk.good(*BLANK)
-        yield desk, plato
-        desk.clear()
 
 
 @pytest.fixture

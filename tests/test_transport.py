@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
-from conftest import Desk, Result, altered, eventually, living
+from conftest import BLANK, Desk, Result, altered, eventually, living
 from localplato import LocalPlato
 
 import plato_sandbox
@@ -42,8 +42,6 @@ request = product.Transport.request
 product.Transport.request = lambda *words, **options: request(*words, **{**options, "seconds": 0.5})
 """
 )
-
-BLANK = ("start", "--blank", "--service", "myapp")
 
 
 def run_quick(desk: Desk, *arguments: str, change: str = QUICK, **options: Any) -> Result:
@@ -314,19 +312,6 @@ def test_shown_path(monkeypatch: pytest.MonkeyPatch, home: str, path: str, expec
 # ---------------------------------------------------------------------------
 # Plato cannot be reached, or is slow
 # ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def standing(
-    tmp_path_factory: pytest.TempPathFactory, certificates: Path
-) -> Iterator[tuple[Desk, LocalPlato]]:
-    """A sandbox that stays for many tests: none of them may change it."""
-    place = tmp_path_factory.mktemp("standing")
-    with LocalPlato(place / "plato", ca_from=certificates) as plato:
-        desk = Desk(place / "desk", {**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "60"})
-        desk.good(*BLANK)
-        yield desk, plato
-        desk.clear()
 
 
 @pytest.fixture
