@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ROOT / "plato_sandbox.py"
 SIMULATOR = ROOT / "tests" / "simulator"
+# Under nohup or as a background job the tests ignore these, and so would the commands that they start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 COMMAND_SECONDS = 60.0
 BLANK = ("start", "--blank", "--service", "myapp")
 
