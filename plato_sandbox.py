@@ -295,6 +295,15 @@ def shown_path(path: str) -> str:
     return printable(path)
 
 
+def from_here(path: str) -> str:
+    """A path as people name it from the current directory, if it lies below that."""
+    try:
+        relative = os.path.relpath(path)
+    except OSError:  # the current directory is gone
+        return path
+    return path if relative.startswith("..") else relative
+
+
 # ----------------------------------------------------------------------------------------------------------
 # settings: what the environment says, read once per command
 # ----------------------------------------------------------------------------------------------------------
@@ -1627,7 +1636,7 @@ def find_config(directory: str) -> str:
 
 def load_config(path: str, dataset: str | None) -> Config:
     """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
-    source = shown_path(path)
+    source = shown_path(from_here(path))
     try:
         root = yaml_compose(_read_config(path), source)
     except YamlError as error:
@@ -1635,17 +1644,17 @@ def load_config(path: str, dataset: str | None) -> Config:
     checker = ConfigChecker(source)
     chosen = checker.check(root, dataset or DEFAULT_DATASET)
     if checker.problems or root is None or chosen is None:
-        raise unusable_config(source, checker.problems)
+        raise unusable_config(source, checker.problems, checker.warnings)
     plain = root.plain()
     name = dataset or DEFAULT_DATASET
     return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
 
 
-def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
+def unusable_config(source: str, problems: Sequence[str], warnings: Sequence[str] = ()) -> ConfigError:
     count = len(problems)
     return ConfigError(
         f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
-        problems=problems,
+        problems=[*problems, *warnings],
         hint="Nothing was created. Correct the file and run the command again.",
     )
 
@@ -4618,6 +4627,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         describe(command)
         add_common_options(command)
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -4683,6 +4693,16 @@ def check_command_word(arguments: Sequence[str]) -> None:
     meant = closest(word, COMMANDS_HELP)
     hint = f"Did you mean `{meant}`?" if meant else f"The commands are: {', '.join(COMMANDS_HELP)}."
     raise UsageError(f"There is no command {word!r}.", hint=hint)
+
+
+def unknown_word(word: str, options: argparse.Namespace) -> UsageError:
+    """The error for a word that the command does not take, with the option that was probably meant."""
+    if options.command is None:
+        return UsageError(f"{word!r} needs a command before it.", hint=f"See {PROGRAM} --help")
+    meant = closest(word.partition("=")[0], re.findall("--[a-z-]+", options.parser.format_help()))
+    hint = f"Did you mean {meant}?" if meant else f"See {PROGRAM} {options.command} --help"
+    what = "option" if word.startswith("-") else "argument"
+    return UsageError(f"`{options.command}` takes no {what} {word!r}.", hint=hint)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4791,9 +4811,11 @@ def run(arguments: Sequence[str], output: Output) -> int:
         return 0
     check_command_word(arguments)
     try:
-        options = parser.parse_args(arguments)
+        options, unknown = parser.parse_known_args(arguments)
     except SystemExit as ending:  # --help
         return int(ending.code or 0)
+    if unknown:
+        raise unknown_word(unknown[0], options)
     if options.version or options.command is None:
         output.line(version_text())
         return 0

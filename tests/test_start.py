@@ -912,3 +912,32 @@ def test_unknown_fields_are_never_sent(desk: Desk, plato: LocalPlato) -> None:
     desk.good("stop")
     assert plato.unknown_fields() == []
     assert json.dumps(plato.requests()).count(plato.api_key) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "hint"),
+    [
+        (["start", "-c", "--cpuss", "3"], "--cpuss", "--cpus?"),
+        (["start", "-c", "--lifetme=60"], "--lifetme=60", "--lifetime?"),
+        (["stop", "--sesion-id", "x"], "--sesion-id", "--session-id?"),
+        (["status", "--zzz"], "--zzz", "status --help"),
+        (["status", "extra"], "extra", "status --help"),
+        (["--jsno"], "--jsno", "--help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_unknown_word_and_what_was_meant(visitor: Desk, words: list[str], named: str, hint: str) -> None:
+    result = visitor.run(*words)
+    assert result.code == 2
+    assert named in result.err
+    assert result.err.endswith(f"{hint}\n")
+
+
+def test_config_problems_are_told_as_seen_from_here(visitor: Desk) -> None:
+    (visitor.work / "below").mkdir(exist_ok=True)
+    config = visitor.work / "below" / "plato-config.yml"
+    config.write_text("service: 12\ndatasets:\n  base:\n    compute:\n      memmory: 3\n")
+    told = visitor.run("start", "-c", "-w", "below").err
+    assert "below/plato-config.yml:1:10: " in told
+    assert str(config) not in told
+    assert "below/plato-config.yml:5:7: `compute` has no field `memmory`; did you mean `memory`?" in told
