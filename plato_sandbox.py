@@ -11,6 +11,7 @@ Python 3.9 or newer and, for SSH, the OpenSSH client. It imports nothing outside
 
     python3 plato_sandbox.py start --from-config     a VM for the plato-config.yml of this directory
     python3 plato_sandbox.py status                  what the VM and its heartbeat are doing
+    python3 plato_sandbox.py sync                    bring the VM's files up to date with this directory
     python3 plato_sandbox.py stop                    destroy the VM and everything that belongs to it
 
 Environment
@@ -25,6 +26,7 @@ Environment
 
 Files
     .sandbox.yaml            the sandbox of a directory: ids, address, SSH and heartbeat; no secret
+    .platoignore             what `sync` leaves out, in the syntax of .gitignore, at every level
     PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log
                              where <id> is the first part of the session id; `stop` removes them
 
@@ -37,7 +39,7 @@ Importers may rely on the names in `__all__`, on the exit codes and on the keys 
 Everything else may change between versions.
 
 Sections, each using only those above it: constants, errors, settings, yaml, config, processes, state,
-transport, api, ssh, heartbeat, sandbox, output, commands, parser, main.
+transport, api, ssh, heartbeat, sync, sandbox, output, commands, parser, main.
 """
 
 from __future__ import annotations
@@ -2292,7 +2294,7 @@ def lock_holder(status: os.stat_result) -> str:
         pid = line.split()[4]
         words = process_command(int(pid)).split() if pid.isdigit() else []
         for word in words:
-            if word in ("start", "stop", "status"):
+            if word in ("start", "stop", "status", "sync"):
                 return f"`{word}` (PID {pid})"
         return f"PID {pid}"
     return "a plato-sandbox command"
@@ -2821,6 +2823,15 @@ class PlatoApi:
         """GET .../public_url. Returns PublicUrlResponse."""
         return self._call("GET", f"/api/v2/sessions/{quoted(session_id)}/public_url")
 
+    def execute(self, session_id: str, command: str, seconds: float) -> dict[str, Any]:
+        """POST .../execute: run a command on the VM, which may happen twice. Returns ExecuteCommandResponse.
+
+        seconds: until the command is ended there.
+        """
+        body = {"command": command, "timeout": max(1, int(seconds))}
+        path = f"/api/v2/sessions/{quoted(session_id)}/execute"
+        return self._call("POST", path, body=body, seconds=seconds + 15.0)
+
     def add_ssh_key(self, session_id: str, public_key: str, username: str) -> dict[str, Any]:
         """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
         body = {"public_key": public_key, "username": username}
@@ -3090,6 +3101,147 @@ def _write_all(sink: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(sink, view) :]
+
+
+class Outcome:
+    """How a command on the VM ended: its exit code and its two outputs."""
+
+    def __init__(self, code: int, stdout: bytes, stderr: bytes) -> None:
+        self.code = code
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+# Runs on the VM: reads a length and so many bytes of a script, runs it, tells how it ended; again and again.
+# What a script prints stands between two lines with a word that nothing else holds, whatever a login shell
+# prints before. A script whose exit code is 64 or more may have left input unread, so it is the last one.
+_SHELL_LOOP = r"""
+printf '\n%s\n' WORD
+while IFS= read -r n; do
+  c=$(head -c "$n"); printf '\n%s\n' WORD
+  { e=$( { eval "$c"; } 2>&1 1>&3 3>&- ); r=$?; } 3>&1
+  printf '\n%s %s %s\n' WORD "$r" "$(printf %s "$e" | tail -c 4000 | base64 | tr -d '\n')"
+  [ "$r" -lt 64 ] || exit 0
+done
+"""
+
+
+class SshShell:
+    """A shell on the VM that runs scripts one after another over one SSH connection."""
+
+    def __init__(self, state: Mapping[str, Any], reporter: Reporter) -> None:
+        import secrets
+        import subprocess
+
+        word = secrets.token_hex(16)
+        self._word = word.encode()
+        loop = shell_words(["exec", "sh", "-c", _SHELL_LOOP.replace("WORD", word)])
+        command = [
+            "ssh",
+            "-T",
+            "-F",
+            state["ssh_config_path"],
+            "-o",
+            "BatchMode=yes",
+            state["ssh_host"],
+            loop,
+        ]
+        pipe = subprocess.PIPE
+        # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
+        self._process = launch(
+            command, reporter, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+        )
+        complaints: Any = self._process.stderr
+        self._complaint = Aside(complaints.read)
+        self._buffer = bytearray()
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Wait for the VM's first word. NetworkError or TimedOutError when it does not come."""
+        if self._word:
+            self._read_through(b"\n" + self._word + b"\n", time.monotonic() + seconds)
+
+    def run(self, script: str, *, seconds: float, data: Iterable[bytes] = ()) -> Outcome:
+        """Run a script with `data` as its standard input, of which it must know the end.
+
+        seconds: the longest wait for its end once it has its input. NetworkError when the connection breaks.
+        """
+        import binascii
+
+        body = script.encode()
+        whole = self._write(b"%d\n" % len(body) + body)
+        for piece in data:
+            if not whole or self._has_answered():
+                break
+            whole = self._write(piece)
+        deadline = time.monotonic() + seconds
+        self._read_through(b"\n" + self._word + b"\n", deadline)
+        stdout = self._read_through(b"\n" + self._word + b" ", deadline)
+        code, _, words = self._read_through(b"\n", deadline).partition(b" ")
+        return Outcome(int(code), stdout, binascii.a2b_base64(words))
+
+    def _write(self, data: bytes) -> bool:
+        """Whether the other side still reads."""
+        stdin: Any = self._process.stdin
+        try:
+            _write_all(stdin.fileno(), data)
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _has_answered(self) -> bool:
+        """Whether a script has ended before it had all of its input: it failed."""
+        import select
+
+        stdout: Any = self._process.stdout
+        ready = select.select([stdout], [], [], 0)[0]
+        if ready and len(self._buffer) < 1000:
+            self._buffer += os.read(stdout.fileno(), 65536)
+        return self._buffer.count(self._word) > 1
+
+    def _read_through(self, mark: bytes, deadline: float) -> bytes:
+        """What comes before a mark; both are taken away."""
+        import select
+
+        stdout: Any = self._process.stdout
+        searched = 0
+        while True:
+            found = self._buffer.find(mark, searched)
+            if found >= 0:
+                taken = bytes(self._buffer[:found])
+                del self._buffer[: found + len(mark)]
+                return taken
+            searched = max(0, len(self._buffer) - len(mark))
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([stdout], [], [], left)[0]:
+                raise TimedOutError(
+                    "The VM did not answer over SSH in time.", hint=f"See what it is doing: {PROGRAM} status"
+                )
+            data = os.read(stdout.fileno(), 1 << 18)
+            if not data:
+                raise self._broken()
+            self._buffer += data
+
+    def _broken(self) -> NetworkError:
+        self._process.wait()
+        lines = self._complaint.result().decode("utf-8", "replace").strip().splitlines()
+        words = f": {printable(lines[-1]).rstrip('.')}" if lines else ""
+        return NetworkError(
+            f"The SSH connection to the VM broke{words}.",
+            hint=f"Run the command again; see what the VM is doing: {PROGRAM} status",
+            sent=True,
+        )
+
+    def close(self) -> None:
+        """End the connection, at once."""
+        self._process.kill()
+        self._process.wait()
+        self._complaint.result()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                try:
+                    stream.close()
+                except OSError:
+                    pass  # what was still to be written has nowhere to go
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3449,6 +3601,22 @@ def heartbeat_health(settings: Settings, state: Mapping[str, Any], now: float) -
     }
 
 
+def ensure_heartbeat(
+    settings: Settings, state: Mapping[str, Any], directory: str, reporter: Reporter
+) -> int | None:
+    """Start a heartbeat that has died anew and return its pid; warn of one that is not well. Else None."""
+    health = heartbeat_health(settings, state, time.time())
+    if health["state"] == "degraded":
+        why = f": {health['last_error']}" if health["last_error"] else ""
+        reporter.warn(f"The heartbeat has had no good beat since {health['last_ok'] or 'its start'}{why}.")
+    if health["state"] != "dead":
+        return None
+    make_home(settings.home)
+    pid = spawn_heartbeat(settings, state, directory, reporter)
+    reporter.warn(f"The heartbeat was not running; it was started again (PID {pid}).")
+    return pid
+
+
 def other_heartbeat_alive(state: Mapping[str, Any]) -> bool:
     """Whether the process that another client's state names is a heartbeat of this very session."""
     pid, session_id = state.get("heartbeat_pid"), state.get("session_id")
@@ -3493,6 +3661,1845 @@ def _ended_within(path: str, pid: int, seconds: float) -> bool:
     except ChildProcessError:
         pass
     return True
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sync: ignore rules, scan, plan, archive, and the two ways to the VM
+# ----------------------------------------------------------------------------------------------------------
+# One look at the VM brings what is there and the manifest of the last sync. The plan is a pure function of
+# that and of the local tree; what differs travels in one archive. On the VM the archive is checked, unpacked
+# beside the tree, and moved in by links and renames, under a lock and only if no other sync came between.
+# Paths inside the trees are bytes, relative, without a leading "./"; no path of a tree is ever part of a
+# command: they travel as NUL-terminated fields inside the archive.
+
+SYNC_ROOT = "/home/plato/worktree"
+SYNC_SECONDS = 120.0
+SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes while it is read
+SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
+SYNC_CONNECTIONS = 8  # for parts; sshd starts to turn connections away when it has ten to let in
+SSH_ANSWER_SECONDS = 20.0
+COMMAND_BYTES = 131_071  # Linux takes no longer argument, and the API's `execute` hands a command on as one
+BLOCK_BYTES = 256 * 1024
+STREAM_BYTES = 1024 * 1024
+GZIP_LEVEL = 3
+SAMPLED_BYTES = 4096  # files from this size on are looked at for whether compression gains anything
+PRIVATE_KEY_BYTES = 64 * 1024
+EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tree
+WATCH_QUIET_SECONDS = 0.3
+WATCH_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
+
+EXCLUDED_DIRECTORIES = (
+    *(b"__pycache__", b".git", b".venv", b"venv", b"node_modules"),
+    *(b".pytest_cache", b".mypy_cache"),
+)
+EXCLUDED_PATTERNS = (
+    *EXCLUDED_DIRECTORIES,
+    *(b"*.pyc", b".sandbox.yaml", b"*.egg-info", b".DS_Store", b"*.swp", b"*.swo"),
+)
+NEVER_SENT = re.compile(rb"\.sandbox\.yaml.*|\.plato|\.plato-sync(?:\.new)?", re.DOTALL)
+PRIVATE_KEY = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----")
+REFUSED_TARGETS = (
+    *("/", "/home", "/home/plato", "/root", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64"),
+    *("/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var"),  # noqa: S108
+)
+
+
+# Ignore rules: git's syntax and semantics (gitignore(5), and git's wildmatch where that is silent)
+
+
+class IgnoreRules:
+    """The patterns of one ignore file. The last one that matches decides."""
+
+    def __init__(self, text: bytes) -> None:
+        lines = list(_ignore_lines(text))
+        self._rules = [rule for rule in map(_ignore_rule, lines) if rule is not None]
+        self._taken_back = [line[1:].rstrip(b"/").rpartition(b"/")[2] for line in lines if line[:1] == b"!"]
+
+    def __bool__(self) -> bool:
+        return bool(self._rules)
+
+    def takes_back(self, name: bytes) -> bool:
+        """Whether a directory of that name may be re-included somewhere."""
+        rules = IgnoreRules(b"\n".join(b"/" + part for part in self._taken_back))
+        return rules.decide(name, name, True) is True
+
+    def decide(self, path: bytes, name: bytes, is_directory: bool) -> bool | None:
+        """Whether a path is ignored; None when no pattern matches.
+
+        path: relative to the file's directory; name: its last part.
+        """
+        by_name, by_path = self._directories if is_directory else self._files
+        best = max(by_name(name), by_path(path))
+        return None if best < 0 else not self._rules[best][0]
+
+    @functools.cached_property
+    def _files(self) -> tuple[Callable[[bytes], int], Callable[[bytes], int]]:
+        return self._compiled(is_directory=False)
+
+    @functools.cached_property
+    def _directories(self) -> tuple[Callable[[bytes], int], Callable[[bytes], int]]:
+        return self._compiled(is_directory=True)
+
+    def _compiled(self, is_directory: bool) -> tuple[Callable[[bytes], int], Callable[[bytes], int]]:
+        usable = [
+            (number, by_name, pieces)
+            for number, (_, directories_only, by_name, pieces) in enumerate(self._rules)
+            if is_directory or not directories_only
+        ]
+        return (
+            _last_match([(number, pieces) for number, by_name, pieces in usable if by_name]),
+            _last_match([(number, pieces) for number, by_name, pieces in usable if not by_name]),
+        )
+
+
+def _ignore_lines(text: bytes) -> Iterator[bytes]:
+    """The pattern of every line, its end and its unescaped trailing spaces cut off."""
+    for line in text[3 if text.startswith(b"\xef\xbb\xbf") else 0 :].split(b"\n"):
+        if line.startswith(b"#"):
+            continue
+        line = line[:-1] if line.endswith(b"\r") else line
+        line = line.partition(b"\0")[0]
+        kept = len(line.rstrip(b" "))
+        backslashes = kept - len(line[:kept].rstrip(b"\\"))
+        if backslashes % 2 and kept < len(line):
+            kept += 1
+        if kept:
+            yield line[:kept]
+
+
+def _ignore_rule(line: bytes) -> tuple[bool, bool, bool, list[bytes]] | None:
+    """Re-includes, directories only, by name alone, pieces of its expression; None: it never matches."""
+    negated = line.startswith(b"!")
+    pattern = line[1:] if negated else line
+    directories_only = pattern.endswith(b"/")
+    pattern = pattern[:-1] if directories_only else pattern
+    by_name = b"/" not in pattern
+    if by_name:
+        literal = b""
+    else:
+        pattern = pattern[1:] if pattern.startswith(b"/") else pattern
+        # git compares the text before the first wildcard by itself, so what follows starts a pattern anew
+        literal = re.split(rb"[*?\[\\]", pattern, maxsplit=1)[0]
+    pieces = _glob_pieces(pattern[len(literal) :], pathname=not by_name) if pattern else None
+    if pieces is None:
+        return None
+    return negated, directories_only, by_name, [re.escape(literal), *pieces]
+
+
+_STAR = b"*"
+
+
+def _glob_pieces(pattern: bytes, *, pathname: bool) -> list[bytes] | None:
+    """A wildcard pattern as pieces of a regular expression, _STAR for itself; None: it matches nothing."""
+    pieces: list[bytes] = []
+    at = 0
+    while at < len(pattern):
+        char = pattern[at : at + 1]
+        if char == b"*":
+            piece, at = _glob_stars(pattern, at, pathname)
+        elif char == b"?":
+            piece, at = b"[^/]", at + 1
+        elif char == b"[":
+            found = _glob_class(pattern, at + 1)
+            if found is None:
+                return None
+            piece, at = found
+        else:
+            at += char == b"\\"
+            if at == len(pattern):
+                return None
+            piece, at = re.escape(pattern[at : at + 1]), at + 1
+        pieces.append(piece)
+    return pieces
+
+
+def _glob_stars(pattern: bytes, at: int, pathname: bool) -> tuple[bytes, int]:
+    """The piece for the stars at an offset, and where it ends; `**` is special only as a whole path part."""
+    end = at + len(pattern[at:]) - len(pattern[at:].lstrip(b"*"))
+    starts_part = at == 0 or pattern[at - 1 : at] == b"/"
+    if pathname and end - at > 1 and starts_part:
+        if pattern[end : end + 1] == b"/":
+            return b"(?:.*/)?", end + 1
+        if end == len(pattern) or pattern[end : end + 2] == b"\\/":
+            return b".*", end
+    return _STAR, end
+
+
+_GLOB_CLASSES = {
+    b"alnum": rb"[0-9A-Za-z]",
+    b"alpha": rb"[A-Za-z]",
+    b"blank": rb"[ \t]",
+    b"cntrl": rb"[\x00-\x1f\x7f]",
+    b"digit": rb"[0-9]",
+    b"graph": rb"[!-~]",
+    b"lower": rb"[a-z]",
+    b"print": rb"[ -~]",
+    b"punct": rb"[!-/:-@\[-`{-~]",
+    b"space": rb"[ \t\n\r]",
+    b"upper": rb"[A-Z]",
+    b"xdigit": rb"[0-9A-Fa-f]",
+}
+
+
+def _glob_class(pattern: bytes, at: int) -> tuple[bytes, int] | None:
+    """The piece for a bracket expression whose inside starts at an offset; None when it is malformed."""
+    negated = pattern[at : at + 1] in (b"!", b"^") and at < len(pattern)
+    at += negated
+    start, previous = at, -1
+    members: set[int] = set()
+    while at < len(pattern) and (pattern[at : at + 1] != b"]" or at == start):
+        char = pattern[at]
+        if pattern[at : at + 2] == b"[:":
+            close = pattern.find(b"]", at + 2)
+            if close < 0:
+                return None
+            if close > at + 2 and pattern[close - 1 : close] == b":":
+                named = _GLOB_CLASSES.get(pattern[at + 2 : close - 1])
+                if named is None:
+                    return None
+                members.update(code for code in range(1, 256) if re.match(named, bytes([code])))
+                at, previous = close + 1, -1
+                continue
+        is_range = char == 0x2D and previous >= 0 and pattern[at + 1 : at + 2] not in (b"", b"]")
+        at += is_range
+        at += pattern[at : at + 1] == b"\\"
+        if at >= len(pattern):
+            return None
+        members.update(range(previous if is_range else pattern[at], pattern[at] + 1))
+        previous = -1 if is_range else pattern[at]
+        at += 1
+    if at >= len(pattern):
+        return None
+    chosen = (set(range(1, 256)) - members if negated else members) - {0x2F}
+    piece = b"[" + b"".join(b"\\x%02x" % code for code in sorted(chosen)) + b"]" if chosen else b"(?!)"
+    return piece, at + 1
+
+
+def _last_match(rules: Sequence[tuple[int, list[bytes]]]) -> Callable[[bytes], int]:
+    """One expression for numbered rules: a function that gives the number of the last one to match, or -1."""
+    if not rules:
+        return lambda text: -1
+    alternatives: list[bytes] = []
+    numbers: dict[int, int] = {}
+    groups = 0
+    for number, pieces in reversed(rules):
+        numbers[groups + 1] = number
+        expression, inner = _joined(pieces, groups + 1)
+        alternatives.append(b"(" + expression + b")")
+        groups += 1 + inner
+    match = re.compile(b"(?:" + b"|".join(alternatives) + rb")\Z", re.DOTALL).match
+
+    def last(text: bytes) -> int:
+        found = match(text)
+        return numbers[found.lastindex or 0] if found else -1
+
+    return last
+
+
+def _joined(pieces: Sequence[bytes], groups: int) -> tuple[bytes, int]:
+    """Pieces as one expression, and how many groups it opens; `groups` are open before it.
+
+    A star takes the first place where what stands before the next star fits, once and for all: the next
+    star makes up for the rest. So the time stays in proportion, however many stars there are.
+    """
+    out: list[bytes] = []
+    at = opened = 0
+    while at < len(pieces):
+        if pieces[at] != _STAR:
+            out.append(pieces[at])
+            at += 1
+            continue
+        end = next((index for index in range(at + 1, len(pieces)) if pieces[index] in _NOT_ONE), len(pieces))
+        if end == len(pieces) or pieces[end] != _STAR:
+            out.append(b"[^/]*")
+            at += 1
+            continue
+        opened += 1
+        name = b"g%d" % (groups + opened)
+        out.append(b"(?=(?P<" + name + b">[^/]*?" + b"".join(pieces[at + 1 : end]) + b"))(?P=" + name + b")")
+        at = end
+    return b"".join(out), opened
+
+
+_NOT_ONE = (_STAR, b"/", b".*", b"(?:.*/)?")  # the pieces that do not stand for one character of a name
+
+
+class IgnoreTree:
+    """The ignore rules of a tree: those of a directory win over those above it."""
+
+    def __init__(self) -> None:
+        built_in = IgnoreRules(b"\n".join(EXCLUDED_PATTERNS))
+        self._chains: dict[bytes, tuple[tuple[int, IgnoreRules], ...]] = {b"": ((0, built_in),)}
+
+    def add(self, directory: bytes, rules: IgnoreRules) -> None:
+        """Take up an ignore file of a directory; a later one wins. Parents come before their children."""
+        start = len(directory) + 1 if directory else 0
+        self._chains[directory] = ((start, rules), *self._chain(directory))
+
+    def _chain(self, directory: bytes) -> tuple[tuple[int, IgnoreRules], ...]:
+        while directory not in self._chains:
+            directory = directory.rpartition(b"/")[0]
+        return self._chains[directory]
+
+    def ignores(self, path: bytes, is_directory: bool) -> bool:
+        """Whether a path stays out, given that the directories above it do not."""
+        directory, _, name = path.rpartition(b"/")
+        if NEVER_SENT.fullmatch(name):
+            return True
+        for start, rules in self._chain(directory):
+            verdict = rules.decide(path[start:], name, is_directory)
+            if verdict is not None:
+                return verdict
+        return False
+
+    def takes_back(self, name: bytes) -> bool:
+        """Whether some ignore file may re-include directories of a name."""
+        return any(rules.takes_back(name) for chain in self._chains.values() for _, rules in chain)
+
+    def ignores_at_all(self, path: bytes, is_directory: bool) -> bool:
+        """Whether a path, or a directory above it, stays out."""
+        ends = [index for index, code in enumerate(path) if code == 0x2F]
+        return any(self.ignores(path[:end], True) for end in ends) or self.ignores(path, is_directory)
+
+
+# The local tree
+
+
+class Entry:
+    """A file, a directory or a symbolic link, as either side knows it.
+
+    kind: "f", "d" or "l", on the VM also other letters of `find`; mode: permission bits; size in bytes and
+    mtime in nanoseconds since 1970, of files; target of a link; digest: SHA-256, where one was asked for.
+    """
+
+    __slots__ = ("digest", "kind", "mode", "mtime", "size", "target")
+
+    def __init__(
+        self, kind: str, mode: int, size: int = 0, mtime: int = 0, target: bytes = b"", digest: bytes = b""
+    ) -> None:
+        self.kind = kind
+        self.mode = mode
+        self.size = size
+        self.mtime = mtime
+        self.target = target
+        self.digest = digest
+
+    def same_as(self, other: Entry) -> bool:
+        """Whether nothing needs to travel to make one the other; with digests, they speak for the content."""
+        if self.kind != other.kind:
+            return False
+        if self.kind == "l":
+            return self.target == other.target
+        if self.kind == "d":
+            return self.mode == other.mode
+        same = self.digest == other.digest if self.digest else self.mtime == other.mtime
+        return same and self.mode == other.mode and self.size == other.size
+
+
+class LocalTree:
+    """What there is to sync: entries by path; what cannot be read and what is left out, each with why."""
+
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+        self.entries: dict[bytes, Entry] = {}
+        self.unreadable: dict[bytes, str] = {}
+        self.skipped: dict[bytes, str] = {}
+        self.ignore = IgnoreTree()
+
+    def location(self, path: bytes) -> bytes:
+        return os.path.join(self.root, path)
+
+    def protects(self, path: bytes) -> bool:
+        """Whether something local that was not looked at stands at a path or above it."""
+        if not self.unreadable and not self.skipped:
+            return False
+        while path:
+            if path in self.unreadable or path in self.skipped:
+                return True
+            path = path.rpartition(b"/")[0]
+        return False
+
+    def drop(self, path: bytes, why: str, *, unreadable: bool = False) -> None:
+        """Leave a path out after all."""
+        self.entries.pop(path, None)
+        (self.unreadable if unreadable else self.skipped)[path] = why
+
+
+def scan_tree(root: bytes, *, gitignore: bool) -> LocalTree:
+    """Look at a directory; what the ignore rules exclude is never entered."""
+    tree = LocalTree(root)
+    names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
+    waiting = [b""]
+    while waiting:
+        directory = waiting.pop()
+        try:
+            with os.scandir(tree.location(directory) or b".") as listing:
+                found = list(listing)
+        except OSError as error:
+            tree.drop(directory, reason(error), unreadable=True)
+            continue
+        here = {entry.name for entry in found}
+        for name in names:
+            if name in here:
+                _read_ignore_file(tree, directory, name)
+        prefix = directory + b"/" if directory else b""
+        for entry in found:
+            path = prefix + entry.name
+            is_directory = entry.is_dir(follow_symlinks=False)
+            if not tree.ignore.ignores(path, is_directory) and _take(tree, path, entry):
+                waiting.append(path)
+    return tree
+
+
+def _read_ignore_file(tree: LocalTree, directory: bytes, name: bytes) -> None:
+    path = os.path.join(directory, name)
+    try:
+        with open(tree.location(path), "rb") as file:
+            rules = IgnoreRules(file.read())
+    except OSError as error:
+        if not os.path.isdir(tree.location(path)):
+            tree.unreadable[path] = reason(error)
+        return
+    if rules:
+        tree.ignore.add(directory, rules)
+
+
+def _take(tree: LocalTree, path: bytes, found: os.DirEntry[bytes]) -> bool:
+    """Note what a directory holds; True for a directory to go into."""
+    import stat
+
+    try:
+        status = found.stat(follow_symlinks=False)
+        kind = stat.S_IFMT(status.st_mode)
+        target = os.readlink(tree.location(path)) if kind == stat.S_IFLNK else b""
+    except FileNotFoundError:
+        return False  # gone since the directory was listed
+    except OSError as error:
+        tree.drop(path, reason(error), unreadable=True)
+        return False
+    mode = stat.S_IMODE(status.st_mode)
+    if kind == stat.S_IFREG:
+        tree.entries[path] = Entry("f", mode, status.st_size, status.st_mtime_ns)
+    elif kind == stat.S_IFDIR:
+        tree.entries[path] = Entry("d", mode)
+        return True
+    elif kind == stat.S_IFLNK and link_leaves(path, target):
+        tree.drop(path, "a symbolic link that leads out of the tree")
+    elif kind == stat.S_IFLNK:
+        tree.entries[path] = Entry("l", 0o777, mtime=status.st_mtime_ns, target=target)
+    else:
+        tree.drop(path, "not a file, a directory or a symbolic link")
+    return False
+
+
+def link_leaves(path: bytes, target: bytes) -> bool:
+    """Whether a symbolic link leads out of the tree that it stands in."""
+    inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return target.startswith(b"/") or inside == b".." or inside.startswith(b"../")
+
+
+def scan_file(path: bytes) -> LocalTree:
+    """A single file as a tree of its own; the ignore rules have no say in what was named."""
+    directory, name = os.path.split(path)
+    tree = LocalTree(directory)
+    if NEVER_SENT.fullmatch(name):
+        raise UsageError(f"{shown_path(os.fsdecode(path))} never leaves this machine.")
+    with os.scandir(directory or b".") as listing:
+        for entry in listing:
+            if entry.name == name:
+                _take(tree, name, entry)
+    return tree
+
+
+def check_before_sending(tree: LocalTree, paths: Iterable[bytes]) -> None:
+    """Take out of a tree what turns out to be a private key, or cannot be read, or is gone."""
+    for path in paths:
+        entry = tree.entries[path]
+        if entry.kind != "f":
+            continue
+        try:
+            handle = os.open(tree.location(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            tree.drop(path, "it vanished")
+            continue
+        except OSError as error:
+            tree.drop(path, reason(error), unreadable=True)
+            continue
+        try:
+            if entry.size < PRIVATE_KEY_BYTES and PRIVATE_KEY.match(os.read(handle, 100)):
+                tree.drop(path, "a private key")
+        except OSError as error:
+            tree.drop(path, reason(error), unreadable=True)
+        finally:
+            os.close(handle)
+
+
+def add_digests(tree: LocalTree, remote: Mapping[bytes, Entry]) -> None:
+    """SHA-256 of every local file that could be the one on the VM."""
+    import hashlib
+
+    for path, entry in tree.entries.items():
+        theirs = remote.get(path)
+        if entry.kind != "f" or theirs is None or theirs.size != entry.size or not theirs.digest:
+            continue
+        digest = hashlib.sha256()
+        try:
+            with open(tree.location(path), "rb") as file:
+                for block in iter(lambda: file.read(BLOCK_BYTES), b""):
+                    digest.update(block)
+        except OSError:
+            continue  # said when it is to be sent
+        entry.digest = digest.hexdigest().encode()
+
+
+# The tree on the VM
+
+
+class RemoteTree:
+    """What a look at the VM found.
+
+    entries by path; closed: directories of excluded names, which were not entered; manifest: kind by path
+    of what the last sync left there; generation: names that sync, "" before the first one; exists: whether
+    the target does; stale: uploads that were broken off.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[bytes, Entry] = {}
+        self.closed: set[bytes] = set()
+        self.manifest: dict[bytes, str] = {}
+        self.generation = ""
+        self.exists = False
+        self.stale = 0
+
+
+def parse_look(data: bytes) -> RemoteTree:
+    """Read the answer of `look_script`. ApiError when it is not one."""
+    tree = RemoteTree()
+    try:
+        fields = iter(data.split(b"\0"))
+        if next(fields) != b"plato-sync-1":
+            raise ValueError("another beginning")
+        tree.exists = next(fields) == b"here"
+        tree.generation = next(fields).decode("ascii", "replace")
+        tree.stale = int(next(fields))
+        for field in iter(fields.__next__, b""):
+            tree.manifest[field[1:]] = chr(field[0])
+        for field in iter(fields.__next__, b""):
+            _parse_found(tree, field, next(fields))
+        for field in iter(fields.__next__, b""):
+            digest, _, path = field.partition(b"  ")
+            if path[2:] in tree.entries:
+                tree.entries[path[2:]].digest = digest
+        if next(fields) != b"end":
+            raise ValueError("no end")
+    except (ValueError, IndexError, StopIteration):
+        raise ApiError(
+            "What the VM told about its files cannot be understood; nothing was changed.",
+            hint="Run the command again.",
+        ) from None
+    return tree
+
+
+def _parse_found(tree: RemoteTree, field: bytes, target: bytes) -> None:
+    """One entry: `kind mode size seconds.fraction path`, in `find`'s words."""
+    kind, mode, size, moment, path = field.split(b" ", 4)
+    seconds, _, fraction = moment.partition(b".")
+    mtime = int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, b"0") or 0)
+    if kind == b"x":
+        tree.closed.add(path)
+        kind = b"d"
+    if kind == b"f":
+        tree.entries[path] = Entry("f", int(mode, 8), int(size), mtime)
+    else:
+        tree.entries[path] = Entry(kind.decode("ascii", "replace"), int(mode, 8), target=target)
+
+
+# The plan: pure, from the two trees to what must be done
+
+
+class SyncPlan:
+    """What one sync does. Lists of paths, sorted.
+
+    send: entries that travel; remove: files and links; remove_trees: directories of excluded names, whole;
+    remove_directories: empty by then, the deepest first; extra: those of the removals that no earlier sync
+    put there; touched: directories on the VM in which something changes; changed: those that get another
+    mode; replaced: directories that give way to something else, with how many entries they are and hold;
+    unchanged: how many files are.
+    """
+
+    def __init__(self) -> None:
+        self.send: list[bytes] = []
+        self.remove: list[bytes] = []
+        self.remove_trees: list[bytes] = []
+        self.remove_directories: list[bytes] = []
+        self.extra: list[bytes] = []
+        self.touched: list[bytes] = []
+        self.changed: set[bytes] = set()
+        self.replaced: dict[bytes, int] = {}
+        self.manifest: dict[bytes, str] = {}
+        self.unchanged = 0
+
+    @property
+    def removed(self) -> list[bytes]:
+        """Everything that goes, sorted."""
+        return sorted([*self.remove, *self.remove_trees, *self.remove_directories])
+
+
+def plan_sync(
+    local: LocalTree,
+    remote: RemoteTree,
+    *,
+    delete_extra: bool = False,
+    force: bool = False,
+    single: bool = False,
+) -> SyncPlan:
+    """Compare the two trees. ConflictError when a directory of the VM's own stands where a file must go;
+    SandboxError, unless `force`, when nearly everything would be removed. single: nothing is removed."""
+    plan = SyncPlan()
+    for path, entry in local.entries.items():
+        theirs = remote.entries.get(path)
+        if theirs is None or not entry.same_as(theirs):
+            plan.send.append(path)
+            if theirs is not None and theirs.kind == entry.kind == "d":
+                plan.changed.add(path)
+        elif entry.kind != "d":
+            plan.unchanged += 1
+    in_the_way = _in_the_way(local, remote)
+    _check_conflicts(in_the_way, remote, force=force or delete_extra)
+    gone = set() if single else _no_longer_local(local, remote)
+    extra = _extra(local, remote) - gone if delete_extra and not single else set()
+    if not force and not delete_extra:
+        _check_emptied(remote, gone)
+    _sort_removals(plan, remote, gone | extra | in_the_way)
+    plan.replaced = _replaced(local, remote, in_the_way)
+    plan.extra = sorted(path for path in extra if remote.entries[path].kind != "d")
+    plan.send.sort()
+    plan.manifest = dict(remote.manifest) if single else manifest_of(local, remote)
+    changed = {os.path.dirname(path) for path in (*plan.send, *plan.removed)}
+    standing = {path for path in changed if path in remote.entries and remote.entries[path].kind == "d"}
+    plan.touched = sorted((standing | ({b""} & changed if remote.exists else set())) - set(plan.removed))
+    return plan
+
+
+def manifest_of(local: LocalTree, remote: RemoteTree) -> dict[bytes, str]:
+    """What this sync vouches for, and what earlier ones did and this one could not look at."""
+    kept = {path: kind for path, kind in remote.manifest.items() if local.protects(path)}
+    return {**kept, **{path: entry.kind for path, entry in local.entries.items()}}
+
+
+def _in_the_way(local: LocalTree, remote: RemoteTree) -> set[bytes]:
+    """What must go because something of another kind comes: itself and, for a directory, all below it."""
+    roots = {
+        path
+        for path, theirs in remote.entries.items()
+        if path in local.entries and local.entries[path].kind != theirs.kind
+    }
+    if not roots:
+        return set()
+    return {path for path in remote.entries if not roots.isdisjoint(_lineage(path))}
+
+
+def _replaced(local: LocalTree, remote: RemoteTree, in_the_way: set[bytes]) -> dict[bytes, int]:
+    """The directories in the way whose contents are known to the last entry."""
+    counts = {path: 0 for path in in_the_way if path in local.entries and remote.entries[path].kind == "d"}
+    for path in in_the_way if counts else ():
+        for above in _lineage(path):
+            if above in counts:
+                counts[above] += 1 if path not in remote.closed else -(1 << 40)
+    return {path: count for path, count in counts.items() if count > 0}
+
+
+def _lineage(path: bytes) -> Iterator[bytes]:
+    """A path and every directory above it, up to the root's child."""
+    while path:
+        yield path
+        path = path.rpartition(b"/")[0]
+
+
+def _check_conflicts(in_the_way: set[bytes], remote: RemoteTree, *, force: bool) -> None:
+    own = sorted(
+        path
+        for path in in_the_way
+        if (remote.entries[path].kind != "d" or path in remote.closed)
+        and path not in remote.manifest
+        and not in_the_way.isdisjoint(_lineage(os.path.dirname(path)))
+    )
+    if own and not force:
+        raise ConflictError(
+            "Nothing was changed: a file must replace a directory on the VM that holds what no sync put"
+            f" there, {listed_paths(own)}.",
+            hint="Move it away on the VM, or give --force to remove it.",
+        )
+
+
+def _no_longer_local(local: LocalTree, remote: RemoteTree) -> set[bytes]:
+    """What an earlier sync put there, is still there, and is neither local nor excluded by now."""
+    return {
+        path
+        for path, kind in remote.manifest.items()
+        if path not in local.entries
+        and path in remote.entries
+        and (remote.entries[path].kind == "d") == (kind == "d")
+        and not local.protects(path)
+        and not local.ignore.ignores_at_all(path, kind == "d")
+    }
+
+
+def _extra(local: LocalTree, remote: RemoteTree) -> set[bytes]:
+    """Everything on the VM that is not local; what the ignore rules exclude is nobody's business."""
+    return {
+        path
+        for path, entry in remote.entries.items()
+        if path not in local.entries
+        and path not in remote.closed
+        and not local.protects(path)
+        and not local.ignore.ignores_at_all(path, entry.kind == "d")
+    }
+
+
+def _check_emptied(remote: RemoteTree, gone: set[bytes]) -> None:
+    files = sum(kind != "d" for kind in remote.manifest.values())
+    lost = sum(remote.manifest[path] != "d" for path in gone)
+    if lost >= EMPTIED_FILES and lost * 2 > files:
+        raise SandboxError(
+            f"This would remove {lost} of the {files} files that were synced before. Nothing was changed.",
+            hint="If they are meant to go, run it again with --force. See which: --dry-run --force",
+        )
+
+
+def _sort_removals(plan: SyncPlan, remote: RemoteTree, going: set[bytes]) -> None:
+    """Removals by how they are done; a directory only goes if nothing stays in it."""
+    if not going:
+        return
+    staying = {
+        above for path in remote.entries if path not in going for above in _lineage(os.path.dirname(path))
+    }
+    for path in going:
+        if path in remote.closed:
+            plan.remove_trees.append(path)
+        elif remote.entries[path].kind != "d":
+            plan.remove.append(path)
+        elif path not in staying:
+            plan.remove_directories.append(path)
+    plan.remove.sort()
+    plan.remove_trees.sort()
+    plan.remove_directories.sort(reverse=True)
+
+
+def listed_paths(paths: Sequence[bytes], limit: int = 5) -> str:
+    """The first paths of a list in words."""
+    shown = ", ".join(shown_name(path) for path in paths[:limit])
+    return f"{shown} and {len(paths) - limit} more" if len(paths) > limit else shown
+
+
+def shown_name(path: bytes) -> str:
+    return printable(os.fsdecode(path))
+
+
+# The archive: a tar stream in gzip members, made while it is sent; equal trees give equal bytes
+
+
+class SyncArchive:
+    """The archive of a plan as a stream. Iterate over it once; the counts and the digest are then final.
+
+    files, bytes: content packed so far; length, digest: of the archive; unsteady: files that changed while
+    they were read; vanished: files that were gone. `meta/` holds the lists for the VM, `tree/` the entries.
+    """
+
+    def __init__(
+        self, tree: LocalTree, plan: SyncPlan, manifest: dict[bytes, str] | None, reporter: Reporter
+    ) -> None:
+        import hashlib
+
+        self.reporter = reporter
+
+        self.tree = tree
+        self.plan = plan
+        self.manifest = manifest
+        self._sent = set(plan.send)
+        self.files = self.bytes = self.length = 0
+        self.unsteady: list[bytes] = []
+        self.vanished: list[bytes] = []
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def __iter__(self) -> Iterator[bytes]:
+        packer = GzipMembers()
+        for data, level in self._tar():
+            for piece in packer.add(data, level):
+                yield self._counted(piece)
+        for piece in packer.finish():
+            yield self._counted(piece)
+
+    def _counted(self, piece: bytes) -> bytes:
+        self._hash.update(piece)
+        self.length += len(piece)
+        self.reporter.detail(f"{self.files} files, {size_text(self.bytes)}")
+        return piece
+
+    def _tar(self) -> Iterator[tuple[bytes, int]]:
+        """The blocks of the tar stream, each with the level that it is to be compressed with."""
+        for name, data in self._lists():
+            header = tar_header(b"meta/" + name, Entry("f", 0o644, len(data)))
+            yield header + data + bytes(-len(data) % 512), GZIP_LEVEL
+        for path in sorted({*self.plan.send, *self._directories()}):
+            entry = self.tree.entries[path]
+            if entry.kind == "f":
+                yield from self._file(path, entry)
+            else:
+                yield tar_header(b"tree/" + path, entry), GZIP_LEVEL
+                self.files += entry.kind == "l"
+        yield bytes(1024), GZIP_LEVEL
+
+    def _directories(self) -> Iterator[bytes]:
+        """The directories around all that changes: unpacking must give them their modes (again)."""
+        for path in (*self.plan.send, *self.plan.removed):
+            for above in _lineage(os.path.dirname(path)):
+                if above in self.tree.entries:
+                    yield above
+
+    def _lists(self) -> Iterator[tuple[bytes, bytes]]:
+        plan, entries = self.plan, self.tree.entries
+        lists = {
+            b"remove": plan.remove,
+            b"trees": plan.remove_trees,
+            b"directories": plan.remove_directories,
+            b"touched": plan.touched,
+            b"created": [
+                path for path in plan.send if entries[path].kind == "d" and path not in plan.changed
+            ],
+            b"changed": sorted(plan.changed),
+        }
+        for path in self._with_modes():
+            lists.setdefault(b"mode.%o" % entries[path].mode, []).append(path)
+        counts = [field for path, count in plan.replaced.items() for field in (b"./" + path, b"%d" % count)]
+        yield b"replaced", nul_ended(counts)
+        for name, paths in lists.items():
+            yield name, nul_ended([b"./" + path for path in paths])
+        if self.manifest is not None:
+            yield b"manifest", nul_ended(sorted(kind.encode() + path for path, kind in self.manifest.items()))
+
+    def _with_modes(self) -> Iterator[bytes]:
+        """What must get its mode at the end: new and changed directories, those that had to be opened for
+        a while, and files that lose set-user-ID when their owner is set."""
+        entries = self.tree.entries
+        for path in sorted({*self.plan.send, *self._directories()}, reverse=True):
+            entry = entries[path]
+            opened = entry.kind == "d" and (path in self._sent or entry.mode & 0o300 != 0o300)
+            if opened or (entry.kind == "f" and entry.mode & 0o6000):
+                yield path
+
+    def _file(self, path: bytes, entry: Entry) -> Iterator[tuple[bytes, int]]:
+        """A file as it is now, exactly as long as its header says whatever happens to it meanwhile."""
+        try:
+            file = open(self.tree.location(path), "rb", buffering=0)  # noqa: SIM115  (closed below)
+        except OSError:
+            self.vanished.append(path)
+            return
+        with file:
+            before = os.fstat(file.fileno())
+            now = Entry("f", entry.mode, before.st_size, before.st_mtime_ns)
+            block = file.read(min(BLOCK_BYTES, now.size)) if now.size else b""
+            level = 0 if now.size >= SAMPLED_BYTES and is_dense(block) else GZIP_LEVEL
+            yield tar_header(b"tree/" + path, now), GZIP_LEVEL
+            left = now.size
+            while left and block:
+                yield block, level
+                left -= len(block)
+                self.bytes += len(block)
+                block = file.read(min(BLOCK_BYTES, left)) if left else b""
+            yield from ((bytes(min(left - done, BLOCK_BYTES)), 1) for done in range(0, left, BLOCK_BYTES))
+            yield bytes(-now.size % 512), GZIP_LEVEL
+            after = os.fstat(file.fileno())
+        self.files += 1
+        if left or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            self.unsteady.append(path)
+        entry.size, entry.mtime = now.size, now.mtime
+
+
+def counted_files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def size_text(count: float) -> str:
+    """A number of bytes for people: 512 bytes, 34.5 kB, 20 MB."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.5 or unit == "GB":
+            return f"{count:.1f} {unit}" if count < 99.95 else f"{count:.0f} {unit}"
+    raise AssertionError("the last unit fits all")
+
+
+def nul_ended(fields: Sequence[bytes]) -> bytes:
+    return b"".join(field + b"\0" for field in fields)
+
+
+def is_dense(sample: bytes) -> bool:
+    """Whether compression would gain next to nothing: nearly every byte value occurs in a short stretch."""
+    middle = len(sample) // 2
+    return len(set(sample[middle : middle + 1024])) > 230
+
+
+class GzipMembers:
+    """Compresses a stream whose level changes on the way: each run of one level is a gzip member."""
+
+    def __init__(self) -> None:
+        self._level = -1
+        self._member: Any = None
+        self._ready: list[bytes] = []
+        self._size = 0
+
+    def add(self, data: bytes, level: int) -> Iterator[bytes]:
+        """Take data; give out what is ready, in pieces of at least BLOCK_BYTES."""
+        import zlib
+
+        if level != self._level:
+            self._end_member()
+            self._level, self._member = level, zlib.compressobj(level, zlib.DEFLATED, 31)
+        self._keep(self._member.compress(data))
+        if self._size >= BLOCK_BYTES:
+            yield self._taken()
+
+    def finish(self) -> Iterator[bytes]:
+        self._end_member()
+        if self._size:
+            yield self._taken()
+
+    def _end_member(self) -> None:
+        if self._member is not None:
+            self._keep(self._member.flush())
+
+    def _keep(self, data: bytes) -> None:
+        if data:
+            self._ready.append(data)
+            self._size += len(data)
+
+    def _taken(self) -> bytes:
+        data, self._ready, self._size = b"".join(self._ready), [], 0
+        return data
+
+
+_TAR_TYPES = {"f": b"0", "l": b"2", "d": b"5"}
+
+
+def tar_header(path: bytes, entry: Entry) -> bytes:
+    """The header of one entry: owner 0, no names; in POSIX's extended form where ustar is too small."""
+    name = path + b"/" if entry.kind == "d" else path
+    seconds, fraction = divmod(entry.mtime, 1_000_000_000)
+    records = b""
+    if fraction or not 0 <= seconds < 8**11:
+        sign = b"-" if entry.mtime < 0 else b""
+        records += pax_record(b"mtime", sign + b"%d.%09d" % divmod(abs(entry.mtime), 1_000_000_000))
+    for key, value in ((b"path", name), (b"linkpath", entry.target)):
+        if len(value) > 100:
+            records += pax_record(key, value)
+    if entry.size >= 8**11:
+        records += pax_record(b"size", b"%d" % entry.size)
+    seconds = seconds if 0 <= seconds < 8**11 else 0
+    size = entry.size if entry.kind == "f" and entry.size < 8**11 else 0
+    block = ustar_block(name, entry.mode, size, seconds, _TAR_TYPES[entry.kind], entry.target)
+    if not records:
+        return block
+    extended = ustar_block(b"pax", 0o644, len(records), 0, b"x", b"")
+    return extended + records + bytes(-len(records) % 512) + block
+
+
+def pax_record(key: bytes, value: bytes) -> bytes:
+    """`length key=value`, where the length counts itself."""
+    rest = len(key) + len(value) + 3
+    length = rest + len(str(rest))
+    length = rest + len(str(length))
+    return b"%d %s=%s\n" % (length, key, value)
+
+
+def ustar_block(name: bytes, mode: int, size: int, seconds: int, kind: bytes, target: bytes) -> bytes:
+    head = b"".join(
+        (
+            name[:100].ljust(100, b"\0"),
+            b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, 0, 0, size, seconds),
+            b" " * 8,
+            kind,
+            target[:100].ljust(100, b"\0"),
+            b"ustar\x0000",
+        )
+    ).ljust(512, b"\0")
+    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
+
+
+# What runs on the VM. POSIX sh with the GNU tools of every Linux; everything in it is quoted by `assigned`.
+
+
+def assigned(**values: object) -> str:
+    """Shell assignments; the one place where values become part of a command."""
+    return "".join(f"{name}={shell_words([str(value)])}\n" for name, value in values.items())
+
+
+_SHELL_HEAD = """\
+LC_ALL=C; export LC_ALL; umask 022; trap '' HUP PIPE
+sweep() { for dir; do [ ! -d "$dir" ] || rm -rf -- "$dir" 2>/dev/null || {
+  find "$dir" -type d ! -perm -700 -exec chmod u+rwx {} + ; rm -rf -- "$dir"; }; done; }
+quit() { sweep "$upload" "$target/.plato-sync.new"; fail "$@"; }
+room() { df -Pk "$1" 2>/dev/null | tail -n 1 | { read -r system all used left rest
+  [ "${left:-100}" -ge 100 ]; }; }
+told() { room "$upload" && room "$target" || echo 'no space left on the device'
+  printf %s "$words" | tail -c 1000; }
+fail() { code=$1; shift; printf '%s\\n' "$*" >&2; exit "$code"; }
+own() { if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -h "$owner" -- "$@"; fi; }
+near() { near=$1; while [ ! -d "$near" ]; do
+  if [ -e "$near" ] || [ -L "$near" ]; then fail 66 "$near"; fi
+  near=${near%/*}; near=${near:-/}; done; }
+made() { dir=$1; set --; while [ ! -d "$dir" ]; do set -- "$dir" "$@"; dir=${dir%/*}; dir=${dir:-/}; done
+  for dir; do mkdir "$dir" 2>/dev/null || [ -d "$dir" ] || fail 77 "$dir"; own "$dir"; done; }
+"""
+
+_LOOK_BODY = """\
+for tool in base64 chmod chown cp df find gzip head id mkdir mv rm rmdir \\
+    sha256sum stat tail tar tr wc xargs; do
+  command -v "$tool" >/dev/null 2>&1 || fail 69 "$tool"
+done
+find / -maxdepth 0 -printf '' 2>/dev/null || fail 69 "GNU find (with -printf)"
+near "$target"
+if [ -d "$target" ]; then
+  cd -- "$target" 2>/dev/null || fail 77 "$target"
+  real=$(pwd -P)
+  case " $refused " in *" $real "*) fail 68 "$real";; esac
+  here=here
+else here=missing; fi
+if [ -e "$state/lock" ] && command -v flock >/dev/null 2>&1; then
+  exec 9<"$state/lock"; flock -s -w "$patience" 9 || fail 75 lock
+fi
+looked() { [ "$here" = missing ] || find . -mindepth 1 $depth "$@" 2>/dev/null; }
+{
+  stale=0; for upload in "$state"/up.*; do [ ! -d "$upload" ] || stale=$((stale+1)); done
+  printf '%s\\0' plato-sync-1 "$here" "$(cat "$state/generation" 2>/dev/null)" "$stale"
+  cat "$state/manifest.$source" 2>/dev/null; printf '\\0'
+  looked -type d '(' CLOSED ')' -prune -printf 'x 0 0 0 %P\\0\\0' -o -printf '%y %m %s %T@ %P\\0%l\\0'
+  printf '\\0'
+  [ "$digests" = no ] || looked -type d '(' CLOSED ')' -prune -o -type f -print0 |
+    xargs -0 -r sha256sum -z -- 2>/dev/null
+  printf '\\0end\\0'
+} | gzip -1"""
+
+_UPLOAD_BEGIN = """\
+near "$target"; owner=$(stat -c %u:%g -- "$near"); upload=$state/up.$id
+"""
+
+_PART_BODY = """\
+made "$state"; mkdir "$upload" 2>/dev/null || [ -d "$upload" ] || fail 77 "$upload"
+base64 -d > "$upload/part.$$" && mv -f -- "$upload/part.$$" "$upload/$part" || fail 74 "part $part"
+"""
+
+_RECEIVE_BODY = """\
+made "$state"; mkdir "$upload" || fail 77 "$upload"
+while IFS= read -r count && [ "${count:-0}" -gt 0 ]; do
+  head -c "$count" || quit 74 "$(told)"
+done > "$upload/000000"
+IFS= read -r digest && IFS= read -r length || quit 67 length
+"""
+
+_COMMIT_BODY = r"""
+made "$state"
+[ -e "$state/lock" ] || { : > "$state/lock"; own "$state/lock"; }
+if command -v flock >/dev/null 2>&1; then
+  exec 9<"$state/lock"; flock -w "$patience" 9 || fail 75 lock
+else
+  find "$state" -maxdepth 1 -name lock.held -mmin +15 -exec rmdir -- {} + 2>/dev/null
+  tries=0; until mkdir "$state/lock.held" 2>/dev/null; do
+    tries=$((tries+1)); [ "$tries" -le "$patience" ] || fail 75 lock; sleep 1; done
+  trap 'rmdir -- "$state/lock.held"' EXIT
+fi
+now=$(cat "$state/generation" 2>/dev/null)
+[ "$now" != "$id" ] || exit 0
+[ "$now" = "$expected" ] || quit 76 generation
+[ -d "$upload" ] || fail 78 "$upload"
+if [ -e "$upload/000001" ]; then cat "$upload"/[0-9]* > "$upload/archive" || quit 74 "$(told)"
+else mv -f -- "$upload/000000" "$upload/archive" || quit 67 archive; fi
+[ "$(stat -c %s -- "$upload/archive")" = "$length" ] || quit 67 length
+[ "$(sha256sum < "$upload/archive")" = "$digest  -" ] || quit 67 digest
+rm -f -- "$upload"/[0-9]*
+new=$upload/new
+if [ -d "$target" ] && [ "$(stat -c %d -- "$target")" != "$(stat -c %d -- "$upload")" ]; then
+  new=$target/.plato-sync.new  # links do not lead from one file system to another
+  sweep "$new"
+fi
+mkdir "$new" "$new/tree" || quit 77 "$new"
+words=$(tar -xpz --no-same-owner -f - -C "$new" 2>&1 < "$upload/archive") || quit 74 "$(told)"
+rm -f -- "$upload/archive"
+meta=$new/meta; own "$meta"/*
+if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -hR "$owner" -- "$new/tree" || quit 74 chown; fi
+if [ -d "$target" ]; then
+  cd -- "$target" || quit 77 "$target"
+  may='for d; do { [ -w "$d" ] && [ -x "$d" ]; } || [ -O "$d" ] || printf "%s " "$d"; done'
+  ours='[ "$(id -u)" = 0 ] || for d; do [ -O "$d" ] || printf "%s " "$d"; done'
+  open='for d; do { [ -w "$d" ] && [ -x "$d" ]; } || chmod u+rwx "$d" || printf "%s " "$d"; done'
+  closed=$(xargs -0 -r sh -c "$may" - < "$meta/touched" 2>/dev/null
+    xargs -0 -r sh -c "$ours" - < "$meta/changed" 2>/dev/null)
+  [ -n "$closed" ] || closed=$(xargs -0 -r sh -c "$open" - < "$meta/touched" 2>/dev/null)
+  [ -z "$closed" ] || quit 77 "$closed"
+  same='[ "$(find "$1" -printf x 2>/dev/null | wc -c)" -eq "$2" ]'  # the VM may have put something there
+  xargs -0 -r -n 2 sh -c "$same" - < "$meta/replaced" || quit 76 replaced
+else
+  made "$target"; cd -- "$target" || quit 77 "$target"
+fi
+words=$(xargs -0 -r rm -f -- 2>&1 < "$meta/remove") || quit 74 "$(told)"
+words=$(xargs -0 -r rm -rf -- 2>&1 < "$meta/trees") || quit 74 "$(told)"
+xargs -0 -r rmdir -- < "$meta/directories" 2>/dev/null
+move() { (cd "$new/tree" && find . -mindepth 1 -maxdepth 1 -print0 |
+  xargs -0 -r cp -RPf "$@" -t "$OLDPWD" -- 2>&1); }
+words=$(move -l) || words=$(move --remove-destination --preserve=mode,ownership,timestamps) ||
+  quit 74 "$(told)"
+if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then xargs -0 -r chown -h "$owner" -- < "$meta/created"; fi
+for list in "$meta"/mode.*; do
+  [ ! -e "$list" ] || words=$(xargs -0 -r chmod "${list##*.}" -- 2>&1 < "$list") || quit 74 "$(told)"
+done
+[ ! -e "$meta/manifest" ] || mv -f -- "$meta/manifest" "$state/manifest.$source"
+printf %s "$id" > "$upload/generation"; own "$upload/generation"
+mv -f -- "$upload/generation" "$state/generation"
+sweep "$state"/up.* "$target/.plato-sync.new"
+"""
+
+
+class SyncTarget:
+    """Where a tree goes on the VM, and the scripts that work there.
+
+    path: absolute and normal; source: names the local tree among those that are synced to this target.
+    """
+
+    def __init__(self, path: str, source: str, seconds: float) -> None:
+        parent, _, name = path.rpartition("/")
+        self.path = path
+        self.seconds = seconds
+        self._values = {
+            "target": path,
+            "state": f"{parent}/{SYNC_STATE}/{name}",
+            "source": source,
+            "patience": max(1, int(seconds)),
+        }
+
+    def look_script(self, local: LocalTree, *, digests: bool, single: bool) -> str:
+        """Prints, packed, what `parse_look` reads. Nothing on the VM changes."""
+        inside = {part for path in local.entries for part in path.split(b"/")}
+        taken_back = local.ignore.takes_back
+        closed = [
+            name.decode() for name in EXCLUDED_DIRECTORIES if name not in inside and not taken_back(name)
+        ]
+        tests = shell_words(
+            [word for name in (*closed, SYNC_STATE, SYNC_STATE + ".new") for word in ("-o", "-name", name)][
+                1:
+            ]
+        )
+        values = assigned(
+            **self._values,
+            refused=" ".join(REFUSED_TARGETS),
+            digests="yes" if digests else "no",
+            depth="-maxdepth 1" if single else "",
+        )
+        return values + _SHELL_HEAD + _LOOK_BODY.replace("CLOSED", tests)
+
+    def part_script(self, upload: str, number: int) -> str:
+        """Keeps one part of an upload, given as base64 on its standard input. May be run again."""
+        return (
+            assigned(**self._values, id=upload, part=f"{number:06d}")
+            + _SHELL_HEAD
+            + _UPLOAD_BEGIN
+            + _PART_BODY
+        )
+
+    def receive_script(self, upload: str, expected: str) -> str:
+        """Takes an archive from standard input (counted pieces, 0, digest, length) and makes it the tree."""
+        values = assigned(**self._values, id=upload, expected=expected)
+        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _RECEIVE_BODY + _COMMIT_BODY
+
+    def commit_script(self, upload: str, expected: str, archive: SyncArchive) -> str:
+        """Makes the parts of an upload the tree. May be run again."""
+        values = assigned(
+            **self._values, id=upload, expected=expected, digest=archive.digest, length=archive.length
+        )
+        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _COMMIT_BODY
+
+    def clean_script(self) -> str:
+        """Removes uploads that were broken off."""
+        return assigned(**self._values) + _SHELL_HEAD + 'sweep "$state"/up.*\n'
+
+    def failure(self, outcome: Outcome) -> SandboxError | None:
+        """The error that the end of one of these scripts means, or None."""
+        if outcome.code == 0:
+            return None
+        words = printable("; ".join(outcome.stderr.decode("utf-8", "replace").split("\n"))).strip("; ")[-600:]
+        where = f"{words or self.path} on the VM"
+        again = f"Nothing was changed in the tree; run `{PROGRAM} sync` again."
+        known: dict[int, tuple[str, str | None]] = {
+            66: (
+                f"{where} is not a directory, so nothing can be put below it.",
+                "Choose another --remote-path.",
+            ),
+            67: ("The archive did not arrive on the VM as it was sent.", again),
+            68: (
+                f"The remote path leads to {where}, which is never synced.",
+                "Choose another --remote-path.",
+            ),
+            69: (
+                f"The VM has no {words}, which `sync` needs there.",
+                "Install it on the VM, then sync again.",
+            ),
+            74: (
+                f"The VM could not take the files: {words}.",
+                "The tree there is as it was; make room, then sync again.",
+            ),
+            77: (
+                f"{where} cannot be written by the user who syncs.",
+                "Nothing was changed; check its owner and mode.",
+            ),
+        }
+        if outcome.code == 75:
+            return ConflictError("Another sync has been at work on the VM all the while.", hint=again)
+        if outcome.code in (76, 78):
+            return OvertakenError("Another sync changed the tree on the VM meanwhile.", hint=again)
+        message, hint = known.get(
+            outcome.code, (f"The VM could not do it (exit {outcome.code}): {words}.", again)
+        )
+        return SandboxError(message, hint=hint)
+
+
+class OvertakenError(ConflictError):
+    """Another sync came between the look and the change; looking again helps."""
+
+
+def normal_target(text: str) -> str:
+    """A remote path in its normal form; UsageError for one that must not become a synced tree."""
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    path = "/" + "/".join(parts)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("The remote path is not valid UTF-8.") from None
+    if not text.startswith("/") or ".." in parts or "\0" in text or "\n" in text:
+        raise UsageError(
+            f"The remote path {printable(text)!r} is not an absolute path of one line without '..'.",
+            hint=f"It looks like {SYNC_ROOT}/NAME.",
+        )
+    if path in REFUSED_TARGETS or path.endswith("/" + SYNC_STATE):
+        raise UsageError(
+            f"{path} is never synced: what the VM itself keeps there could be lost.",
+            hint=f"Choose a directory of its own, such as {SYNC_ROOT}/NAME.",
+        )
+    return path
+
+
+# The two ways to the VM: both run the scripts above; they differ in how an archive gets there
+
+
+class SshWay:
+    """One SSH connection for everything; the archive goes as one stream."""
+
+    name = "ssh"
+    words = "over SSH"
+
+    def __init__(self, sandbox: Sandbox, seconds: float) -> None:
+        self._seconds = seconds
+        self._shell = SshShell(sandbox.state, sandbox.reporter)
+
+    def ready(self) -> None:
+        """Wait until the VM answers."""
+        self._shell.wait_until_ready(min(self._seconds, SSH_ANSWER_SECONDS))
+
+    def run(self, script: str) -> Outcome:
+        return self._shell.run(script, seconds=self._seconds)
+
+    def look(self, script: str) -> Outcome:
+        return self.run(script)
+
+    def deliver(self, target: SyncTarget, upload: str, expected: str, archive: SyncArchive) -> Outcome:
+        """Send the archive and make it the tree."""
+        script = target.receive_script(upload, expected)
+        return self._shell.run(script, seconds=self._seconds, data=_framed(archive))
+
+    def close(self) -> None:
+        self._shell.close()
+
+
+def _framed(archive: SyncArchive) -> Iterator[bytes]:
+    """An archive as `receive_script` reads it."""
+    waiting: list[bytes] = []
+    for piece in archive:
+        waiting.append(piece)
+        if sum(map(len, waiting)) >= STREAM_BYTES:
+            yield from (b"%d\n" % sum(map(len, waiting)), *waiting)
+            waiting.clear()
+    if waiting:
+        yield from (b"%d\n" % sum(map(len, waiting)), *waiting)
+    yield f"0\n{archive.digest}\n{archive.length}\n".encode()
+
+
+class ApiWay:
+    """The API's `execute`: the archive goes as base64 in commands, several at once."""
+
+    name = "api"
+    words = "through the API"
+
+    def __init__(self, sandbox: Sandbox, seconds: float) -> None:
+        self._sandbox = sandbox
+        self._seconds = seconds
+        self._api = sandbox.api
+
+    def ready(self) -> None:
+        pass
+
+    def run(self, script: str, api: PlatoApi | None = None) -> Outcome:
+        state = self._sandbox.state
+        answer = (api or self._api).execute(state["session_id"], script, self._seconds)
+        return execute_outcome(answer, state.get("job_id"), self._seconds)
+
+    def look(self, script: str) -> Outcome:
+        import binascii
+
+        outcome = self.run(script + " | base64")
+        try:
+            return Outcome(outcome.code, binascii.a2b_base64(outcome.stdout), outcome.stderr)
+        except binascii.Error:
+            return Outcome(outcome.code, b"", outcome.stderr)
+
+    def deliver(self, target: SyncTarget, upload: str, expected: str, archive: SyncArchive) -> Outcome:
+        """Send the archive in parts, then make it the tree; a small one does both in one command."""
+        commit_room = len(target.receive_script(upload, expected)) + 200
+        size = (COMMAND_BYTES - len(self._part(target, upload, 0, b"").encode()) - 64) // 4 * 3
+        parts = in_parts(archive, size)
+        first = next(parts, b"")
+        second = next(parts, None)
+        if second is None and len(first) * 4 // 3 + 2 * commit_room < COMMAND_BYTES:
+            both = self._part(target, upload, 0, first) + " || exit $?\n"
+            return self.run(both + target.commit_script(upload, expected, archive))
+        failed = PartUpload(self, target, upload).send(
+            first, *(() if second is None else (second,)), rest=parts
+        )
+        if failed is not None:
+            return failed
+        return self.run(target.commit_script(upload, expected, archive))
+
+    def send_part(self, api: PlatoApi, target: SyncTarget, upload: str, number: int, data: bytes) -> Outcome:
+        return self.run(self._part(target, upload, number, data), api)
+
+    def another(self) -> PlatoApi:
+        return self._api.another()
+
+    @staticmethod
+    def _part(target: SyncTarget, upload: str, number: int, data: bytes) -> str:
+        import binascii
+
+        text = binascii.b2a_base64(data, newline=False).decode()
+        return f"printf %s {text or chr(39) * 2} | {{\n{target.part_script(upload, number)}}}"
+
+    def close(self) -> None:
+        pass
+
+
+def execute_outcome(answer: Mapping[str, Any], job_id: str | None, seconds: float) -> Outcome:
+    """What a command did, in an answer of `execute`. Raises when it did not run to its end."""
+    result = job_of(answer, job_id)
+    code = result.get("exit_code", 0 if result.get("success") else 1)
+    stdout, stderr = as_text(result.get("stdout")) or "", as_text(result.get("stderr")) or ""
+    if result.get("timed_out"):
+        raise TimedOutError(
+            f"A command on the VM did not end within {seconds:g} s.",
+            hint="Run the command again with a larger --timeout.",
+        )
+    if not result or not isinstance(code, int) or code < 0:
+        words = printable(stderr.strip()) or "no result came back"
+        raise ApiError(
+            f"Plato could not run a command on the VM: {words}.",
+            hint=f"See what it is doing: {PROGRAM} status",
+        )
+    return Outcome(code, stdout.encode("utf-8", "replace"), stderr.encode("utf-8", "replace"))
+
+
+def in_parts(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """A stream cut into parts of one size, the last one shorter."""
+    kept = bytearray()
+    for piece in pieces:
+        kept += piece
+        while len(kept) >= size:
+            yield bytes(kept[:size])
+            del kept[:size]
+    if kept:
+        yield bytes(kept)
+
+
+class PartUpload:
+    """Parts of an archive on their way over several connections; at most a few are in memory at a time."""
+
+    def __init__(self, way: ApiWay, target: SyncTarget, upload: str) -> None:
+        import queue
+
+        self._way = way
+        self._target = target
+        self._upload = upload
+        self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(SYNC_CONNECTIONS)
+        self._failure: Outcome | BaseException | None = None
+
+    def send(self, *first: bytes, rest: Iterator[bytes]) -> Outcome | None:
+        """Send all parts; the outcome of one that failed, or None."""
+        import itertools
+
+        workers: list[Aside] = []
+        for number, part in enumerate(itertools.chain(first, rest)):
+            if self._failure is not None:
+                break
+            if len(workers) < SYNC_CONNECTIONS:
+                workers.append(Aside(self._work))
+            self._queue.put((number, part))
+        for _ in workers:
+            self._queue.put(None)
+        for worker in workers:
+            worker.result()
+        if isinstance(self._failure, BaseException):
+            raise self._failure
+        return self._failure
+
+    def _work(self) -> None:
+        api = self._way.another()
+        try:
+            for number, part in iter(self._queue.get, None):
+                if self._failure is None:
+                    self._send_one(api, number, part)
+        finally:
+            api.transport.close()
+
+    def _send_one(self, api: PlatoApi, number: int, part: bytes) -> None:
+        try:
+            outcome = self._way.send_part(api, self._target, self._upload, number, part)
+        except BaseException as error:  # noqa: BLE001  (handed to the main thread)
+            self._failure = error
+            return
+        if outcome.code:
+            self._failure = outcome
+
+
+# One sync, and the watch
+
+
+class SyncLock:
+    """The kernel's lock on a directory's .sandbox.yaml: syncs of one sandbox take turns."""
+
+    def __init__(self, directory: str, reporter: Reporter, seconds: float) -> None:
+        self._path = state_path(directory)
+        self._reporter = reporter
+        self._seconds = seconds
+        self._handle = -1
+
+    def __enter__(self) -> SyncLock:  # noqa: PYI034  (Self is newer than 3.9)
+        import fcntl
+
+        self._handle = os.open(self._path, os.O_RDONLY)
+        deadline = time.monotonic() + self._seconds
+        waiting = False
+        try:
+            while True:
+                try:
+                    fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._wait(deadline, told=waiting)
+                    waiting = True
+                else:
+                    return self
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def _wait(self, deadline: float, *, told: bool) -> None:
+        if not told:
+            self._reporter.step("Waiting for another sync of this sandbox to end", self._seconds)
+        if time.monotonic() > deadline:
+            raise ConflictError(
+                "Another sync of this sandbox is still at work.",
+                hint="Wait for it to end, then run this again.",
+            )
+        time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+
+class SyncOptions:
+    """What a sync was asked to do; see `Sandbox.sync`."""
+
+    def __init__(
+        self,
+        *,
+        dry_run: bool = False,
+        checksum: bool = False,
+        gitignore: bool = False,
+        delete_extra: bool = False,
+        confirm: Callable[[Sequence[str]], bool] | None = None,
+        force: bool = False,
+        keep_going: bool = False,
+        via: str = "auto",
+        timeout: float = SYNC_SECONDS,
+    ) -> None:
+        if via not in ("auto", "api", "ssh"):
+            raise UsageError(f"via is {via!r}; it must be auto, api or ssh.")
+        if not 1 <= timeout <= 86400:
+            raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
+        self.dry_run = dry_run
+        self.checksum = checksum
+        self.gitignore = gitignore
+        self.delete_extra = delete_extra
+        self.confirm = confirm
+        self.force = force
+        self.keep_going = keep_going
+        self.via = via
+        self.timeout = timeout
+
+
+class Syncer:
+    """Brings one local tree to one target, once or again and again."""
+
+    def __init__(self, sandbox: Sandbox, path: str, remote_path: str | None, options: SyncOptions) -> None:
+        self.sandbox = sandbox
+        self.reporter = sandbox.reporter
+        self.options = options
+        self.root = os.path.normpath(os.path.join(sandbox.directory, path))
+        self.single = os.path.isfile(self.root)
+        self._check_root(path)
+        source = hashed(os.path.relpath(self.root, sandbox.directory))
+        target = normal_target(remote_path or default_target(sandbox.state))
+        self.target = SyncTarget(target, source, options.timeout)
+        self.remote: RemoteTree | None = None
+        self._way: SshWay | ApiWay | None = None
+        self._warned: set[bytes] = set()
+        self._ssh_failed = False
+
+    def _check_root(self, path: str) -> None:
+        if self.single and self.options.delete_extra:
+            raise UsageError("--delete-extra needs a directory to mirror, not a single file.")
+        if not path or not os.path.lexists(self.root):
+            raise UsageError(f"There is no {shown_path(self.root)} to sync.")
+        if not self.single and not os.path.isdir(self.root):
+            raise UsageError(f"{shown_path(self.root)} is neither a file nor a directory.")
+
+    # One sync
+
+    def run(self) -> dict[str, Any]:
+        """Sync once; what was done, as `Sandbox.sync` tells it."""
+        started = time.monotonic()
+        with SyncLock(self.sandbox.directory, self.reporter, self.options.timeout):
+            report = self._run_by_any_way()
+        report["seconds"] = round(time.monotonic() - started, 3)
+        return report
+
+    def _run_by_any_way(self) -> dict[str, Any]:
+        try:
+            return self._run_until_settled()
+        except (NetworkError, TimedOutError) as error:
+            if self.options.via != "auto" or not isinstance(self._way, SshWay):
+                raise
+            self.reporter.note(f"{error.message} Going on through the API.")
+            self.forget()
+            self._ssh_failed = True
+            return self._run_until_settled()
+
+    def _run_until_settled(self) -> dict[str, Any]:
+        """Plan and send; again when another sync came between, or a file changed while it was read."""
+        total: dict[str, Any] = {"sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
+        for attempt in range(SYNC_TRIES):
+            last = attempt + 1 == SYNC_TRIES
+            try:
+                report, unsteady = self._run_plan()
+            except OvertakenError:
+                self.remote = None
+                if last:
+                    raise
+                continue
+            for key in total:
+                if isinstance(report.get(key), int):
+                    total[key] += report[key]
+            if not unsteady:
+                break
+            if last:
+                names = listed_paths(unsteady)
+                self.reporter.warn(
+                    f"{names}: still changing while read, so the VM may have half of a change."
+                )
+        return {**report, **({} if self.options.dry_run else total)}
+
+    def _run_plan(self) -> tuple[dict[str, Any], list[bytes]]:
+        options = self.options
+        self._open_way()
+        local = self._scan()
+        remote = self._look(local)
+        if options.checksum:
+            add_digests(local, remote.entries)
+        plan = self._plan(local, remote)
+        check_before_sending(local, plan.send)
+        self._warn_of_skipped(local)
+        self._refuse_unreadable(local)
+        plan = self._plan(local, remote) if any(path not in local.entries for path in plan.send) else plan
+        report: dict[str, Any] = {
+            **self._counts(local, plan),
+            "unchanged": plan.unchanged,
+            "skipped": told_paths(local.skipped),
+            "unreadable": told_paths(local.unreadable),
+            "via": self.way.name,
+            "remote_path": self.target.path,
+        }
+        if options.dry_run:
+            return report, []
+        self._ask(plan)
+        archive = self._send(local, remote, plan)
+        if archive is None:
+            return report, []
+        vanished = [path for path in archive.vanished if path not in self._warned]
+        if vanished:
+            self.reporter.warn(f"Vanished while it was to be sent: {listed_paths(vanished)}.")
+        report["sent"] -= len(archive.vanished)
+        report["bytes"], report["archive_bytes"] = archive.bytes, archive.length
+        return report, archive.unsteady
+
+    def _counts(self, local: LocalTree, plan: SyncPlan) -> dict[str, Any]:
+        """For a dry run the paths, else the numbers of files and links (and bytes)."""
+        if self.options.dry_run:
+            send = [os.fsdecode(path) + "/" * (local.entries[path].kind == "d") for path in plan.send]
+            directories = {*plan.remove_directories, *plan.remove_trees}
+            remove = [os.fsdecode(path) + "/" * (path in directories) for path in plan.removed]
+            return {"dry_run": True, "send": send, "remove": remove}
+        sent = sum(local.entries[path].kind != "d" for path in plan.send)
+        return {"sent": sent, "removed": len(plan.remove), "bytes": 0, "archive_bytes": 0}
+
+    def _plan(self, local: LocalTree, remote: RemoteTree) -> SyncPlan:
+        options = self.options
+        return plan_sync(
+            local, remote, delete_extra=options.delete_extra, force=options.force, single=self.single
+        )
+
+    def _scan(self) -> LocalTree:
+        root = os.fsencode(self.root)
+        if self.single:
+            return scan_file(root)
+        local = scan_tree(root, gitignore=self.options.gitignore)
+        if b"" in local.unreadable:
+            raise SandboxError(f"{shown_path(self.root)} cannot be read: {local.unreadable[b'']}.")
+        if not local.entries and not self.options.force:
+            raise SandboxError(
+                f"There is nothing to sync in {shown_path(self.root)}; nothing was changed.",
+                hint="If it is meant to be empty, give --force.",
+            )
+        return local
+
+    def _look(self, local: LocalTree) -> RemoteTree:
+        """What is on the VM: asked once, then known from what was sent."""
+        if self.remote is None:
+            import zlib
+
+            self.reporter.step("Looking at the VM", self.options.timeout)
+            self.way.ready()
+            script = self.target.look_script(local, digests=self.options.checksum, single=self.single)
+            outcome = self.way.look(script)
+            failure = self.target.failure(outcome)
+            if failure is not None:
+                raise failure
+            try:
+                self.remote = parse_look(zlib.decompress(outcome.stdout, 31))
+            except zlib.error:
+                self.remote = parse_look(b"")
+        return self.remote
+
+    def _warn_of_skipped(self, local: LocalTree) -> None:
+        for path, why in sorted(local.skipped.items()):
+            if path not in self._warned:
+                self._warned.add(path)
+                self.reporter.warn(f"{shown_name(path)} is left out: {why}.")
+
+    def _refuse_unreadable(self, local: LocalTree) -> None:
+        if not local.unreadable:
+            return
+        for path, why in sorted(local.unreadable.items()):
+            if path not in self._warned:
+                self._warned.add(path)
+                self.reporter.warn(f"{shown_name(path)} cannot be read: {why}.")
+        if not self.options.keep_going:
+            names = listed_paths(sorted(local.unreadable))
+            raise SandboxError(
+                f"Not everything can be read: {names}. Nothing was sent.",
+                hint="Make it readable, list it in .platoignore, or sync the rest with --keep-going.",
+            )
+
+    def _ask(self, plan: SyncPlan) -> None:
+        if not plan.extra:
+            return
+        names = [os.fsdecode(path) for path in plan.extra]
+        if self.options.confirm is not None and not self.options.confirm(names):
+            raise SandboxError("Nothing was changed.")
+
+    def _send(self, local: LocalTree, remote: RemoteTree, plan: SyncPlan) -> SyncArchive | None:
+        """Carry out a plan; None when there is nothing to do."""
+        import secrets
+
+        same_manifest = plan.manifest == remote.manifest
+        if not plan.send and not plan.removed and (same_manifest or self.single):
+            if remote.stale:
+                self.way.run(self.target.clean_script())
+                remote.stale = 0
+            return None
+        total = sum(local.entries[path].size for path in plan.send)
+        files = sum(local.entries[path].kind != "d" for path in plan.send)
+        sending = f"Sending {counted_files(files)}, {size_text(total)}"
+        self.reporter.step(sending if plan.send else "Removing what is gone here")
+        manifest = None if same_manifest or self.single else plan.manifest
+        archive = SyncArchive(local, plan, manifest, self.reporter)
+        upload = secrets.token_hex(12)
+        outcome = self.way.deliver(self.target, upload, remote.generation, archive)
+        failure = self.target.failure(outcome)
+        if failure is not None:
+            self._clean_up(failure)
+            raise failure
+        self._learn(local, remote, plan, archive, upload)
+        return archive
+
+    def _clean_up(self, failure: SandboxError) -> None:
+        """Free the VM of an upload that failed, if that is easily done; the next sync does it anyway."""
+        self.remote = None
+        if isinstance(self._way, ApiWay) and not isinstance(failure, OvertakenError):
+            try:
+                self._way.run(self.target.clean_script())
+            except SandboxError as error:
+                self.reporter.trace(error.message)
+
+    def _learn(
+        self, local: LocalTree, remote: RemoteTree, plan: SyncPlan, archive: SyncArchive, upload: str
+    ) -> None:
+        """What is on the VM from now on."""
+        for path in plan.removed:
+            remote.entries.pop(path, None)
+            remote.closed.discard(path)
+        for path in plan.send:
+            if path not in archive.vanished:
+                remote.entries[path] = local.entries[path]
+        remote.manifest, remote.generation, remote.exists = plan.manifest, upload, True
+
+    # The way
+
+    @property
+    def way(self) -> SshWay | ApiWay:
+        if self._way is None:
+            raise TypeError("no way to the VM was opened")
+        return self._way
+
+    def _open_way(self) -> None:
+        """Begin to connect; SSH does so by itself while the local tree is looked at."""
+        if self._way is not None:
+            return
+        via, sandbox = self.options.via, self.sandbox
+        has_ssh = bool(sandbox.state.get("ssh_config_path") and sandbox.state.get("ssh_host"))
+        if via == "ssh" and not has_ssh:
+            raise SandboxError("This sandbox has no SSH.", hint="Sync through the API: --via api")
+        if via == "api" or not has_ssh or self._ssh_failed:
+            self._way = ApiWay(sandbox, self.options.timeout)
+            return
+        repair_ssh_config(sandbox.state, sandbox.settings, self.reporter)
+        try:
+            self._way = SshWay(sandbox, self.options.timeout)
+        except SandboxError as error:
+            if via == "ssh":
+                raise
+            self.reporter.note(f"{error.message} Going on through the API.")
+            self._way = ApiWay(sandbox, self.options.timeout)
+
+    def forget(self) -> None:
+        """Drop the connection and what is known of the VM."""
+        if self._way is not None:
+            self._way.close()
+        self._way = self.remote = None
+
+    # The watch
+
+    def watch(self, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
+        something. Returns the sums of all reports."""
+        import signal
+
+        total: dict[str, Any] = {"syncs": 0, "sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
+        started = time.monotonic()
+        report: dict[str, Any] = {}
+        try:
+            while True:
+                seen, report = self._sync_for_watch(report)
+                if report.get("sent") or report.get("removed") or not total["syncs"]:
+                    total = {key: value + report.get(key, 1) for key, value in total.items()}
+                    told(report)
+                self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)")
+                self._wait_for_change(seen)
+        except Interrupted as interruption:
+            if interruption.number != signal.SIGINT:
+                raise
+        return {**report, **total, "seconds": round(time.monotonic() - started, 3)}
+
+    def _sync_for_watch(self, before: dict[str, Any]) -> tuple[dict[bytes, Any], dict[str, Any]]:
+        """Sync until it succeeds: a lost connection is tried again, other trouble waits for a change."""
+        delays = iter(WATCH_RETRY_SECONDS)
+        while True:
+            seen = self._snapshot()
+            try:
+                return seen, self.run()
+            except (NetworkError, TimedOutError) as error:
+                delay = next(delays, WATCH_RETRY_SECONDS[-1])
+                self.reporter.warn(f"{error.message} Trying again in {delay:g} s.")
+                self.forget()
+                self._ssh_failed = False
+                time.sleep(delay)
+            except (AuthenticationError, NoSandboxError, UsageError, StateError):
+                raise
+            except SandboxError as error:
+                if not before:
+                    raise
+                self.reporter.warn(f"{error.message} Waiting for the next change.")
+                self.forget()
+                return seen, {}
+
+    def _snapshot(self) -> dict[bytes, Any]:
+        """What tells whether the tree has changed."""
+        root = os.fsencode(self.root)
+        try:
+            tree = scan_file(root) if self.single else scan_tree(root, gitignore=self.options.gitignore)
+        except OSError:
+            return {}
+        return {
+            path: (entry.kind, entry.mode, entry.size, entry.mtime, entry.target)
+            for path, entry in tree.entries.items()
+        }
+
+    def _wait_for_change(self, seen: dict[bytes, Any]) -> None:
+        """Return when the tree is another one and still for a moment. A large one is looked at less often."""
+        current = previous = seen
+        while current == seen or current != previous:
+            began = time.monotonic()
+            previous, current = current, self._snapshot()
+            time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
+
+
+def default_target(state: Mapping[str, Any]) -> str:
+    """The remote path of the specification; UsageError when the service's name cannot be part of one."""
+    service = state.get("service")
+    if not isinstance(service, str) or not service or "/" in service or service in (".", ".."):
+        raise UsageError(
+            "This sandbox has no service whose name could make a remote path.",
+            hint=f"Say where to: --remote-path {SYNC_ROOT}/NAME",
+        )
+    return f"{SYNC_ROOT}/{service}"
+
+
+def hashed(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+
+
+def told_paths(reasons: Mapping[bytes, str]) -> list[dict[str, str]]:
+    """Paths and why, for --json."""
+    return [{"path": os.fsdecode(path), "reason": why} for path, why in sorted(reasons.items())]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3812,6 +5819,54 @@ class Sandbox:
         report["vm_running"] = report["vm_status"].lower() in ("running", "active", "ready", "healthy")
         if report["vm_status"].lower() in TERMINAL_STATUSES:
             report["error"] = gone_error(why)
+
+    # What goes to the VM
+
+    def sync(
+        self,
+        path: str = ".",
+        *,
+        remote_path: str | None = None,
+        watch: Callable[[dict[str, Any]], None] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Make a directory on the VM like a local one: what differs is sent, what earlier syncs put there and
+        is gone here is removed, what the VM made stays.
+
+        path: relative to the sandbox's directory; a single file goes into remote_path under its name.
+        remote_path: default /home/plato/worktree/<service>. options: those of `SyncOptions` (dry_run,
+        checksum, gitignore, delete_extra, confirm, force, keep_going, via "auto", "api" or "ssh", timeout in
+        seconds). watch: follow the tree until SIGINT, and call this with the report of each sync.
+        Returns sent, removed, unchanged (numbers of files), bytes, archive_bytes, skipped, unreadable (lists
+        of path and reason), seconds, via and remote_path; with dry_run the lists send and remove of paths.
+        """
+        state = self.load()
+        if not state.get("session_id"):
+            raise unfinished_start(state)
+        self.settings.require_key()
+        syncer = Syncer(self, path, remote_path, SyncOptions(**options))
+        self.revive_heartbeat()
+        try:
+            return syncer.run() if watch is None else syncer.watch(watch)
+        except ApiError as error:
+            if error.status in (404, 410):
+                raise gone_error(None) from None
+            raise
+        finally:
+            syncer.forget()
+
+    def revive_heartbeat(self) -> None:
+        """See to it that the heartbeat runs; left to a `start` or `stop` that is at work here."""
+        health = heartbeat_health(self.settings, self.state, time.time())
+        if health["state"] in ("ok", "expired"):
+            return
+        try:
+            with DirectoryLock(self.directory):
+                pid = ensure_heartbeat(self.settings, self.load(), self.directory, self.reporter)
+                if pid is not None:
+                    self.save(heartbeat_pid=pid)
+        except ConflictError as error:
+            self.reporter.trace(error.message)
 
     # The end
 
@@ -4324,7 +6379,7 @@ class Output(Reporter):
     def told(self, text: str) -> str:
         """Commands in a text as this user types them: the same program, the same directory."""
         return re.sub(
-            rf"\b{PROGRAM} (start|stop|status|--help)\b",
+            rf"\b{PROGRAM} (start|stop|status|sync|--help)\b",
             lambda found: printable(f"{self.program} {found[1]}{self.place}"),
             text,
         )
@@ -4570,6 +6625,75 @@ def command_stop(options: argparse.Namespace, output: Output) -> int:
     return 0
 
 
+def command_sync(options: argparse.Namespace, output: Output) -> int:
+    if options.watch and options.dry_run:
+        raise UsageError("--watch and --dry-run exclude each other.")
+    confirm = None
+    if options.delete_extra and not options.yes and not options.dry_run:
+        if options.watch or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise UsageError(
+                "--delete-extra removes files that no sync put on the VM; without a terminal it needs --yes.",
+                hint="See what would go: --delete-extra --dry-run",
+            )
+        confirm = functools.partial(confirm_removals, output)
+    sandbox = Sandbox(options.working_dir, reporter=output)
+    try:
+        report = sandbox.sync(
+            options.path,
+            remote_path=options.remote_path,
+            watch=functools.partial(show_sync, output=output) if options.watch else None,
+            dry_run=options.dry_run,
+            checksum=options.checksum,
+            gitignore=options.gitignore,
+            delete_extra=options.delete_extra,
+            confirm=confirm,
+            force=options.force,
+            keep_going=options.keep_going,
+            via=options.via,
+            timeout=options.timeout,
+        )
+    except Interrupted as interruption:
+        interruption.hint = f"The tree on the VM is the old one or the new one; go on with: {PROGRAM} sync"
+        raise
+    if output.json:
+        output.document(report)
+    elif options.dry_run:
+        for word in ("remove", "send"):
+            for path in report[word]:
+                output.line(f"{word} {printable(path)}")
+    elif options.watch:
+        output.line(f"Watched {report['syncs']} syncs: {sync_words(report)}.")
+    else:
+        show_sync(report, output)
+    return 1 if report["unreadable"] else 0
+
+
+def show_sync(report: Mapping[str, Any], output: Output) -> None:
+    """One line of what a sync did; with --json that of a watch is progress."""
+    way = {"ssh": "over SSH", "api": "through the API"}[report["via"]]
+    amount = f"{size_text(report['archive_bytes'])} in {duration_text(report['seconds'])}, {way}"
+    text = f"Synced to {report['remote_path']}: {sync_words(report)} ({amount})."
+    if output.json:
+        output.note(text)
+    else:
+        output.line(text)
+
+
+def sync_words(report: Mapping[str, Any]) -> str:
+    files = counted_files(report["sent"])
+    return f"{files} sent, {report['removed']} removed, {report['unchanged']} unchanged"
+
+
+def confirm_removals(output: Output, paths: Sequence[str]) -> bool:
+    """Show what would go for ever, and ask."""
+    output.finish()
+    for path in paths:
+        output.note(f"  {printable(path)}")
+    output.stderr.write(f"Remove these {len(paths)} from the VM, which no sync put there? [y/N] ")
+    output.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # parser: the command line; one small function per command sets its options and its handler
 # ----------------------------------------------------------------------------------------------------------
@@ -4578,12 +6702,14 @@ COMMANDS_HELP = {
     "start": "Start a new sandbox environment",
     "stop": "Stop and destroy the sandbox",
     "status": "Show current sandbox status",
+    "sync": "Sync local code to the sandbox",
 }
 
 EXAMPLES = f"""\
 examples:
   {PROGRAM} start --from-config       a VM for the plato-config.yml in this directory
   {PROGRAM} status --json             everything about it, for programs
+  {PROGRAM} sync                      bring the VM's files up to date with this directory
 
 exit codes:
   0 done  1 failed  2 usage  3 no sandbox, or it is gone  4 authentication  5 conflict
@@ -4596,6 +6722,19 @@ modes (choose one):
   {PROGRAM} start --simulator espocrm[:prod-latest | :ARTIFACT-UUID]
   {PROGRAM} start --artifact-id ID
   {PROGRAM} start --blank --service myapp [--cpus 4 --memory 2048 --disk 20480]
+"""
+
+
+SYNC_EPILOG = f"""\
+Only what differs is sent. What an earlier sync put on the VM and is gone here is removed there; what the VM
+made stays, unless --delete-extra is given. .platoignore files (in the syntax of .gitignore) keep files out.
+Always left out: {", ".join(name.decode() for name in EXCLUDED_PATTERNS[:7])},
+{", ".join(name.decode() for name in EXCLUDED_PATTERNS[7:])}, .plato and private keys.
+
+examples:
+  {PROGRAM} sync                      this directory
+  {PROGRAM} sync ./src --dry-run      what would be done for another one
+  {PROGRAM} sync --watch              keep the VM up to date while you edit
 """
 
 
@@ -4620,6 +6759,7 @@ def build_parser() -> argparse.ArgumentParser:
         "start": (START_EXAMPLES, describe_start),
         "stop": (None, describe_stop),
         "status": (None, describe_status),
+        "sync": (SYNC_EPILOG, describe_sync),
     }.items():
         words = COMMANDS_HELP[name]
         command = commands.add_parser(
@@ -4683,6 +6823,30 @@ def describe_stop(parser: argparse.ArgumentParser) -> None:
 
 def describe_status(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(handler=command_status)
+
+
+def describe_sync(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("path", nargs="?", default=".", metavar="PATH", help="what to sync (default: the working directory)")
+    add("--remote-path", metavar="P", help=f"where to on the VM (default: {SYNC_ROOT}/<service>)")
+    add("-n", "--dry-run", action="store_true", help="show what would be sent and removed, change nothing")
+    add("--checksum", action="store_true", help="compare contents instead of modification times")
+    add("--gitignore", action="store_true", help="honour .gitignore files too, not only .platoignore")
+    add("--delete-extra", action="store_true", help="also remove what no sync put there (asks first)")
+    add("-y", "--yes", action="store_true", help="do not ask")
+    add("-f", "--force", action="store_true", help="also when nearly everything would be removed or replaced")
+    add("--keep-going", action="store_true", help="sync the rest when something cannot be read (exit 1)")
+    add("--via", choices=("auto", "api", "ssh"), default="auto", help="the way to the VM (default: auto)")
+    add("--watch", action="store_true", help="go on: send changes as they are made, until Ctrl-C")
+    add(
+        "-t",
+        "--timeout",
+        type=float,
+        default=SYNC_SECONDS,
+        metavar="SECONDS",
+        help=f"the longest wait for one step on the VM (default: {SYNC_SECONDS:g})",
+    )
+    parser.set_defaults(handler=command_sync)
 
 
 def check_command_word(arguments: Sequence[str]) -> None:
@@ -4786,7 +6950,7 @@ def flush_result() -> None:
 
 def asks_for_json(arguments: Sequence[str]) -> bool:
     """Whether --json is given, also as in `-cj`; asked before parsing, for the errors that parsing finds."""
-    return any(word == "--json" or re.match("-[bcq]*j", word) for word in arguments)
+    return any(word == "--json" or re.match("-[bcqnyf]*j", word) for word in arguments)
 
 
 def invocation(program: str, environment: Mapping[str, str]) -> str:

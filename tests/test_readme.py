@@ -99,7 +99,8 @@ def test_exit_codes_are_those_of_the_file(newcomer: Newcomer) -> None:
 
 def test_every_option_in_the_readme_exists(newcomer: Newcomer) -> None:
     told = "".join(
-        newcomer.type(f"python3 plato_sandbox.py {name} --help").out for name in ("start", "status", "stop")
+        newcomer.type(f"python3 plato_sandbox.py {name} --help").out
+        for name in ("start", "status", "stop", "sync")
     )
     named = set(re.findall(r"`(--[a-z-]+)", README)) - {"--all", "--purge"}
     assert named, "the README names no option"
