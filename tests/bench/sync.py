@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Compares `sync` with the two SDK releases and with `tar | ssh`: `python3 tests/bench/sync.py [--quick]`.
+
+All of them work against one local Plato that takes 50 ms for a request and 150 ms more for a command. The
+SDKs are installed into virtual environments of their own (--cache DIR). Prints a table of medians, of ratios
+to ours, and of peak memory. Needs the OpenSSH client and server, and rsync for the newest SDK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from localplato import LocalPlato  # noqa: E402
+
+RELEASES = ("2.0.40", "2.187.0")
+MISSING_PARTS = {"2.0.40": ["playwright"]}  # imported at its start, and not among its requirements
+REQUEST_SECONDS = 0.05
+COMMAND_SECONDS = 0.15
+LIMIT_SECONDS = 1500.0
+
+
+class Measured(NamedTuple):
+    """Seconds, and the largest resident memory of any process of the command, in MB."""
+
+    seconds: float
+    megabytes: float
+
+
+class Desk(NamedTuple):
+    """Where one client works: its directory, its environment, and its commands to start, sync and stop."""
+
+    work: Path
+    environment: dict[str, str]
+    start: list[str]
+    sync: list[str]
+    stop: list[str]
+
+
+def make_tree(root: Path, files: int, size: int) -> None:
+    """Files of two kinds by turns: like source code, which shrinks to a quarter, and incompressible."""
+    source = random.Random(files)
+    words = [
+        bytes(source.choices(b"abcdefghijklmnopqrstuvwxyz_", k=source.randint(2, 9))) for _ in range(2000)
+    ]
+    for number in range(files):
+        place = root / f"part{number % 40}" / f"sub{number % 7}"
+        place.mkdir(parents=True, exist_ok=True)
+        if number % 2:
+            content = source.randbytes(size)
+        else:
+            content = b" ".join(source.choices(words, k=size // 6))[:size]
+        (place / f"file{number}").write_bytes(content)
+
+
+def make_noise(root: Path, megabytes: int) -> None:
+    for number in range(max(1, megabytes // 10)):
+        with open(root / f"noise{number}", "wb") as file:
+            for _ in range(10):
+                file.write(os.urandom(1 << 20))
+
+
+def touch(root: Path, count: int) -> None:
+    """Change so many files."""
+    for path in sorted(path for path in root.rglob("file*") if path.is_file())[:count]:
+        with open(path, "ab") as file:
+            file.write(b"x")
+
+
+def measure(command: list[str], desk: Desk) -> Measured:
+    """Run a command; RuntimeError with its words when it fails."""
+    with tempfile.TemporaryFile() as words:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=desk.work, env=desk.environment, stdin=subprocess.DEVNULL, stdout=words, stderr=words
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        words.seek(0)
+        said = words.read().decode(errors="replace")
+    if process.returncode or "rror:" in said:
+        raise RuntimeError(" ".join(said.split())[-300:])
+    return Measured(seconds, usage.ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20))
+
+
+def make_desk(place: Path, plato: LocalPlato, program: list[str], start: list[str], sync: list[str]) -> Desk:
+    work, home = place / "work", place / "home"
+    work.mkdir(parents=True)
+    home.mkdir()
+    environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(home), **plato.environment}
+    return Desk(work, environment, [*program, *start], [*program, *sync], [*program, "stop"])
+
+
+def install(release: str, cache: Path) -> list[str]:
+    """The command line of an SDK release, installed on first use."""
+    place = cache / release
+    program = place / "bin" / "plato"
+    if not program.exists():
+        print(f"installing plato-sdk-v2 {release} into {place}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        packages = [f"plato-sdk-v2=={release}", *MISSING_PARTS.get(release, [])]
+        subprocess.run([str(place / "bin" / "pip"), "install", "-q", *packages], check=True)
+    return [str(program), "sandbox"]
+
+
+class Contest:
+    """The clients on one local Plato, and what was measured."""
+
+    def __init__(
+        self, place: Path, plato: LocalPlato, cache: Path, repeats: int, releases: tuple[str, ...]
+    ) -> None:
+        self.plato = plato
+        self.repeats = repeats
+        self.place = place
+        ours = [sys.executable, str(ROOT / "plato_sandbox.py")]
+        blank = ["start", "--blank", "--service", "bench"]
+        self.desks = {
+            "ours, API": make_desk(place / "api", plato, ours, blank, ["sync", "--via", "api"]),
+            "ours, SSH": make_desk(place / "ssh", plato, ours, blank, ["sync", "--via", "ssh"]),
+        }
+        for release in releases:
+            program = install(release, cache)
+            start = (
+                [*blank, "--timeout", "36000"]
+                if release == "2.0.40"
+                else ["start", "--blank", "--no-network"]
+            )
+            more = (
+                ["--timeout", "600"]
+                if release == "2.0.40"
+                else ["--timeout", "600", "--simulator-name", "bench"]
+            )
+            self.desks[f"SDK {release}"] = make_desk(place / release, plato, program, start, ["sync", *more])
+        self.slow = False
+        self.results: dict[str, dict[str, object]] = {}
+
+    def start(self) -> None:
+        for name, desk in list(self.desks.items()):
+            try:
+                measure(desk.start, desk)
+            except RuntimeError as error:
+                print(f"{name}: it could not start a sandbox here: {error}", file=sys.stderr)
+                del self.desks[name]
+
+    def stop(self) -> None:
+        for desk in self.desks.values():
+            subprocess.run(desk.stop, cwd=desk.work, env=desk.environment, capture_output=True, check=False)
+
+    def run(
+        self,
+        case: str,
+        tree: Path,
+        before: Optional[Callable[[Path], None]],
+        *,
+        again: bool,
+        megabytes: int = 20,
+    ) -> None:
+        """Time each client on a tree of its own; again: on a VM that has it already, else on one without."""
+        row: dict[str, object] = {}
+        for name, desk in self.desks.items():
+            try:
+                slow = name == "SDK 2.0.40" and megabytes > 50 and not self.slow
+                row[name] = "not run" if slow else self.one(name, desk, tree, before, again)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                row[name] = str(error)
+            print(f"{case}: {name}: {row[name]}", file=sys.stderr)
+        if not again:
+            row["tar over SSH"] = self.floor(tree)
+        self.results[case] = row
+
+    def one(
+        self, name: str, desk: Desk, tree: Path, before: Optional[Callable[[Path], None]], again: bool
+    ) -> Measured:
+        clear(desk.work)
+        shutil.copytree(tree, desk.work, dirs_exist_ok=True)
+        if again and name != "SDK 2.0.40":  # it begins anew each time anyway
+            measure(desk.sync, desk)
+        measured = []
+        for _ in range(self.repeats):
+            if not again:
+                self.empty_vm()
+            elif before is not None:
+                before(desk.work)
+            measured.append(measure(desk.sync, desk))
+        return Measured(
+            statistics.median(one.seconds for one in measured), max(one.megabytes for one in measured)
+        )
+
+    def empty_vm(self) -> None:
+        for machine in self.plato.machines():
+            home = Path(machine["directory"]) / "home" / "plato"
+            for path in home.iterdir() if home.is_dir() else ():
+                if path.name == "worktree":
+                    shutil.rmtree(path)
+
+    def floor(self, tree: Path) -> Measured:
+        """The same bytes by tar through the same SSH, unpacked at once: no compression, no check."""
+        desk = self.desks["ours, SSH"]
+        config = next(Path(desk.environment["HOME"], ".plato").glob("ssh_*.conf"))
+        host = f"sandbox-{config.stem[4:]}"
+        remote = "mkdir -p worktree/floor && tar -xf - -C worktree/floor"
+        line = (
+            f"tar -cf - -C {shlex.quote(str(tree))} . | ssh -F {shlex.quote(str(config))} {host} '{remote}'"
+        )
+        measured = [measure(["sh", "-c", line], desk) for _ in range(self.repeats)]
+        return Measured(statistics.median(one.seconds for one in measured), 0.0)
+
+
+def clear(work: Path) -> None:
+    """Empty a working directory, but for the sandbox's own records."""
+    for path in work.iterdir():
+        if path.name in (".sandbox.yaml", ".plato"):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def table(results: dict[str, dict[str, object]]) -> str:
+    """The results in Markdown: seconds, the ratio to our better way, and megabytes."""
+    names = list(dict.fromkeys(name for row in results.values() for name in row))
+    lines = ["| case | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for case, row in results.items():
+        cells = [cell(row.get(name), row) for name in names]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(value: object, row: dict[str, object]) -> str:
+    if not isinstance(value, Measured):
+        return "-" if value is None else "not run" if value == "not run" else "failed"
+    ours = [one.seconds for name, one in row.items() if name.startswith("ours") and isinstance(one, Measured)]
+    ratio = f" ({value.seconds / min(ours):.1f}x)" if ours else ""
+    memory = f", {value.megabytes:.0f} MB" if value.megabytes else ""
+    return f"{value.seconds:.2f} s{ratio}{memory}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the files, once")
+    parser.add_argument("--repeats", type=int, default=0, help="runs of each, of which the median counts")
+    parser.add_argument("--without", action="append", default=[], help="leave out an SDK release")
+    parser.add_argument("--cache", type=Path, default=Path("~/.cache/plato-sandbox-bench").expanduser())
+    parser.add_argument("--slow", action="store_true", help="200 MB with SDK 2.0.40 too: 20 minutes a run")
+    options = parser.parse_args()
+    scale = 10 if options.quick else 1
+    repeats = options.repeats or (1 if options.quick else 3)
+    releases = tuple(release for release in RELEASES if release not in options.without)
+    with (
+        tempfile.TemporaryDirectory(prefix="bench") as name,
+        LocalPlato(
+            Path(name) / "plato",
+            heartbeat_seconds=86400,  # the heartbeat of 2.0.40 needs httpx in the system's Python
+        ) as plato,
+    ):
+        place = Path(name)
+        contest = Contest(place / "desks", plato, options.cache, repeats, releases)
+        contest.slow = options.slow
+        contest.start()
+        plato.fault("latency", path="*/execute", seconds=REQUEST_SECONDS + COMMAND_SECONDS, times=-1)
+        plato.fault("latency", seconds=REQUEST_SECONDS, times=-1)
+        try:
+            small, large, noise = place / "small", place / "large", place / "noise"
+            for path in (small, large, noise):
+                path.mkdir()
+            files, many, megabytes = 2000 // scale, 20_000 // scale, 200 // scale
+            make_tree(small, files, 10_000)
+            make_tree(large, many, 1000)
+            make_noise(noise, megabytes)
+            contest.run(f"first sync, {files} files, {files / 100:g} MB", small, None, again=False)
+            contest.run("nothing changed", small, None, again=True)
+            contest.run("one file changed", small, lambda root: touch(root, 1), again=True)
+            contest.run(f"10 of {many} files changed", large, lambda root: touch(root, 10), again=True)
+            contest.run(
+                f"first sync, {megabytes} MB incompressible", noise, None, again=False, megabytes=megabytes
+            )
+        finally:
+            contest.stop()
+        print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()},", end=" ")
+        print(f"{time.strftime('%Y-%m-%d')}, median of {repeats}; ratio to our faster way, peak memory\n")
+        print(table(contest.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
