@@ -2854,6 +2854,26 @@ class PlatoApi:
         return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
 
 
+class SandboxBase:
+    """What every operation on a sandbox works with: its directory, its Plato, whom to tell, and its state."""
+
+    def __init__(
+        self, directory: str = ".", *, settings: Settings | None = None, reporter: Reporter | None = None
+    ) -> None:
+        if not directory:
+            raise UsageError("The name of the working directory is empty.")
+        try:
+            self.directory = os.path.abspath(directory)
+        except FileNotFoundError:
+            raise UsageError("The current directory does not exist any more; go to another one.") from None
+        if not os.path.isdir(self.directory):
+            raise UsageError(f"{shown_path(self.directory)} is not a directory.")
+        self.settings = settings or Settings.from_environment()
+        self.reporter = reporter or Reporter()
+        self.api = PlatoApi(self.settings, self.reporter)
+        self.state: dict[str, Any] = {}
+
+
 def quoted(part: str) -> str:
     """One part of a URL path; ids are opaque, so anything may be in them."""
     import urllib.parse
@@ -4900,7 +4920,7 @@ class SshWay:
     name = "ssh"
     words = "over SSH"
 
-    def __init__(self, sandbox: Sandbox, seconds: float) -> None:
+    def __init__(self, sandbox: SandboxBase, seconds: float) -> None:
         self._seconds = seconds
         self._shell = SshShell(sandbox.state, sandbox.reporter)
 
@@ -4942,7 +4962,7 @@ class ApiWay:
     name = "api"
     words = "through the API"
 
-    def __init__(self, sandbox: Sandbox, seconds: float) -> None:
+    def __init__(self, sandbox: SandboxBase, seconds: float) -> None:
         self._sandbox = sandbox
         self._seconds = seconds
         self._api = sandbox.api
@@ -5158,7 +5178,9 @@ class SyncOptions:
 class Syncer:
     """Brings one local tree to one target, once or again and again."""
 
-    def __init__(self, sandbox: Sandbox, path: str, remote_path: str | None, options: SyncOptions) -> None:
+    def __init__(
+        self, sandbox: SandboxBase, path: str, remote_path: str | None, options: SyncOptions
+    ) -> None:
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.options = options
@@ -5418,7 +5440,7 @@ class Syncer:
 
     def watch(self, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
-        something. Returns the sums of all reports."""
+        something. Returns the sums of all reports; Interrupted when there is none yet."""
         import signal
 
         total: dict[str, Any] = {"syncs": 0, "sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
@@ -5426,14 +5448,15 @@ class Syncer:
         report: dict[str, Any] = {}
         try:
             while True:
-                seen, report = self._sync_for_watch(report)
-                if report.get("sent") or report.get("removed") or not total["syncs"]:
-                    total = {key: value + report.get(key, 1) for key, value in total.items()}
-                    told(report)
+                seen, latest = self._sync_for_watch(report)
+                report = latest or report
+                if latest.get("sent") or latest.get("removed") or not total["syncs"]:
+                    total = {key: value + latest.get(key, 1) for key, value in total.items()}
+                    told(latest)
                 self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)")
                 self._wait_for_change(seen)
         except Interrupted as interruption:
-            if interruption.number != signal.SIGINT:
+            if interruption.number != signal.SIGINT or not report:
                 raise
         return {**report, **total, "seconds": round(time.monotonic() - started, 3)}
 
@@ -5690,7 +5713,7 @@ def with_router_target(url: str | None, service: str | None) -> str | None:
     return f"{url}{'&' if '?' in url else '?'}_plato_router_target={target}"
 
 
-class Sandbox:
+class Sandbox(SandboxBase):
     """The sandbox of a directory: at most one, recorded in its .sandbox.yaml.
 
         with Sandbox.start("simulator/", from_config=True) as sandbox:
@@ -5699,22 +5722,6 @@ class Sandbox:
     Leaving the block stops it. `Sandbox("simulator/")` is the one that is already there.
     state: the fields of .sandbox.yaml as a dict, {} without a sandbox.
     """
-
-    def __init__(
-        self, directory: str = ".", *, settings: Settings | None = None, reporter: Reporter | None = None
-    ) -> None:
-        if not directory:
-            raise UsageError("The name of the working directory is empty.")
-        try:
-            self.directory = os.path.abspath(directory)
-        except FileNotFoundError:
-            raise UsageError("The current directory does not exist any more; go to another one.") from None
-        if not os.path.isdir(self.directory):
-            raise UsageError(f"{shown_path(self.directory)} is not a directory.")
-        self.settings = settings or Settings.from_environment()
-        self.reporter = reporter or Reporter()
-        self.api = PlatoApi(self.settings, self.reporter)
-        self.state: dict[str, Any] = {}
 
     @classmethod
     def start(
@@ -6662,7 +6669,8 @@ def command_sync(options: argparse.Namespace, output: Output) -> int:
             for path in report[word]:
                 output.line(f"{word} {printable(path)}")
     elif options.watch:
-        output.line(f"Watched {report['syncs']} syncs: {sync_words(report)}.")
+        times = "1 sync" if report["syncs"] == 1 else f"{report['syncs']} syncs"
+        output.line(f"Watched {times}: {sync_words(report)}.")
     else:
         show_sync(report, output)
     return 1 if report["unreadable"] else 0

@@ -899,7 +899,7 @@ def test_full_disk(vm: Vm, source: Path, target: str, via: str, where: str) -> N
     base = f"/home/plato/worktree/small-{via}-{where}"
     target = f"{base}/tree"
     mounted = base if where == "parent" else target
-    vm.execute(f"mkdir -p {mounted} && chown plato: {base}/.. && chown -R plato: {base}")
+    assert vm.desk.ssh(f"mkdir -p {mounted}").code == 0
     inside(vm, "mount", "-t", "tmpfs", "-o", "size=1m,mode=777", "tmpfs", mounted)
     write_tree(source, {"a": "1", "d/b": "2"})
     good_sync(vm, source, target, "--via", via)
@@ -1091,6 +1091,36 @@ def cut_ssh(vm: Vm) -> None:
         servers = [str(found["pid"]) for found in machine["processes"] if "sshd" in found["argv"][0]]
         assert servers
         vm.execute(f"kill -9 {' '.join(servers)}")
+
+
+def test_watch_interrupted_before_its_first_sync(own_vm: Vm, source: Path, target: str) -> None:
+    write_tree(source, {"a": "1"})
+    own_vm.plato.fault("hang", method="POST", path="*/execute", times=-1)
+    process = own_vm.desk.begin(
+        "sync", str(source), "--remote-path", target, "--watch", "--via", "api", "--json"
+    )
+    own_vm.plato.wait_for_request("POST", "/execute")
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert json.loads(out)["error"]["code"] == "interrupted"
+
+
+def test_watch_interrupted_after_a_conflict(own_vm: Vm, source: Path, target: str) -> None:
+    write_tree(source, {"x/a": "1"})
+    process = own_vm.desk.begin("sync", str(source), "--remote-path", target, "--watch")
+    place = own_vm.place(target)
+    eventually(lambda: content(place / "x/a") == "1")
+    write_tree(place, {"x/theirs": "2"})
+    shutil.rmtree(source / "x")
+    write_tree(source, {"x": "a file"})
+    stderr = process.stderr
+    assert stderr is not None
+    assert any("x/theirs" in line for line in iter(stderr.readline, ""))
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Watched 1 sync: " in out
 
 
 def test_watch_survives_its_own_bad_moments(own_vm: Vm, source: Path, target: str) -> None:
