@@ -3716,7 +3716,7 @@ EXCLUDED_PATTERNS = (
     *EXCLUDED_DIRECTORIES,
     *(b"*.pyc", b".sandbox.yaml", b"*.egg-info", b".DS_Store", b"*.swp", b"*.swo"),
 )
-NEVER_SENT = re.compile(rb"\.sandbox\.yaml.*|\.plato|\.plato-sync(?:\.new)?", re.DOTALL)
+NEVER_SENT = re.compile(rb"\.git|\.sandbox\.yaml.*|\.plato|\.plato-sync(?:\.new)?", re.DOTALL)
 PRIVATE_KEY = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----")
 REFUSED_TARGETS = (
     *("/", "/home", "/home/plato", "/root", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64"),

@@ -198,6 +198,7 @@ IGNORE_FILES = st.dictionaries(
 )
 @given(tree=TREES, ignore_files=IGNORE_FILES)
 @example(tree={"foo/bar": b"", "foo/x/bar": b"", "foobar": b""}, ignore_files={"": b"foo**/bar"})
+@example(tree={"a": b""}, ignore_files={"": b"!*"})
 @example(tree={"a/b/c": b"", "a/d": b""}, ignore_files={"": b"a/*\n!a/b\n"})
 @example(tree={"a/b": b"", "b": b""}, ignore_files={"": b"a/\n!a/b\n"})
 @example(tree={"a ": b"", "a": b""}, ignore_files={"": b"a\\ \\ \na  \n"})

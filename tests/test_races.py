@@ -51,7 +51,7 @@ def test_make_without_a_usable_answer_is_not_repeated(
     lost = desk.run(*BLANK, "--json")
     assert lost.code == 7, lost.err
     assert lost.error["code"] == "unknown_outcome"
-    assert len(plato.requests("POST", "/make")) == 1
+    assert len(plato.wait_for_request("POST", "/make")) == 1
     assert desk.state["starting"] is True
     assert desk.run("status").code == 3
     desk.good("stop")
