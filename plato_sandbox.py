@@ -108,7 +108,6 @@ DEFAULT_DATASET = "base"
 DEFAULT_TAG = "latest"
 DEFAULT_READY_SECONDS = 300
 DEFAULT_LIFETIME_SECONDS = 8 * 3600  # a working day; a forgotten VM ends by itself
-SERVER_HEARTBEAT_LIMIT_SECONDS = 120  # about the time after which a VM without heartbeats is shut down
 
 SERVICE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 CPUS_RANGE = (1, 8)
@@ -135,7 +134,6 @@ BEAT_LOG_EVENTS = 100
 UNHEALTHY_BEATS = 2  # a last good beat older than this many intervals is worth a warning
 
 TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "timeout"})
-ALIVE_STATUSES = frozenset({"created", "queued", "running", "active", "ready", "healthy", "pending"})
 
 
 # ----------------------------------------------------------------------------------------------------------
