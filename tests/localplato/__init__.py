@@ -3,7 +3,7 @@
 `LocalPlato` runs one for tests. Every module has one concern: `contract` (the API's models), `server` (HTTP),
 `endpoints` (what each does), `sessions` (lifecycles), `machine`, `init` and `accounts` (VMs), `gateway`,
 `certificates` and `relay` (TLS into VMs), `ssh`, `public_url`, `catalogue` (simulators and artifacts),
-`faults`, `admin`, `clock`, `home` (the data directory), `serve` and `cli`.
+`hub` and `git_server` (Gitea), `faults`, `admin`, `clock`, `home` (the data directory), `serve` and `cli`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class LocalPlato:
     """A server of its own, as a context manager.
 
     `settings` are the options of `serve`: boot_seconds, heartbeat_seconds, speed, idle_minutes, gateway_host,
-    not_ready_status, isolation. `ca_from` is the `certificates` of another server, to save making a CA.
+    not_ready_status, hub_scheme, isolation. `ca_from` is the `certificates` of another server, to save making
+    a CA.
     """
 
     def __init__(self, home: Path, ca_from: Path | None = None, **settings: Any) -> None:
@@ -164,6 +165,27 @@ class LocalPlato:
     def gateway(self) -> dict[str, Any]:
         """The gateway's connections: how many are open, and the newest ones."""
         return self.admin("GET", "gateway")
+
+    # -- Gitea --
+
+    def hub(self) -> dict[str, Any]:
+        """Gitea's address, limits and simulators, each with the `path` of its bare repository or None."""
+        return self.admin("GET", "hub")
+
+    def add_simulator(self, name: str, **fields: Any) -> dict[str, Any]:
+        """Let Gitea list one more: description, has_repo, owner, access (write, read, none), listed."""
+        return self.admin("POST", "hub/simulators", {"name": name, **fields})
+
+    def limit_hub(self, **limits: int) -> None:
+        """Limit what Gitea takes, in bytes (0: no limit): `body` of a request, `pack`, `file`."""
+        self.admin("POST", "hub", limits)
+
+    def repository(self, name: str) -> Path:
+        """The bare repository of the simulator of that name. Raises KeyError when it has none."""
+        for simulator in self.hub()["simulators"]:
+            if simulator["name"] == name and simulator["path"]:
+                return Path(simulator["path"])
+        raise KeyError(name)
 
     def wait_for(self, predicate: Callable[[dict[str, Any]], Any], timeout: float = 30.0) -> Any:
         """Wait until a predicate of a snapshot (sessions, requests, unknown_fields) holds; what it returned.

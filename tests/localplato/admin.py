@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import urllib.parse
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Callable
 
 from . import faults, gateway
@@ -32,6 +33,9 @@ def answer(service: Service, method: str, path: str, query: str, body: bytes) ->
         ("GET", "/_local/unknown_fields"): get_unknown_fields,
         ("GET", "/_local/gateway"): get_gateway,
         ("GET", "/_local/snapshot"): get_snapshot,
+        ("GET", "/_local/hub"): get_hub,
+        ("POST", "/_local/hub"): post_hub,
+        ("POST", "/_local/hub/simulators"): post_simulator,
         ("GET", "/_local/faults"): get_faults,
         ("POST", "/_local/faults"): post_fault,
         ("DELETE", "/_local/faults"): delete_faults,
@@ -167,6 +171,11 @@ def get_snapshot(service: Service, parameters: dict[str, str]) -> AdminAnswer:
         }
 
 
+def get_hub(service: Service, parameters: dict[str, str]) -> AdminAnswer:
+    """Gitea's simulators with the places of their repositories, and the limits in force."""
+    return 200, {"version": service.sessions.version, **service.hub.view()}
+
+
 def get_faults(service: Service, parameters: dict[str, str]) -> AdminAnswer:
     return 200, {"version": service.sessions.version, "faults": service.faults.listing()}
 
@@ -203,6 +212,17 @@ def delete_faults(service: Service, values: dict[str, Any]) -> AdminAnswer:
     if service.gateway is not None:
         service.gateway.fault = None
     return 200, {}
+
+
+def post_hub(service: Service, values: dict[str, Any]) -> AdminAnswer:
+    """Set limits of Gitea, the fields of `hub.Limits`, in bytes."""
+    service.hub.limits = replace(service.hub.limits, **{name: int(value) for name, value in values.items()})
+    return get_hub(service, {})
+
+
+def post_simulator(service: Service, values: dict[str, Any]) -> AdminAnswer:
+    """Add a simulator: fields of `hub.Simulator`."""
+    return 200, asdict(service.hub.add(values))
 
 
 def post_advance(service: Service, values: dict[str, Any]) -> AdminAnswer:

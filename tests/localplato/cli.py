@@ -251,10 +251,15 @@ SETTINGS = {
     "idle_minutes": "stop by itself after that long without use and without VMs; 0: never",
     "gateway_host": "the gateway's host name",
     "not_ready_status": "status of wait_for_ready when it is not ready in time",
+    "hub_scheme": "how Gitea's repositories are reached",
     "isolation": "namespaces for VMs, or only the mapping of paths in commands",
 }
 PASSING = ("run", "exec")
-CHOICES: dict[str, list[Any]] = {"not_ready_status": [200, 408], "isolation": ["auto", "namespaces", "paths"]}
+CHOICES: dict[str, list[Any]] = {
+    "not_ready_status": [200, 408],
+    "hub_scheme": ["http", "https"],
+    "isolation": ["auto", "namespaces", "paths"],
+}
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

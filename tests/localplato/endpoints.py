@@ -42,6 +42,7 @@ class Settings:
     gateway_host: str = "localhost"
     not_ready_status: int = 200
     isolation: str = "auto"
+    hub_scheme: str = "http"
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Call:
     path: dict[str, str]
     query: dict[str, Any]
     body: dict[str, Any]
+    hub: Any = None
 
     def session(self, living: bool = False) -> Session:
         """The session that the path names. Raises 404, and 410 for a closed one that should be living."""

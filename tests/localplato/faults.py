@@ -12,6 +12,7 @@ EFFECTS = (
     "status",  # answer with `status`, `headers` and `body` without acting
     "reset_before_body",  # reset the connection when the head has come, before reading the body
     "reset_before_acting",  # reset it after the body, without acting
+    "cut_upload",  # reset it as soon as `bytes` of the body have come; git: a shorter body is not met
     "lost_answer",  # act, then reset it before answering
     "hang",  # never answer; act first when `act` is set
     "latency",  # act and answer after `seconds`

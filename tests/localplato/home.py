@@ -32,6 +32,7 @@ class Home:
         self.certificates = directory / "certificates"
         self.machines = directory / "vms"
         self.artifacts = directory / "artifacts"
+        self.hub = directory / "hub"
 
     def prepare(self) -> None:
         try:

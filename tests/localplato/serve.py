@@ -20,10 +20,12 @@ from .certificates import CertificateError, Certificates
 from .clock import Clock
 from .endpoints import Settings
 from .gateway import Gateway
+from .git_server import GitServer, Outlet
 from .home import Home, HomeError
-from .machine import namespaces_problem, remove_tree
+from .hub import Hub, git_problem
+from .machine import Machine, namespaces_problem, remove_tree
 from .server import HttpServer, Service
-from .sessions import Sessions
+from .sessions import Job, Sessions
 
 IDLE_CHECKS = 4
 
@@ -35,6 +37,7 @@ class Running:
     service: Service
     http: HttpServer
     gateway: Gateway | None
+    git: GitServer | None
     information: dict[str, Any]
 
 
@@ -86,15 +89,20 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
     problem = ssh.sshd_problem()
     if problem is not None:
         warnings.append(problem)
-    service = Service(contract.load(), sessions, settings, home.key(), gateway)
+    hub = Hub(home.hub)
+    hub.prepare()
+    service = Service(contract.load(), sessions, settings, home.key(), gateway, hub)
     http = open_http(int(last.get("port", 0)), service)
-    information = describe(service, http, gateway, certificates, warnings)
+    git = open_git(int(last.get("hub_port", 0)), service, certificates, warnings)
+    information = describe(service, http, gateway, git, certificates, warnings)
     home.write_information(information)
     if gateway is not None:
         gateway.start()
     threading.Thread(target=sessions.run, name="timer", daemon=True).start()
     threading.Thread(target=http.serve_forever, name="http", daemon=True).start()
-    return Running(service, http, gateway, information)
+    if git is not None:
+        threading.Thread(target=git.serve_forever, name="git", daemon=True).start()
+    return Running(service, http, gateway, git, information)
 
 
 def choose_isolation(wish: str) -> tuple[bool, list[str]]:
@@ -126,10 +134,36 @@ def open_http(port: int, service: Service) -> HttpServer:
         return HttpServer(0, service)
 
 
+def open_git(
+    port: int, service: Service, certificates: Certificates, warnings: list[str]
+) -> GitServer | None:
+    """The git server, which answers in every VM too; None without git. TLS works on its port as well."""
+    problem = git_problem()
+    if problem is not None:
+        warnings.append(problem)
+        return None
+    settings, hub = service.settings, service.hub
+    tls = certificates.context(settings.gateway_host) if settings.hub_scheme == "https" else None
+    try:
+        server = GitServer(port, service, hub, tls)
+    except OSError:
+        server = GitServer(0, service, hub, tls)
+    host = "127.0.0.1" if tls is None else settings.gateway_host
+    hub.base_url = f"{settings.hub_scheme}://{host}:{server.server_port}"
+
+    def open_outlet(job: Job, machine: Machine) -> None:
+        if machine.isolated:
+            job.closers.append(Outlet(machine, server).close)
+
+    service.sessions.on_machine.append(open_outlet)
+    return server
+
+
 def describe(
     service: Service,
     http: HttpServer,
     gateway: Gateway | None,
+    git: GitServer | None,
     certificates: Certificates,
     warnings: list[str],
 ) -> dict[str, Any]:
@@ -140,9 +174,12 @@ def describe(
         environment["PLATO_GATEWAY_HOST"] = service.settings.gateway_host
         environment["PLATO_GATEWAY_PORT"] = str(gateway.port)
         environment["SSL_CERT_FILE"] = str(certificates.bundle_path)
+    if git is not None and git.tls is not None:
+        environment["GIT_SSL_CAINFO"] = str(certificates.bundle_path)
     return {
         "pid": os.getpid(),
         "port": http.server_port,
+        "hub_port": git.server_port if git is not None else 0,
         "gateway_port": gateway.port if gateway is not None else 0,
         "base_url": base_url,
         "environment": environment,
@@ -174,6 +211,8 @@ def stop(running: Running) -> None:
     """End the VMs, then the rest. Connections that are still open die with the process."""
     running.service.stopping.set()
     running.http.socket.close()
+    if running.git is not None:
+        running.git.socket.close()
     if running.gateway is not None:
         running.gateway.stop()
     running.service.sessions.stop()

@@ -20,6 +20,7 @@ from .contract import Contract, Endpoint, Report
 from .endpoints import HANDLERS, ApiError, Call, Settings
 from .faults import Fault, Faults
 from .gateway import Gateway
+from .hub import Hub
 from .relay import reset_when_closed
 from .sessions import Sessions
 
@@ -61,13 +62,20 @@ class Service:
     """Everything that the HTTP interface works with, and its record of what was asked."""
 
     def __init__(
-        self, contract: Contract, sessions: Sessions, settings: Settings, key: str, gateway: Gateway | None
+        self,
+        contract: Contract,
+        sessions: Sessions,
+        settings: Settings,
+        key: str,
+        gateway: Gateway | None,
+        hub: Hub,
     ) -> None:
         self.contract = contract
         self.sessions = sessions
         self.settings = settings
         self.key = key
         self.gateway = gateway
+        self.hub = hub
         self.faults = Faults()
         self.requests: deque[dict[str, Any]] = deque(maxlen=LOG_LENGTH)
         self.unknown_fields: deque[dict[str, Any]] = deque(maxlen=REPORT_LENGTH)
@@ -149,7 +157,13 @@ class Service:
         if report.problems:
             return json_answer(422, {"detail": report.problems}, **unknown_header(report))
         call = Call(
-            self.sessions, self.sessions.clock, self.settings, parameters, checked_query, checked_body
+            self.sessions,
+            self.sessions.clock,
+            self.settings,
+            parameters,
+            checked_query,
+            checked_body,
+            hub=self.hub,
         )
         result = handler(call)
         self.check_answer(endpoint, result)
@@ -239,9 +253,9 @@ class HttpServer(ThreadingHTTPServer):
     request_queue_size = 256
     allow_reuse_address = True
 
-    def __init__(self, port: int, service: Service) -> None:
+    def __init__(self, port: int, service: Service, handler: type[Handler] | None = None) -> None:
         self.service = service
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(("127.0.0.1", port), handler or Handler)
 
     def server_bind(self) -> None:
         # The parent class looks up the host's name here, which can take seconds.
@@ -332,7 +346,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = service.faults.meet(self.command, path)
         if fault is not None:
             request.entry["fault"] = fault.effect
-            if fault.effect == "reset_before_body":
+            if fault.effect in ("reset_before_body", "cut_upload"):
+                self.rfile.read(fault.bytes if fault.effect == "cut_upload" else 0)
                 self.reset_connection(request)
                 return
         if not self.receive(request):

@@ -55,6 +55,7 @@ class Job:
     last_beat: float = 0.0
     machine: Machine | None = None
     doors: dict[int, Door] = field(default_factory=dict)
+    closers: list[Callable[[], None]] = field(default_factory=list)
     logs: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -94,6 +95,8 @@ class Sessions:
         self.sessions: dict[str, Session] = {}
         self.jobs: dict[str, Job] = {}
         self.boot_fault: BootFault | None = None
+        # Called with every VM that has started; what is to end with it goes into `job.closers`.
+        self.on_machine: list[Callable[[Job, Machine], None]] = []
         self.stopping = False
 
     def touch(self, session: Session | None = None) -> None:
@@ -250,9 +253,14 @@ class Sessions:
         with self.lock:
             if not job.over and not self.stopping:
                 job.machine = machine
-                return
-        machine.kill()
-        remove_tree(directory)
+        if job.machine is None:
+            machine.kill()
+            remove_tree(directory)
+            return
+        for prepare in self.on_machine:
+            prepare(job, machine)
+        if job.over:
+            self.close_all(job)
 
     def fail(self, job: Job, reason: str) -> None:
         with self.lock:
@@ -331,11 +339,19 @@ class Sessions:
         """End the VM of a finished job, its doors and its files."""
         for door in list(job.doors.values()):
             door.close()
+        self.close_all(job)
         if job.machine is not None:
             job.machine.kill()
             remove_tree(job.machine.directory)
         with self.lock:
             self.touch(job.session)
+
+    def close_all(self, job: Job) -> None:
+        """End what was to end with the VM."""
+        with self.lock:
+            closers, job.closers = job.closers, []
+        for close in closers:
+            close()
 
     def close(self, session: Session) -> list[Job]:
         """End a session; the jobs that were still alive."""
