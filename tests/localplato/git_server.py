@@ -30,6 +30,7 @@ from .server import FAULTY, Answer, Handler, HttpServer, Request, Service
 CHUNK = 1 << 16
 HELD_BYTES = 1 << 18
 BACKLOG = 128
+REST_BYTES = 1 << 20
 END_SECONDS = 10.0
 TLS_HANDSHAKE = b"\x16"
 CREDENTIALS_PLACEHOLDER = "<credentials>"
@@ -329,15 +330,25 @@ class Exchange:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Let git end: without its pipes it does, and takes back what it has not finished."""
+        """Let git end, which it does without its pipes.
+
+        A push that was cut off takes back what it has written, but not when it dies of saying so: what it
+        says is read. A fetch has more to say, and just dies.
+        """
         if self.feeder.is_alive():
             try:
                 self.handler.connection.shutdown(socket.SHUT_RD)
             except OSError:
                 pass
             self.feeder.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        stdout = cast("io.BufferedReader", self.process.stdout)
+        rest = 0
+        while rest < REST_BYTES:
+            piece = stdout.read1(CHUNK)
+            rest += len(piece)
+            if not piece:
+                break
+        stdout.close()
         try:
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
