@@ -12,6 +12,10 @@ Python 3.9 or newer and, for SSH, the OpenSSH client. It imports nothing outside
     python3 plato_sandbox.py start --from-config     a VM for the plato-config.yml of this directory
     python3 plato_sandbox.py status                  what the VM and its heartbeat are doing
     python3 plato_sandbox.py sync                    bring the VM's files up to date with this directory
+    python3 plato_sandbox.py start-services          push the code, clone it on the VM, start Docker Compose
+    python3 plato_sandbox.py start-worker --wait     let the Plato worker watch the databases
+    python3 plato_sandbox.py state                   what changed in them since the last reset
+    python3 plato_sandbox.py snapshot                make an artifact of the VM as it is now
     python3 plato_sandbox.py stop                    destroy the VM and everything that belongs to it
 
 Environment
@@ -27,19 +31,19 @@ Environment
 Files
     .sandbox.yaml            the sandbox of a directory: ids, address, SSH and heartbeat; no secret
     .platoignore             what `sync` leaves out, in the syntax of .gitignore, at every level
-    PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log
-                             where <id> is the first part of the session id; `stop` removes them
+    PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log,
+    PLATO_HOME/git_<id>      where <id> is the first part of the session id; `stop` removes them
 
 Exit codes
     0 done; 1 failed; 2 usage; 3 no sandbox here, or it is gone; 4 authentication; 5 conflict;
     6 the API or the network failed; 7 timed out, or the outcome is unknown;
-    8 a check said no (invalid config); 130 and 143 interrupted
+    8 a check said no (invalid config, mutations found); 9 the worker is not up; 130 and 143 interrupted
 
 Importers may rely on the names in `__all__`, on the exit codes and on the keys of every `--json` document.
 Everything else may change between versions.
 
 Sections, each using only those above it: constants, errors, settings, yaml, config, processes, state,
-transport, api, ssh, heartbeat, sync, sandbox, output, commands, parser, main.
+transport, api, ssh, heartbeat, sync, services, worker, sandbox, output, commands, parser, main.
 """
 
 from __future__ import annotations
@@ -80,6 +84,7 @@ __all__ = [
     "TimedOutError",
     "UnknownOutcomeError",
     "UsageError",
+    "WorkerNotUpError",
     "YamlError",
     "__version__",
     "main",
@@ -94,6 +99,10 @@ __all__ = [
 
 PROGRAM = "plato-sandbox"
 STATE_FILE = ".sandbox.yaml"
+COMMANDS = (
+    *("start", "stop", "status", "sync", "start-services", "start-worker", "state", "reset"),
+    *("snapshot", "clear-audit"),
+)
 CONFIG_NAMES = ("plato-config.yml", "plato-config.yaml")
 
 DEFAULT_BASE_URL = "https://plato.so"
@@ -119,6 +128,10 @@ MAKE_SECONDS = 120.0
 SETUP_SECONDS = 180.0
 RESET_SECONDS = 180.0
 CLOSE_SECONDS = 60.0
+STATE_SECONDS = 120.0
+SNAPSHOT_SECONDS = 600.0
+ARTIFACT_SECONDS = 1800.0
+ARTIFACT_POLL_SECONDS = 2.0
 READY_POLL_SECONDS = 10
 RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})
 RETRY_ATTEMPTS = 4
@@ -1638,7 +1651,7 @@ def load_config(path: str, dataset: str | None) -> Config:
     """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
     source = shown_path(from_here(path))
     try:
-        root = yaml_compose(_read_config(path), source)
+        root = yaml_compose(read_config(path), source)
     except YamlError as error:
         raise unusable_config(source, [str(error)]) from None
     checker = ConfigChecker(source)
@@ -1659,7 +1672,7 @@ def unusable_config(source: str, problems: Sequence[str], warnings: Sequence[str
     )
 
 
-def _read_config(path: str) -> str:
+def read_config(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -2010,6 +2023,68 @@ class Aside:
         return self._value
 
 
+class Outcome:
+    """How a command ended, here or on the VM: its exit code and its two outputs."""
+
+    def __init__(self, code: int, stdout: bytes, stderr: bytes) -> None:
+        self.code = code
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+def run_program(
+    command: Sequence[str], reporter: Reporter, *, seconds: float, stdin: Iterable[bytes] = (), **options: Any
+) -> Outcome:
+    """Run a child process to its end. It is ended whenever this does not return.
+
+    stdin: what it reads, piece by piece. TimedOutError after `seconds`.
+    """
+    import subprocess
+
+    pipe = subprocess.PIPE
+    # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
+    process = launch(
+        command, reporter, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, **options
+    )
+    streams: list[Any] = [process.stdin, process.stdout, process.stderr]
+    outputs = [Aside(stream.read) for stream in streams[1:]]
+    try:
+        _feed(streams[0], stdin)
+        process.wait(seconds)
+        stdout, stderr = (output.result() for output in outputs)
+    except subprocess.TimeoutExpired:
+        raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
+    finally:
+        _end_group(process)
+        for stream in streams:
+            stream.close()
+    return Outcome(process.returncode, stdout, stderr)
+
+
+def _feed(stream: Any, pieces: Iterable[bytes]) -> None:
+    """Write all pieces and close; a child that does not want them says why elsewhere."""
+    try:
+        for piece in pieces:
+            stream.write(piece)
+        stream.close()
+    except BrokenPipeError:
+        pass
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a child that still runs, with its own children; it leads a group and has not been waited for."""
+    import signal
+    import subprocess
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            try:
+                process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                continue
+
+
 class SignalGuard:
     """Turns SIGINT, SIGTERM and SIGHUP into Interrupted while the block runs (main thread only).
 
@@ -2203,6 +2278,14 @@ def _unlink_quietly(path: str) -> None:
         pass
 
 
+def remove_tree(path: str) -> None:
+    """Remove a directory of ours with all that is in it, if there is one."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _sync_directory(path: str) -> None:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -2292,7 +2375,7 @@ def lock_holder(status: os.stat_result) -> str:
         pid = line.split()[4]
         words = process_command(int(pid)).split() if pid.isdigit() else []
         for word in words:
-            if word in ("start", "stop", "status", "sync"):
+            if word in COMMANDS:
                 return f"`{word}` (PID {pid})"
         return f"PID {pid}"
     return "a plato-sandbox command"
@@ -2778,10 +2861,19 @@ class PlatoApi:
         return PlatoApi(self.settings, self.transport.reporter)
 
     def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self._checked(dict, method, path, **options)
+        return answer
+
+    def _call_for_list(self, method: str, path: str, **options: Any) -> list[Any]:
+        answer: list[Any] = self._checked(list, method, path, **options)
+        return answer
+
+    def _checked(self, kind: type, method: str, path: str, **options: Any) -> Any:
         answer = self.transport.request(method, path, **options)
-        if not isinstance(answer, dict):
+        if not isinstance(answer, kind):
+            wanted = "a list" if kind is list else "an object"
             raise ApiError(
-                f"{method} {path} was answered with a JSON {type(answer).__name__} where an object belongs.",
+                f"{method} {path} was answered with a JSON {type(answer).__name__} where {wanted} belongs.",
                 hint="Check PLATO_BASE_URL, and that this version fits the server.",
             )
         return answer
@@ -2850,6 +2942,52 @@ class PlatoApi:
             body["ssh_public_key"] = public_key
         path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}/setup-sandbox"
         return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
+
+    def start_worker(
+        self, job_id: str, service: str, dataset: str, content: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """POST .../vm/{job_id}/start-worker: begins at once, is up later. Returns VMManagementResponse."""
+        body = {"service": service, "dataset": dataset, "plato_dataset_config": dict(content)}
+        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}/start-worker"
+        return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
+
+    def state(self, session_id: str, window: float = RETRY_WINDOW_SECONDS) -> dict[str, Any]:
+        """GET .../state, mutations merged and ignore rules applied. Returns SessionStateResponse."""
+        path = f"/api/v2/sessions/{quoted(session_id)}/state"
+        query = {"merge_mutations": "true"}
+        return self._call("GET", path, query=query, seconds=STATE_SECONDS, window=window)
+
+    def cleanup(self, session_id: str) -> dict[str, Any]:
+        """POST /api/v1/env/{session_id}/cleanup: empty the audit tables. Returns EnvCleanupResponse."""
+        return self._call("POST", f"/api/v1/env/{quoted(session_id)}/cleanup", seconds=RESET_SECONDS)
+
+    def snapshot(self, session_id: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """POST .../snapshot: a new artifact. Sent once, whatever happens. Returns CreateSnapshotResponse.
+
+        checkpoint: fields of CreateCheckpointRequest.
+        """
+        path = f"/api/v2/sessions/{quoted(session_id)}/snapshot"
+        return self._call("POST", path, body=dict(checkpoint), seconds=SNAPSHOT_SECONDS, repeatable=False)
+
+    def artifact(self, artifact_id: str) -> dict[str, Any]:
+        """GET /api/v2/artifacts/{artifact_id}. Returns ArtifactInfoResponse."""
+        return self._call("GET", f"/api/v2/artifacts/{quoted(artifact_id)}")
+
+    def gitea_credentials(self) -> dict[str, Any]:
+        """GET /api/v1/gitea/credentials. Returns GiteaCredentialsResponse."""
+        return self._call("GET", "/api/v1/gitea/credentials")
+
+    def gitea_simulators(self) -> list[Any]:
+        """GET /api/v1/gitea/simulators that the key may use. Returns SimulatorListItemResponses."""
+        return self._call_for_list("GET", "/api/v1/gitea/simulators")
+
+    def gitea_repository(self, simulator_id: str) -> dict[str, Any]:
+        """GET /api/v1/gitea/simulators/{id}/repo. Returns SimulatorRepositoryResponse."""
+        return self._call("GET", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
+
+    def create_gitea_repository(self, simulator_id: str) -> dict[str, Any]:
+        """POST /api/v1/gitea/simulators/{id}/repo; 409 when there is one. Returns RepositoryResponse."""
+        return self._call("POST", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
 
 
 class SandboxBase:
@@ -3119,15 +3257,6 @@ def _write_all(sink: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(sink, view) :]
-
-
-class Outcome:
-    """How a command on the VM ended: its exit code and its two outputs."""
-
-    def __init__(self, code: int, stdout: bytes, stderr: bytes) -> None:
-        self.code = code
-        self.stdout = stdout
-        self.stderr = stderr
 
 
 # Runs on the VM: reads a length and so many bytes of a script, runs it, tells how it ended; again and again.
@@ -4538,8 +4667,9 @@ class SyncArchive:
         entry.size, entry.mtime = now.size, now.mtime
 
 
-def counted_files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
+def counted(count: int, what: str) -> str:
+    """1 file, 2 files."""
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def size_text(count: float) -> str:
@@ -5366,7 +5496,7 @@ class Syncer:
             return None
         total = sum(local.entries[path].size for path in plan.send)
         files = sum(local.entries[path].kind != "d" for path in plan.send)
-        sending = f"Sending {counted_files(files)}, {size_text(total)}"
+        sending = f"Sending {counted(files, 'file')}, {size_text(total)}"
         self.reporter.step(sending if plan.send else "Removing what is gone here")
         manifest = None if same_manifest or self.single else plan.manifest
         archive = SyncArchive(local, plan, manifest, self.reporter)
@@ -5524,7 +5654,1082 @@ def told_paths(reasons: Mapping[bytes, str]) -> list[dict[str, str]]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# sandbox: start, status and stop as operations; the commands and importers are thin over this
+# services: the Gitea push, the clone on the VM, Docker Compose
+# ----------------------------------------------------------------------------------------------------------
+# The code goes from a bare repository of ours, under PLATO_HOME, to a workspace branch in Gitea: the user's
+# own `.git`, index, hooks and git configuration take no part. The VM fetches that one commit and takes over
+# the files that differ. Gitea's credentials go to git through the environment here, and there through the
+# standard input of a shell: no argument, URL, configuration or file holds them.
+
+GIT_SECONDS = 900.0
+GIT_TRIES = 3
+GIT_IDENTITY = "plato-sandbox <plato-sandbox@localhost>"
+UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
+COMPOSE_POLL_SECONDS = (0.2, 0.5, 1.0)
+HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
+LOG_LINES = 20
+WHOLE_FILE_BYTES = 4 * 1024 * 1024
+
+# What git asks for is answered from the environment; the text itself holds no secret.
+_CREDENTIAL_HELPER = (
+    '!f() { [ "$1" != get ] || printf "username=%s\\npassword=%s\\n"'
+    ' "$GITEA_USERNAME" "$GITEA_PASSWORD"; }; f'
+)
+_GIT_SETTINGS = (
+    *("-c", "core.hooksPath=/dev/null", "-c", "http.followRedirects=false", "-c", "gc.auto=0"),
+    *("-c", "credential.helper=", "-c", "credential.helper=" + _CREDENTIAL_HELPER),
+)
+
+
+class Steps:
+    """The steps of a long operation: told as they begin, named in an error, timed for the report.
+
+        with steps("push", "Pushing the code"):
+            ...
+
+    done: a list of {"step": NAME, "seconds": SECONDS}.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.done: list[dict[str, Any]] = []
+        self._reporter = reporter
+        self._name = self._words = ""
+        self._began = 0.0
+
+    def __call__(self, name: str, words: str, limit: float | None = None) -> Steps:
+        self._name, self._words = name, words
+        self._reporter.step(words, limit)
+        return self
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self.done.append({"step": self._name, "seconds": round(time.monotonic() - self._began, 3)})
+        if isinstance(error, SandboxError):
+            error.message = f"{self._words}: {error.message}"
+
+
+# What is to be started, and from which files
+
+
+class ComposeService:
+    """A service of a dataset.
+
+    file: its Compose file; required: the containers that must be healthy, by container or Compose service
+    name, empty for all; seconds: how long they may take.
+    """
+
+    def __init__(self, name: str, file: str, required: Sequence[str], seconds: float) -> None:
+        self.name = name
+        self.file = file
+        self.required = list(required)
+        self.seconds = seconds
+
+
+def plan_services(config: Config) -> list[ComposeService]:
+    """The services of a config's dataset, in its order; ConfigError when they cannot be started."""
+    wanted = config.content.get("services") or {}
+    if not wanted:
+        raise ConfigError(
+            f"{shown_path(from_here(config.path))}: the dataset {config.dataset!r} has no services to start.",
+            hint="List its Compose file under `services`; `sync` alone brings code to the VM.",
+        )
+    root = os.path.dirname(config.path)
+    planned, problems = [], []
+    for name, part in wanted.items():
+        file = part.get("file") or "docker-compose.yml"
+        inside = os.path.normpath(file)
+        if os.path.isabs(file) or inside.startswith(".."):
+            problems.append(f"services.{name}.file is {file!r}; it must lie in the directory of the config")
+        elif not os.path.isfile(os.path.join(root, file)):
+            problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
+        required = [text for text in part.get("required_healthy_containers") or [] if text != "all"]
+        seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
+        planned.append(ComposeService(str(name), inside, required, float(seconds)))
+    if problems:
+        raise unusable_config(shown_path(from_here(config.path)), problems)
+    return planned
+
+
+def tree_to_push(config: Config, *, gitignore: bool) -> LocalTree:
+    """The directory of a config as it goes to Gitea; what git ignores only if the config names it."""
+    root = os.fsencode(os.path.dirname(config.path))
+    tree = scan_tree(root, gitignore=gitignore)
+    missing = [name for name in named_files(config.content) if name not in tree.entries]
+    if gitignore and missing:
+        everything = scan_tree(root, gitignore=False)
+        for path, entry in everything.entries.items():
+            if any(path == name or path.startswith(name + b"/") for name in missing):
+                tree.entries[path] = entry
+    files = sorted(path for path, entry in tree.entries.items() if entry.kind != "d")
+    check_before_sending(tree, files)
+    if tree.unreadable:
+        path, why = min(tree.unreadable.items())
+        raise SandboxError(
+            f"{shown_name(path)} cannot be read: {why}. Nothing was pushed.",
+            hint="Make it readable, or list it in .platoignore.",
+        )
+    tree.entries = {path: tree.entries[path] for path in files if path in tree.entries}
+    if not tree.entries:
+        raise SandboxError(f"There is nothing to push in {shown_path(os.fsdecode(root))}.")
+    return tree
+
+
+def named_files(dataset: Mapping[str, Any]) -> list[bytes]:
+    """The files and directories that a dataset names, relative to its config."""
+    found: list[Any] = [as_dict(dataset.get("metadata")).get("flows_path")]
+    for service in as_dict(dataset.get("services")).values():
+        found.append(service.get("file"))
+    for listener in as_dict(dataset.get("listeners")).values():
+        found += [listener.get("seed_data_path"), *as_list(listener.get("seed_data_paths"))]
+    paths = [os.path.normpath(path) for path in filter(as_text, found)]
+    return [os.fsencode(path) for path in paths if not os.path.isabs(path) and not path.startswith("..")]
+
+
+# Gitea
+
+
+class GiteaRepository:
+    """Where the code of a simulator goes, and with which credentials. clone_url holds none."""
+
+    def __init__(self, clone_url: str, default_branch: str, username: str, password: str) -> None:
+        self.clone_url = clone_url
+        self.default_branch = default_branch
+        self.username = username
+        self.password = password
+
+    def environment(self) -> dict[str, str]:
+        """What the credential helper answers with."""
+        return {"GITEA_USERNAME": self.username, "GITEA_PASSWORD": self.password}
+
+    def hide(self, text: str) -> str:
+        """A text without the password, whichever way it was written in it."""
+        for secret in (self.password, quoted(self.password)):
+            if len(secret) >= SHORTEST_SECRET:
+                text = text.replace(secret, "***")
+        return text
+
+
+def find_repository(api: PlatoApi, service: str) -> GiteaRepository:
+    """The repository of the simulator of a service, made if it has none yet."""
+    credentials = api.gitea_credentials()
+    listed = [as_dict(entry) for entry in api.gitea_simulators()]
+    simulators = {name: entry for entry in listed if (name := as_text(entry.get("name")))}
+    found = [entry for name, entry in simulators.items() if name.lower() == service.lower()]
+    if not found:
+        close = closest(service.lower(), [name.lower() for name in simulators])
+        raise SandboxError(
+            f"Gitea lists no simulator {service!r} for this API key."
+            + (f" Did you mean {close!r}?" if close else ""),
+            hint=f"It lists: {_listed(sorted(simulators)) or 'none'}."
+            f" Without Gitea: {PROGRAM} start-services --via sync",
+        )
+    identifier = str(found[0].get("id"))
+    repository = _existing_repository(api, identifier) if found[0].get("has_repo") else {}
+    repository = repository or _new_repository(api, identifier)
+    return GiteaRepository(
+        plain_clone_url(as_text(repository.get("clone_url")) or "", api.settings),
+        as_text(repository.get("default_branch")) or "main",
+        _credential(credentials, "username"),
+        _credential(credentials, "password"),
+    )
+
+
+def _existing_repository(api: PlatoApi, identifier: str) -> dict[str, Any]:
+    answer = api.gitea_repository(identifier)
+    return answer if answer.get("has_repo") is not False else {}
+
+
+def _new_repository(api: PlatoApi, identifier: str) -> dict[str, Any]:
+    """Create it; another one may just have done so, or our own first try."""
+    try:
+        return api.create_gitea_repository(identifier)
+    except ApiError as error:
+        if error.status != 409:
+            raise
+        return api.gitea_repository(identifier)
+
+
+def _credential(credentials: Mapping[str, Any], name: str) -> str:
+    value = as_text(credentials.get(name))
+    if value is None or any(mark in value for mark in "\n\r\0"):
+        raise ApiError(f"Plato's answer holds no usable {name} for Gitea.")
+    return value
+
+
+def plain_clone_url(url: str, settings: Settings) -> str:
+    """A clone URL without user and password; ApiError for one that git must not be given."""
+    import urllib.parse
+
+    parts = urllib.parse.urlsplit(url)
+    allowed = ("https", "http") if settings.base_url.startswith("http:") else ("https",)
+    if parts.scheme not in allowed or not parts.hostname or not url.isprintable() or " " in url:
+        raise ApiError(f"Plato names no usable clone URL for the repository ({printable(url)[:100]!r}).")
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+class GitStore:
+    """Our bare repository of one sandbox, through which its code goes to Gitea. `stop` removes it."""
+
+    def __init__(
+        self, path: str, repository: GiteaRepository, settings: Settings, reporter: Reporter
+    ) -> None:
+        self.path = path
+        self.repository = repository
+        self.reporter = reporter
+        self.ca_file = settings.ca_file
+        if find_program("git") is None:
+            raise SandboxError(
+                "git cannot be found on this machine.",
+                hint="Install git, or bring the code over without it: start-services --via sync",
+            )
+        if not os.path.isfile(os.path.join(path, "HEAD")):
+            self.run("init", "--quiet", "--bare", path)
+
+    def run(self, *arguments: str, stdin: Iterable[bytes] = ()) -> str:
+        """Run git on this repository; what it prints, or the error that its failure means."""
+        command = ["git", f"--git-dir={self.path}", *_GIT_SETTINGS, *arguments]
+        outcome = run_program(
+            command, self.reporter, seconds=GIT_SECONDS, stdin=stdin, env=self._environment(), cwd="/"
+        )
+        if outcome.code:
+            raise git_error(outcome, self.repository)
+        return outcome.stdout.decode("utf-8", "replace").strip()
+
+    def _environment(self) -> dict[str, str]:
+        """The user's, without what would change what git does, and without the API key."""
+        unwanted = ("GIT_", "GITEA_", "SSH_ASKPASS", "PLATO_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+        own = {
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_ALLOW_PROTOCOL": "http:https",
+            "HOME": self.path,  # a git that does not know GIT_CONFIG_GLOBAL looks here
+            "XDG_CONFIG_HOME": self.path,
+            "LC_ALL": "C",
+        }
+        if self.ca_file:
+            own["GIT_SSL_CAINFO"] = self.ca_file
+        return {**kept, **own, **self.repository.environment()}
+
+    def _remotely(self, *arguments: str) -> str:
+        """The same for what needs the network: once more when the connection broke."""
+        for attempt in range(GIT_TRIES):
+            try:
+                return self.run(*arguments)
+            except NetworkError as error:
+                delay = retry_delay(error, attempt)
+                if delay is None or attempt + 1 == GIT_TRIES:
+                    raise
+                self.reporter.trace(f"git {arguments[0]}: {error.message} Again in {delay:.1f} s.")
+                time.sleep(delay)
+        raise AssertionError("the last attempt returns or raises")
+
+    def push(self, tree: LocalTree, branch: str) -> tuple[str, bool]:
+        """Make the tree the newest commit of a branch in Gitea; that commit, and whether it is a new one."""
+        reference = f"refs/heads/{branch}"
+        names = (reference, f"refs/heads/{self.repository.default_branch}")
+        lines = self._remotely("ls-remote", "--", self.repository.clone_url, *names).splitlines()
+        listed = {name: commit for commit, _, name in (line.partition("\t") for line in lines)}
+        parent = next((listed[name] for name in names if name in listed), None)
+        if parent is not None:
+            self._fetch(parent, next(name for name in names if name in listed))
+        commit = self._write(tree, parent)
+        if parent is not None and self._tree_of(commit) == self._tree_of(parent):
+            commit = parent
+        if listed.get(reference) != commit:
+            self._remotely("push", "--quiet", "--", self.repository.clone_url, f"{commit}:{reference}")
+        return commit, commit != parent
+
+    def _tree_of(self, commit: str) -> str:
+        return self.run("rev-parse", "--verify", f"{commit}^{{tree}}")
+
+    def _fetch(self, commit: str, reference: str) -> None:
+        """Have that one commit here, without the history before it."""
+        try:
+            self.run("cat-file", "-e", f"{commit}^{{tree}}")
+        except SandboxError:
+            fetch = ("fetch", "--quiet", "--no-tags", "--depth=1", "--", self.repository.clone_url, reference)
+            self._remotely(*fetch)
+
+    def _write(self, tree: LocalTree, parent: str | None) -> str:
+        """A commit that holds the tree and nothing else, byte for byte."""
+        for attempt in range(SYNC_TRIES):
+            try:
+                self.run("fast-import", "--quiet", "--force", "--done", stdin=import_stream(tree, parent))
+                return self.run("rev-parse", "--verify", "refs/heads/new")
+            except UnsteadyFileError:
+                if attempt + 1 == SYNC_TRIES:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+
+class UnsteadyFileError(SandboxError):
+    """A file changed while it was read."""
+
+
+def import_stream(tree: LocalTree, parent: str | None) -> Iterator[bytes]:
+    """A tree as `git fast-import` reads it: one commit on the branch `new`."""
+    message = b"The workspace of a sandbox\n"
+    yield b"commit refs/heads/new\ncommitter %s %d +0000\n" % (GIT_IDENTITY.encode(), int(time.time()))
+    yield b"data %d\n%s\n" % (len(message), message)
+    if parent is not None:
+        yield b"from %s\n" % parent.encode()
+    yield b"deleteall\n"
+    for path, entry in sorted(tree.entries.items()):
+        mode = b"120000" if entry.kind == "l" else b"100755" if entry.mode & 0o100 else b"100644"
+        name = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
+        yield b'M %s inline "%s"\n' % (mode, name)
+        yield from _content(tree, path, entry)
+    yield b"done\n"
+
+
+def _content(tree: LocalTree, path: bytes, entry: Entry) -> Iterator[bytes]:
+    """The bytes of a file or link with their count before them."""
+    if entry.kind == "l":
+        yield b"data %d\n%s\n" % (len(entry.target), entry.target)
+        return
+    try:
+        with open(tree.location(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            yield b"data %d\n" % size
+            left = size
+            while left:
+                piece = file.read(min(left, WHOLE_FILE_BYTES))
+                if not piece:
+                    break
+                left -= len(piece)
+                yield piece
+            if left or file.read(1):
+                raise UnsteadyFileError(f"{shown_name(path)} changed while it was read; run this again.")
+    except OSError as error:
+        raise UnsteadyFileError(f"{shown_name(path)} cannot be read any more: {reason(error)}.") from None
+    yield b"\n"
+
+
+def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
+    """The error that a failed git means, with the last words of git and of the server."""
+    text = repository.hide(outcome.stderr.decode("utf-8", "replace"))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    words = printable("; ".join(lines[-4:])).rstrip(".")[-600:] or f"git ended with {outcome.code}"
+    low = words.lower()
+    if re.search(r"\b413\b|too large|exceeds", low):
+        return SandboxError(
+            f"Gitea did not take the files: {words}.",
+            hint="Keep large files out with .platoignore, or bring the code over with --via sync.",
+        )
+    if re.search(r"authentication failed|error: 40[13]|could not read (username|password)", low):
+        return AuthenticationError(
+            f"Gitea refused the credentials that Plato gave for it: {words}.",
+            hint="Ask the owner of the Plato organization for access; --via sync needs none.",
+        )
+    if re.search(
+        r"rpc failed|error: (429|5\d\d)|early eof|hung up|disconnect|resolve|connect|timed out|"
+        r"ssl|tls|certificate|recv failure|empty reply|transfer closed|bad pack|incomplete",
+        low,
+    ):
+        return NetworkError(
+            f"git could not talk to Gitea: {words}.", hint="Run the command again a little later.", sent=True
+        )
+    return SandboxError(f"git failed: {words}.", hint="Run the command again; --verbose shows each step.")
+
+
+# The clone on the VM. POSIX sh with GNU tools and git, like the scripts of `sync`, whose helpers it uses:
+# everything new is fetched, checked and written beside the tree before the first file in it changes.
+
+_CLONE_BODY = r"""
+command -v git >/dev/null 2>&1 || fail 69 git
+near "$target"; owner=$(stat -c %u:%g -- "$near"); upload=$state/up.$id; new=$upload/new
+made "$state"
+[ -e "$state/lock" ] || { : > "$state/lock"; own "$state/lock"; }
+if command -v flock >/dev/null 2>&1; then exec 9<"$state/lock"; flock -w "$patience" 9 || fail 75 lock; fi
+mkdir "$upload" "$new" "$new/tree" || fail 77 "$upload"
+made "$target"; cd -- "$target" || quit 77 "$target"
+export GITEA_USERNAME GITEA_PASSWORD GIT_TERMINAL_PROMPT=0 GIT_CONFIG_NOSYSTEM=1
+g() { git --git-dir="$repo" --work-tree="$target" -c safe.directory='*' -c core.hooksPath=/dev/null \
+  -c http.followRedirects=false -c credential.helper= -c credential.helper="$helper" \
+  -c core.autocrlf=false -c core.fileMode=true -c core.quotePath=true -c core.fsmonitor=false "$@"; }
+repo=$target/.git
+if [ ! -d "$repo" ]; then
+  [ ! -e "$repo" ] || quit 73 .git
+  repo=$upload/repo.git
+  words=$(git -c init.defaultBranch=main init -q --bare "$repo" 2>&1) || quit 74 "$words"
+  g config core.bare false
+fi
+words=$(g fetch -q --no-tags --depth=1 "$url" "+refs/heads/$branch:refs/remotes/origin/$branch" 2>&1) ||
+  quit 80 "$words"
+unset GITEA_USERNAME GITEA_PASSWORD
+[ "$(g rev-parse "refs/remotes/origin/$branch")" = "$commit" ] || quit 76 branch
+mkdir -p "$repo/info"
+printf '%s\n' '* -text -eol -ident -filter -working-tree-encoding' > "$repo/info/attributes"
+g config remote.origin.url "$url"
+g config remote.origin.fetch "+refs/heads/*:refs/remotes/origin/*"
+g update-index -q --refresh >/dev/null 2>&1
+gone=$upload/gone; write=$upload/write
+words=$({ g diff-index --no-renames -z --name-only --diff-filter=A "$commit" -- > "$gone" &&
+  g diff-index --no-renames -z --name-only --diff-filter=DMTU "$commit" -- > "$write"; } 2>&1) ||
+  quit 74 "$words"
+words=$({ export GIT_INDEX_FILE="$upload/index"; g read-tree "$commit" &&
+  g checkout-index -q -z --stdin --prefix="$new/tree/" < "$write"; } 2>&1) || quit 74 "$(told)"
+if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -hR "$owner" -- "$new/tree" || quit 74 chown; fi
+standing='for p; do if [ -d "$p" ] && [ ! -L "$p" ]; then find "./$p" ! -type d; fi; done'
+blocking='for p; do if [ -L "$p" ] || { [ -e "$p" ] && [ ! -d "$p" ]; }; then printf "%s\n" "$p"; fi; done'
+{ xargs -0 -r sh -c "$standing" - < "$write" | sed 's|^\./||'
+  g ls-tree -r -d -z --name-only "$commit" | xargs -0 -r sh -c "$blocking" -; } | sort -u > "$upload/there"
+tr '\0\n' '\n?' < "$gone" | sort -u > "$upload/going"
+words=$(comm -23 "$upload/there" "$upload/going" | head -n 5)
+[ -z "$words" ] || quit 73 "$words"
+words=$(xargs -0 -r rm -f -- 2>&1 < "$gone") || quit 74 "$words"
+xargs -0 -r dirname -z -- < "$gone" | sort -zru | xargs -0 -r rmdir -p -- 2>/dev/null
+empty='for p; do [ ! -d "$p" ] || [ -L "$p" ] || find "./$p" -depth -type d -exec rmdir {} +; done'
+xargs -0 -r sh -c "$empty" - < "$write" 2>/dev/null
+move() { (cd "$new/tree" && find . -mindepth 1 -maxdepth 1 -print0 |
+  xargs -0 -r cp -RPf "$@" -t "$target" -- 2>&1); }
+words=$(move -l) || words=$(move --remove-destination --preserve=mode,ownership,timestamps) ||
+  quit 74 "$(told)"
+if [ "$repo" != "$target/.git" ]; then
+  mv -- "$repo" "$target/.git" || quit 74 "$(told)"
+  repo=$target/.git
+fi
+g update-ref "refs/heads/$branch" "$commit" && g symbolic-ref HEAD "refs/heads/$branch" &&
+  mv -f -- "$upload/index" "$repo/index" || quit 74 "$(told)"
+g update-index -q --refresh >/dev/null 2>&1
+if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -R "$owner" -- "$repo"; fi
+changed=$(cat "$gone" "$write" | tr -dc '\0' | wc -c)
+sweep "$upload"
+printf '%s\n' "$changed"
+"""
+
+
+def clone_script(target: str, branch: str, commit: str, repository: GiteaRepository, seconds: float) -> str:
+    """Makes a directory on the VM a clone of one commit. To be read from standard input, never an argument.
+
+    Prints the number of files that changed. What is there and not tracked stays.
+    """
+    import secrets
+
+    parent, _, name = target.rpartition("/")
+    values = assigned(
+        target=target,
+        state=f"{parent}/{SYNC_STATE}/{name}",
+        id=secrets.token_hex(12),
+        patience=max(1, int(seconds)),
+        url=repository.clone_url,
+        branch=branch,
+        commit=commit,
+        helper=_CREDENTIAL_HELPER,
+        **repository.environment(),
+    )
+    return values + _SHELL_HEAD + _CLONE_BODY
+
+
+def clone_failure(outcome: Outcome, target: str, repository: GiteaRepository) -> SandboxError | None:
+    """The error that the end of the script means, or None."""
+    if outcome.code == 0:
+        return None
+    lines = [line for line in outcome.stderr.decode("utf-8", "replace").split("\n") if line.strip()]
+    words = repository.hide(printable("; ".join(lines)))[-600:].rstrip(".")
+    if outcome.code == 80:
+        return git_error(Outcome(1, b"", outcome.stderr), repository)
+    if outcome.code == 69:
+        return SandboxError(f"The VM has no {words}.", hint="Bring the code over with --via sync.")
+    if outcome.code == 73:
+        return ConflictError(
+            f"On the VM something that is not in the code stands where it has to go: {words}.",
+            hint=f"Nothing was changed; remove it from {target}, then run this again.",
+        )
+    if outcome.code in (75, 76):
+        return ConflictError(
+            "Another `start-services` or `sync` is at work on this sandbox.", hint="Run this again."
+        )
+    if outcome.code in (66, 77):
+        return SandboxError(f"{words} on the VM cannot be written.", hint="Check its owner and mode.")
+    return SandboxError(f"The VM could not take the code (exit {outcome.code}): {words}.")
+
+
+# Docker Compose on the VM
+
+_COMPOSE_HEAD = r"""
+cd -- "$target" || fail 77 "$target"
+if [ -z "$DOCKER_HOST" ] && [ -S /var/run/docker-user.sock ]; then
+  DOCKER_HOST=unix:///var/run/docker-user.sock; export DOCKER_HOST
+fi
+"""
+
+# The services of the file, and `up` begun in the background: it outlives a connection that breaks.
+_UP_BODY = r"""
+command -v docker >/dev/null 2>&1 || fail 69 docker
+docker compose version >/dev/null 2>&1 || fail 69 'docker compose (Compose v2)'
+words=$(docker version --format '{{.Server.Version}}' 2>&1) || fail 70 "$words"
+words=$(docker compose -f "$file" config --quiet 2>&1) || fail 71 "$words"
+near "$target"; owner=$(stat -c %u:%g -- "$near"); made "$run"; rm -f -- "$run/code"
+run="$run" file="$file" nohup sh -c '
+  if command -v flock >/dev/null 2>&1; then exec 8>"$run/lock"; flock 8; fi
+  docker compose -f "$file" up -d "$@" > "$run/output" 2>&1 < /dev/null
+  echo $? > "$run/code.new"; mv -f "$run/code.new" "$run/code"
+' - OPTIONS > /dev/null 2>&1 < /dev/null 9>&- &
+docker compose -f "$file" config --services
+"""
+
+_LOOK_AT_BODY = r"""
+cat "$run/code" 2>/dev/null || echo -
+tail -n 15 "$run/output" 2>/dev/null | tr '\r' '\n' | tail -c 3000 | base64 | tr -d '\n'; echo
+docker compose -f "$file" ps --all --format json
+"""
+
+_LOGS_BODY = r"""
+docker compose -f "$file" logs --no-color --no-log-prefix --tail "$lines" -- "$name" 2>&1 | tail -n "$lines"
+"""
+
+
+class Container:
+    """A container as `docker compose ps` tells of it."""
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.name = as_text(entry.get("Name")) or "?"
+        self.service = as_text(entry.get("Service")) or self.name
+        self.state = (as_text(entry.get("State")) or "unknown").lower()
+        self.health = (as_text(entry.get("Health")) or "").lower()
+        self.exit_code = whole_number(entry.get("ExitCode")) or 0
+
+    @property
+    def word(self) -> str:
+        """Its state in a word or two."""
+        if self.state == "running":
+            return self.health or "running"
+        return f"{self.state} ({self.exit_code})" if self.state == "exited" else self.state
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it runs and is healthy if that is checked; or has done what it was there for."""
+        finished = self.state == "exited" and self.exit_code == 0
+        return finished or (self.state == "running" and self.health in ("", "healthy"))
+
+    @property
+    def has_failed(self) -> bool:
+        dead = self.state == "dead" or (self.state == "exited" and self.exit_code != 0)
+        return dead or (self.state == "running" and self.health == "unhealthy")
+
+    def told(self) -> dict[str, Any]:
+        """The same for --json."""
+        return {
+            "name": self.name,
+            "service": self.service,
+            "state": self.state,
+            "health": self.health or None,
+        }
+
+
+def parse_containers(text: str) -> list[Container]:
+    """The containers in the JSON of `docker compose ps`: a list, or since Compose 2.21 a line each."""
+    import json
+
+    entries: list[Any] = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line) if line.strip() else []
+        except ValueError:
+            continue
+        entries += value if isinstance(value, list) else [value]
+    return sorted((Container(as_dict(entry)) for entry in entries), key=lambda found: found.name)
+
+
+class ComposeLook:
+    """What one look at a service showed. code: of `up`, or None while it works; output: its last lines."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        import binascii
+
+        code, _, rest = outcome.stdout.decode("utf-8", "replace").partition("\n")
+        output, _, listing = rest.partition("\n")
+        self.code = int(code) if code.strip().isdigit() else None
+        try:
+            lines = binascii.a2b_base64(output).decode("utf-8", "replace").splitlines()
+        except binascii.Error:
+            lines = []
+        self.output = [line.strip() for line in lines if line.strip()]
+        self.containers = parse_containers(listing)
+
+    def of(self, names: Sequence[str]) -> list[Container]:
+        """The containers with one of these names or service names."""
+        return [found for found in self.containers if found.name in names or found.service in names]
+
+    @property
+    def words(self) -> str:
+        """Which container is in which state; before there are any, what `up` is doing."""
+        states = [f"{found.service} {found.word}" for found in self.containers]
+        if self.code is None and self.output and not states:
+            return self.output[-1]
+        return ", ".join(states)
+
+
+class ComposeRun:
+    """Starts Compose services on the VM, one after another, and waits until they are healthy."""
+
+    def __init__(self, way: SshWay | ApiWay, target: str, reporter: Reporter, seconds: float) -> None:
+        self.way = way
+        self.target = target
+        self.reporter = reporter
+        self.seconds = seconds
+
+    def _run(self, service: ComposeService, body: str, **values: object) -> Outcome:
+        parent, _, name = self.target.rpartition("/")
+        run = f"{parent}/{SYNC_STATE}/{name}/compose-{hashed(service.file)}"
+        head = (
+            assigned(target=self.target, file=service.file, run=run, **values) + _SHELL_HEAD + _COMPOSE_HEAD
+        )
+        return self.way.run(head + body)
+
+    def start(self, service: ComposeService, options: Sequence[str]) -> list[Container]:
+        """Bring one service up and wait for the containers that must be healthy; all of its containers."""
+        names = self._begin(service, options)
+        look = self._wait_for_up(service, names)
+        unknown = [name for name in service.required if not look.of([name])]
+        if unknown:
+            known = _listed(names)
+            raise SandboxError(
+                f"`required_healthy_containers` names {_listed(unknown)}; {service.file} has none such.",
+                hint=f"Its services are: {known}.",
+            )
+        return self._wait_until_healthy(service, names, look)
+
+    def _begin(self, service: ComposeService, options: Sequence[str]) -> list[str]:
+        """Check the file and start `docker compose up`; the names of the services in the file."""
+        outcome = self._run(service, _UP_BODY.replace("OPTIONS", shell_words(options)))
+        words = printable("; ".join(outcome.stderr.decode("utf-8", "replace").split("\n"))).strip("; ")[-800:]
+        known = {
+            69: (f"The VM has no {words}.", "Install it there, or start from an image that has it."),
+            70: (
+                f"Docker on the VM does not answer: {words}",
+                "Start its Docker service, then run this again.",
+            ),
+            71: (f"{service.file} is not a valid Compose file: {words}", "Correct it, then run this again."),
+            77: (f"{words} on the VM cannot be entered.", "Check its owner and mode."),
+        }
+        if outcome.code:
+            message, hint = known.get(outcome.code, (f"The VM could not start it: {words}", None))
+            raise SandboxError(message, hint=hint)
+        return outcome.stdout.decode("utf-8", "replace").split()
+
+    def _look(self, service: ComposeService, names: Sequence[str]) -> ComposeLook:
+        outcome = self._run(service, _LOOK_AT_BODY)
+        look = ComposeLook(outcome)
+        if outcome.code and look.code is not None:
+            words = printable(outcome.stderr.decode("utf-8", "replace").strip())[-400:]
+            raise SandboxError(f"The containers of {service.file} cannot be listed: {words}")
+        look.containers = look.of(names)
+        self.reporter.detail(look.words)
+        return look
+
+    def _wait_for_up(self, service: ComposeService, names: Sequence[str]) -> ComposeLook:
+        deadline = time.monotonic() + self.seconds
+        pauses = iter(COMPOSE_POLL_SECONDS)
+        while True:
+            look = self._look(service, names)
+            if look.code == 0:
+                return look
+            if look.code is not None:
+                failed = [found for found in look.containers if found.has_failed]
+                words = printable("; ".join(look.output[-5:]))[-800:]
+                raise self._failure(service, f"`docker compose up` failed: {words}", failed)
+            if time.monotonic() > deadline:
+                raise TimedOutError(
+                    f"`docker compose up` of {service.file} did not end within {self.seconds:g} s"
+                    f" ({look.words or 'no container yet'}).",
+                    hint="It goes on there; run this again with a larger --timeout.",
+                )
+            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
+
+    def _wait_until_healthy(
+        self, service: ComposeService, names: Sequence[str], look: ComposeLook
+    ) -> list[Container]:
+        deadline = time.monotonic() + service.seconds
+        pauses = iter(COMPOSE_POLL_SECONDS)
+        while True:
+            awaited = look.of(service.required) if service.required else look.containers
+            failed = [found for found in awaited if found.has_failed]
+            if failed:
+                states = _listed(f"{found.service} is {found.word}" for found in failed)
+                raise self._failure(service, f"{states}.", failed)
+            late = [found for found in awaited if not found.is_up]
+            if not late:
+                return look.containers
+            if time.monotonic() > deadline:
+                states = _listed(f"{found.service} is {found.word}" for found in late)
+                failure = self._failure(service, f"Not healthy within {service.seconds:g} s: {states}.", late)
+                raise TimedOutError(failure.message, hint=failure.hint)
+            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
+            look = self._look(service, names)
+
+    def _failure(self, service: ComposeService, words: str, failed: Sequence[Container]) -> SandboxError:
+        """The error, with the last log lines of the first container that is to blame."""
+        if failed:
+            name = failed[0].service
+            try:
+                outcome = self._run(service, _LOGS_BODY, name=name, lines=LOG_LINES)
+                lines = outcome.stdout.decode("utf-8", "replace").splitlines()
+            except SandboxError as error:
+                lines = [error.message]
+            tail = [f"  {name} | {printable(line)[:300]}" for line in lines if line.strip()]
+            words = "\n".join([words, *(tail or [f"  {name} | (it wrote nothing)"])])
+        return SandboxError(words, hint="Correct what is wrong there, then run this again.")
+
+
+class ServiceOptions:
+    """What `start-services` was asked to do; see `Sandbox.start_services`."""
+
+    def __init__(
+        self,
+        *,
+        via: str = "git",
+        build: bool = False,
+        force_recreate: bool = False,
+        gitignore: bool = True,
+        timeout: float = UP_SECONDS,
+    ) -> None:
+        if via not in ("git", "sync"):
+            raise UsageError(f"via is {via!r}; it must be git or sync.")
+        if not 1 <= timeout <= 86400:
+            raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
+        self.via = via
+        self.gitignore = gitignore
+        self.timeout = timeout
+        self.up = [
+            *(["--build"] if build else []),
+            *(["--force-recreate"] if force_recreate else []),
+        ]
+
+
+class ServiceStarter:
+    """One `start-services`: the code to Gitea and from there to the VM, then the services one by one."""
+
+    def __init__(self, sandbox: SandboxBase, config: Config, options: ServiceOptions) -> None:
+        self.sandbox = sandbox
+        self.config = config
+        self.options = options
+        self.reporter = sandbox.reporter
+        self.services = plan_services(config)
+        self.target = normal_target(default_target(sandbox.state))
+        self.steps = Steps(sandbox.reporter)
+
+    def run(self) -> dict[str, Any]:
+        """Do it; what was done, as `Sandbox.start_services` tells it."""
+        began = time.monotonic()
+        report: dict[str, Any] = {"via": self.options.via, "path": self.target}
+        if self.options.via == "git":
+            with SyncLock(self.sandbox.directory, self.reporter, GIT_SECONDS):
+                report.update(self._bring_by_git())
+        else:
+            report.update(self._bring_by_sync())
+        report["services"] = self._start_all()
+        report["steps"] = self.steps.done
+        report["seconds"] = round(time.monotonic() - began, 3)
+        return report
+
+    def _bring_by_sync(self) -> dict[str, Any]:
+        with self.steps("sync", "Syncing the code"):
+            syncer = Syncer(self.sandbox, os.path.dirname(self.config.path), None, SyncOptions())
+            try:
+                done = syncer.run()
+            finally:
+                syncer.forget()
+        return {"branch": None, "commit": None, "repository": None, "changed": done["sent"] + done["removed"]}
+
+    def _bring_by_git(self) -> dict[str, Any]:
+        sandbox, state = self.sandbox, self.sandbox.state
+        if not (state.get("ssh_config_path") and state.get("ssh_host")):
+            raise SandboxError(
+                "This sandbox has no SSH, and Gitea's credentials must not go to the VM in a command line.",
+                hint=f"Bring the code over without Gitea: {PROGRAM} start-services --via sync",
+            )
+        with self.steps("tree", "Looking at the code"):
+            tree = tree_to_push(self.config, gitignore=self.options.gitignore)
+            for path, why in sorted(tree.skipped.items()):
+                self.reporter.warn(f"{shown_name(path)} is left out: {why}.")
+        with self.steps("repository", "Finding the repository"):
+            repository = find_repository(sandbox.api, state["service"])
+        branch = f"workspace-{short_id(state['session_id'])}"
+        with self.steps("push", f"Pushing {counted(len(tree.entries), 'file')}", GIT_SECONDS):
+            make_home(sandbox.settings.home)
+            place = git_store_path(sandbox.settings.home, state["session_id"])
+            store = GitStore(place, repository, sandbox.settings, self.reporter)
+            commit, is_new = store.push(tree, branch)
+        with self.steps("clone", "Cloning on the VM", GIT_SECONDS):
+            changed = self._clone(branch, commit, repository)
+        return {
+            "branch": branch,
+            "commit": commit,
+            "pushed": is_new,
+            "repository": repository.clone_url,
+            "changed": changed,
+        }
+
+    def _clone(self, branch: str, commit: str, repository: GiteaRepository) -> int:
+        repair_ssh_config(self.sandbox.state, self.sandbox.settings, self.reporter)
+        way = SshWay(self.sandbox, GIT_SECONDS)
+        try:
+            way.ready()
+            outcome = way.run(clone_script(self.target, branch, commit, repository, SYNC_SECONDS))
+        finally:
+            way.close()
+        failure = clone_failure(outcome, self.target, repository)
+        if failure is not None:
+            raise failure
+        return int(outcome.stdout.split()[-1])
+
+    def _start_all(self) -> list[dict[str, Any]]:
+        way = self._way()
+        try:
+            compose = ComposeRun(way, self.target, self.reporter, self.options.timeout)
+            started = []
+            for service in self.services:
+                words = f"Starting {service.name} ({service.file})"
+                with self.steps(service.name, words, self.options.timeout):
+                    containers = compose.start(service, self.options.up)
+                started.append(
+                    {
+                        "name": service.name,
+                        "type": "docker-compose",
+                        "file": service.file,
+                        "containers": [found.told() for found in containers],
+                    }
+                )
+            return started
+        finally:
+            way.close()
+
+    def _way(self) -> SshWay | ApiWay:
+        """SSH if the sandbox has it and it answers, else the API."""
+        state = self.sandbox.state
+        if state.get("ssh_config_path") and state.get("ssh_host"):
+            repair_ssh_config(state, self.sandbox.settings, self.reporter)
+            try:
+                way = SshWay(self.sandbox, SYNC_SECONDS)
+                way.ready()
+            except SandboxError as error:
+                self.reporter.note(f"{error.message} Going on through the API.")
+            else:
+                return way
+        return ApiWay(self.sandbox, SYNC_SECONDS)
+
+
+def git_store_path(home: str, session_id: str) -> str:
+    """Where the bare repository of a sandbox is."""
+    return os.path.join(home, f"git_{short_id(session_id)}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# worker: what the Plato worker recorded: mutations, what they sum up to, the rules that would ignore them
+# ----------------------------------------------------------------------------------------------------------
+
+WORKER_SECONDS = 240.0
+WORKER_POLL_SECONDS = 2.0
+SHOWN_MUTATIONS = 50
+_ACTIONS = {"insert": "inserted", "update": "updated", "delete": "deleted", "truncate": "deleted"}
+_BEFORE_KEYS = ("before", "old_data", "old_values", "old_row", "old", "previous")
+_AFTER_KEYS = (
+    "after",
+    "new_data",
+    "new_values",
+    "new_row",
+    "new",
+    "row_data",
+    "data",
+    "values",
+    "row",
+    "record",
+)
+
+
+class WorkerNotUpError(SandboxError):
+    """The worker does not answer, so nobody knows what changed."""
+
+    exit_code = 9
+    code = "worker_not_up"
+
+
+class Mutation:
+    """A change of one row.
+
+    action: INSERT, UPDATE, DELETE or what else the worker calls it; before, after: the row, {} where it is
+    not known; raw: as Plato tells it.
+    """
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self.raw = raw
+        self.table = as_text(raw.get("table_name")) or as_text(raw.get("table")) or "?"
+        self.action = (as_text(raw.get("action")) or as_text(raw.get("operation")) or "?").upper()
+        self.before = _row(raw, _BEFORE_KEYS)
+        self.after = _row(raw, _AFTER_KEYS)
+        if self.action == "DELETE" and not self.before:
+            self.before, self.after = self.after, {}
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns whose values an UPDATE changed, if both rows are known."""
+        listed = self.raw.get("changed_columns") or self.raw.get("changed_fields")
+        if isinstance(listed, (list, dict)):
+            return [str(name) for name in listed]
+        if not self.before or not self.after:
+            return []
+        missing = object()
+        return [name for name, value in self.after.items() if self.before.get(name, missing) != value]
+
+    def told(self) -> str:
+        """The change in one line: `id=1  login_count: 3 -> 4`."""
+        row = self.after or self.before
+        if self.action != "UPDATE" or not self.before or not self.after:
+            return ", ".join(f"{name}={_value(value)}" for name, value in row.items())
+        changes = ", ".join(
+            f"{name}: {_value(self.before.get(name))} -> {_value(self.after.get(name))}"
+            for name in self.columns
+        )
+        key = f"id={_value(row['id'])}  " if "id" in row else ""
+        return key + (changes or "nothing changed")
+
+
+def _row(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return next((raw[name] for name in names if isinstance(raw.get(name), dict)), {})
+
+
+def _value(value: Any) -> str:
+    import json
+
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return printable(text if len(text) <= 60 else text[:57] + "...")
+
+
+def mutations_of(content: Mapping[str, Any]) -> list[Mutation]:
+    """The mutations in the `state` of a job: merged if Plato does that, else listener by listener."""
+    found = content.get("mutations")
+    if not isinstance(found, list):
+        listeners = [as_dict(part) for part in content.values()]
+        found = [entry for part in listeners for entry in as_list(part.get("mutations"))]
+    return [Mutation(as_dict(entry)) for entry in found]
+
+
+def worker_trouble(job: Mapping[str, Any]) -> str | None:
+    """Why the worker of a job cannot tell its state, in its own words; None when it can."""
+    content = job.get("state")
+    if not isinstance(content, dict):
+        return as_text(job.get("error")) or as_text(content) or "it gave no state"
+    for name in ("error", "errors"):
+        said = content.get(name)
+        if said:
+            return printable(said if isinstance(said, str) else _value(said)).rstrip(".")
+    if job.get("success") is False:
+        return as_text(job.get("error")) or "it could not read its state"
+    return None
+
+
+def summarize(mutations: Sequence[Mutation]) -> dict[str, Any]:
+    """How many rows changed: {"mutations": N, "tables": [{table, inserted, updated, deleted}]}."""
+    tables: dict[str, dict[str, Any]] = {}
+    for mutation in mutations:
+        counts = tables.setdefault(
+            mutation.table, {"table": mutation.table, "inserted": 0, "updated": 0, "deleted": 0}
+        )
+        kind = _ACTIONS.get(mutation.action.lower(), "other")
+        counts[kind] = counts.get(kind, 0) + 1
+    return {"mutations": len(mutations), "tables": [tables[name] for name in sorted(tables)]}
+
+
+def counts_text(counts: Mapping[str, Any]) -> str:
+    """`1 inserted, 2 updated`, of a table in a summary."""
+    kinds = [name for name in counts if name != "table" and counts[name]]
+    return ", ".join(f"{counts[name]} {name}" for name in kinds)
+
+
+def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
+    """The `audit_ignore_tables` entries that would ignore them: columns where only those changed."""
+    tables: dict[str, set[str] | None] = {}
+    for mutation in mutations:
+        columns = set(mutation.columns) if mutation.action == "UPDATE" else set()
+        known = tables.get(mutation.table, set())
+        tables[mutation.table] = known | columns if columns and known is not None else None
+    return [
+        name if columns is None else {"table": name, "columns": sorted(columns)}
+        for name, columns in sorted(tables.items())
+    ]
+
+
+# Emptying the audit tables where the API cannot: by the database's own client, in its container. The script
+# goes to the standard input of a shell on the VM, as it holds the database's password.
+
+_CLEAR_AUDIT_BODY = r"""
+if [ -z "$DOCKER_HOST" ] && [ -S /var/run/docker-user.sock ]; then
+  DOCKER_HOST=unix:///var/run/docker-user.sock; export DOCKER_HOST
+fi
+export PGPASSWORD="$password" MYSQL_PWD="$password"
+container=; inner=$port
+if command -v docker >/dev/null 2>&1; then
+  found=$(docker ps --format '{{.ID}} {{.Ports}}' 2>/dev/null | grep -- ":$port->" | head -n 1)
+  container=${found%% *}
+  inner=$(printf %s "$found" | sed -n "s|.*:$port->\([0-9]*\)/.*|\1|p")
+fi
+client() { if [ -n "$container" ]; then docker exec -i -e PGPASSWORD -e MYSQL_PWD "$container" "$@"
+  else "$@"; fi; }
+where=127.0.0.1; [ -n "$container" ] || where=$host
+case $kind in
+postgresql) printf '%s\n' "$statement" | client psql -X -q -v ON_ERROR_STOP=1 \
+  -h "$where" -p "$inner" -U "$user" -d "$database" ;;
+mysql)
+  program=mariadb; client sh -c 'command -v mariadb' >/dev/null 2>&1 || program=mysql
+  printf '%s\n' "$statement" | client "$program" -h "$where" -P "$inner" -u "$user" -- "$database" ;;
+esac
+"""
+
+
+class AuditTable:
+    """The audit table of a `db` listener, and how to reach it from the VM."""
+
+    def __init__(self, name: str, listener: Mapping[str, Any]) -> None:
+        self.name = name
+        self.kind = str(listener.get("db_type"))
+        self.host = as_text(listener.get("db_host")) or "127.0.0.1"
+        self.port = whole_number(listener.get("db_port")) or {"postgresql": 5432, "mysql": 3306}.get(
+            self.kind, 0
+        )
+        self.user = as_text(listener.get("db_user")) or {"mysql": "root"}.get(self.kind, "postgres")
+        self.password = as_text(listener.get("db_password")) or ""
+        self.database = str(listener.get("db_database"))
+        self.schema = as_text(listener.get("db_schema")) or as_text(listener.get("schema_name")) or "public"
+        self.table = as_text(listener.get("audit_table_name")) or "audit_log"
+
+    def script(self) -> str:
+        """Empties the table. To be read from standard input, never an argument."""
+        if self.kind not in ("postgresql", "mysql"):
+            raise SandboxError(
+                f"The audit table of {self.name!r} ({self.kind}) can only be emptied by the Plato worker."
+            )
+        values = assigned(
+            kind=self.kind,
+            host=self.host,
+            port=self.port,
+            user=self.user,
+            password=self.password,
+            database=self.database,
+            statement=self._statement(),
+        )
+        return values + _CLEAR_AUDIT_BODY
+
+    def _statement(self) -> str:
+        if self.kind == "mysql":
+            return "TRUNCATE TABLE `{}`;".format(self.table.replace("`", "``"))
+        schema, table = (name.replace('"', '""') for name in (self.schema, self.table))
+        return f'TRUNCATE TABLE "{schema}"."{table}";'
+
+
+def audit_tables(dataset: Mapping[str, Any]) -> list[AuditTable]:
+    """The audit tables of a dataset's `db` listeners."""
+    listeners = as_dict(dataset.get("listeners"))
+    return [AuditTable(str(name), part) for name, part in listeners.items() if part.get("type", "db") == "db"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sandbox: what can be done with a sandbox, as operations; the commands and importers are thin over this
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -5845,20 +7050,313 @@ class Sandbox(SandboxBase):
         Returns sent, removed, unchanged (numbers of files), bytes, archive_bytes, skipped, unreadable (lists
         of path and reason), seconds, via and remote_path; with dry_run the lists send and remove of paths.
         """
-        state = self.load()
-        if not state.get("session_id"):
-            raise unfinished_start(state)
-        self.settings.require_key()
+        self._load_for_use()
         syncer = Syncer(self, path, remote_path, SyncOptions(**options))
         self.revive_heartbeat()
         try:
             return syncer.run() if watch is None else syncer.watch(watch)
         except ApiError as error:
-            if error.status in (404, 410):
-                raise gone_error(None) from None
-            raise
+            raise self._gone_or(error) from None
         finally:
             syncer.forget()
+
+    def start_services(self, *, dataset: str | None = None, **options: Any) -> dict[str, Any]:
+        """Push the code to Gitea, clone it on the VM, and start the dataset's Docker Compose services there.
+
+        dataset: default the sandbox's. options: those of `ServiceOptions` (via "git" or "sync", build,
+        force_recreate, gitignore, timeout in seconds of one `docker compose up`).
+        Returns via, branch, commit, repository (its URL), path (on the VM), changed (number of files),
+        services (a list of name, type, file and containers), steps (of step and seconds) and seconds.
+        """
+        self._load_for_use()
+        starter = ServiceStarter(self, self._config(None, dataset), ServiceOptions(**options))
+        self.revive_heartbeat()
+        try:
+            return starter.run()
+        finally:
+            self.api.transport.close()
+
+    # The worker, and what it records
+
+    def start_worker(
+        self,
+        *,
+        service: str | None = None,
+        dataset: str | None = None,
+        config_path: str | None = None,
+        wait: float | None = None,
+    ) -> dict[str, Any]:
+        """Start the Plato worker with a dataset of a config, which goes to Plato as the user wrote it.
+
+        wait: seconds until it must be up, TimedOutError after that; without, this returns at once.
+        Returns status, correlation_id, service, dataset and ready (None if not waited for).
+        """
+        state = self._load_for_use()
+        config = self._config(config_path, dataset)
+        chosen = service or as_text(state.get("service")) or config.service
+        self.revive_heartbeat()
+        try:
+            self.reporter.step("Starting the worker", SETUP_SECONDS)
+            answer = self.api.start_worker(state["job_id"], chosen, config.dataset, config.for_setup())
+            self._record(plato_config_path=config.path, dataset=config.dataset)
+            if wait is not None:
+                self._wait_for_worker(wait)
+        except ApiError as error:
+            raise self._gone_or(error) from None
+        finally:
+            self.api.transport.close()
+        return {
+            "status": as_text(answer.get("status")) or "ok",
+            "correlation_id": as_text(answer.get("correlation_id")),
+            "service": chosen,
+            "dataset": config.dataset,
+            "ready": None if wait is None else True,
+        }
+
+    def _wait_for_worker(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self.reporter.step("Waiting for the worker", seconds)
+        while True:
+            began = time.monotonic()
+            trouble = self._worker_trouble()
+            if trouble is None:
+                return
+            self.reporter.detail(trouble)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimedOutError(
+                    f"The worker was not up after {seconds:g} s: {trouble}.",
+                    hint=f"It may still come up: {PROGRAM} state",
+                )
+            time.sleep(max(0.0, min(left, WORKER_POLL_SECONDS - (time.monotonic() - began))))
+
+    def _worker_trouble(self) -> str | None:
+        try:
+            answer = self.api.state(self.state["session_id"], window=0.0)
+        except ApiError as error:
+            if isinstance(error, NetworkError) or error.status in (*RETRY_STATUSES, 408):
+                return error.message.rstrip(".")
+            raise
+        return worker_trouble(job_of(answer, self.state.get("job_id")))
+
+    def read_state(self) -> dict[str, Any]:
+        """What the worker recorded since the last reset, the ignore rules applied.
+
+        Returns SessionStateResponse with `summary` (see `summarize`) beside it; WorkerNotUpError while
+        nobody can tell.
+        """
+        state = self._load_for_use()
+        self.revive_heartbeat()
+        try:
+            answer = self.api.state(state["session_id"])
+        except ApiError as error:
+            raise self._gone_or(error) from None
+        finally:
+            self.api.transport.close()
+        job = job_of(answer, state.get("job_id"))
+        trouble = worker_trouble(job)
+        if trouble is not None:
+            raise WorkerNotUpError(
+                f"The Plato worker is not up, so nobody knows what changed: {trouble}.",
+                hint=f"Start it: {PROGRAM} start-worker --wait",
+            )
+        return {**answer, "summary": summarize(mutations_of(job["state"]))}
+
+    def mutations(self, report: Mapping[str, Any]) -> list[Mutation]:
+        """The mutations in what `read_state` returned."""
+        return mutations_of(as_dict(job_of(report, self.state.get("job_id")).get("state")))
+
+    def reset(self) -> dict[str, Any]:
+        """Put the environment back to its initial state. Returns ResetSessionResponse."""
+        state = self._load_for_use()
+        self.revive_heartbeat()
+        self.reporter.step("Resetting the environment", RESET_SECONDS)
+        try:
+            answer = self.api.reset(state["session_id"])
+        except ApiError as error:
+            raise self._gone_or(error) from None
+        finally:
+            self.api.transport.close()
+        check_reset(answer, state.get("job_id"))
+        return answer
+
+    def clear_audit(self) -> dict[str, Any]:
+        """Empty the audit tables: by the API, or where it knows of no simulator, in the databases themselves.
+
+        Returns via ("api" or "database") and listeners (the names, if it was done in the databases).
+        """
+        state = self._load_for_use()
+        self.revive_heartbeat()
+        self.reporter.step("Emptying the audit tables", RESET_SECONDS)
+        try:
+            answer = self.api.cleanup(state["session_id"])
+        except ApiError as error:
+            if error.status != 404:
+                raise self._gone_or(error) from None
+            self._check_alive()
+            return {"via": "database", "listeners": self._clear_databases()}
+        finally:
+            self.api.transport.close()
+        if answer.get("success") is False:
+            said = as_text(answer.get("error")) or "no reason was given"
+            raise SandboxError(f"The audit tables could not be emptied: {printable(said).rstrip('.')}.")
+        return {"via": "api", "listeners": []}
+
+    def _check_alive(self) -> None:
+        """Raise NoSandboxError when the session is gone."""
+        try:
+            self.api.session_details(self.state["session_id"])
+        except ApiError as error:
+            raise self._gone_or(error) from None
+
+    def _clear_databases(self) -> list[str]:
+        tables = audit_tables(self._config(None, None).content)
+        if not tables:
+            raise SandboxError("The dataset has no `db` listener, so there is no audit table to empty.")
+        if not (self.state.get("ssh_config_path") and self.state.get("ssh_host")):
+            raise SandboxError(
+                "Plato knows of no simulator in this session, and there is no SSH to reach its databases by.",
+                hint=f"Start the worker, then try again: {PROGRAM} start-worker --wait",
+            )
+        scripts = [(table, table.script()) for table in tables]
+        repair_ssh_config(self.state, self.settings, self.reporter)
+        way = SshWay(self, RESET_SECONDS)
+        try:
+            way.ready()
+            for table, script in scripts:
+                outcome = way.run(script)
+                if outcome.code:
+                    words = printable(outcome.stderr.decode("utf-8", "replace").strip())[-400:].rstrip(".")
+                    raise SandboxError(f"The audit table of {table.name!r} could not be emptied: {words}.")
+        finally:
+            way.close()
+        return [table.name for table in tables]
+
+    # Artifacts
+
+    def snapshot(
+        self, *, description: str | None = None, config: bool | None = None, wait: float | None = None
+    ) -> dict[str, Any]:
+        """Make an artifact of the VM as it is now, and record its id.
+
+        config: whether the config, its flows and its ports go with it (None: those of a config sandbox do).
+        wait: seconds until the artifact must be ready; without, its upload goes on in the background.
+        Returns artifact_id and status ("creating" or "ready").
+        """
+        state = self._load_for_use()
+        checkpoint: dict[str, Any] = {"description": description} if description else {}
+        if state.get("mode") == "config" if config is None else config:
+            checkpoint.update(self._config_for_snapshot())
+        self.revive_heartbeat()
+        self.reporter.step("Creating the snapshot", SNAPSHOT_SECONDS)
+        try:
+            artifact_id = self._take_snapshot(state, checkpoint)
+            self._record(artifact_id=artifact_id)
+            status = "creating" if wait is None else self._wait_for_artifact(artifact_id, wait)
+        finally:
+            self.api.transport.close()
+        return {"artifact_id": artifact_id, "status": status}
+
+    def _config_for_snapshot(self) -> dict[str, Any]:
+        config = self._config(None, None)
+        fields: dict[str, Any] = {
+            "plato_config": read_config(config.path),
+            "internal_app_port": whole_number(config.compute.get("app_port")),
+            "messaging_port": whole_number(config.compute.get("plato_messaging_port")),
+            "target": f"{config.service}.web.plato.so",
+        }
+        flows = as_text(as_dict(config.content.get("metadata")).get("flows_path"))
+        if flows:
+            fields["flows"] = read_config(os.path.join(os.path.dirname(config.path), flows))
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _take_snapshot(self, state: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
+        try:
+            answer = self.api.snapshot(state["session_id"], checkpoint)
+        except ApiError as error:
+            lost = isinstance(error, NetworkError) and error.sent
+            if lost or error.status is None or error.status in (408, 502, 504):
+                raise UnknownOutcomeError(
+                    f"Plato may have made an artifact, but its answer was lost: {error.message}",
+                    hint="The sandbox runs on; take another snapshot if you need one.",
+                ) from None
+            raise self._gone_or(error) from None
+        job = job_of(answer, state.get("job_id"))
+        artifact_id = as_text(job.get("artifact_id"))
+        if artifact_id is None or job.get("success") is False:
+            said = as_text(job.get("error")) or "no reason was given"
+            raise SandboxError(
+                f"The snapshot could not be created: {printable(said).rstrip('.')}.",
+                hint="The sandbox runs on; try again.",
+            )
+        return artifact_id
+
+    def _wait_for_artifact(self, artifact_id: str, seconds: float) -> str:
+        deadline = time.monotonic() + seconds
+        self.reporter.step("Waiting for the artifact to be ready", seconds)
+        while True:
+            status = self._artifact_status(artifact_id)
+            if status == "ready":
+                return status
+            if status == "failed":
+                raise SandboxError(
+                    f"The artifact {artifact_id} failed: Plato could not store the VM.",
+                    hint="The sandbox runs on; take another snapshot.",
+                )
+            self.reporter.detail(status)
+            if time.monotonic() > deadline:
+                raise TimedOutError(
+                    f"The artifact {artifact_id} was not ready after {seconds:g} s.",
+                    hint="It may still become ready; it is recorded in .sandbox.yaml.",
+                )
+            time.sleep(ARTIFACT_POLL_SECONDS)
+
+    def _artifact_status(self, artifact_id: str) -> str:
+        try:
+            answer = self.api.artifact(artifact_id)
+        except ApiError as error:
+            if isinstance(error, NetworkError) or error.status in (*RETRY_STATUSES, 404):
+                self.reporter.trace(error.message)
+                return "creating"
+            raise
+        return (as_text(answer.get("status")) or "ready").lower()
+
+    # What they share
+
+    def _load_for_use(self) -> dict[str, Any]:
+        """The state of a sandbox that is to be used now, with a key to use it."""
+        state = self.load()
+        if not state.get("session_id"):
+            raise unfinished_start(state)
+        self.settings.require_key()
+        return state
+
+    def _config(self, path: str | None, dataset: str | None) -> Config:
+        """The config at a path, or the one that the sandbox was started from, or that of its directory."""
+        recorded = as_text(self.state.get("plato_config_path"))
+        if path is not None:
+            found = os.path.abspath(path)
+        else:
+            found = recorded if recorded and os.path.isfile(recorded) else find_config(self.directory)
+        config = load_config(found, dataset or as_text(self.state.get("dataset")))
+        for warning in config.warnings:
+            self.reporter.warn(warning)
+        return config
+
+    def _record(self, **changes: Any) -> None:
+        """Write something learned into .sandbox.yaml, unless a `start` or `stop` is at work here."""
+        try:
+            with DirectoryLock(self.directory):
+                session_id = self.state["session_id"]
+                if self.load().get("session_id") == session_id:
+                    self.save(**changes)
+        except (ConflictError, NoSandboxError) as error:
+            self.reporter.warn(f"{STATE_FILE} was not updated: {error.message}")
+
+    @staticmethod
+    def _gone_or(error: ApiError) -> SandboxError:
+        """What an error of a session's endpoint means: 404 and 410 say that it is gone."""
+        return gone_error(None) if error.status in (404, 410) else error
 
     def revive_heartbeat(self) -> None:
         """See to it that the heartbeat runs; left to a `start` or `stop` that is at work here."""
@@ -5943,6 +7441,7 @@ class Sandbox(SandboxBase):
         if not stop_heartbeat(self.settings, state):
             self.reporter.warn("The heartbeat could not be ended; it ends by itself within two beats.")
         SshFiles(self.settings.home, session_id).remove()
+        remove_tree(git_store_path(self.settings.home, session_id))
         self._remove_foreign_ssh_files(state)
         _unlink_quietly(heartbeat_path(self.settings.home, session_id))
         if self.state.get("session_id") == session_id:
@@ -5958,6 +7457,13 @@ class Sandbox(SandboxBase):
                 r"ssh_[A-Za-z0-9-]+(\.conf|_key|_key\.pub)", name
             ):
                 _unlink_quietly(path)
+
+
+def check_reset(answer: Mapping[str, Any], job_id: str | None, hint: str | None = None) -> None:
+    """Raise when a reset was answered with `success: false`."""
+    if answer.get("success") is False:
+        said = as_text(job_of(answer, job_id).get("message")) or "no reason was given"
+        raise SandboxError(f"The environment could not be reset: {printable(said).rstrip('.')}.", hint=hint)
 
 
 def gone_error(why: str | None) -> NoSandboxError:
@@ -6127,7 +7633,9 @@ class Starter:
         address = Aside(lambda: self._public_url(session_id, job_id))
         if self.plan.reset:
             self.reporter.step("Resetting the environment", RESET_SECONDS)
-            self._check_reset(self.api.reset(session_id))
+            check_reset(
+                self.api.reset(session_id), job_id, hint="--no-reset starts without the initial reset."
+            )
         self.reporter.step("Setting up SSH", SETUP_SECONDS)
         ssh = self._set_up_ssh(self.keys, session_id, job_id)
         public_url = address.result()
@@ -6185,16 +7693,6 @@ class Starter:
         if answer.get("ready") is not True:
             self.reporter.detail(word or "pending")
         return answer.get("ready") is True
-
-    def _check_reset(self, answer: Mapping[str, Any]) -> None:
-        if answer.get("success") is False:
-            said = (
-                as_text(job_of(answer, self.sandbox.state["job_id"]).get("message")) or "no reason was given"
-            )
-            raise SandboxError(
-                f"The environment could not be reset: {printable(said).rstrip('.')}.",
-                hint="--no-reset starts without the initial reset.",
-            )
 
     def _public_url(self, session_id: str, job_id: str) -> str | None:
         api = self.api.another()
@@ -6384,7 +7882,7 @@ class Output(Reporter):
     def told(self, text: str) -> str:
         """Commands in a text as this user types them: the same program, the same directory."""
         return re.sub(
-            rf"\b{PROGRAM} (start|stop|status|sync|--help)\b",
+            rf"\b{PROGRAM} ({'|'.join(sorted(COMMANDS, reverse=True))}|--help)\b",
             lambda found: printable(f"{self.program} {found[1]}{self.place}"),
             text,
         )
@@ -6686,7 +8184,7 @@ def show_sync(report: Mapping[str, Any], output: Output) -> None:
 
 
 def sync_words(report: Mapping[str, Any]) -> str:
-    files = counted_files(report["sent"])
+    files = counted(report["sent"], "file")
     return f"{files} sent, {report['removed']} removed, {report['unchanged']} unchanged"
 
 
@@ -6700,6 +8198,132 @@ def confirm_removals(output: Output, paths: Sequence[str]) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def command_start_services(options: argparse.Namespace, output: Output) -> int:
+    sandbox = Sandbox(options.working_dir, reporter=output)
+    report = sandbox.start_services(
+        dataset=options.dataset,
+        via=options.via,
+        build=options.build,
+        force_recreate=options.force_recreate,
+        gitignore=not options.no_gitignore,
+        timeout=options.timeout,
+    )
+    if output.json:
+        output.document(report)
+        return 0
+    output.line("Services started successfully!")
+    if report["branch"]:
+        output.field("Branch", report["branch"])
+        output.field("Commit", report["commit"][:12], suffix="" if report["pushed"] else " (unchanged)")
+    output.field("VM Path", report["path"])
+    for service in report["services"]:
+        states = [
+            f"{found['service']} {found['health'] or found['state']}" for found in service["containers"]
+        ]
+        output.field(service["name"], ", ".join(states) or "no containers", "good")
+    steps = ", ".join(f"{step['step']} {duration_text(step['seconds'])}" for step in report["steps"])
+    output.field("Took", duration_text(report["seconds"]), suffix=f" ({steps})")
+    return 0
+
+
+def command_start_worker(options: argparse.Namespace, output: Output) -> int:
+    sandbox = Sandbox(options.working_dir, reporter=output)
+    done = sandbox.start_worker(
+        service=options.service,
+        dataset=options.dataset,
+        config_path=options.config_path,
+        wait=options.wait_timeout if options.wait else None,
+    )
+    if output.json:
+        output.document(done)
+        return 0
+    output.line("Worker started successfully!" if done["ready"] else "The worker is starting.")
+    output.field("Service", done["service"])
+    output.field("Dataset", done["dataset"])
+    output.field("Status", done["status"])
+    if not done["ready"]:
+        output.line(output.told(f"\nIt takes minutes to come up; see whether it has: {PROGRAM} state"))
+    return 0
+
+
+def command_state(options: argparse.Namespace, output: Output) -> int:
+    sandbox = Sandbox(options.working_dir, reporter=output)
+    report = sandbox.read_state()
+    found = sandbox.mutations(report)
+    error = mutations_found(found) if options.verify_no_mutations and found else None
+    if output.json:
+        told = {"error": output.error_document(error, error.code)} if error else {}
+        output.document({**report, **told})
+    else:
+        show_state(report["summary"], found, output)
+        if error:
+            output.error(error, error.code)
+    return error.exit_code if error else 0
+
+
+def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
+    """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
+    summary = summarize(mutations)
+    tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in summary["tables"])
+    return CheckFailedError(
+        f"There are {counted(len(mutations), 'mutation')}: {tables}.",
+        hint="If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n"
+        + yaml_dump({"audit_ignore_tables": ignore_rules(mutations)}).rstrip(),
+    )
+
+
+def show_state(summary: Mapping[str, Any], mutations: Sequence[Mutation], output: Output) -> None:
+    """What changed: each table's counts, then the changes themselves."""
+    output.line("Environment State")
+    if not mutations:
+        output.line("  No mutations since the last reset.")
+        return
+    for counts in summary["tables"]:
+        output.field(counts["table"], counts_text(counts))
+    output.line()
+    width = max(len(mutation.table) for mutation in mutations[:SHOWN_MUTATIONS])
+    for mutation in mutations[:SHOWN_MUTATIONS]:
+        output.line(f"  {mutation.action:<7} {mutation.table:<{width}}  {mutation.told()}".rstrip())
+    if len(mutations) > SHOWN_MUTATIONS:
+        output.line(f"  ... and {len(mutations) - SHOWN_MUTATIONS} more; --json has all of them")
+
+
+def command_reset(options: argparse.Namespace, output: Output) -> int:
+    answer = Sandbox(options.working_dir, reporter=output).reset()
+    if output.json:
+        output.document(answer)
+        return 0
+    output.line("Environment reset successfully.")
+    return 0
+
+
+def command_clear_audit(options: argparse.Namespace, output: Output) -> int:
+    done = Sandbox(options.working_dir, reporter=output).clear_audit()
+    if output.json:
+        output.document({"cleared": True, **done})
+        return 0
+    where = f" (in the databases of {', '.join(done['listeners'])})" if done["listeners"] else ""
+    output.line(f"Audit tables emptied successfully{where}.")
+    return 0
+
+
+def command_snapshot(options: argparse.Namespace, output: Output) -> int:
+    config = True if options.include_config else False if options.no_config else None
+    done = Sandbox(options.working_dir, reporter=output).snapshot(
+        description=options.description,
+        config=config,
+        wait=options.wait_timeout if options.wait else None,
+    )
+    if output.json:
+        output.document(done)
+        return 0
+    output.line("Snapshot created successfully!")
+    output.field("Artifact ID", done["artifact_id"])
+    if done["status"] != "ready":
+        output.note("Its upload goes on in the background; --wait waits for it.")
+    return 0
+
+
 # ----------------------------------------------------------------------------------------------------------
 # parser: the command line; one small function per command sets its options and its handler
 # ----------------------------------------------------------------------------------------------------------
@@ -6709,6 +8333,12 @@ COMMANDS_HELP = {
     "stop": "Stop and destroy the sandbox",
     "status": "Show current sandbox status",
     "sync": "Sync local code to the sandbox",
+    "start-services": "Push code and start Docker Compose services",
+    "start-worker": "Start or configure the Plato worker",
+    "state": "Show what changed in the environment's databases",
+    "reset": "Put the environment back to its initial state",
+    "snapshot": "Create a snapshot (artifact) of the current state",
+    "clear-audit": "Empty the audit tables that `state` reads",
 }
 
 EXAMPLES = f"""\
@@ -6716,10 +8346,13 @@ examples:
   {PROGRAM} start --from-config       a VM for the plato-config.yml in this directory
   {PROGRAM} status --json             everything about it, for programs
   {PROGRAM} sync                      bring the VM's files up to date with this directory
+  {PROGRAM} start-services            push the code, clone it on the VM, start Docker Compose
+  {PROGRAM} state --verify-no-mutations
 
 exit codes:
   0 done  1 failed  2 usage  3 no sandbox, or it is gone  4 authentication  5 conflict
-  6 API or network  7 timed out, or outcome unknown  8 a check said no  130/143 interrupted
+  6 API or network  7 timed out, or outcome unknown  8 a check said no  9 the worker is not up
+  130/143 interrupted
 """
 
 START_EXAMPLES = f"""\
@@ -6741,6 +8374,17 @@ examples:
   {PROGRAM} sync                      this directory
   {PROGRAM} sync ./src --dry-run      what would be done for another one
   {PROGRAM} sync --watch              keep the VM up to date while you edit
+"""
+
+
+SERVICES_EPILOG = f"""\
+The code is what `sync` would bring, without what .gitignore files hide unless plato-config.yml names it.
+It is pushed to a workspace branch in Gitea and cloned on the VM; what services wrote beside it there stays.
+
+examples:
+  {PROGRAM} start-services                   with the sandbox's dataset
+  {PROGRAM} start-services --build           after a change to an image
+  {PROGRAM} start-services --via sync        for an API key without access to a repository
 """
 
 
@@ -6766,6 +8410,12 @@ def build_parser() -> argparse.ArgumentParser:
         "stop": (None, describe_stop),
         "status": (None, describe_status),
         "sync": (SYNC_EPILOG, describe_sync),
+        "start-services": (SERVICES_EPILOG, describe_start_services),
+        "start-worker": (None, describe_start_worker),
+        "state": (None, describe_state),
+        "reset": (None, describe_reset),
+        "snapshot": (None, describe_snapshot),
+        "clear-audit": (None, describe_clear_audit),
     }.items():
         words = COMMANDS_HELP[name]
         command = commands.add_parser(
@@ -6853,6 +8503,81 @@ def describe_sync(parser: argparse.ArgumentParser) -> None:
         help=f"the longest wait for one step on the VM (default: {SYNC_SECONDS:g})",
     )
     parser.set_defaults(handler=command_sync)
+
+
+def describe_start_services(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-d", "--dataset", metavar="NAME", help="dataset of the config (default: the sandbox's)")
+    add(
+        "--via",
+        choices=("git", "sync"),
+        default="git",
+        help="how the code gets to the VM: through Gitea, or as `sync` does it (default: git)",
+    )
+    add("--no-gitignore", action="store_true", help="push also what .gitignore files hide")
+    add("--build", action="store_true", help="build images before starting containers")
+    add("--force-recreate", action="store_true", help="recreate containers even if nothing changed")
+    add(
+        "-t",
+        "--timeout",
+        type=float,
+        default=UP_SECONDS,
+        metavar="SECONDS",
+        help=f"the longest wait for one `docker compose up` (default: {UP_SECONDS:g})",
+    )
+    parser.set_defaults(handler=command_start_services)
+
+
+def describe_start_worker(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-s", "--service", metavar="NAME", help="service name (default: the sandbox's)")
+    add(
+        "-d", "--dataset", metavar="NAME", help=f"dataset name (default: the sandbox's, or {DEFAULT_DATASET})"
+    )
+    add("--config-path", metavar="FILE", help="path to plato-config.yml")
+    add("--wait", action="store_true", help="wait until the worker is up")
+    add_wait_timeout(parser, WORKER_SECONDS)
+    parser.set_defaults(handler=command_start_worker)
+
+
+def add_wait_timeout(parser: argparse.ArgumentParser, seconds: float) -> None:
+    parser.add_argument(
+        "--wait-timeout",
+        type=float,
+        default=seconds,
+        metavar="SECONDS",
+        help=f"the longest wait of --wait (default: {seconds:g})",
+    )
+
+
+def describe_state(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-v", "--verify-no-mutations", action="store_true", help="exit 8 if there are any mutations"
+    )
+    parser.set_defaults(handler=command_state)
+
+
+def describe_reset(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=command_reset)
+
+
+def describe_snapshot(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--description", metavar="TEXT", help="a note that stays with the artifact")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--include-config",
+        action="store_true",
+        help="send plato-config.yml, its flows and ports along (as config sandboxes do)",
+    )
+    which.add_argument("--no-config", action="store_true", help="do not send them")
+    add("--wait", action="store_true", help="wait until the artifact is ready")
+    add_wait_timeout(parser, ARTIFACT_SECONDS)
+    parser.set_defaults(handler=command_snapshot)
+
+
+def describe_clear_audit(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=command_clear_audit)
 
 
 def check_command_word(arguments: Sequence[str]) -> None:
@@ -6956,7 +8681,7 @@ def flush_result() -> None:
 
 def asks_for_json(arguments: Sequence[str]) -> bool:
     """Whether --json is given, also as in `-cj`; asked before parsing, for the errors that parsing finds."""
-    return any(word == "--json" or re.match("-[bcqnyf]*j", word) for word in arguments)
+    return any(word == "--json" or re.match("-[bcqnyfv]*j", word) for word in arguments)
 
 
 def invocation(program: str, environment: Mapping[str, str]) -> str:
