@@ -190,6 +190,7 @@ def command_status(home: Home, arguments: argparse.Namespace) -> int:
         f"Local Plato is running at {information['base_url']} (PID: {information['pid']})",
         f"  Data directory:  {home.directory}",
         f"  Gateway:         {gateway_host}:{information['gateway_port']}",
+        f"  Docker in VMs:   {'off: ' + information['docker'] if information['docker'] else 'on'}",
         f"  Living VMs:      {len(status['alive'])}",
     ]
     lines += [
@@ -253,12 +254,14 @@ SETTINGS = {
     "not_ready_status": "status of wait_for_ready when it is not ready in time",
     "hub_scheme": "how Gitea's repositories are reached",
     "isolation": "namespaces for VMs, or only the mapping of paths in commands",
+    "docker": "a Docker engine for each VM where this host allows it, none, or not even the docker command",
 }
 PASSING = ("run", "exec")
 CHOICES: dict[str, list[Any]] = {
     "not_ready_status": [200, 408],
     "hub_scheme": ["http", "https"],
     "isolation": ["auto", "namespaces", "paths"],
+    "docker": ["auto", "off", "absent"],
 }
 
 

@@ -43,6 +43,7 @@ class Settings:
     not_ready_status: int = 200
     isolation: str = "auto"
     hub_scheme: str = "http"
+    docker: str = "auto"
 
 
 @dataclass

@@ -10,7 +10,10 @@ each with an "id" that comes back in the answer:
     run         argv, env, cwd, uid, gid, and three descriptors: answers "pid", and "exit" when it has ended
     signal      pid, signal: to the process group of a command started by `run`
     socket      family: answers a new TCP socket of the VM's network, not yet connected
+    listen      path, gid, mode: answers a Unix socket of root and that group that listens at the path
     processes   answers every process of the VM but this one
+    freeze      stops every process of the VM but this one; what `run` starts from now on is born stopped
+    thaw        lets go on what `freeze` has stopped
 
 Where the host allows no namespaces it runs without them: it is then no PID 1, but still the parent of every
 process of the VM, whose orphans come to it, and ends them before it ends itself.
@@ -31,8 +34,10 @@ import resource
 import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, Callable
@@ -40,6 +45,8 @@ from typing import Any, Callable
 HEADER = struct.Struct("!I")
 MAXIMUM_DESCRIPTORS = 8
 OPEN_FILES = 1024
+BACKLOG = 128
+FREEZE_SECONDS = 5.0
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 8, 32, 4096, 16384
 MS_NOATIME, MS_NODIRATIME, MS_RELATIME = 1024, 2048, 1 << 21
@@ -60,6 +67,8 @@ STATVFS_FLAGS = {
     os.ST_RELATIME: MS_RELATIME,
 }
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+PROGRAM_DIRECTORIES = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+STOPPED, DEAD = "Tt", "ZX"
 READ_ONLY_PROC = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 # Nothing in a VM may load modules, touch raw devices or mounts, reboot, set the clock or make device nodes.
 CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SYS_BOOT, CAP_SYS_TIME, CAP_MKNOD = 16, 17, 21, 22, 25, 27
@@ -161,6 +170,33 @@ def protect_host() -> None:
                 raise
 
 
+def hide_programs(names: Sequence[str], directory: str) -> None:
+    """Take programs of the host away: an overlay without them lies over each directory that has any."""
+    whiteouts = os.path.join(directory, "hidden")
+    for place in dict.fromkeys(os.path.realpath(path) for path in PROGRAM_DIRECTORIES):
+        found = [name for name in names if os.path.lexists(os.path.join(place, name))]
+        if not found:
+            continue
+        layer = os.path.join(whiteouts, place.strip("/").replace("/", "-"))
+        os.makedirs(layer)
+        for name in found:
+            os.mknod(os.path.join(layer, name), stat.S_IFCHR, 0)
+        mount("overlay", place, "overlay", 0, f"lowerdir={layer}:{place}")
+
+
+def open_host_files(shown: dict[str, str]) -> dict[str, int]:
+    """Files of the host that are to be seen, opened before the VM's own files hide them."""
+    return {target: os.open(source, os.O_PATH) for target, source in shown.items()}
+
+
+def show_host_files(opened: dict[str, int]) -> None:
+    """Mount them, read-only as all of the host."""
+    for target, descriptor in opened.items():
+        mount(f"/proc/self/fd/{descriptor}", target, "none", MS_BIND)
+        mount("none", target, "none", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+        os.close(descriptor)
+
+
 def bind_own_files(directory: str, binds: dict[str, str]) -> None:
     """Mount what lies in the VM's directory over the host's files: {path in the VM: name in the directory}.
 
@@ -244,8 +280,11 @@ def set_up(settings: dict[str, Any]) -> None:
         return
     socket.sethostname(settings["hostname"])
     bring_loopback_up()
+    hide_programs(settings["hidden"], settings["directory"])
     protect_host()
+    shown = open_host_files(settings["shown"])
     bind_own_files(settings["directory"], settings["binds"])
+    show_host_files(shown)
     mount_devices()
     mount_proc()
     os.chdir("/")
@@ -285,6 +324,8 @@ def run_child(request: dict[str, Any], descriptors: Sequence[int]) -> None:
 def list_processes() -> list[dict[str, Any]]:
     """Every process of the VM but this one: pid, parent, state letter and command line."""
     everything = list_all_processes()
+    if os.getpid() == 1:
+        return [process for process in everything if process["pid"] != 1]
     family = {os.getpid()}
     while True:
         grown = family | {process["pid"] for process in everything if process["parent"] in family}
@@ -310,6 +351,34 @@ def list_all_processes() -> list[dict[str, Any]]:
     return processes
 
 
+def stop_processes() -> set[int]:
+    """Stop every process of the VM but this one; those that were stopped before."""
+    before = {process["pid"] for process in list_processes() if process["state"] in STOPPED}
+    deadline = time.monotonic() + FREEZE_SECONDS
+    while True:
+        moving = [process["pid"] for process in list_processes() if process["state"] not in STOPPED + DEAD]
+        # One that waits for a disk stops when it gets on, before it does anything else.
+        if not moving or time.monotonic() > deadline:
+            return before
+        for pid in moving:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.001)
+
+
+def continue_processes(without: set[int]) -> None:
+    """Let stopped processes go on, children before parents: a shell is not to see that they were stopped."""
+    processes = list_processes()
+    parents = {process["pid"]: process["parent"] for process in processes}
+
+    def depth(pid: int) -> int:
+        return 1 + depth(parents[pid]) if pid in parents else 0
+
+    for pid in sorted(set(parents) - without, key=depth, reverse=True):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 def end_descendants() -> None:
     """Kill and reap until this process has no descendants."""
     while True:
@@ -328,6 +397,7 @@ class Init:
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.commands: dict[int, int] = {}  # pid -> id of the `run` request
+        self.stopped_before: set[int] | None = None  # while frozen: what was stopped already
         self.wakeup, wakeup_writer = socket.socketpair()
         self.wakeup.setblocking(False)
         wakeup_writer.setblocking(False)
@@ -356,7 +426,10 @@ class Init:
             "run": self.run,
             "signal": self.signal,
             "socket": self.socket,
+            "listen": self.listen,
             "processes": self.processes,
+            "freeze": self.freeze,
+            "thaw": self.thaw,
         }
         try:
             operations[request["op"]](request, descriptors)
@@ -370,6 +443,8 @@ class Init:
         pid = os.fork()
         if pid == 0:
             try:
+                if self.stopped_before is not None:
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 run_child(request, descriptors)
             finally:
                 os._exit(126)
@@ -387,8 +462,26 @@ class Init:
         with socket.socket(request["family"], socket.SOCK_STREAM) as fresh:
             send_message(self.channel, {"id": request["id"]}, [fresh.fileno()])
 
+    def listen(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(request["path"])
+            os.chown(request["path"], 0, request["gid"])
+            os.chmod(request["path"], request["mode"])
+            listener.listen(BACKLOG)
+            send_message(self.channel, {"id": request["id"]}, [listener.fileno()])
+
     def processes(self, request: dict[str, Any], descriptors: list[int]) -> None:
         send_message(self.channel, {"id": request["id"], "processes": list_processes()})
+
+    def freeze(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        self.stopped_before = stop_processes()
+        send_message(self.channel, {"id": request["id"]})
+
+    def thaw(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        if self.stopped_before is not None:
+            continue_processes(self.stopped_before)
+        self.stopped_before = None
+        send_message(self.channel, {"id": request["id"]})
 
     def reap(self) -> None:
         """Collect the dead: report the commands, forget the orphans."""

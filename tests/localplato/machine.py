@@ -16,11 +16,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Callable
 
 from . import accounts, paths
+from .engine import Engine
 from .init import receive_message, send_message
 
 BOOT_LIMIT_SECONDS = 20.0
@@ -165,7 +167,11 @@ Reply = tuple[dict[str, Any], list[int]]
 
 
 class Machine:
-    """A VM. Every method may be called from any thread."""
+    """A VM. Every method may be called from any thread.
+
+    Set before the start: `shown`, files of the host to be seen in the VM, read-only, by their paths there, where
+    the VM's own files have a place for them; and `hidden`, programs of the host that the VM is not to have.
+    """
 
     def __init__(
         self, name: str, directory: Path, hostname: str, isolated: bool, on_death: Callable[[Machine], None]
@@ -177,6 +183,8 @@ class Machine:
         self.isolated = isolated
         self.one_uid = os.geteuid() != 0
         self.console_path = directory / "console.log"
+        self.shown: dict[str, str] = {}
+        self.hidden: list[str] = []
         self.channel: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.alive = False
@@ -185,6 +193,8 @@ class Machine:
         self.replies: dict[int, concurrent.futures.Future[Reply]] = {}
         self.commands: dict[int, Command] = {}
         self.ssh_lock = threading.Lock()
+        self.freeze_lock = threading.Lock()
+        self.engine: Engine | None = None
 
     # -- life --
 
@@ -210,6 +220,8 @@ class Machine:
             "hostname": self.hostname,
             "binds": BINDS,
             "isolated": self.isolated,
+            "shown": self.shown,
+            "hidden": self.hidden,
         }
         ours.settimeout(BOOT_LIMIT_SECONDS)
         try:
@@ -254,6 +266,8 @@ class Machine:
             # --kill-child: the death of unshare is the death of PID 1 too.
             self.process.kill()
             self.process.wait()
+        if self.engine is not None:
+            self.engine.close()
 
     @property
     def pid(self) -> int | None:
@@ -392,6 +406,17 @@ class Machine:
         """The processes of the VM but its PID 1, as `init.list_processes` gives them."""
         found: list[dict[str, Any]] = self.request({"op": "processes"})[0]["processes"]
         return found
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Hold every process of the VM still, those in containers too. Raises MachineError."""
+        with self.freeze_lock:
+            try:
+                self.request({"op": "freeze"})
+                yield
+            finally:
+                with contextlib.suppress(MachineError):
+                    self.request({"op": "thaw"})
 
     # -- commands --
 

@@ -19,10 +19,12 @@ from .catalogue import Catalogue
 from .certificates import CertificateError, Certificates
 from .clock import Clock
 from .endpoints import Settings
+from .engine import engine_problem
 from .gateway import Gateway
 from .git_server import GitServer, Outlet
 from .home import Home, HomeError
 from .hub import Hub, git_problem
+from .images import Images
 from .machine import Machine, namespaces_problem, remove_tree
 from .server import HttpServer, Service
 from .sessions import Job, Sessions
@@ -89,12 +91,14 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
     problem = ssh.sshd_problem()
     if problem is not None:
         warnings.append(problem)
+    docker_problem = choose_docker(settings.docker, sessions)
     hub = Hub(home.hub)
     hub.prepare()
     service = Service(contract.load(), sessions, settings, home.key(), gateway, hub)
     http = open_http(int(last.get("port", 0)), service)
     git = open_git(int(last.get("hub_port", 0)), service, certificates, warnings)
     information = describe(service, http, gateway, git, certificates, warnings)
+    information["docker"] = docker_problem
     home.write_information(information)
     if gateway is not None:
         gateway.start()
@@ -125,6 +129,17 @@ def choose_isolation(wish: str) -> tuple[bool, list[str]]:
             "install the package libnss-wrapper for root and plato"
         )
     return False, warnings
+
+
+def choose_docker(wish: str, sessions: Sessions) -> str | None:
+    """Let VMs have Docker engines; why they have none, or None."""
+    if wish != "auto":
+        sessions.hidden = ["docker"] if wish == "absent" else []
+        return "asked for"
+    problem = engine_problem() if sessions.isolated else "VMs have no namespaces"
+    if problem is None:
+        sessions.images = Images()
+    return problem
 
 
 def open_http(port: int, service: Service) -> HttpServer:

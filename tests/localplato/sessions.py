@@ -12,6 +12,8 @@ from typing import Any, Callable
 
 from .catalogue import Artifact, Catalogue, UnknownArtifactError
 from .clock import Clock
+from .engine import Engine, plug_in_compose
+from .images import Images
 from .machine import Machine, MachineError, create_directory, remove_tree
 from .public_url import Door
 
@@ -89,6 +91,8 @@ class Sessions:
         self.boot_seconds = boot_seconds
         self.heartbeat_seconds = DEFAULT_HEARTBEAT_SECONDS
         self.isolated = True
+        self.images: Images | None = None  # where VMs have Docker engines
+        self.hidden: list[str] = []
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.version = 0
@@ -249,7 +253,11 @@ class Sessions:
             self.isolated,
             lambda dead: self.fail(job, "VM stopped unexpectedly"),
         )
+        machine.hidden = self.hidden
+        plug_in_compose(machine)
         machine.start()
+        if self.images is not None:
+            machine.engine = Engine(machine, self.images.data_root)
         with self.lock:
             if not job.over and not self.stopping:
                 job.machine = machine
