@@ -1,8 +1,8 @@
-"""A VM's own Docker engine: the host's dockerd inside the VM's namespaces, with its data in the VM's directory.
+"""A VM's own Docker engine: the host's dockerd in the VM's namespaces, with its data in the VM's directory.
 
 The socket exists from the VM's start; the first connection starts the engine (`keeper.py`), so that a VM that
-never uses Docker does not pay for it. Its images come from a data root that was prepared once (`images.py`) or
-from an artifact: the read-only contents of their layers are mounted, not copied.
+never uses Docker does not pay for it. Its images come from a data root that was prepared once (`images.py`),
+or from an artifact: the contents of their layers are mounted read-only, not copied.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def image_layers(root: Path) -> set[str]:
 
 
 def lay_out(source: Path, target: Path) -> dict[str, str]:
-    """Make a data root from a saved one. Returns the layers that are to be mounted, not copied: id to path."""
+    """Make a data root from a saved one. Returns the layers to be mounted instead: id to path."""
     immutable = image_layers(source)
     copy_data(source, target, immutable)
     return {layer: str(source / LAYERS / layer / "diff") for layer in immutable}

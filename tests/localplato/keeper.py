@@ -1,10 +1,10 @@
 """The process beside a VM that runs its Docker engine, and takes away what only the host can.
 
 `engine.py` starts it on the first connection to the VM's docker.sock, with one argument: JSON of `Plan`. It
-forks a supervisor that enters the VM's namespaces, makes itself a mount namespace in which the engine's data and
-the host's cgroups can be written, and runs dockerd whenever somebody connects. The supervisor, dockerd and every
-container are in the VM's process namespace, so the kernel ends them with the VM, whoever ended that. The keeper
-stays outside, sees the end, and removes the cgroups of the containers.
+forks a supervisor that enters the VM's namespaces, makes itself a mount namespace in which the engine's data
+and the host's cgroups can be written, and runs dockerd whenever somebody connects. The supervisor, dockerd and
+every container are in the VM's process namespace, so the kernel ends them with the VM, whoever ended that. The
+keeper stays outside, sees the end, and removes the cgroups of the containers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class Plan:
     """What an engine needs: the VM's name and PID 1, its listening socket, and its files on the host.
 
-    `layers` are directories on the host that are to be seen, read-only, as the contents of these image layers.
+    `layers` are directories on the host that are to be seen read-only as the contents of these image layers.
     """
 
     name: str
@@ -174,8 +174,8 @@ def supervise(plan: Plan, namespaces: list[int], trees: dict[str, int]) -> None:
 def mount_data(trees: dict[str, int]) -> None:
     """Put the engine's data at DATA, and the shared layers into it.
 
-    Where the VM's directory is itself on an overlay (a server in a container), no overlay can be written there:
-    the data is then copied to memory.
+    Where the VM's directory is itself on an overlay (a server in a container), no overlay can be written in
+    it: the data is then copied to memory.
     """
     os.makedirs(DATA, exist_ok=True)
     attach(trees.pop(""), DATA)
@@ -221,7 +221,7 @@ def dockerd_command(name: str) -> list[str]:
         "--storage-driver=overlay2",
         "--exec-opt=native.cgroupdriver=cgroupfs",
         f"--cgroup-parent=/{CGROUP_PREFIX}{name}",
-        # Not the server's own limit, which is as high as can be: some programs close all that they might have.
+        # Not the server's own, which is as high as can be: some programs close all that they might have.
         f"--default-ulimit=nofile={min(OPEN_FILES, most)}:{min(MOST_FILES, most)}",
     ]
     version = subprocess.run(["dockerd", "--version"], capture_output=True, text=True, check=True).stdout
