@@ -1,8 +1,8 @@
 """The Docker images that every VM has from the start, for a VM has no network to pull any through.
 
 `busybox:latest` is the host's static busybox. `debian:bookworm-slim` is made by mmdebstrap from Debian's
-mirror, with the packages that the example simulator installs already in it. Both are imported once by an engine
-in a VM of its own, whose data root is kept in the user's cache under a name made of what it was made of.
+mirror, with the packages that the example simulator installs already in it. Both are imported once by an
+engine in a VM of its own, whose data root is kept in the user's cache under a name made of what it was made of.
 """
 
 from __future__ import annotations

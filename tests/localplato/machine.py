@@ -169,8 +169,8 @@ Reply = tuple[dict[str, Any], list[int]]
 class Machine:
     """A VM. Every method may be called from any thread.
 
-    Set before the start: `shown`, files of the host to be seen in the VM read-only, by their paths there, where
-    the VM's own files have a place for them; and `hidden`, programs of the host that it is not to have.
+    Set before the start: `shown`, files of the host to be seen in the VM read-only, by their paths there,
+    where the VM's own files have a place for them; and `hidden`, programs of the host that it is not to have.
     """
 
     def __init__(
