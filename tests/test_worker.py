@@ -1,0 +1,418 @@
+"""start-worker, state, reset, clear-audit and snapshot: every answer that Plato may give, seen from outside.
+
+The real worker, with real databases, is in test_story.py; here the answers are scripted.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from conftest import BLANK, Desk, sent
+
+if TYPE_CHECKING:
+    from localplato import LocalPlato
+
+UPDATED = {
+    "table_name": "users",
+    "action": "UPDATE",
+    "before": {"id": 1, "name": "Ada", "login_count": 3},
+    "after": {"id": 1, "name": "Ada", "login_count": 4},
+}
+INSERTED = {"table_name": "sessions", "action": "INSERT", "after": {"id": 7, "token": "x" * 100}}
+DELETED = {"table": "tasks", "operation": "delete", "row_data": {"id": 9, "title": "old\x1b[2J"}}
+
+
+@pytest.fixture
+def started(desk: Desk, plato: LocalPlato) -> Desk:
+    """A desk with a blank sandbox."""
+    desk.good(*BLANK)
+    return desk
+
+
+def answer(plato: LocalPlato, desk: Desk, state: Any, *, success: bool = True, times: int = -1) -> None:
+    """Let `state` be answered so for the desk's job."""
+    body = {
+        "session_id": desk.state["session_id"],
+        "results": {desk.state["job_id"]: {"success": success, "state": state}},
+    }
+    plato.fault("status", method="GET", path="*/state", status=200, body=body, times=times)
+
+
+# State
+
+
+def test_state_counts_rows_by_table_and_shows_them(started: Desk, plato: LocalPlato) -> None:
+    answer(plato, started, {"db": {"audit_log_count": 3}, "mutations": [UPDATED, INSERTED, DELETED]})
+    result = started.good("state")
+    lines = result.out.splitlines()
+    assert lines[0] == "Environment State"
+    assert "  sessions:    1 inserted" in lines
+    assert "  tasks:       1 deleted" in lines
+    assert "  users:       1 updated" in lines
+    assert "  UPDATE  users     id=1  login_count: 3 -> 4" in lines
+    assert any(
+        line.startswith("  INSERT  sessions  id=7, token=xxx") and line.endswith("...") for line in lines
+    )
+    assert any(line.startswith("  DELETE  tasks     id=9, title=old") for line in lines)
+    assert "\x1b" not in result.out
+    assert plato.requests("GET", "/state")[-1]["query"] == "merge_mutations=true"
+
+
+def test_json_is_the_answer_with_a_summary_beside_it(started: Desk, plato: LocalPlato) -> None:
+    answer(plato, started, {"db": {"audit_log_count": 1}, "mutations": [UPDATED], "more": [1]})
+    document = started.good("state", "--json").document
+    job = document["results"][started.state["job_id"]]
+    assert job["state"] == {"db": {"audit_log_count": 1}, "mutations": [UPDATED], "more": [1]}
+    assert document["session_id"] == started.state["session_id"]
+    assert document["summary"] == {
+        "mutations": 1,
+        "tables": [{"table": "users", "inserted": 0, "updated": 1, "deleted": 0}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("state", "count"),
+    [
+        ({"mutations": []}, 0),
+        ({"db": {"mutations": [], "audit_log_count": 0}}, 0),
+        ({"db": {"mutations": [UPDATED]}, "other": {"mutations": [INSERTED, DELETED]}}, 3),
+        ({"db": {"mutations": [UPDATED]}, "mutations": [UPDATED]}, 1),
+        ({"mutations": [{"table": "t"}, "nonsense", {}]}, 3),
+        ({}, 0),
+    ],
+    ids=["none", "none by listener", "by listener", "merged", "odd ones", "no databases"],
+)
+def test_mutations_are_found_wherever_they_stand(
+    started: Desk, plato: LocalPlato, state: dict[str, Any], count: int
+) -> None:
+    answer(plato, started, state)
+    assert started.good("state", "--json").document["summary"]["mutations"] == count
+    human = started.good("state")
+    assert ("No mutations since the last reset." in human.out) is (count == 0)
+    assert started.run("state", "-v").code == (8 if count else 0)
+
+
+def test_verify_names_the_tables_and_the_rules_that_would_ignore_them(
+    started: Desk, plato: LocalPlato
+) -> None:
+    second = {**UPDATED, "after": {**UPDATED["after"], "name": "Bob"}}
+    answer(plato, started, {"mutations": [UPDATED, second, INSERTED, DELETED]})
+    result = started.run("state", "--verify-no-mutations")
+    assert result.code == 8
+    assert "4 mutations" in result.err
+    assert "users (2 updated)" in result.err
+    pasted = result.err[result.err.index("audit_ignore_tables:") :]
+    assert yaml.safe_load(pasted) == {
+        "audit_ignore_tables": [
+            "sessions",
+            "tasks",
+            {"table": "users", "columns": ["login_count", "name"]},
+        ]
+    }
+    document = started.run("state", "-vj").document
+    assert document["error"]["exit_code"] == 8
+    assert document["summary"]["mutations"] == 4
+    assert len(document["results"][started.state["job_id"]]["state"]["mutations"]) == 4
+
+
+def test_many_mutations_are_not_all_shown(started: Desk, plato: LocalPlato) -> None:
+    answer(plato, started, {"mutations": [INSERTED] * 75})
+    result = started.good("state")
+    assert "75 inserted" in result.out
+    assert result.out.count("INSERT ") == 50
+    assert "25 more" in result.out
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"error": "Worker is not ready"}, "Worker is not ready"),
+        ({"errors": ["502 from the worker"]}, "502 from the worker"),
+        ({"errors": {"worker": "502"}, "mutations": []}, "502"),
+        (None, "no state"),
+        ("starting", "starting"),
+    ],
+)
+def test_a_worker_that_is_not_up_never_means_no_mutations(
+    started: Desk, plato: LocalPlato, state: Any, words: str
+) -> None:
+    answer(plato, started, state, success=False)
+    for arguments in (("state",), ("state", "-v")):
+        result = started.run(*arguments)
+        assert result.code == 9
+        assert result.out == ""
+        assert words in result.err
+        assert "start-worker" in result.err
+    error = started.run("state", "--json").error
+    assert error["code"] == "worker_not_up"
+
+
+def test_an_unsuccessful_state_without_words_is_not_taken_for_clean(started: Desk, plato: LocalPlato) -> None:
+    answer(plato, started, {"mutations": []}, success=False)
+    assert started.run("state").code == 9
+
+
+@pytest.mark.parametrize("status", [404, 410])
+@pytest.mark.parametrize("command", ["state", "reset"])
+def test_a_session_that_is_gone(started: Desk, plato: LocalPlato, command: str, status: int) -> None:
+    plato.fault("status", path=f"*/{command}", status=status, body={"detail": "gone"}, times=-1)
+    result = started.run(command)
+    assert result.code == 3
+    assert "gone" in result.err
+    assert started.state_file.exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["state", "reset", "snapshot", "clear-audit", "start-worker", "start-services"]
+)
+def test_without_a_sandbox(desk: Desk, command: str) -> None:
+    assert desk.run(command, "--json").error["code"] == "no_sandbox"
+
+
+# Worker
+
+
+def test_the_dataset_goes_to_plato_as_it_is_written(started: Desk, plato: LocalPlato) -> None:
+    config = started.work / "plato-config.yml"
+    text = config.read_text().replace(
+        "        audit_ignore_tables:",
+        "        of_a_later_version: {x: [1, null]}\n        audit_ignore_tables:",
+        1,
+    )
+    config.write_text(text)
+    plato.fault("status", path="*/start-worker", status=200, body={"status": "ok", "correlation_id": "c1"})
+    document = started.good("start-worker", "--json").document
+    assert document == {
+        "status": "ok",
+        "correlation_id": "c1",
+        "service": "myapp",
+        "dataset": "base",
+        "ready": None,
+    }
+    body = sent(plato, "/start-worker")[-1]
+    written = yaml.safe_load(text)["datasets"]["base"]
+    assert body["service"] == "myapp"
+    assert body["dataset"] == "base"
+    assert body["plato_dataset_config"] == written
+    assert started.state["plato_config_path"] == str(config)
+
+
+def test_service_dataset_and_config_can_be_named(started: Desk, plato: LocalPlato) -> None:
+    other = started.place / "elsewhere.yml"
+    other.write_text((started.work / "plato-config.yml").read_text())
+    (started.work / "plato-config.yml").unlink()
+    plato.fault("status", path="*/start-worker", status=200, body={"status": "ok", "correlation_id": "c"})
+    started.good("start-worker", "-s", "other", "-d", "empty", "--config-path", str(other))
+    body = sent(plato, "/start-worker")[-1]
+    assert (body["service"], body["dataset"]) == ("other", "empty")
+    assert started.state["dataset"] == "empty"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("-d", "nowhere"), 8, "base"),
+        (("--config-path", "missing.yml"), 8, "missing.yml"),
+        (("--wait", "--wait-timeout", "no"), 2, "wait-timeout"),
+    ],
+)
+def test_a_worker_that_cannot_be_started(
+    started: Desk, plato: LocalPlato, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    result = started.run("start-worker", *arguments)
+    assert result.code == code
+    assert words in result.err
+    assert plato.requests("POST", "/start-worker") == []
+
+
+def test_waiting_until_the_worker_is_up(started: Desk, plato: LocalPlato) -> None:
+    started.tune(WORKER_POLL_SECONDS=0.05)
+    plato.fault("status", path="*/start-worker", status=200, body={"status": "ok", "correlation_id": "c"})
+    plato.fault("status", path="*/state", status=502, body={"detail": "no worker"}, times=2)
+    answer(plato, started, {"error": "still starting"}, success=False, times=3)
+    answer(plato, started, {"mutations": []})
+    result = started.good("start-worker", "--wait", "--json")
+    assert result.document["ready"] is True
+    assert len(plato.requests("GET", "/state")) >= 4
+
+
+def test_a_worker_that_never_comes_up(started: Desk, plato: LocalPlato) -> None:
+    started.tune(WORKER_POLL_SECONDS=0.05)
+    plato.fault("status", path="*/start-worker", status=200, body={"status": "ok", "correlation_id": "c"})
+    answer(plato, started, {"error": "the database does not answer"}, success=False)
+    result = started.run("start-worker", "--wait", "--wait-timeout", "1", "--json")
+    assert result.code == 7
+    assert "the database does not answer" in result.error["message"]
+
+
+def test_the_vm_that_ends_while_the_worker_is_awaited(started: Desk, plato: LocalPlato) -> None:
+    plato.fault("status", path="*/start-worker", status=200, body={"status": "ok", "correlation_id": "c"})
+    plato.fault("status", path="*/state", status=410, body={"detail": "job is gone"}, times=-1)
+    assert started.run("start-worker", "--wait").code == 3
+
+
+# Reset and clear-audit
+
+
+def test_reset(started: Desk, plato: LocalPlato) -> None:
+    body = {"success": True, "session_id": started.state["session_id"], "results": {}}
+    plato.fault("status", path="*/reset", status=200, body=body, times=2)
+    assert "reset successfully" in started.good("reset").out
+    assert started.good("reset", "--json").document == body
+
+
+def test_a_reset_that_fails_says_why(started: Desk, plato: LocalPlato) -> None:
+    body = {
+        "success": False,
+        "session_id": "s",
+        "results": {started.state["job_id"]: {"success": False, "message": "the database is locked"}},
+    }
+    plato.fault("status", path="*/reset", status=200, body=body)
+    result = started.run("reset")
+    assert result.code == 1
+    assert "the database is locked" in result.err
+
+
+def test_clear_audit_asks_the_api(started: Desk, plato: LocalPlato) -> None:
+    plato.fault("status", path="*/cleanup", status=200, body={"success": True}, times=2)
+    assert "emptied successfully" in started.good("clear-audit").out
+    assert started.good("clear-audit", "--json").document == {"cleared": True, "via": "api", "listeners": []}
+
+
+def test_clear_audit_that_fails_says_why(started: Desk, plato: LocalPlato) -> None:
+    plato.fault("status", path="*/cleanup", status=200, body={"success": False, "error": "no such table"})
+    result = started.run("clear-audit")
+    assert result.code == 1
+    assert "no such table" in result.err
+
+
+# Snapshots
+
+
+def snapshot_answer(desk: Desk, **result: Any) -> dict[str, Any]:
+    return {"results": {desk.state["job_id"]: result}}
+
+
+def test_a_snapshot_records_its_artifact(started: Desk, plato: LocalPlato) -> None:
+    body = snapshot_answer(started, success=True, artifact_id="art_xyz789")
+    plato.fault("status", path="*/snapshot", status=200, body=body, times=2)
+    result = started.good("snapshot", "--description", "after the login")
+    assert result.out == "Snapshot created successfully!\n  Artifact ID: art_xyz789\n"
+    assert started.state["artifact_id"] == "art_xyz789"
+    assert sent(plato, "/snapshot")[-1] == {"description": "after the login"}
+    assert started.good("snapshot", "--json").document == {"artifact_id": "art_xyz789", "status": "creating"}
+
+
+def test_older_servers_answer_without_success(started: Desk, plato: LocalPlato) -> None:
+    plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(started, artifact_id="art_1"))
+    assert "art_1" in started.good("snapshot").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode", "carried"),
+    [
+        ((), "config", True),
+        (("--no-config",), "config", False),
+        ((), "blank", False),
+        (("--include-config",), "blank", True),
+    ],
+)
+def test_what_a_snapshot_carries(
+    desk: Desk, plato: LocalPlato, arguments: tuple[str, ...], mode: str, carried: bool
+) -> None:
+    flows = desk.work / "flows.yml"
+    flows.write_text("flows: []  # as written\n")
+    desk.good(*(("start", "-c") if mode == "config" else BLANK))
+    plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(desk, artifact_id="a"))
+    desk.good("snapshot", *arguments)
+    body = sent(plato, "/snapshot")[-1]
+    expected = {
+        "plato_config": (desk.work / "plato-config.yml").read_text(),
+        "flows": flows.read_text(),
+        "internal_app_port": 8080,
+        "messaging_port": 7000,
+        "target": "taskboard.web.plato.so",
+    }
+    assert body == (expected if carried else {})
+
+
+def test_flows_that_cannot_be_read_stop_a_snapshot_before_it_is_made(desk: Desk, plato: LocalPlato) -> None:
+    desk.good("start", "-c")
+    result = desk.run("snapshot")
+    assert result.code == 8
+    assert "flows.yml" in result.err
+    assert plato.requests("POST", "/snapshot") == []
+
+
+def test_a_snapshot_that_fails_says_why(started: Desk, plato: LocalPlato) -> None:
+    body = snapshot_answer(started, success=False, error="disk is full")
+    plato.fault("status", path="*/snapshot", status=200, body=body)
+    result = started.run("snapshot")
+    assert result.code == 1
+    assert "disk is full" in result.err
+    assert "artifact_id" not in started.state
+
+
+@pytest.mark.parametrize("effect", ["lost_answer", "truncate", "html"])
+def test_a_snapshot_whose_answer_is_lost_is_not_sent_again(
+    started: Desk, plato: LocalPlato, effect: str
+) -> None:
+    plato.fault(effect, path="*/snapshot", status=200)
+    result = started.run("snapshot", "--json")
+    assert result.code == 7
+    assert result.error["code"] == "unknown_outcome"
+    assert len(plato.requests("POST", "/snapshot")) == 1
+
+
+def artifact_answer(status: str | None) -> dict[str, Any]:
+    return {"artifact_id": "a", **({"status": status} if status else {})}
+
+
+def test_waiting_for_an_artifact(started: Desk, plato: LocalPlato) -> None:
+    started.tune(ARTIFACT_POLL_SECONDS=0.05)
+    plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(started, artifact_id="a"))
+    plato.fault("status", path="*/artifacts/a", status=503, body={}, times=1)
+    plato.fault("status", path="*/artifacts/a", status=200, body=artifact_answer("creating"), times=3)
+    plato.fault("status", path="*/artifacts/a", status=200, body=artifact_answer("ready"), times=-1)
+    assert started.good("snapshot", "--wait", "--json").document == {"artifact_id": "a", "status": "ready"}
+
+
+def test_an_artifact_that_fails(started: Desk, plato: LocalPlato) -> None:
+    plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(started, artifact_id="a"))
+    plato.fault("status", path="*/artifacts/a", status=200, body=artifact_answer("failed"))
+    result = started.run("snapshot", "--wait")
+    assert result.code == 1
+    assert "failed" in result.err
+
+
+def test_an_artifact_that_does_not_get_ready(started: Desk, plato: LocalPlato) -> None:
+    started.tune(ARTIFACT_POLL_SECONDS=0.05)
+    plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(started, artifact_id="a"))
+    plato.fault("status", path="*/artifacts/a", status=200, body=artifact_answer("creating"), times=-1)
+    result = started.run("snapshot", "--wait", "--wait-timeout", "1")
+    assert result.code == 7
+    assert started.state["artifact_id"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [("state", "/state"), ("reset", "/reset"), ("snapshot", "/snapshot"), ("clear-audit", "/cleanup")],
+)
+@pytest.mark.parametrize("status", [401, 403, 429, 500])
+def test_errors_of_the_api(started: Desk, plato: LocalPlato, command: str, path: str, status: int) -> None:
+    plato.fault(
+        "status",
+        path=f"*{path}",
+        status=status,
+        body={"detail": "said so"},
+        headers={"Retry-After": "60"},
+        times=-1,
+    )
+    result = started.run(command, "--json")
+    assert result.code == (4 if status in (401, 403) else 6)
+    assert "said so" in result.error["message"]
+    assert json.loads(result.out)
+    assert started.state["session_id"]
