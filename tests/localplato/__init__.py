@@ -36,7 +36,7 @@ class LocalPlato:
 
     def __init__(self, home: Path, ca_from: Path | None = None, **settings: Any) -> None:
         self.home = Path(home)
-        self.settings = {"boot_seconds": 0.0, **settings}
+        self.settings = {"boot_seconds": 0.0, "upload_seconds": 0.0, **settings}
         self.ca_from = ca_from
         self.process: subprocess.Popen[str] | None = None
         self.information: dict[str, Any] = {}
@@ -161,6 +161,14 @@ class LocalPlato:
     def unknown_fields(self) -> list[dict[str, Any]]:
         """Fields that clients sent and no model knows."""
         return list(self.admin("GET", "unknown_fields")["unknown_fields"])
+
+    def artifacts(self) -> list[dict[str, Any]]:
+        """Every artifact as it is recorded, the seeds first."""
+        return list(self.admin("GET", "artifacts")["artifacts"])
+
+    def tag(self, simulator: str, tag: str, artifact_id: str) -> None:
+        """Let a simulator's tag name an artifact."""
+        self.admin("POST", "tags", {"simulator": simulator, "tag": tag, "artifact_id": artifact_id})
 
     def gateway(self) -> dict[str, Any]:
         """The gateway's connections: how many are open, and the newest ones."""

@@ -32,6 +32,8 @@ def answer(service: Service, method: str, path: str, query: str, body: bytes) ->
         ("GET", "/_local/machines"): get_machines,
         ("GET", "/_local/unknown_fields"): get_unknown_fields,
         ("GET", "/_local/gateway"): get_gateway,
+        ("GET", "/_local/artifacts"): get_artifacts,
+        ("POST", "/_local/tags"): post_tag,
         ("GET", "/_local/snapshot"): get_snapshot,
         ("GET", "/_local/hub"): get_hub,
         ("POST", "/_local/hub"): post_hub,
@@ -159,6 +161,17 @@ def get_gateway(service: Service, parameters: dict[str, str]) -> AdminAnswer:
         return 200, {"version": service.sessions.version, "open": len(door.open), "connections": entries}
 
 
+def get_artifacts(service: Service, parameters: dict[str, str]) -> AdminAnswer:
+    """Every artifact, and the tags by simulator."""
+    catalogue = service.sessions.catalogue
+    with service.sessions.lock:
+        return 200, {
+            "version": service.sessions.version,
+            "artifacts": [asdict(artifact) for artifact in catalogue.artifacts()],
+            "tags": catalogue.tags(),
+        }
+
+
 def get_snapshot(service: Service, parameters: dict[str, str]) -> AdminAnswer:
     """Sessions, requests and unknown fields of one moment."""
     with service.sessions.lock:
@@ -188,7 +201,9 @@ def get_faults(service: Service, parameters: dict[str, str]) -> AdminAnswer:
 def post_fault(service: Service, values: dict[str, Any]) -> AdminAnswer:
     """Script a rule of `faults.Fault`, or one for VMs or for the gateway.
 
-    VMs: `boot_failure` (`reason`), `never_ready`. Gateway: `gateway_down`, `gateway_reset` (`after_bytes`).
+    VMs: `boot_failure` (`reason`), `never_ready`; `snapshot_failure` (`reason`) of a snapshot's next jobs,
+    and `upload_failure` of the artifacts of the next ones. Gateway: `gateway_down`, `gateway_reset`
+    (`after_bytes`).
     """
     effect = values.get("effect")
     times = int(values.get("times", 1))
@@ -196,6 +211,11 @@ def post_fault(service: Service, values: dict[str, Any]) -> AdminAnswer:
         service.sessions.boot_fault = BootFault(str(values.get("reason", "VM failed to boot")), times)
     elif effect == "never_ready":
         service.sessions.boot_fault = BootFault(None, times)
+    elif effect == "snapshot_failure":
+        reason = str(values.get("reason", "VM could not be paused"))
+        service.sessions.snapshot_fault = BootFault(reason, times)
+    elif effect == "upload_failure":
+        service.sessions.uploads.failures = times
     elif effect in ("gateway_down", "gateway_reset"):
         if service.gateway is None:
             raise ValueError("there is no gateway")
@@ -208,7 +228,8 @@ def post_fault(service: Service, values: dict[str, Any]) -> AdminAnswer:
 
 def delete_faults(service: Service, values: dict[str, Any]) -> AdminAnswer:
     service.faults.clear()
-    service.sessions.boot_fault = None
+    service.sessions.boot_fault = service.sessions.snapshot_fault = None
+    service.sessions.uploads.failures = 0
     if service.gateway is not None:
         service.gateway.fault = None
     return 200, {}
@@ -223,6 +244,17 @@ def post_hub(service: Service, values: dict[str, Any]) -> AdminAnswer:
 def post_simulator(service: Service, values: dict[str, Any]) -> AdminAnswer:
     """Add a simulator: fields of `hub.Simulator`."""
     return 200, asdict(service.hub.add(values))
+
+
+def post_tag(service: Service, values: dict[str, Any]) -> AdminAnswer:
+    """Give `tag` of `simulator` to the artifact `artifact_id`."""
+    catalogue = service.sessions.catalogue
+    with service.sessions.lock:
+        tags = catalogue.tags()
+        tags.setdefault(str(values["simulator"]), {})[str(values["tag"])] = str(values["artifact_id"])
+        catalogue.write_tags(tags)
+        service.sessions.touch()
+    return 200, {}
 
 
 def post_advance(service: Service, values: dict[str, Any]) -> AdminAnswer:

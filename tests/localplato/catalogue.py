@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import tarfile
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from .accounts import PLATO_UID
+from .clock import Clock
+from .engine import copy_tree
+from .machine import remove_tree
 
 DEFAULT_TAG = "latest"
 DEFAULT_DATASET = "base"
@@ -25,7 +31,10 @@ class UnknownArtifactError(Exception):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A recorded VM. `compute` has cpus, memory (MB) and disk (MB)."""
+    """A recorded VM. `compute` has cpus, memory (MB) and disk (MB).
+
+    `dataset_config` and `kept` are a job's `dataset` and `kept`; `containers` are the ids of those that ran.
+    """
 
     artifact_id: str
     simulator: str
@@ -34,6 +43,23 @@ class Artifact:
     compute: dict[str, int]
     app_port: int
     description: str = ""
+    status: str = "ready"  # or "creating" or "failed"
+    parent: str | None = None
+    session_id: str | None = None
+    job_id: str | None = None
+    snapshotted_at: str | None = None
+    expires_at: str | None = None
+    flows: str | None = None
+    plato_config: str | None = None
+    messaging_port: int | None = None
+    target: str | None = None
+    credentials: dict[str, Any] | None = None
+    mcp_config: dict[str, Any] | None = None
+    ui_available: bool = True
+    additional_metadata: dict[str, Any] | None = None
+    dataset_config: dict[str, Any] | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
+    containers: list[str] = field(default_factory=list)
 
 
 def seeded(simulator: str, version: str, app_port: int, artifact_id: str = "") -> Artifact:
@@ -59,14 +85,23 @@ SEEDED_TAGS = {
 
 
 class Catalogue:
-    """The artifacts in a directory: `<id>/artifact.json` and `<id>/files.tar`, and `tags.json`."""
+    """The artifacts in a directory, and `tags.json`.
 
-    def __init__(self, directory: Path) -> None:
+    Each has `<id>/artifact.json`, and `<id>/files.tar` (a seed) or `<id>/files` and `<id>/docker` (a
+    snapshot).
+    """
+
+    def __init__(self, directory: Path, clock: Clock) -> None:
         self.directory = directory
+        self.clock = clock
         self.lock = threading.Lock()
 
     def prepare(self) -> None:
-        """Write the seeds, unless the directory has them."""
+        """Write the seeds, unless the directory has them. The rest of an upload is done: it is all here."""
+        remove_tree(self.directory / "making")
+        for path in self.directory.glob("*/artifact.json"):
+            if json.loads(path.read_text()).get("status") == "creating":
+                self.set_status(path.parent.name, "ready")
         if (self.directory / "tags.json").exists():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -84,6 +119,24 @@ class Catalogue:
         (directory / "files.tar").write_bytes(files)
         (directory / "artifact.json").write_text(json.dumps(asdict(artifact), indent=1))
 
+    def begin(self, artifact_id: str) -> Path:
+        """An empty directory for the files of a new artifact."""
+        place = self.directory / "making" / artifact_id
+        place.mkdir(parents=True)
+        return place
+
+    def finish(self, artifact: Artifact, place: Path) -> None:
+        """Record a new artifact with what has been put into its directory."""
+        (place / "artifact.json").write_text(json.dumps(asdict(artifact), indent=1))
+        place.rename(self.directory / artifact.artifact_id)
+
+    def set_status(self, artifact_id: str, status: str) -> None:
+        path = self.directory / artifact_id / "artifact.json"
+        values = json.loads(path.read_text())
+        partial = path.with_suffix(".new")
+        partial.write_text(json.dumps({**values, "status": status}, indent=1))
+        partial.rename(path)
+
     def write_tags(self, tags: dict[str, dict[str, str]]) -> None:
         partial = self.directory / "tags.json.new"
         partial.write_text(json.dumps(tags, indent=1))
@@ -95,32 +148,48 @@ class Catalogue:
         return tags
 
     def artifact(self, artifact_id: str) -> Artifact:
-        """The artifact of that id. Raises UnknownArtifactError."""
+        """The artifact of that id, unless its time is over. Raises UnknownArtifactError."""
         path = self.directory / artifact_id / "artifact.json"
         if "/" in artifact_id or artifact_id.startswith(".") or not path.is_file():
             raise UnknownArtifactError(f"Artifact '{artifact_id}' not found")
-        values: dict[str, Any] = json.loads(path.read_text())
-        return Artifact(**values)
+        artifact = Artifact(**json.loads(path.read_text()))
+        if artifact.expires_at is not None and moment(artifact.expires_at) <= moment(self.clock.timestamp()):
+            raise UnknownArtifactError(f"Artifact '{artifact_id}' has expired")
+        return artifact
+
+    def ready(self, artifact_id: str) -> Artifact:
+        """The artifact of that id, to start from. Raises UnknownArtifactError."""
+        artifact = self.artifact(artifact_id)
+        if artifact.status != "ready":
+            raise UnknownArtifactError(f"Artifact '{artifact_id}' is not ready (status: {artifact.status})")
+        return artifact
 
     def artifacts(self) -> list[Artifact]:
-        return [self.artifact(path.parent.name) for path in sorted(self.directory.glob("*/artifact.json"))]
+        """All that can be had, the seeds and then the snapshots, oldest first."""
+        found: list[Artifact] = []
+        for path in self.directory.glob("*/artifact.json"):
+            with contextlib.suppress(UnknownArtifactError):
+                found.append(self.artifact(path.parent.name))
+        return sorted(found, key=lambda artifact: (artifact.snapshotted_at or "", artifact.artifact_id))
 
     def find(self, simulator: str, tag: str | None, version: str | None, dataset: str | None) -> Artifact:
         """The artifact that a simulator's tag or version names. Raises UnknownArtifactError."""
         name, _, tag_in_name = simulator.partition(":")
-        tags = self.tags().get(name)
-        if tags is None:
+        tags = self.tags().get(name, {})
+        known = [a for a in self.artifacts() if a.simulator == name]
+        if not tags and not known:
             raise UnknownArtifactError(f"Simulator '{name}' not found")
         if version:
-            matching = [a for a in self.artifacts() if a.simulator == name and a.version == version]
+            matching = [a for a in known if a.version == version]
             if not matching:
                 raise UnknownArtifactError(f"Simulator '{name}' has no version '{version}'")
-            found = matching[0]
+            found = self.ready(matching[0].artifact_id)
         else:
             wanted = tag_in_name or tag or DEFAULT_TAG
-            if wanted not in tags:
+            by_id = {a.artifact_id: a.artifact_id for a in known}
+            if wanted not in {**by_id, **tags}:
                 raise UnknownArtifactError(f"No artifact of simulator '{name}' has the tag '{wanted}'")
-            found = self.artifact(tags[wanted])
+            found = self.ready({**by_id, **tags}[wanted])
         if dataset and dataset != found.dataset:
             raise UnknownArtifactError(
                 f"Simulator '{name}' has no dataset '{dataset}' (it has '{found.dataset}')"
@@ -129,9 +198,19 @@ class Catalogue:
 
     def extract(self, artifact: Artifact, directory: Path) -> None:
         """Put an artifact's files into the directory of a new VM."""
-        with tarfile.open(self.directory / artifact.artifact_id / "files.tar") as archive:
+        place = self.directory / artifact.artifact_id
+        if (place / "files").is_dir():
+            copy_tree(place / "files", directory)
+            return
+        with tarfile.open(place / "files.tar") as archive:
             archive.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)
             archive.extractall(directory, numeric_owner=True)  # noqa: S202 - written by this class
+
+
+def moment(text: str) -> datetime:
+    """A time of ISO 8601; without a zone it is UTC."""
+    value = datetime.fromisoformat(re.sub(r"Z$", "+00:00", text))
+    return value if value.tzinfo is not None else value.replace(tzinfo=timezone.utc)
 
 
 def seed_files(artifact: Artifact) -> bytes:

@@ -248,7 +248,8 @@ def command_serve(home: Home, arguments: argparse.Namespace) -> int:
 SETTINGS = {
     "boot_seconds": "seconds that a VM takes to boot",
     "heartbeat_seconds": "seconds without a heartbeat until a VM is shut down",
-    "speed": "how many times faster than real time boots, lifetimes and heartbeats go",
+    "upload_seconds": "seconds that an artifact is being uploaded after its snapshot",
+    "speed": "how many times faster than real time boots, lifetimes, heartbeats and uploads go",
     "idle_minutes": "stop by itself after that long without use and without VMs; 0: never",
     "gateway_host": "the gateway's host name",
     "not_ready_status": "status of wait_for_ready when it is not ready in time",

@@ -37,6 +37,7 @@ class Settings:
 
     boot_seconds: float = 2.0
     heartbeat_seconds: float = 120.0
+    upload_seconds: float = 2.0
     speed: float = 1.0
     idle_minutes: float = 120.0
     gateway_host: str = "localhost"
@@ -454,7 +455,7 @@ def setup_sandbox(call: Call) -> dict[str, Any]:
     if call.body["ssh_public_key"]:
         install_key(call, job, "plato", call.body["ssh_public_key"])
     with call.sessions.lock:
-        job.dataset = dataset
+        job.dataset, job.dataset_name = dataset, call.body["dataset"]
         job.app_port = dataset["compute"]["app_port"] or job.app_port
         call.sessions.log(job, f"sandbox set up for dataset {call.body['dataset']}")
     return {**managed(call), "ssh_url": f"ssh://plato@{job.job_id}--22.{call.settings.gateway_host}"}

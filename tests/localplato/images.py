@@ -2,7 +2,8 @@
 
 `busybox:latest` is the host's static busybox. `debian:bookworm-slim` is made by mmdebstrap from Debian's
 mirror, with the packages that the example simulator installs already in it. Both are imported once by an
-engine in a VM of its own, whose data root is kept in the user's cache under a name made of what it was made of.
+engine in a VM of its own, whose data root is kept in the user's cache under a name made of what it was made
+of.
 """
 
 from __future__ import annotations

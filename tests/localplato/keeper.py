@@ -1,10 +1,10 @@
 """The process beside a VM that runs its Docker engine, and takes away what only the host can.
 
 `engine.py` starts it on the first connection to the VM's docker.sock, with one argument: JSON of `Plan`. It
-forks a supervisor that enters the VM's namespaces, makes itself a mount namespace in which the engine's data
-and the host's cgroups can be written, and runs dockerd whenever somebody connects. The supervisor, dockerd
-and every container are in the VM's process namespace, so the kernel ends them with the VM, whoever ended that.
-The keeper stays outside, sees the end, and removes the cgroups of the containers.
+forks a supervisor that enters the VM's namespaces, makes itself a mount namespace in which the engine's
+data and the host's cgroups can be written, and runs dockerd whenever somebody connects. The supervisor,
+dockerd and every container are in the VM's process namespace, so the kernel ends them with the VM, whoever
+ended that. The keeper stays outside, sees the end, and removes the cgroups of the containers.
 """
 
 from __future__ import annotations

@@ -71,10 +71,11 @@ def raise_file_limit() -> None:
 def start(home: Home, settings: Settings, shared_authority: Path | None) -> Running:
     """Start every part, on the ports of the last time when they are free."""
     clock = Clock(settings.speed)
-    catalogue = Catalogue(home.artifacts)
+    catalogue = Catalogue(home.artifacts, clock)
     catalogue.prepare()
     sessions = Sessions(clock, catalogue, home.machines, settings.boot_seconds)
     sessions.heartbeat_seconds = settings.heartbeat_seconds
+    sessions.uploads.seconds = settings.upload_seconds
     warnings: list[str] = []
     last = home.information() or {}
     certificates = Certificates(home.certificates, settings.gateway_host)

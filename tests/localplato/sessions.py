@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
-from .catalogue import Artifact, Catalogue, UnknownArtifactError
+from .catalogue import DEFAULT_DATASET, Artifact, Catalogue, UnknownArtifactError
 from .clock import Clock
 from .engine import Engine, plug_in_compose
 from .images import Images
 from .machine import Machine, MachineError, create_directory, remove_tree
 from .public_url import Door
+from .snapshots import Uploads, start_containers
 
 DEFAULT_LIFETIME_SECONDS = 1800
 DEFAULT_HEARTBEAT_SECONDS = 120.0
@@ -49,6 +50,7 @@ class Job:
     artifact: Artifact | None = None
     provider: str = "firecracker"
     dataset: dict[str, Any] | None = None
+    dataset_name: str = DEFAULT_DATASET
     fault: BootFault | None = None
     status: str = "created"
     reason: str | None = None
@@ -59,6 +61,8 @@ class Job:
     doors: dict[int, Door] = field(default_factory=dict)
     closers: list[Callable[[], None]] = field(default_factory=list)
     logs: list[dict[str, str]] = field(default_factory=list)
+    # What an artifact keeps of the job, beside its files and its dataset, for a job started from it.
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -98,9 +102,11 @@ class Sessions:
         self.version = 0
         self.sessions: dict[str, Session] = {}
         self.jobs: dict[str, Job] = {}
+        self.uploads = Uploads(clock, catalogue)
         self.boot_fault: BootFault | None = None
         # Called with every VM that has started; what is to end with it goes into `job.closers`.
         self.on_machine: list[Callable[[Job, Machine], None]] = []
+        self.snapshot_fault: BootFault | None = None
         self.stopping = False
 
     def touch(self, session: Session | None = None) -> None:
@@ -173,7 +179,7 @@ class Sessions:
     def artifact_of(self, environment: dict[str, Any]) -> Artifact | None:
         """What an environment starts from; None for a blank VM. Raises UnknownArtifactError."""
         if environment["type"] == "artifact":
-            return self.catalogue.artifact(environment["artifact_id"])
+            return self.catalogue.ready(environment["artifact_id"])
         if environment["type"] == "simulator":
             return self.catalogue.find(
                 environment["simulator"], environment["tag"], environment["version"], environment["dataset"]
@@ -198,6 +204,9 @@ class Sessions:
             boot_at=self.clock.now() + self.boot_seconds,
             app_port=8080 if port is None else port,
             artifact=artifact,
+            dataset=artifact.dataset_config if artifact else None,
+            dataset_name=artifact.dataset if artifact else DEFAULT_DATASET,
+            kept=dict(artifact.kept) if artifact else {},
             provider=environment.get("provider") or "firecracker",
             fault=self.take_boot_fault(),
         )
@@ -217,6 +226,15 @@ class Sessions:
                 return None
             fault.times -= 1
             return fault
+
+    def take_snapshot_fault(self) -> str | None:
+        """Why the snapshot that is about to be taken fails, or None."""
+        with self.lock:
+            fault = self.snapshot_fault
+            if fault is None or fault.times == 0:
+                return None
+            fault.times -= 1
+            return fault.reason
 
     # -- booting --
 
@@ -257,7 +275,7 @@ class Sessions:
         plug_in_compose(machine)
         machine.start()
         if self.images is not None:
-            machine.engine = Engine(machine, self.images.data_root)
+            machine.engine = Engine(machine, lambda: self.data_root(job.artifact))
         with self.lock:
             if not job.over and not self.stopping:
                 job.machine = machine
@@ -269,6 +287,16 @@ class Sessions:
             prepare(job, machine)
         if job.over:
             self.close_all(job)
+        elif job.artifact is not None:
+            for problem in start_containers(job.artifact, machine):
+                with self.lock:
+                    self.log(job, problem)
+
+    def data_root(self, artifact: Artifact | None) -> Path | None:
+        """What the Docker engine of a VM begins with."""
+        if artifact is not None and (self.catalogue.directory / artifact.artifact_id / "docker").is_dir():
+            return self.catalogue.directory / artifact.artifact_id / "docker"
+        return self.images.data_root() if self.images is not None else None
 
     def fail(self, job: Job, reason: str) -> None:
         with self.lock:
@@ -283,6 +311,10 @@ class Sessions:
         with self.lock:
             now = self.clock.now()
             following = now + IDLE_LOOK_SECONDS * self.clock.speed
+            upload, uploaded = self.uploads.tick(now)
+            following = min(following, upload if upload is not None else following)
+            if uploaded:
+                self.touch()
             for job in self.jobs.values():
                 if job.over:
                     continue
