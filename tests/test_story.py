@@ -1,0 +1,148 @@
+"""The inner loop as one story, with real git, Docker Compose, PostgreSQL and a real worker."""
+
+from __future__ import annotations
+
+import http.cookiejar
+import re
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import SIMULATOR, Desk, eventually, living, missing, nothing_left
+
+if TYPE_CHECKING:
+    from localplato import LocalPlato
+
+LOOP_SECONDS = 300.0
+
+
+class Browser:
+    """Someone who uses the Taskboard at an address."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.partition("?")[0].rstrip("/")
+        jar = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), jar)
+
+    def get(self, path: str) -> str:
+        with self.opener.open(self.url + path, timeout=30) as answer:
+            return str(answer.read().decode())
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.get("/health"))
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    def send(self, path: str, page: str, **fields: str) -> str:
+        """Submit a form whose page holds the token that every form has."""
+        token = re.search(r'name="csrf_token" value="([^"]+)"', page)
+        assert token is not None
+        body = urllib.parse.urlencode({"csrf_token": token[1], **fields}).encode()
+        with self.opener.open(self.url + path, data=body, timeout=30) as answer:
+            return str(answer.read().decode())
+
+    def log_in(self) -> str:
+        page = self.get("/login")
+        return self.send("/login", page, email="admin@example.com", password="demo-password")
+
+    def add_task(self, board: str, title: str) -> str:
+        action = re.search(r'action="([^"]*/tasks)"', board)
+        assert action is not None
+        return self.send(action[1], board, title=title)
+
+
+@pytest.fixture
+def simulator(desk: Desk, plato: LocalPlato) -> Desk:
+    """A desk with the whole example in its working directory, where VMs have a Docker engine."""
+    problem = plato.information["docker"]
+    if problem is not None:
+        missing(problem)
+    shutil.rmtree(desk.work)
+    shutil.copytree(SIMULATOR, desk.work)
+    return desk
+
+
+def summary(desk: Desk) -> dict[str, dict[str, Any]]:
+    """The counts of `state` by table."""
+    document = desk.good("state", "--json").document
+    return {counts["table"]: counts for counts in document["summary"]["tables"]}
+
+
+@pytest.mark.timeout(600)
+def test_a_day_with_the_example_simulator(simulator: Desk, plato: LocalPlato) -> None:
+    desk = simulator
+    desk.good("start", "-c")
+    services = desk.good("start-services", "--json", timeout=LOOP_SECONDS).document
+    assert services["path"] == "/home/plato/worktree/taskboard"
+    assert {found["service"]: found["health"] for found in services["services"][0]["containers"]} == {
+        "app": "healthy",
+        "db": "healthy",
+    }
+    browser = Browser(desk.state["url"])
+    assert browser.answers()
+
+    # Before the worker is up nobody knows what changed; then nothing has.
+    assert desk.run("state").code == 9
+    assert desk.good("start-worker", "--wait", "--json", timeout=LOOP_SECONDS).document["ready"] is True
+    assert summary(desk) == {}
+    assert desk.good("state", "-v").out.endswith("No mutations since the last reset.\n")
+
+    # What a person does in the application is what `state` shows.
+    board = browser.log_in()
+    assert "Ada Admin" in board
+    board = browser.add_task(board, "Water the plants")
+    assert "Water the plants" in board
+    changed = summary(desk)
+    assert changed["tasks"]["inserted"] == 1
+    assert "sessions" not in changed  # the config ignores it
+    assert "Water the plants" in desk.good("state").out
+    refused = desk.run("state", "--verify-no-mutations")
+    assert refused.code == 8
+    assert "audit_ignore_tables:\n" in refused.err
+
+    # `clear-audit` forgets the changes, `reset` takes them back.
+    desk.good("clear-audit")
+    assert summary(desk) == {}
+    browser.add_task(board, "Feed the cat")
+    assert summary(desk)["tasks"]["inserted"] == 1
+    desk.good("reset")
+    assert summary(desk) == {}
+    board = Browser(desk.state["url"]).log_in()
+    assert "Feed the cat" not in board
+    assert "Water the plants" not in board
+
+    # A snapshot keeps what is there then; a sandbox started from it has it.
+    browser = Browser(desk.state["url"])
+    browser.add_task(browser.log_in(), "Call the bank")
+    artifact_id = desk.good("snapshot", "--wait", "--json", timeout=LOOP_SECONDS).document["artifact_id"]
+    assert desk.state["artifact_id"] == artifact_id
+    desk.good("stop")
+    nothing_left(desk, plato)
+    desk.good("start", "-a", artifact_id, timeout=LOOP_SECONDS)
+    browser = Browser(desk.state["url"])
+    eventually(browser.answers, 60)
+    assert "Call the bank" in browser.log_in()
+    desk.good("stop")
+    nothing_left(desk, plato)
+    assert living(plato) == []
+
+
+@pytest.mark.timeout(600)
+def test_the_audit_tables_are_emptied_in_their_container_where_the_api_cannot(
+    simulator: Desk, plato: LocalPlato
+) -> None:
+    desk = simulator
+    desk.good("start", "-c")
+    desk.good("start-services", timeout=LOOP_SECONDS)
+    desk.good("start-worker", "--wait", timeout=LOOP_SECONDS)
+    browser = Browser(desk.state["url"])
+    browser.add_task(browser.log_in(), "Water the plants")
+    assert summary(desk)["tasks"]["inserted"] == 1
+    plato.fault("status", path="*/cleanup", status=404, body={"detail": "Simulator not found"}, times=-1)
+    document = desk.good("clear-audit", "--json", "--verbose").document
+    assert document == {"cleared": True, "via": "database", "listeners": ["db"]}
+    assert summary(desk) == {}
