@@ -31,6 +31,8 @@ SYSTEM_PACKAGES = {
     "/usr/sbin/runuser": "util-linux",
     "/usr/share/postgresql-common": "postgresql-common",
     "/usr/lib/postgresql": "postgresql",
+    "/usr/sbin/mariadbd": "mariadb-server-core",
+    "/usr/bin/mariadb-dump": "mariadb-client",
     "/usr/lib/python3/dist-packages/pip": "python3-pip",
 }
 CHECKED = ["plato_sandbox.py", "tests"]

@@ -3,7 +3,8 @@
 `LocalPlato` runs one for tests. Every module has one concern: `contract` (the API's models), `server` (HTTP),
 `endpoints` (what each does), `sessions` (lifecycles), `machine`, `init` and `accounts` (VMs), `gateway`,
 `certificates` and `relay` (TLS into VMs), `ssh`, `public_url`, `catalogue` (simulators and artifacts),
-`hub` and `git_server` (Gitea), `faults`, `admin`, `clock`, `home` (the data directory), `serve` and `cli`.
+`hub` and `git_server` (Gitea), `worker`, `database`, `sqlite_client` and `mutations` (changes in databases),
+`faults`, `admin`, `clock`, `home` (the data directory), `serve` and `cli`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ class LocalPlato:
     """A server of its own, as a context manager.
 
     `settings` are the options of `serve`: boot_seconds, heartbeat_seconds, speed, idle_minutes, gateway_host,
-    not_ready_status, hub_scheme, isolation. `ca_from` is the `certificates` of another server, to save making
-    a CA.
+    not_ready_status, hub_scheme, worker_seconds, isolation. `ca_from` is the `certificates` of another
+    server, to save making a CA.
     """
 
     def __init__(self, home: Path, ca_from: Path | None = None, **settings: Any) -> None:
         self.home = Path(home)
-        self.settings = {"boot_seconds": 0.0, "upload_seconds": 0.0, **settings}
+        at_once = {"boot_seconds": 0.0, "upload_seconds": 0.0, "worker_seconds": 0.0}
+        self.settings = {**at_once, **settings}
         self.ca_from = ca_from
         self.process: subprocess.Popen[str] | None = None
         self.information: dict[str, Any] = {}

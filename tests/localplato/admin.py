@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from . import faults, gateway
 from .machine import BOOT_LIMIT_SECONDS, MachineError
-from .sessions import BootFault, Job
+from .sessions import BootFault, Job, WorkerFault
 
 if TYPE_CHECKING:
     from .server import Service
@@ -99,6 +99,7 @@ def job_view(job: Job) -> dict[str, Any]:
         "ready": job.ready,
         "app_port": job.app_port,
         "dataset": job.dataset,
+        "worker": job.worker.view() if job.worker is not None else None,
         "last_beat": job.last_beat,
     }
 
@@ -202,8 +203,9 @@ def post_fault(service: Service, values: dict[str, Any]) -> AdminAnswer:
     """Script a rule of `faults.Fault`, or one for VMs or for the gateway.
 
     VMs: `boot_failure` (`reason`), `never_ready`; `snapshot_failure` (`reason`) of a snapshot's next jobs,
-    and `upload_failure` of the artifacts of the next ones. Gateway: `gateway_down`, `gateway_reset`
-    (`after_bytes`).
+    and `upload_failure` of the artifacts of the next ones. Workers: `worker_failure` (`reason`),
+    `worker_never`, both with `bad_gateway` for a 502 among `errors` instead of an `error`. Gateway:
+    `gateway_down`, `gateway_reset` (`after_bytes`).
     """
     effect = values.get("effect")
     times = int(values.get("times", 1))
@@ -216,6 +218,9 @@ def post_fault(service: Service, values: dict[str, Any]) -> AdminAnswer:
         service.sessions.snapshot_fault = BootFault(reason, times)
     elif effect == "upload_failure":
         service.sessions.uploads.failures = times
+    elif effect in ("worker_failure", "worker_never"):
+        said = None if effect == "worker_never" else str(values.get("reason", "The worker failed to start"))
+        service.sessions.worker_fault = WorkerFault(said, times, bool(values.get("bad_gateway", False)))
     elif effect in ("gateway_down", "gateway_reset"):
         if service.gateway is None:
             raise ValueError("there is no gateway")
@@ -230,6 +235,7 @@ def delete_faults(service: Service, values: dict[str, Any]) -> AdminAnswer:
     service.faults.clear()
     service.sessions.boot_fault = service.sessions.snapshot_fault = None
     service.sessions.uploads.failures = 0
+    service.sessions.worker_fault = None
     if service.gateway is not None:
         service.gateway.fault = None
     return 200, {}

@@ -254,6 +254,7 @@ SETTINGS = {
     "gateway_host": "the gateway's host name",
     "not_ready_status": "status of wait_for_ready when it is not ready in time",
     "hub_scheme": "how Gitea's repositories are reached",
+    "worker_seconds": "seconds that a worker takes to come up",
     "isolation": "namespaces for VMs, or only the mapping of paths in commands",
     "docker": "a Docker engine for each VM where this host allows it, none, or not even the docker command",
 }

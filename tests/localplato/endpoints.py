@@ -45,11 +45,15 @@ class Settings:
     isolation: str = "auto"
     hub_scheme: str = "http"
     docker: str = "auto"
+    worker_seconds: float = 5.0
 
 
 @dataclass
 class Call:
-    """One checked request: the parameters of its path and query, and its body with defaults filled in."""
+    """One checked request: the parameters of its path and query, its body with defaults filled in and `raw`.
+
+    `hub` is the server's `hub.Hub`.
+    """
 
     sessions: Sessions
     clock: Clock
@@ -57,6 +61,7 @@ class Call:
     path: dict[str, str]
     query: dict[str, Any]
     body: dict[str, Any]
+    raw: Any = None
     hub: Any = None
 
     def session(self, living: bool = False) -> Session:
@@ -297,30 +302,13 @@ def heartbeat(call: Call) -> dict[str, Any]:
                 results[job.job_id] = {"success": False, "errors": [reason], "gone": True}
             else:
                 job.last_beat = call.clock.now()
-                results[job.job_id] = {"success": True, "errors": [WORKER_MISSING], "gone": False}
+                errors = [] if job.worker is not None and job.worker.up else [WORKER_MISSING]
+                results[job.job_id] = {"success": True, "errors": errors, "gone": False}
         call.sessions.touch()
     return {
         "success": all(result["success"] for result in results.values()),
         "session_id": session.session_id,
         "timestamp": call.clock.timestamp(),
-        "results": results,
-    }
-
-
-@endpoint("POST", "/api/v2/sessions/{session_id}/reset")
-def reset(call: Call) -> dict[str, Any]:
-    """Say of every job whether it could be reset. A VM without a simulator's state has nothing to reset."""
-    session = call.session(living=True)
-
-    def reset_job(job: Job) -> dict[str, Any]:
-        if call.sessions.machine(job.job_id) is None:
-            return {"success": False, "message": f"VM is not running (status: {job.status})"}
-        return {"success": True, "message": None}
-
-    results = for_each_job(session, reset_job)
-    return {
-        "success": all(result["success"] for result in results.values()),
-        "session_id": session.session_id,
         "results": results,
     }
 

@@ -28,6 +28,7 @@ from .images import Images
 from .machine import Machine, namespaces_problem, remove_tree
 from .server import HttpServer, Service
 from .sessions import Job, Sessions
+from .worker import resume as resume_workers
 
 IDLE_CHECKS = 4
 
@@ -76,6 +77,8 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
     sessions = Sessions(clock, catalogue, home.machines, settings.boot_seconds)
     sessions.heartbeat_seconds = settings.heartbeat_seconds
     sessions.uploads.seconds = settings.upload_seconds
+    sessions.worker_seconds = settings.worker_seconds
+    resume_workers(sessions)
     warnings: list[str] = []
     last = home.information() or {}
     certificates = Certificates(home.certificates, settings.gateway_host)

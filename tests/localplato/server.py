@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from . import admin, artifacts  # noqa: F401 - its endpoints bind themselves
+from . import admin, artifacts, worker  # noqa: F401 - their endpoints bind themselves
 from .contract import Contract, Endpoint, Report
 from .endpoints import HANDLERS, ApiError, Call, Settings
 from .faults import Fault, Faults
@@ -163,6 +163,7 @@ class Service:
             parameters,
             checked_query,
             checked_body,
+            raw=json.loads(request.body) if endpoint.body is not None else None,
             hub=self.hub,
         )
         result = handler(call)

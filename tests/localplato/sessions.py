@@ -8,7 +8,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from .catalogue import DEFAULT_DATASET, Artifact, Catalogue, UnknownArtifactError
 from .clock import Clock
@@ -17,6 +17,9 @@ from .images import Images
 from .machine import Machine, MachineError, create_directory, remove_tree
 from .public_url import Door
 from .snapshots import Uploads, start_containers
+
+if TYPE_CHECKING:
+    from .worker import Worker
 
 DEFAULT_LIFETIME_SECONDS = 1800
 DEFAULT_HEARTBEAT_SECONDS = 120.0
@@ -32,6 +35,15 @@ class BootFault:
 
     reason: str | None
     times: int
+
+
+@dataclass
+class WorkerFault:
+    """The next `times` workers fail for a reason, or never come up (None), and say so in a 502 or plainly."""
+
+    reason: str | None
+    times: int
+    bad_gateway: bool = False
 
 
 @dataclass(eq=False)
@@ -51,6 +63,7 @@ class Job:
     provider: str = "firecracker"
     dataset: dict[str, Any] | None = None
     dataset_name: str = DEFAULT_DATASET
+    worker: Worker | None = None
     fault: BootFault | None = None
     status: str = "created"
     reason: str | None = None
@@ -104,6 +117,8 @@ class Sessions:
         self.jobs: dict[str, Job] = {}
         self.uploads = Uploads(clock, catalogue)
         self.boot_fault: BootFault | None = None
+        self.worker_seconds = 0.0
+        self.worker_fault: WorkerFault | None = None
         # Called with every VM that has started; what is to end with it goes into `job.closers`.
         self.on_machine: list[Callable[[Job, Machine], None]] = []
         self.snapshot_fault: BootFault | None = None
@@ -235,6 +250,14 @@ class Sessions:
                 return None
             fault.times -= 1
             return fault.reason
+
+    def take_worker_fault(self) -> WorkerFault | None:
+        with self.lock:
+            fault = self.worker_fault
+            if fault is None or fault.times == 0:
+                return None
+            fault.times -= 1
+            return fault
 
     # -- booting --
 
