@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,15 @@ SYSTEM_PACKAGES = {
     "/usr/sbin/mariadbd": "mariadb-server-core",
     "/usr/bin/mariadb-dump": "mariadb-client",
     "/usr/lib/python3/dist-packages/pip": "python3-pip",
+    "/usr/sbin/dockerd": "docker.io",
+    "/usr/sbin/iptables": "iptables",
+    "/usr/bin/mmdebstrap": "mmdebstrap",
+    "/usr/bin/busybox": "busybox-static",
 }
+# Compose v2 is in Debian's releases after 12; its package holds one static program.
+COMPOSE_SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
+COMPOSE_PACKAGE = "docker-compose"
+COMPOSE_IN_PACKAGE = "usr/libexec/docker/cli-plugins/docker-compose"
 CHECKED = ["plato_sandbox.py", "tests"]
 
 
@@ -43,6 +52,9 @@ def main(arguments: list[str]) -> int:
     rest = [argument for argument in arguments if argument not in ("--all", "--check")]
     if everything:
         install_system_packages()
+        install_compose()
+        # Once for all test processes, which would wait for one another.
+        run([sys.executable, str(ROOT / "tests" / "local_plato.py"), "images"], "no images for Docker in VMs")
     python = virtual_environment()
     if "--check" in arguments:
         return check(python)
@@ -116,6 +128,38 @@ def install_system_packages() -> None:
     )
 
 
+def install_compose() -> None:
+    """Put the Compose plugin into ~/.docker, unless Docker has one. apt checks whether it is Debian's."""
+    version = ["docker", "compose", "version"]
+    if subprocess.run(version, capture_output=True, check=False).returncode == 0:
+        return
+    print("Installing Docker Compose ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "sources.list").write_text(COMPOSE_SOURCE)
+        for directory in ("state/lists/partial", "cache/archives/partial"):
+            (place / directory).mkdir(parents=True)
+        settings = {
+            "Dir::Etc::SourceList": place / "sources.list",
+            "Dir::Etc::SourceParts": "/dev/null",
+            "Dir::State": place / "state",
+            "Dir::Cache": place / "cache",
+            "Acquire::Languages": "none",
+            "APT::Sandbox::User": "root",
+        }
+        apt = ["apt-get", "-q", *(f"-o{key}={value}" for key, value in settings.items())]
+        run([*apt, "update"], "apt-get update failed")
+        run([*apt, "download", COMPOSE_PACKAGE], "the download failed", directory=place)
+        (package,) = place.glob("*.deb")
+        run(["dpkg-deb", "--extract", str(package), str(place / "root")], "the package cannot be unpacked")
+        plugins = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "cli-plugins"
+        plugins.mkdir(parents=True, exist_ok=True)
+        partial = plugins / f".new-{os.getpid()}"
+        shutil.copy(place / "root" / COMPOSE_IN_PACKAGE, partial)
+        partial.rename(plugins / "docker-compose")
+    run(version, "Docker does not take the Compose plugin")
+
+
 def venv_works() -> bool:
     return (
         subprocess.run(
@@ -137,9 +181,11 @@ def keep_services_from_starting() -> None:
         policy.chmod(0o755)
 
 
-def run(command: list[str], failure: str, environment: dict[str, str] | None = None) -> None:
+def run(
+    command: list[str], failure: str, environment: dict[str, str] | None = None, directory: Path | None = None
+) -> None:
     """Run a command of the setup; its output goes to stderr, its failure ends everything."""
-    done = subprocess.run(command, env=environment, stdout=sys.stderr.fileno(), check=False)
+    done = subprocess.run(command, env=environment, cwd=directory, stdout=sys.stderr.fileno(), check=False)
     if done.returncode:
         sys.exit(f"{failure} (exit {done.returncode})")
 

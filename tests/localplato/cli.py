@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .endpoints import Settings
+from .engine import engine_problem
 from .home import Home, HomeError, default_home
+from .images import Images
 from .machine import remove_tree
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -199,6 +201,20 @@ def command_status(home: Home, arguments: argparse.Namespace) -> int:
     return show(arguments, value, lines)
 
 
+def command_images(home: Home, arguments: argparse.Namespace) -> int:
+    """Make the Docker images of VMs ahead of the first use, unless they are there."""
+    problem = engine_problem()
+    if problem is None:
+        images = Images()
+        place = images.data_root()
+        problem = images.problem
+        if place is not None:
+            print(place.parent)
+    if problem is not None:
+        raise CommandError(problem)
+    return 0
+
+
 def command_down(home: Home, arguments: argparse.Namespace) -> int:
     stopped = down(home)
     print("Local Plato stopped" if stopped else "Local Plato was not running")
@@ -307,6 +323,7 @@ def make_parser() -> argparse.ArgumentParser:
         "up": (command_up, "start it, unless it runs"),
         "env": (command_env, "start it, and print shell exports for clients"),
         "status": (command_status, "show whether it runs, and its VMs"),
+        "images": (command_images, "make the Docker images of VMs now, and not at their first use"),
         "down": (command_down, "stop it, and with it every VM"),
         "serve": (command_serve, "be the server, in the foreground"),
     }

@@ -7,7 +7,6 @@ or from an artifact: the contents of their layers are mounted read-only, not cop
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import http.client
 import json
@@ -21,7 +20,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
-from .accounts import ACCOUNTS, PLATO_UID
+from .accounts import PLATO_UID
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -39,13 +38,6 @@ PROGRAMS = {
 }
 LAYERS = "overlay2"
 IMAGE_LAYERS = "image/overlay2/layerdb/sha256"
-PLUGIN = "docker-compose"
-PLUGIN_DIRECTORIES = (
-    "/usr/local/lib/docker/cli-plugins",
-    "/usr/local/libexec/docker/cli-plugins",
-    "/usr/lib/docker/cli-plugins",
-    "/usr/libexec/docker/cli-plugins",
-)
 
 
 class EngineError(Exception):
@@ -77,37 +69,6 @@ def engine_problem() -> str | None:
     ):
         return "Docker in VMs needs cgroups, which are not mounted at /sys/fs/cgroup"
     return None
-
-
-def compose_plugin() -> Path | None:
-    """The user's own Compose plugin, or None where there is none or a system directory has one already."""
-    if any(os.path.exists(f"{directory}/{PLUGIN}") for directory in PLUGIN_DIRECTORIES):
-        return None
-    path = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser() / "cli-plugins" / PLUGIN
-    return path if os.access(path, os.X_OK) else None
-
-
-def plug_in_compose(machine: Machine) -> None:
-    """Before the VM's start: give both of its users the Compose plugin of the server's user."""
-    from .machine import own
-
-    plugin = compose_plugin()
-    if plugin is None or not machine.isolated or "docker" in machine.hidden:
-        return
-    shown = f"/run/plato/{PLUGIN}"
-    place = machine.directory / "run" / "plato"
-    place.mkdir(mode=0o755, exist_ok=True)
-    (place / PLUGIN).touch()
-    machine.shown[shown] = str(plugin)
-    for account in ACCOUNTS.values():
-        directory = machine.directory / account.home.lstrip("/")
-        for name in (".docker", "cli-plugins"):
-            directory /= name
-            if not directory.is_dir():
-                directory.mkdir(mode=0o755)
-                own(directory, account.uid, 0o755)
-        with contextlib.suppress(FileExistsError):
-            (directory / PLUGIN).symlink_to(shown)
 
 
 # ---------------------------------------------------------------------------

@@ -34,7 +34,6 @@ import resource
 import selectors
 import signal
 import socket
-import stat
 import struct
 import sys
 import time
@@ -67,7 +66,6 @@ STATVFS_FLAGS = {
     os.ST_RELATIME: MS_RELATIME,
 }
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-PROGRAM_DIRECTORIES = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 STOPPED, DEAD = "Tt", "ZX"
 READ_ONLY_PROC = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 # Nothing in a VM may load modules, touch raw devices or mounts, reboot, set the clock or make device nodes.
@@ -170,18 +168,10 @@ def protect_host() -> None:
                 raise
 
 
-def hide_programs(names: Sequence[str], directory: str) -> None:
-    """Take programs of the host away: an overlay without them lies over each directory that has any."""
-    whiteouts = os.path.join(directory, "hidden")
-    for place in dict.fromkeys(os.path.realpath(path) for path in PROGRAM_DIRECTORIES):
-        found = [name for name in names if os.path.lexists(os.path.join(place, name))]
-        if not found:
-            continue
-        layer = os.path.join(whiteouts, place.strip("/").replace("/", "-"))
-        os.makedirs(layer)
-        for name in found:
-            os.mknod(os.path.join(layer, name), stat.S_IFCHR, 0)
-        mount("overlay", place, "overlay", 0, f"lowerdir={layer}:{place}")
+def lay_over(overlays: dict[str, str]) -> None:
+    """Let layers add names to directories of the host, or hide some: {directory: layer}."""
+    for directory, layer in overlays.items():
+        mount("overlay", directory, "overlay", 0, f"lowerdir={layer}:{directory}")
 
 
 def open_host_files(shown: dict[str, str]) -> dict[str, int]:
@@ -280,7 +270,7 @@ def set_up(settings: dict[str, Any]) -> None:
         return
     socket.sethostname(settings["hostname"])
     bring_loopback_up()
-    hide_programs(settings["hidden"], settings["directory"])
+    lay_over(settings["overlays"])
     protect_host()
     shown = open_host_files(settings["shown"])
     bind_own_files(settings["directory"], settings["binds"])

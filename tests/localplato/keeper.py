@@ -111,7 +111,8 @@ def cgroup_mounts() -> list[str]:
 
 
 def keep(plan: Plan) -> None:
-    """Run the supervisor to its end, then clean up."""
+    """Run the supervisor, and clean up after the VM's end."""
+    machine = os.pidfd_open(plan.pid)
     namespaces = [os.open(f"/proc/{plan.pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in NAMESPACES]
     trees = {"": open_tree(plan.data)}
     trees.update({layer: open_tree(path) for layer, path in plan.layers.items()})
@@ -129,6 +130,8 @@ def keep(plan: Plan) -> None:
     for descriptor in (plan.listener, *namespaces, *trees.values()):
         os.close(descriptor)
     os.waitpid(child, 0)
+    # Somebody in the VM may have killed the supervisor alone: containers go on until the VM ends.
+    select.select([machine], [], [])
     remove_cgroups(CGROUP_PREFIX + plan.name)
 
 

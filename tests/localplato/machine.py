@@ -170,7 +170,8 @@ class Machine:
     """A VM. Every method may be called from any thread.
 
     Set before the start: `shown`, files of the host to be seen in the VM read-only, by their paths there,
-    where the VM's own files have a place for them; and `hidden`, programs of the host that it is not to have.
+    where the VM's own files have a place for them; and `overlays`, layers that lie over directories of the
+    host.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class Machine:
         self.one_uid = os.geteuid() != 0
         self.console_path = directory / "console.log"
         self.shown: dict[str, str] = {}
-        self.hidden: list[str] = []
+        self.overlays: dict[str, str] = {}
         self.channel: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.alive = False
@@ -221,7 +222,7 @@ class Machine:
             "binds": BINDS,
             "isolated": self.isolated,
             "shown": self.shown,
-            "hidden": self.hidden,
+            "overlays": self.overlays,
         }
         ours.settimeout(BOOT_LIMIT_SECONDS)
         try:

@@ -138,7 +138,9 @@ def choose_isolation(wish: str) -> tuple[bool, list[str]]:
 def choose_docker(wish: str, sessions: Sessions) -> str | None:
     """Let VMs have Docker engines; why they have none, or None."""
     if wish != "auto":
-        sessions.hidden = ["docker"] if wish == "absent" else []
+        if wish == "absent" and not sessions.isolated:
+            raise HomeError("only a VM with namespaces can be without a program of this host")
+        sessions.without_docker = wish == "absent"
         return "asked for"
     problem = engine_problem() if sessions.isolated else "VMs have no namespaces"
     if problem is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from .catalogue import DEFAULT_DATASET, Artifact, Catalogue, UnknownArtifactError
 from .clock import Clock
-from .engine import Engine, plug_in_compose
+from .engine import Engine
 from .images import Images
 from .machine import Machine, MachineError, create_directory, remove_tree
+from .programs import hide, plug_in_compose
 from .public_url import Door
 from .snapshots import Uploads, start_containers
 
@@ -109,7 +111,7 @@ class Sessions:
         self.heartbeat_seconds = DEFAULT_HEARTBEAT_SECONDS
         self.isolated = True
         self.images: Images | None = None  # where VMs have Docker engines
-        self.hidden: list[str] = []
+        self.without_docker = False  # not even the command
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.version = 0
@@ -294,8 +296,10 @@ class Sessions:
             self.isolated,
             lambda dead: self.fail(job, "VM stopped unexpectedly"),
         )
-        machine.hidden = self.hidden
-        plug_in_compose(machine)
+        if self.without_docker:
+            hide(machine, "docker")
+        elif self.isolated and os.geteuid() == 0:
+            plug_in_compose(machine)
         machine.start()
         if self.images is not None:
             machine.engine = Engine(machine, lambda: self.data_root(job.artifact))
