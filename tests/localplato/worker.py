@@ -16,6 +16,7 @@ from .machine import Machine
 from .mutations import merge, unignored
 from .sessions import Job, Sessions
 
+RESET_WAIT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 NOT_STARTED = "The worker is not started"
 
@@ -106,6 +107,11 @@ class Worker:
             self.sessions.touch()
 
     # -- working --
+
+    def wait_until_up(self) -> None:
+        """Give a worker that is on its way up some time to arrive, as the databases of its VM do."""
+        if self.fault is None:
+            self.sessions.wait_until(lambda: self.up or self.stopped.is_set(), RESET_WAIT_SECONDS)
 
     def check(self) -> None:
         """Raises WorkerError unless the worker is up."""
@@ -254,7 +260,7 @@ def state_of(sessions: Sessions, job: Job, merged: bool, since: list[int]) -> di
 def reset(call: Call) -> dict[str, Any]:
     """Put every job's databases back to what they were when its worker came up.
 
-    A VM without a worker has nothing to reset, which is fine; one whose worker is not up yet cannot be.
+    A VM without a worker has nothing to reset, which is fine; a worker on its way up is waited for.
     """
     session = call.session(living=True)
 
@@ -263,6 +269,7 @@ def reset(call: Call) -> dict[str, Any]:
             return {"success": False, "message": f"VM is not running (status: {job.status})"}
         try:
             if job.worker is not None:
+                job.worker.wait_until_up()
                 job.worker.for_each_database(lambda database: database.restore())
         except WorkerError as error:
             return {"success": False, "message": str(error)}
