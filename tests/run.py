@@ -41,7 +41,10 @@ SYSTEM_PACKAGES = {
     "/usr/bin/busybox": "busybox-static",
 }
 # Compose v2 is in Debian's releases after 12; its package holds one static program.
-COMPOSE_SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
+COMPOSE_SOURCE = (
+    "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]"
+    " http://deb.debian.org/debian trixie main\n"
+)
 COMPOSE_PACKAGE = "docker-compose"
 COMPOSE_IN_PACKAGE = "usr/libexec/docker/cli-plugins/docker-compose"
 CHECKED = ["plato_sandbox.py", "tests"]
