@@ -272,7 +272,8 @@ def test_wrong_requests_are_refused_with_every_problem(
         ("POST", f"{SESSIONS}/{NOBODY}/heartbeat", {}, 404),
         ("POST", f"{SESSIONS}/{NOBODY}/close", {}, 404),
         ("GET", f"/api/v2/jobs/{NOBODY}/info", {}, 404),
-        ("POST", f"{SESSIONS}/{NOBODY}/connect_network", {}, 501),
+        ("POST", f"{SESSIONS}/{NOBODY}/connect_network", {}, 404),
+        ("POST", f"/api/v1/sandbox/public-build/vm/{NOBODY}/healthy-services", {}, 501),
     ],
 )
 def test_authentication_and_routes(
@@ -433,6 +434,20 @@ def test_a_vm_that_fails_to_boot_and_one_that_never_gets_ready(plato: LocalPlato
     state = client.call("GET", f"{SESSIONS}/{stuck}/wait_for_ready?timeout=1")
     assert (state["ready"], state["status"]) == (False, "pending")
     assert client.make()["ready"]
+
+
+def test_a_network_is_for_ready_vms_and_says_what_it_is_not(client: Client, plato: LocalPlato) -> None:
+    session_id, job_id = client.start()
+    answer = client.call("POST", f"{SESSIONS}/{session_id}/connect_network")
+    assert (answer["success"], answer["results"]) == (True, {job_id: {"success": True}})
+    two = client.make(BLANK, {**BLANK, "alias": "second"})["session_id"]
+    problem = client.call("POST", f"{SESSIONS}/{two}/connect_network", status=501)
+    assert "no network between VMs" in problem["detail"]
+    plato.fault("never_ready")
+    stuck = client.make(wait=False)["session_id"]
+    client.call("POST", f"{SESSIONS}/{stuck}/connect_network", status=409)
+    client.call("POST", f"{SESSIONS}/{session_id}/close")
+    client.call("POST", f"{SESSIONS}/{session_id}/connect_network", status=410)
 
 
 def test_not_ready_can_be_a_408(new_plato: Callable[..., LocalPlato]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from . import admin, artifacts, worker  # noqa: F401 - their endpoints bind themselves
+from . import admin, artifacts, network, worker  # noqa: F401 - their endpoints bind themselves
 from .contract import Contract, Endpoint, Report
 from .endpoints import HANDLERS, ApiError, Call, Settings
 from .faults import Fault, Faults
