@@ -3814,8 +3814,9 @@ def _ended_within(path: str, pid: int, seconds: float) -> bool:
 # sync: ignore rules, scan, plan, archive, and the two ways to the VM
 # ----------------------------------------------------------------------------------------------------------
 # One look at the VM brings what is there and the manifest of the last sync. The plan is a pure function of
-# that and of the local tree; what differs travels in one archive. On the VM the archive is checked, unpacked
-# beside the tree, and moved in by links and renames, under a lock and only if no other sync came between.
+# that and of the local tree; what differs travels in one archive. On the VM the archive is unpacked beside the
+# tree and checked before anything in the tree is touched; then it is moved in by links and renames, under a lock
+# and only if no other sync came between.
 # Paths inside the trees are bytes, relative, without a leading "./"; no path of a tree is ever part of a
 # command: they travel as NUL-terminated fields inside the archive.
 
@@ -3827,7 +3828,8 @@ SYNC_CONNECTIONS = 8  # for parts; sshd starts to turn connections away when it 
 SSH_ANSWER_SECONDS = 20.0
 COMMAND_BYTES = 131_071  # Linux takes no longer argument, and the API's `execute` hands a command on as one
 BLOCK_BYTES = 256 * 1024
-STREAM_BYTES = 1024 * 1024
+FRAME_BYTES = 1024 * 1024
+PROBE_BYTES = 512 * 1024  # what a connection has to take before its speed says anything
 GZIP_LEVEL = 3
 SAMPLED_BYTES = 4096  # files from this size on are looked at for whether compression gains anything
 PRIVATE_KEY_BYTES = 64 * 1024
@@ -4543,28 +4545,27 @@ def shown_name(path: bytes) -> str:
     return printable(os.fsdecode(path))
 
 
-# The archive: a tar stream in gzip members, made while it is sent; equal trees give equal bytes
+# The archive: a tar stream, made while it is sent; equal trees give equal bytes. How it is packed for the way
+# is another matter: in gzip members, or as it is where the connection is faster than compression.
 
 
 class SyncArchive:
     """The archive of a plan as a stream. Iterate over it once; the counts and the digest are then final.
 
-    files, bytes: content packed so far; length, digest: of the archive; unsteady: files that changed while
-    they were read; vanished: files that were gone. `meta/` holds the lists for the VM, `tree/` the entries.
+    Gives blocks of the tar stream, each with the level that it is worth to be compressed with. files, bytes:
+    content so far; digest: of the tar stream; packed: bytes that travelled, kept by who sends them; unsteady:
+    files that changed while they were read; vanished: files that were gone. `meta/` holds the lists for the
+    VM, `tree/` the entries.
     """
 
-    def __init__(
-        self, tree: LocalTree, plan: SyncPlan, manifest: dict[bytes, str] | None, reporter: Reporter
-    ) -> None:
+    def __init__(self, tree: LocalTree, plan: SyncPlan, manifest: dict[bytes, str] | None) -> None:
         import hashlib
-
-        self.reporter = reporter
 
         self.tree = tree
         self.plan = plan
         self.manifest = manifest
         self._sent = set(plan.send)
-        self.files = self.bytes = self.length = 0
+        self.files = self.bytes = self.packed = 0
         self.unsteady: list[bytes] = []
         self.vanished: list[bytes] = []
         self._hash = hashlib.sha256()
@@ -4573,22 +4574,16 @@ class SyncArchive:
     def digest(self) -> str:
         return self._hash.hexdigest()
 
-    def __iter__(self) -> Iterator[bytes]:
-        packer = GzipMembers()
-        for data, level in self._tar():
-            for piece in packer.add(data, level):
-                yield self._counted(piece)
-        for piece in packer.finish():
-            yield self._counted(piece)
+    @property
+    def progress(self) -> str:
+        return f"{self.files} files, {size_text(self.bytes)}"
 
-    def _counted(self, piece: bytes) -> bytes:
-        self._hash.update(piece)
-        self.length += len(piece)
-        self.reporter.detail(f"{self.files} files, {size_text(self.bytes)}")
-        return piece
+    def __iter__(self) -> Iterator[tuple[bytes, int]]:
+        for data, level in self._tar():
+            self._hash.update(data)
+            yield data, level
 
     def _tar(self) -> Iterator[tuple[bytes, int]]:
-        """The blocks of the tar stream, each with the level that it is to be compressed with."""
         for name, data in self._lists():
             header = tar_header(b"meta/" + name, Entry("f", 0o644, len(data)))
             yield header + data + bytes(-len(data) % 512), GZIP_LEVEL
@@ -4621,7 +4616,8 @@ class SyncArchive:
             b"changed": sorted(plan.changed),
         }
         for path in self._with_modes():
-            lists.setdefault(b"mode.%o" % entries[path].mode, []).append(path)
+            # five digits, as chmod lets a directory keep what it inherited of set-group-ID at four
+            lists.setdefault(b"mode.%05o" % entries[path].mode, []).append(path)
         counts = [field for path, count in plan.replaced.items() for field in (b"./" + path, b"%d" % count)]
         yield b"replaced", nul_ended(counts)
         for name, paths in lists.items():
@@ -4651,15 +4647,17 @@ class SyncArchive:
             now = Entry("f", entry.mode, before.st_size, before.st_mtime_ns)
             block = file.read(min(BLOCK_BYTES, now.size)) if now.size else b""
             level = 0 if now.size >= SAMPLED_BYTES and is_dense(block) else GZIP_LEVEL
-            yield tar_header(b"tree/" + path, now), GZIP_LEVEL
-            left = now.size
+            left, padding = now.size, bytes(-now.size % 512)
+            head = tar_header(b"tree/" + path, now)
             while left and block:
-                yield block, level
                 left -= len(block)
                 self.bytes += len(block)
-                block = file.read(min(BLOCK_BYTES, left)) if left else b""
-            yield from ((bytes(min(left - done, BLOCK_BYTES)), 1) for done in range(0, left, BLOCK_BYTES))
-            yield bytes(-now.size % 512), GZIP_LEVEL
+                yield b"".join((head, block, b"" if left else padding)), level
+                head, block = b"", file.read(min(BLOCK_BYTES, left)) if left else b""
+            if left or not now.size:
+                yield head, GZIP_LEVEL
+                yield from ((bytes(min(left - done, BLOCK_BYTES)), 1) for done in range(0, left, BLOCK_BYTES))
+                yield padding, GZIP_LEVEL
             after = os.fstat(file.fileno())
         self.files += 1
         if left or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
@@ -4732,6 +4730,96 @@ class GzipMembers:
         return data
 
 
+def packed(archive: SyncArchive, reporter: Reporter) -> Iterator[bytes]:
+    """An archive in gzip members, for a way where every byte counts."""
+    packer = GzipMembers()
+    for data, level in archive:
+        for piece in packer.add(data, level):
+            archive.packed += len(piece)
+            reporter.detail(archive.progress)
+            yield piece
+    for piece in packer.finish():
+        archive.packed += len(piece)
+        yield piece
+
+
+class Frames:
+    """An archive as `receive_script` reads it: lines `gzip N` or `raw N`, each with so many bytes, then `end`
+    and the digest. Frames are packed while earlier ones are being written, and compressed while the connection
+    is slower than that."""
+
+    def __init__(self, archive: SyncArchive, reporter: Reporter) -> None:
+        self._archive = archive
+        self._reporter = reporter
+        self._writing = 0.0  # seconds that the reader of this iterator has taken, for so many bytes:
+        self._written = 0
+        self._packing_speed = 0.0  # bytes a second
+
+    def __iter__(self) -> Iterator[bytes]:
+        for frame in made_ahead(self._frames()):
+            self._reporter.detail(self._archive.progress)
+            began = time.monotonic()
+            yield frame
+            self._writing += time.monotonic() - began
+            self._written += len(frame)
+        self._archive.packed = self._written
+        yield f"end\n{self._archive.digest}\n".encode()
+
+    def _frames(self) -> Iterator[bytes]:
+        blocks: list[tuple[bytes, int]] = []
+        size = 0
+        for block in self._archive:
+            blocks.append(block)
+            size += len(block[0])
+            if size >= FRAME_BYTES:
+                yield self._frame(blocks)
+                blocks, size = [], 0
+        if blocks:
+            yield self._frame(blocks)
+
+    def _frame(self, blocks: list[tuple[bytes, int]]) -> bytes:
+        if not any(level for _, level in blocks) or not self._compression_pays():
+            body = b"".join([data for data, _ in blocks])
+            return b"raw %d\n" % len(body) + body
+        began = time.monotonic()
+        packer = GzipMembers()
+        pieces = [piece for data, level in blocks for piece in packer.add(data, level)]
+        body = b"".join([*pieces, *packer.finish()])
+        self._packing_speed = sum(len(data) for data, _ in blocks) / max(1e-6, time.monotonic() - began)
+        return b"gzip %d\n" % len(body) + body
+
+    def _compression_pays(self) -> bool:
+        if self._written < PROBE_BYTES:
+            return True
+        return self._written / max(1e-6, self._writing) < self._packing_speed
+
+
+def made_ahead(pieces: Iterator[bytes], count: int = 2) -> Iterator[bytes]:
+    """The same pieces, made by a thread of their own, at most so many ahead of the reader."""
+    import queue
+
+    ready: queue.Queue[bytes | None] = queue.Queue(count)
+    wanted = [True]
+
+    def make() -> None:
+        try:
+            for piece in pieces:
+                if not wanted[0]:
+                    break
+                ready.put(piece)
+        finally:
+            ready.put(None)
+
+    maker = Aside(make)
+    try:
+        yield from iter(ready.get, None)
+        maker.result()
+    finally:  # a maker that waits for room makes one more piece at most
+        wanted[0] = False
+        while not ready.empty():
+            ready.get_nowait()
+
+
 _TAR_TYPES = {"f": b"0", "l": b"2", "d": b"5"}
 
 
@@ -4791,7 +4879,7 @@ _SHELL_HEAD = """\
 LC_ALL=C; export LC_ALL; umask 022; trap '' HUP PIPE
 sweep() { for dir; do [ ! -d "$dir" ] || rm -rf -- "$dir" 2>/dev/null || {
   find "$dir" -type d ! -perm -700 -exec chmod u+rwx {} + ; rm -rf -- "$dir"; }; done; }
-quit() { sweep "$upload" "$target/.plato-sync.new"; fail "$@"; }
+quit() { sweep "$upload" "$new"; rmdir -- "$target/.plato-sync.new" 2>/dev/null; fail "$@"; }
 room() { df -Pk "$1" 2>/dev/null | tail -n 1 | { read -r system all used left rest
   [ "${left:-100}" -ge 100 ]; }; }
 told() { room "$upload" && room "$target" || echo 'no space left on the device'
@@ -4807,7 +4895,7 @@ made() { dir=$1; set --; while [ ! -d "$dir" ]; do set -- "$dir" "$@"; dir=${dir
 
 _LOOK_BODY = """\
 for tool in base64 chmod chown cp df find gzip head id mkdir mv rm rmdir \\
-    sha256sum stat tail tar tr wc xargs; do
+    sha256sum stat tail tar tee tr wc xargs; do
   command -v "$tool" >/dev/null 2>&1 || fail 69 "$tool"
 done
 find / -maxdepth 0 -printf '' 2>/dev/null || fail 69 "GNU find (with -printf)"
@@ -4834,7 +4922,20 @@ looked() { [ "$here" = missing ] || find . -mindepth 1 $depth "$@" 2>/dev/null; 
 } | gzip -1"""
 
 _UPLOAD_BEGIN = """\
-near "$target"; owner=$(stat -c %u:%g -- "$near"); upload=$state/up.$id
+near "$target"; owner=$(stat -c %u:%g -- "$near"); upload=$state/up.$id; new=$upload/new
+overtaken() { [ -d "$upload" ] || fail 78 "$upload"
+  [ "$(cat "$state/generation" 2>/dev/null)" = "$expected" ] || quit 76 generation; }
+staging() {
+  if [ -d "$target" ] && [ "$(stat -c %d -- "$target")" != "$(stat -c %d -- "$upload")" ]; then
+    new=$target/.plato-sync.new/$id  # neither links nor renames lead from one file system to another
+    mkdir -p -- "$target/.plato-sync.new" || quit 77 "$target"
+  fi
+  sweep "$new"; mkdir "$new" "$new/tree" || quit 77 "$new"
+}
+digest_of() {
+  if openssl dgst -sha256 -r </dev/null >/dev/null 2>&1; then openssl dgst -sha256 -r; else sha256sum; fi
+}
+unpack() { tar -xp --no-same-owner -f - -C "$new" 2>&1; }
 """
 
 _PART_BODY = """\
@@ -4842,15 +4943,26 @@ made "$state"; mkdir "$upload" 2>/dev/null || [ -d "$upload" ] || fail 77 "$uplo
 base64 -d > "$upload/part.$$" && mv -f -- "$upload/part.$$" "$upload/$part" || fail 74 "part $part"
 """
 
-_RECEIVE_BODY = """\
+# What comes is unpacked and hashed at the same time: `tee` also writes to descriptor 4, which leads to the hash.
+# It ends as soon as `tar` does not go on, and with it the reading of frames.
+_RECEIVE_BODY = r"""
 made "$state"; mkdir "$upload" || fail 77 "$upload"
-while IFS= read -r count && [ "${count:-0}" -gt 0 ]; do
-  head -c "$count" || quit 74 "$(told)"
-done > "$upload/000000"
-IFS= read -r digest && IFS= read -r length || quit 67 length
+staging
+frames() {
+  while IFS=' ' read -r form count && [ "$form" != end ]; do
+    case $form in
+      gzip) head -c "$count" | gzip -cd ;;
+      *) head -c "$count" ;;
+    esac || return
+  done
+}
+sum=$(trap - PIPE; { { frames | tee /dev/fd/4; } 2>/dev/null |
+  { unpack > "$upload/words" 4>&- && : > "$upload/whole"; }; } 4>&1 | digest_of)
+[ -e "$upload/whole" ] || { overtaken; words=$(cat "$upload/words"); quit 74 "$(told)"; }
+IFS= read -r digest && [ "${sum%% *}" = "$digest" ] || quit 67 digest
 """
 
-_COMMIT_BODY = r"""
+_LOCK_BODY = r"""
 made "$state"
 [ -e "$state/lock" ] || { : > "$state/lock"; own "$state/lock"; }
 if command -v flock >/dev/null 2>&1; then
@@ -4863,21 +4975,18 @@ else
 fi
 now=$(cat "$state/generation" 2>/dev/null)
 [ "$now" != "$id" ] || exit 0
-[ "$now" = "$expected" ] || quit 76 generation
-[ -d "$upload" ] || fail 78 "$upload"
-if [ -e "$upload/000001" ]; then cat "$upload"/[0-9]* > "$upload/archive" || quit 74 "$(told)"
-else mv -f -- "$upload/000000" "$upload/archive" || quit 67 archive; fi
-[ "$(stat -c %s -- "$upload/archive")" = "$length" ] || quit 67 length
-[ "$(sha256sum < "$upload/archive")" = "$digest  -" ] || quit 67 digest
+overtaken
+"""
+
+_CHECK_PARTS_BODY = r"""
+whole() { cat "$upload"/[0-9]* | gzip -cd 2>/dev/null; }
+sum=$(whole | digest_of); [ "${sum%% *}" = "$digest" ] || quit 67 digest
+staging
+words=$(whole | unpack) || quit 74 "$(told)"
 rm -f -- "$upload"/[0-9]*
-new=$upload/new
-if [ -d "$target" ] && [ "$(stat -c %d -- "$target")" != "$(stat -c %d -- "$upload")" ]; then
-  new=$target/.plato-sync.new  # links do not lead from one file system to another
-  sweep "$new"
-fi
-mkdir "$new" "$new/tree" || quit 77 "$new"
-words=$(tar -xpz --no-same-owner -f - -C "$new" 2>&1 < "$upload/archive") || quit 74 "$(told)"
-rm -f -- "$upload/archive"
+"""
+
+_PLACE_BODY = r"""
 meta=$new/meta; own "$meta"/*
 if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -hR "$owner" -- "$new/tree" || quit 74 chown; fi
 if [ -d "$target" ]; then
@@ -4892,7 +5001,8 @@ if [ -d "$target" ]; then
   same='[ "$(find "$1" -printf x 2>/dev/null | wc -c)" -eq "$2" ]'  # the VM may have put something there
   xargs -0 -r -n 2 sh -c "$same" - < "$meta/replaced" || quit 76 replaced
 else
-  made "$target"; cd -- "$target" || quit 77 "$target"
+  mv -T -- "$new/tree" "$target" || quit 76 "$target"
+  mkdir "$new/tree"; cd -- "$target" || quit 77 "$target"
 fi
 words=$(xargs -0 -r rm -f -- 2>&1 < "$meta/remove") || quit 74 "$(told)"
 words=$(xargs -0 -r rm -rf -- 2>&1 < "$meta/trees") || quit 74 "$(told)"
@@ -4959,20 +5069,18 @@ class SyncTarget:
         )
 
     def receive_script(self, upload: str, expected: str) -> str:
-        """Takes an archive from standard input (counted pieces, 0, digest, length) and makes it the tree."""
+        """Takes an archive from standard input (see `Frames`) and makes it the tree."""
         values = assigned(**self._values, id=upload, expected=expected)
-        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _RECEIVE_BODY + _COMMIT_BODY
+        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _RECEIVE_BODY + _LOCK_BODY + _PLACE_BODY
 
     def commit_script(self, upload: str, expected: str, archive: SyncArchive) -> str:
         """Makes the parts of an upload the tree. May be run again."""
-        values = assigned(
-            **self._values, id=upload, expected=expected, digest=archive.digest, length=archive.length
-        )
-        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _COMMIT_BODY
+        values = assigned(**self._values, id=upload, expected=expected, digest=archive.digest)
+        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _LOCK_BODY + _CHECK_PARTS_BODY + _PLACE_BODY
 
     def clean_script(self) -> str:
         """Removes uploads that were broken off."""
-        return assigned(**self._values) + _SHELL_HEAD + 'sweep "$state"/up.*\n'
+        return assigned(**self._values) + _SHELL_HEAD + 'sweep "$state"/up.* "$target/.plato-sync.new"\n'
 
     def failure(self, outcome: Outcome) -> SandboxError | None:
         """The error that the end of one of these scripts means, or None."""
@@ -5050,6 +5158,7 @@ class SshWay:
 
     def __init__(self, sandbox: SandboxBase, seconds: float) -> None:
         self._seconds = seconds
+        self._reporter = sandbox.reporter
         self._shell = SshShell(sandbox.state, sandbox.reporter)
 
     def ready(self) -> None:
@@ -5065,23 +5174,10 @@ class SshWay:
     def deliver(self, target: SyncTarget, upload: str, expected: str, archive: SyncArchive) -> Outcome:
         """Send the archive and make it the tree."""
         script = target.receive_script(upload, expected)
-        return self._shell.run(script, seconds=self._seconds, data=_framed(archive))
+        return self._shell.run(script, seconds=self._seconds, data=Frames(archive, self._reporter))
 
     def close(self) -> None:
         self._shell.close()
-
-
-def _framed(archive: SyncArchive) -> Iterator[bytes]:
-    """An archive as `receive_script` reads it."""
-    waiting: list[bytes] = []
-    for piece in archive:
-        waiting.append(piece)
-        if sum(map(len, waiting)) >= STREAM_BYTES:
-            yield from (b"%d\n" % sum(map(len, waiting)), *waiting)
-            waiting.clear()
-    if waiting:
-        yield from (b"%d\n" % sum(map(len, waiting)), *waiting)
-    yield f"0\n{archive.digest}\n{archive.length}\n".encode()
 
 
 class ApiWay:
@@ -5114,9 +5210,9 @@ class ApiWay:
 
     def deliver(self, target: SyncTarget, upload: str, expected: str, archive: SyncArchive) -> Outcome:
         """Send the archive in parts, then make it the tree; a small one does both in one command."""
-        commit_room = len(target.receive_script(upload, expected)) + 200
+        commit_room = len(target.commit_script(upload, expected, archive)) + 200
         size = (COMMAND_BYTES - len(self._part(target, upload, 0, b"").encode()) - 64) // 4 * 3
-        parts = in_parts(archive, size)
+        parts = in_parts(packed(archive, self._sandbox.reporter), size)
         first = next(parts, b"")
         second = next(parts, None)
         if second is None and len(first) * 4 // 3 + 2 * commit_room < COMMAND_BYTES:
@@ -5406,7 +5502,7 @@ class Syncer:
         if vanished:
             self.reporter.warn(f"Vanished while it was to be sent: {listed_paths(vanished)}.")
         report["sent"] -= len(archive.vanished)
-        report["bytes"], report["archive_bytes"] = archive.bytes, archive.length
+        report["bytes"], report["archive_bytes"] = archive.bytes, archive.packed
         return report, archive.unsteady
 
     def _counts(self, local: LocalTree, plan: SyncPlan) -> dict[str, Any]:
@@ -5499,7 +5595,7 @@ class Syncer:
         sending = f"Sending {counted(files, 'file')}, {size_text(total)}"
         self.reporter.step(sending if plan.send else "Removing what is gone here")
         manifest = None if same_manifest or self.single else plan.manifest
-        archive = SyncArchive(local, plan, manifest, self.reporter)
+        archive = SyncArchive(local, plan, manifest)
         upload = secrets.token_hex(12)
         outcome = self.way.deliver(self.target, upload, remote.generation, archive)
         failure = self.target.failure(outcome)
@@ -5512,6 +5608,8 @@ class Syncer:
     def _clean_up(self, failure: SandboxError) -> None:
         """Free the VM of an upload that failed, if that is easily done; the next sync does it anyway."""
         self.remote = None
+        if isinstance(self._way, SshWay):  # its shell ends with a script that fails
+            self.forget()
         if isinstance(self._way, ApiWay) and not isinstance(failure, OvertakenError):
             try:
                 self._way.run(self.target.clean_script())

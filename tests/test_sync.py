@@ -335,6 +335,13 @@ def closing() -> Iterator[Callable[[Sandbox], Sandbox]]:
         ),
     ]
 )
+@example(
+    rounds=[
+        ([("directory", b"a", 0o2755, None)], [], "ssh"),
+        ([("directory", b"a/b", 0o775, None)], [], "ssh"),
+        ([("directory", b"a/*", 0o775, None)], [], "api"),
+    ]
+)
 def test_tree_is_what_the_plan_says(
     vm: Vm, tmp_path: Path, closing: Callable[[Sandbox], Sandbox], rounds: list[Any]
 ) -> None:
@@ -909,7 +916,7 @@ def test_full_disk(vm: Vm, source: Path, target: str, via: str, where: str) -> N
     for size, name in ((3_000_000, "noise"), (700_000, "half"), (1_500_000, "zeros")):
         content = bytes(size) if name == "zeros" else os.urandom(size)
         (source / name).write_bytes(content)
-        if where == "target" and name == "half":
+        if name == "half" and (where == "target" or via == "ssh"):  # over SSH no archive is kept
             (source / name).unlink()
             continue
         result = sync(vm, source, target, "--via", via)
@@ -976,6 +983,34 @@ def test_two_hosts_sync_different_trees_to_one_target(own_vm: Vm, tmp_path: Path
         assert process.returncode == 0, errors
     files = [path for path, entry in read_tree(own_vm.place(target)).items() if entry[0] == "f"]
     assert len(files) == 15
+
+
+@pytest.mark.parametrize("via", WAYS)
+def test_a_sync_that_another_one_overtakes_looks_again(
+    vm: Vm,
+    tmp_path: Path,
+    target: str,
+    closing: Callable[[Sandbox], Sandbox],
+    monkeypatch: pytest.MonkeyPatch,
+    via: str,
+) -> None:
+    for name in ("one", "two"):
+        write_tree(tmp_path / name, {f"{name}/file": name})
+        shutil.copy(vm.desk.state_file, tmp_path / name)
+    plan = plato_sandbox.plan_sync
+    overtakers = [tmp_path / "two"]
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        if overtakers:
+            good_sync(vm, overtakers.pop(), target)
+        return plan(*arguments, **options)
+
+    monkeypatch.setattr(plato_sandbox, "plan_sync", overtaken)
+    settings_ = Settings.from_environment(vm.desk.environment)
+    sandbox = closing(Sandbox(str(tmp_path / "one"), settings=settings_))
+    assert sandbox.sync(remote_path=target, via=via)["via"] == via
+    found = read_tree(vm.place(target))
+    assert {path for path, entry in found.items() if entry[0] == "f"} == {b"one/file", b"two/file"}
 
 
 class Listener(Reporter):
