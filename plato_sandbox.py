@@ -4118,45 +4118,54 @@ class IgnoreTree:
 # The local tree
 
 
-class Entry:
-    """A file, a directory or a symbolic link, as either side knows it.
+class Entry(bytes):
+    """A file, a directory or a symbolic link, as either side knows it: one small object, as a tree may have
+    hundreds of thousands. Equal ones are alike in everything.
 
     kind: "f", "d" or "l", on the VM also other letters of `find`; mode: permission bits; size in bytes and
-    mtime in nanoseconds since 1970, of files; target of a link; digest: SHA-256, where one was asked for.
+    mtime in nanoseconds since 1970, of files; target of a link.
     """
 
-    __slots__ = ("digest", "kind", "mode", "mtime", "size", "target")
+    __slots__ = ()
 
-    def __init__(
-        self, kind: str, mode: int, size: int = 0, mtime: int = 0, target: bytes = b"", digest: bytes = b""
-    ) -> None:
-        self.kind = kind
-        self.mode = mode
-        self.size = size
-        self.mtime = mtime
-        self.target = target
-        self.digest = digest
+    def __new__(cls, kind: str, mode: int, size: int = 0, mtime: int = 0, target: bytes = b"") -> Entry:  # noqa: PYI034
+        return super().__new__(cls, b"%s %o %d %d %s" % (kind.encode(), mode, size, mtime, target))
+
+    @property
+    def kind(self) -> str:
+        return chr(self[0])
+
+    @property
+    def mode(self) -> int:
+        return int(self.split(b" ", 2)[1], 8)
+
+    @property
+    def size(self) -> int:
+        return int(self.split(b" ", 3)[2])
+
+    @property
+    def mtime(self) -> int:
+        return int(self.split(b" ", 4)[3])
+
+    @property
+    def target(self) -> bytes:
+        return self.split(b" ", 4)[4]
 
     def same_as(self, other: Entry) -> bool:
-        """Whether nothing needs to travel to make one the other; with digests, they speak for the content."""
-        if self.kind != other.kind:
-            return False
-        if self.kind == "l":
-            return self.target == other.target
-        if self.kind == "d":
-            return self.mode == other.mode
-        same = self.digest == other.digest if self.digest else self.mtime == other.mtime
-        return same and self.mode == other.mode and self.size == other.size
+        """Whether nothing needs to travel to make one the other."""
+        return self == other or (self.kind == other.kind == "l" and self.target == other.target)
 
 
 class LocalTree:
-    """What there is to sync: entries by path; what cannot be read and what is left out, each with why."""
+    """What there is to sync: entries by path; what cannot be read and what is left out, each with why; the
+    SHA-256 of files where it was asked for."""
 
     def __init__(self, root: bytes) -> None:
         self.root = root
         self.entries: dict[bytes, Entry] = {}
         self.unreadable: dict[bytes, str] = {}
         self.skipped: dict[bytes, str] = {}
+        self.digests: dict[bytes, bytes] = {}
         self.ignore = IgnoreTree()
 
     def location(self, path: bytes) -> bytes:
@@ -4171,6 +4180,11 @@ class LocalTree:
                 return True
             path = path.rpartition(b"/")[0]
         return False
+
+    def files(self, paths: Iterable[bytes] | None = None) -> int:
+        """How many of all entries, or of those at some paths, are files or links."""
+        entries = self.entries.values() if paths is None else map(self.entries.__getitem__, paths)
+        return sum(entry.kind != "d" for entry in entries)
 
     def drop(self, path: bytes, why: str, *, unreadable: bool = False) -> None:
         """Leave a path out after all."""
@@ -4264,36 +4278,41 @@ def scan_file(path: bytes) -> LocalTree:
     return tree
 
 
-def check_before_sending(tree: LocalTree, paths: Iterable[bytes]) -> None:
+def check_before_sending(tree: LocalTree, remote: RemoteTree, paths: Iterable[bytes]) -> None:
     """Take out of a tree what turns out to be a private key, or cannot be read, or is gone."""
     for path in paths:
         entry = tree.entries[path]
         if entry.kind != "f":
             continue
-        try:
-            handle = os.open(tree.location(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            tree.drop(path, "it vanished")
-            continue
-        except OSError as error:
-            tree.drop(path, reason(error), unreadable=True)
-            continue
+        why, unreadable = _why_not_sent(tree.location(path), entry)
+        if why:
+            remote.hold(path)
+            tree.drop(path, why, unreadable=unreadable)
+
+
+def _why_not_sent(location: bytes, entry: Entry) -> tuple[str, bool]:
+    """Why a file stays out, "" if it does not; and whether that is because it cannot be read."""
+    try:
+        handle = os.open(location, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             if entry.size < PRIVATE_KEY_BYTES and PRIVATE_KEY.match(os.read(handle, 100)):
-                tree.drop(path, "a private key")
-        except OSError as error:
-            tree.drop(path, reason(error), unreadable=True)
+                return "a private key", False
         finally:
             os.close(handle)
+    except FileNotFoundError:
+        return "it vanished", False
+    except OSError as error:
+        return reason(error), True
+    return "", False
 
 
-def add_digests(tree: LocalTree, remote: Mapping[bytes, Entry]) -> None:
+def add_digests(tree: LocalTree, remote: RemoteTree) -> None:
     """SHA-256 of every local file that could be the one on the VM."""
     import hashlib
 
-    for path, entry in tree.entries.items():
-        theirs = remote.get(path)
-        if entry.kind != "f" or theirs is None or theirs.size != entry.size or not theirs.digest:
+    for path in remote.digests:
+        entry, theirs = tree.entries.get(path), remote.entries.get(path)
+        if entry is None or theirs is None or entry.kind != "f" or theirs.size != entry.size:
             continue
         digest = hashlib.sha256()
         try:
@@ -4302,10 +4321,85 @@ def add_digests(tree: LocalTree, remote: Mapping[bytes, Entry]) -> None:
                     digest.update(block)
         except OSError:
             continue  # said when it is to be sent
-        entry.digest = digest.hexdigest().encode()
+        tree.digests[path] = digest.digest()
 
 
 # The tree on the VM
+
+
+class Overlay:
+    """A mapping by path that is nearly another one, `base`: only what is different takes memory.
+
+    view: what a value of the base means here. The base must not change where the two agree.
+    """
+
+    def __init__(
+        self, base: Mapping[bytes, Any] | None = None, view: Callable[[Any], Any] = lambda value: value
+    ) -> None:
+        self.base: Mapping[bytes, Any] = {} if base is None else base
+        self.view = view
+        self.own: dict[bytes, Any] = {}
+        self.gone: set[bytes] = set()  # paths of the base that are not here, or with a value of our own
+
+    def fill(self, items: Iterable[tuple[bytes, Any]]) -> None:
+        """Take these items and nothing else."""
+        unseen = set(self.base)
+        for path, value in items:
+            if path in unseen and self.view(self.base[path]) == value:
+                unseen.discard(path)
+            else:
+                self.own[path] = value
+        self.gone = set(unseen) if 4 * len(unseen) < len(self.base) else unseen  # a set never shrinks
+
+    def get(self, path: bytes) -> Any:
+        """The value at a path, or None."""
+        if path in self.own:
+            return self.own[path]
+        return self.view(self.base[path]) if path in self.base and path not in self.gone else None
+
+    def __getitem__(self, path: bytes) -> Any:
+        if path not in self:
+            raise KeyError(path)
+        return self.get(path)
+
+    def __setitem__(self, path: bytes, value: Any) -> None:
+        self.discard(path)
+        self.own[path] = value
+
+    def discard(self, path: bytes) -> None:
+        self.own.pop(path, None)
+        if path in self.base:
+            self.gone.add(path)
+
+    def __contains__(self, path: bytes) -> bool:
+        return path in self.own or (path in self.base and path not in self.gone)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self.own
+        yield from (path for path in self.base if path not in self.gone)
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.base) - len(self.gone)
+
+    def items(self) -> Iterator[tuple[bytes, Any]]:
+        return ((path, self.get(path)) for path in self)
+
+    def same_as(self, other: Overlay) -> bool:
+        if self.base is other.base:
+            return self.gone == other.gone and self.own == other.own
+        return len(self) == len(other) and all(other.get(path) == value for path, value in self.items())
+
+    def differing(self, other: Mapping[bytes, Any]) -> Iterable[bytes]:
+        """Paths of another mapping: all those with another value than here, or with none here."""
+        return [path for path in self.gone if path in other] if other is self.base else other
+
+    def beyond(self, other: Mapping[bytes, Any]) -> Iterator[bytes]:
+        """The paths here that another mapping does not have."""
+        return (path for path in (self.own if other is self.base else self) if path not in other)
+
+
+def _kind(entry: Entry) -> str:
+    return entry.kind
 
 
 class RemoteTree:
@@ -4313,39 +4407,46 @@ class RemoteTree:
 
     entries by path; closed: directories of excluded names, which were not entered; manifest: kind by path
     of what the last sync left there; generation: names that sync, "" before the first one; exists: whether
-    the target does; stale: uploads that were broken off.
+    the target does; stale: uploads that were broken off; digests: SHA-256 of files where it was asked for.
+    local: entries that those on the VM are likely to be equal to.
     """
 
-    def __init__(self) -> None:
-        self.entries: dict[bytes, Entry] = {}
+    def __init__(self, local: Mapping[bytes, Entry] | None = None) -> None:
+        self.entries = Overlay(local)
+        self.manifest = Overlay(local, _kind)
         self.closed: set[bytes] = set()
-        self.manifest: dict[bytes, str] = {}
+        self.digests: dict[bytes, bytes] = {}
         self.generation = ""
         self.exists = False
         self.stale = 0
 
+    def hold(self, path: bytes) -> None:
+        """Keep what is known of a path, whatever becomes of the local one."""
+        for known in (self.entries, self.manifest):
+            if path in known:
+                known[path] = known[path]
 
-def parse_look(data: bytes) -> RemoteTree:
+
+def parse_look(packed: bytes, local: Mapping[bytes, Entry]) -> RemoteTree:
     """Read the answer of `look_script`. ApiError when it is not one."""
-    tree = RemoteTree()
+    import zlib
+
+    tree = RemoteTree(local)
     try:
-        fields = iter(data.split(b"\0"))
+        fields = _fields(packed)
         if next(fields) != b"plato-sync-1":
             raise ValueError("another beginning")
         tree.exists = next(fields) == b"here"
         tree.generation = next(fields).decode("ascii", "replace")
         tree.stale = int(next(fields))
-        for field in iter(fields.__next__, b""):
-            tree.manifest[field[1:]] = chr(field[0])
-        for field in iter(fields.__next__, b""):
-            _parse_found(tree, field, next(fields))
-        for field in iter(fields.__next__, b""):
+        tree.manifest.fill((field[1:], chr(field[0])) for field in _until_empty(fields))
+        tree.entries.fill(_found(tree, field, next(fields)) for field in _until_empty(fields))
+        for field in _until_empty(fields):
             digest, _, path = field.partition(b"  ")
-            if path[2:] in tree.entries:
-                tree.entries[path[2:]].digest = digest
+            tree.digests[path[2:]] = bytes.fromhex(digest.decode())
         if next(fields) != b"end":
             raise ValueError("no end")
-    except (ValueError, IndexError, StopIteration):
+    except (ValueError, IndexError, StopIteration, RuntimeError, zlib.error):
         raise ApiError(
             "What the VM told about its files cannot be understood; nothing was changed.",
             hint="Run the command again.",
@@ -4353,18 +4454,39 @@ def parse_look(data: bytes) -> RemoteTree:
     return tree
 
 
-def _parse_found(tree: RemoteTree, field: bytes, target: bytes) -> None:
+def _fields(packed: bytes) -> Iterator[bytes]:
+    """The NUL-terminated fields of a gzip stream, unpacked a little at a time."""
+    import zlib
+
+    unpacker = zlib.decompressobj(31)
+    rest = b""
+    for at in range(0, len(packed), SAMPLED_BYTES):
+        *fields, rest = (rest + unpacker.decompress(packed[at : at + SAMPLED_BYTES])).split(b"\0")
+        yield from fields
+    if not unpacker.eof:
+        raise ValueError("cut off")
+
+
+def _until_empty(fields: Iterator[bytes]) -> Iterator[bytes]:
+    """Fields up to an empty one; ValueError when there is none."""
+    for field in fields:
+        if not field:
+            return
+        yield field
+    raise ValueError("no end of a list")
+
+
+def _found(tree: RemoteTree, field: bytes, target: bytes) -> tuple[bytes, Entry]:
     """One entry: `kind mode size seconds.fraction path`, in `find`'s words."""
     kind, mode, size, moment, path = field.split(b" ", 4)
-    seconds, _, fraction = moment.partition(b".")
-    mtime = int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, b"0") or 0)
     if kind == b"x":
         tree.closed.add(path)
         kind = b"d"
-    if kind == b"f":
-        tree.entries[path] = Entry("f", int(mode, 8), int(size), mtime)
-    else:
-        tree.entries[path] = Entry(kind.decode("ascii", "replace"), int(mode, 8), target=target)
+    if kind != b"f":
+        return path, Entry(kind.decode("ascii", "replace"), int(mode, 8), target=target)
+    seconds, _, fraction = moment.partition(b".")
+    mtime = int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, b"0") or 0)
+    return path, Entry("f", int(mode, 8), int(size), mtime)
 
 
 # The plan: pure, from the two trees to what must be done
@@ -4389,7 +4511,7 @@ class SyncPlan:
         self.touched: list[bytes] = []
         self.changed: set[bytes] = set()
         self.replaced: dict[bytes, int] = {}
-        self.manifest: dict[bytes, str] = {}
+        self.manifest = Overlay()
         self.unchanged = 0
 
     @property
@@ -4409,14 +4531,14 @@ def plan_sync(
     """Compare the two trees. ConflictError when a directory of the VM's own stands where a file must go;
     SandboxError, unless `force`, when nearly everything would be removed. single: nothing is removed."""
     plan = SyncPlan()
-    for path, entry in local.entries.items():
+    candidates = local.entries if local.digests else remote.entries.differing(local.entries)
+    for path in candidates:
         theirs = remote.entries.get(path)
-        if theirs is None or not entry.same_as(theirs):
+        if theirs is None or not _same(local, remote, path):
             plan.send.append(path)
-            if theirs is not None and theirs.kind == entry.kind == "d":
+            if theirs is not None and theirs.kind == local.entries[path].kind == "d":
                 plan.changed.add(path)
-        elif entry.kind != "d":
-            plan.unchanged += 1
+    plan.unchanged = local.files() - local.files(plan.send)
     in_the_way = _in_the_way(local, remote)
     _check_conflicts(in_the_way, remote, force=force or delete_extra)
     gone = set() if single else _no_longer_local(local, remote)
@@ -4427,25 +4549,37 @@ def plan_sync(
     plan.replaced = _replaced(local, remote, in_the_way)
     plan.extra = sorted(path for path in extra if remote.entries[path].kind != "d")
     plan.send.sort()
-    plan.manifest = dict(remote.manifest) if single else manifest_of(local, remote)
+    plan.manifest = remote.manifest if single else manifest_of(local, remote)
     changed = {os.path.dirname(path) for path in (*plan.send, *plan.removed)}
     standing = {path for path in changed if path in remote.entries and remote.entries[path].kind == "d"}
     plan.touched = sorted((standing | ({b""} & changed if remote.exists else set())) - set(plan.removed))
     return plan
 
 
-def manifest_of(local: LocalTree, remote: RemoteTree) -> dict[bytes, str]:
+def _same(local: LocalTree, remote: RemoteTree, path: bytes) -> bool:
+    """Whether nothing needs to travel for a path that both have; digests, if known, speak for the content."""
+    mine, theirs = local.entries[path], remote.entries[path]
+    if path not in local.digests or path not in remote.digests:
+        return mine.same_as(theirs)
+    same = local.digests[path] == remote.digests[path]
+    return same and (mine.kind, mine.mode, mine.size) == (theirs.kind, theirs.mode, theirs.size)
+
+
+def manifest_of(local: LocalTree, remote: RemoteTree) -> Overlay:
     """What this sync vouches for, and what earlier ones did and this one could not look at."""
-    kept = {path: kind for path, kind in remote.manifest.items() if local.protects(path)}
-    return {**kept, **{path: entry.kind for path, entry in local.entries.items()}}
+    manifest = Overlay(local.entries, _kind)
+    for path in remote.manifest.beyond(local.entries):
+        if local.protects(path):
+            manifest[path] = remote.manifest[path]
+    return manifest
 
 
 def _in_the_way(local: LocalTree, remote: RemoteTree) -> set[bytes]:
     """What must go because something of another kind comes: itself and, for a directory, all below it."""
     roots = {
         path
-        for path, theirs in remote.entries.items()
-        if path in local.entries and local.entries[path].kind != theirs.kind
+        for path in remote.entries.differing(local.entries)
+        if path in remote.entries and remote.entries[path].kind != local.entries[path].kind
     }
     if not roots:
         return set()
@@ -4489,12 +4623,11 @@ def _no_longer_local(local: LocalTree, remote: RemoteTree) -> set[bytes]:
     """What an earlier sync put there, is still there, and is neither local nor excluded by now."""
     return {
         path
-        for path, kind in remote.manifest.items()
-        if path not in local.entries
-        and path in remote.entries
-        and (remote.entries[path].kind == "d") == (kind == "d")
+        for path in remote.manifest.beyond(local.entries)
+        if path in remote.entries
+        and (remote.entries[path].kind == "d") == (remote.manifest[path] == "d")
         and not local.protects(path)
-        and not local.ignore.ignores_at_all(path, kind == "d")
+        and not local.ignore.ignores_at_all(path, remote.manifest[path] == "d")
     }
 
 
@@ -4502,16 +4635,15 @@ def _extra(local: LocalTree, remote: RemoteTree) -> set[bytes]:
     """Everything on the VM that is not local; what the ignore rules exclude is nobody's business."""
     return {
         path
-        for path, entry in remote.entries.items()
-        if path not in local.entries
-        and path not in remote.closed
+        for path in remote.entries.beyond(local.entries)
+        if path not in remote.closed
         and not local.protects(path)
-        and not local.ignore.ignores_at_all(path, entry.kind == "d")
+        and not local.ignore.ignores_at_all(path, remote.entries[path].kind == "d")
     }
 
 
 def _check_emptied(remote: RemoteTree, gone: set[bytes]) -> None:
-    files = sum(kind != "d" for kind in remote.manifest.values())
+    files = sum(kind != "d" for _, kind in remote.manifest.items())
     lost = sum(remote.manifest[path] != "d" for path in gone)
     if lost >= EMPTIED_FILES and lost * 2 > files:
         raise SandboxError(
@@ -4562,13 +4694,14 @@ class SyncArchive:
     VM, `tree/` the entries.
     """
 
-    def __init__(self, tree: LocalTree, plan: SyncPlan, manifest: dict[bytes, str] | None) -> None:
+    def __init__(self, tree: LocalTree, plan: SyncPlan, manifest: Overlay | None) -> None:
         import hashlib
 
         self.tree = tree
         self.plan = plan
         self.manifest = manifest
-        self._sent = set(plan.send)
+        self._sent_directories = {path for path in plan.send if tree.entries[path].kind == "d"}
+        self._around = sorted(set(self._directories()) - self._sent_directories)
         self.files = self.bytes = self.packed = 0
         self.unsteady: list[bytes] = []
         self.vanished: list[bytes] = []
@@ -4588,10 +4721,14 @@ class SyncArchive:
             yield data, level
 
     def _tar(self) -> Iterator[tuple[bytes, int]]:
+        import heapq
+
         for name, data in self._lists():
             header = tar_header(b"meta/" + name, Entry("f", 0o644, len(data)))
             yield header + data + bytes(-len(data) % 512), GZIP_LEVEL
-        for path in sorted({*self.plan.send, *self._directories()}):
+        if self.manifest is not None:
+            yield from ((block, GZIP_LEVEL) for block in self._manifest_file(self.manifest))
+        for path in heapq.merge(self.plan.send, self._around):
             entry = self.tree.entries[path]
             if entry.kind == "f":
                 yield from self._file(path, entry)
@@ -4626,18 +4763,24 @@ class SyncArchive:
         yield b"replaced", nul_ended(counts)
         for name, paths in lists.items():
             yield name, nul_ended([b"./" + path for path in paths])
-        if self.manifest is not None:
-            yield b"manifest", nul_ended(sorted(kind.encode() + path for path, kind in self.manifest.items()))
+
+    def _manifest_file(self, manifest: Overlay) -> Iterator[bytes]:
+        """The manifest as an entry of the archive, a few paths at a time."""
+        paths = sorted(manifest)
+        size = sum(map(len, paths)) + 2 * len(paths)
+        yield tar_header(b"meta/manifest", Entry("f", 0o644, size))
+        for at in range(0, len(paths), 1000):
+            yield nul_ended([manifest[path].encode() + path for path in paths[at : at + 1000]])
+        yield bytes(-size % 512)
 
     def _with_modes(self) -> Iterator[bytes]:
         """What must get its mode at the end: new and changed directories, those that had to be opened for
         a while, and files that lose set-user-ID when their owner is set."""
         entries = self.tree.entries
-        for path in sorted({*self.plan.send, *self._directories()}, reverse=True):
-            entry = entries[path]
-            opened = entry.kind == "d" and (path in self._sent or entry.mode & 0o300 != 0o300)
-            if opened or (entry.kind == "f" and entry.mode & 0o6000):
-                yield path
+        files = (path for path in self.plan.send if entries[path].kind == "f")
+        special = [path for path in files if entries[path].mode & 0o6000]
+        opened = [path for path in self._around if entries[path].mode & 0o300 != 0o300]
+        yield from sorted([*special, *opened, *self._sent_directories], reverse=True)
 
     def _file(self, path: bytes, entry: Entry) -> Iterator[tuple[bytes, int]]:
         """A file as it is now, exactly as long as its header says whatever happens to it meanwhile."""
@@ -4666,7 +4809,7 @@ class SyncArchive:
         self.files += 1
         if left or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             self.unsteady.append(path)
-        entry.size, entry.mtime = now.size, now.mtime
+        self.tree.entries[path] = now
 
 
 def counted(count: int, what: str) -> str:
@@ -5482,9 +5625,9 @@ class Syncer:
         local = self._scan()
         remote = self._look(local)
         if options.checksum:
-            add_digests(local, remote.entries)
+            add_digests(local, remote)
         plan = self._plan(local, remote)
-        check_before_sending(local, plan.send)
+        check_before_sending(local, remote, plan.send)
         self._warn_of_skipped(local)
         self._refuse_unreadable(local)
         plan = self._plan(local, remote) if any(path not in local.entries for path in plan.send) else plan
@@ -5516,8 +5659,7 @@ class Syncer:
             directories = {*plan.remove_directories, *plan.remove_trees}
             remove = [os.fsdecode(path) + "/" * (path in directories) for path in plan.removed]
             return {"dry_run": True, "send": send, "remove": remove}
-        sent = sum(local.entries[path].kind != "d" for path in plan.send)
-        return {"sent": sent, "removed": len(plan.remove), "bytes": 0, "archive_bytes": 0}
+        return {"sent": local.files(plan.send), "removed": len(plan.remove), "bytes": 0, "archive_bytes": 0}
 
     def _plan(self, local: LocalTree, remote: RemoteTree) -> SyncPlan:
         options = self.options
@@ -5542,8 +5684,6 @@ class Syncer:
     def _look(self, local: LocalTree) -> RemoteTree:
         """What is on the VM: asked once, then known from what was sent."""
         if self.remote is None:
-            import zlib
-
             self.reporter.step("Looking at the VM", self.options.timeout)
             self.way.ready()
             script = self.target.look_script(local, digests=self.options.checksum, single=self.single)
@@ -5551,10 +5691,7 @@ class Syncer:
             failure = self.target.failure(outcome)
             if failure is not None:
                 raise failure
-            try:
-                self.remote = parse_look(zlib.decompress(outcome.stdout, 31))
-            except zlib.error:
-                self.remote = parse_look(b"")
+            self.remote = parse_look(outcome.stdout, local.entries)
         return self.remote
 
     def _warn_of_skipped(self, local: LocalTree) -> None:
@@ -5588,15 +5725,14 @@ class Syncer:
         """Carry out a plan; None when there is nothing to do."""
         import secrets
 
-        same_manifest = plan.manifest == remote.manifest
+        same_manifest = plan.manifest.same_as(remote.manifest)
         if not plan.send and not plan.removed and (same_manifest or self.single):
             if remote.stale:
                 self.way.run(self.target.clean_script())
                 remote.stale = 0
             return None
         total = sum(local.entries[path].size for path in plan.send)
-        files = sum(local.entries[path].kind != "d" for path in plan.send)
-        sending = f"Sending {counted(files, 'file')}, {size_text(total)}"
+        sending = f"Sending {counted(local.files(plan.send), 'file')}, {size_text(total)}"
         self.reporter.step(sending if plan.send else "Removing what is gone here")
         manifest = None if same_manifest or self.single else plan.manifest
         archive = SyncArchive(local, plan, manifest)
@@ -5625,11 +5761,13 @@ class Syncer:
     ) -> None:
         """What is on the VM from now on."""
         for path in plan.removed:
-            remote.entries.pop(path, None)
+            remote.entries.discard(path)
             remote.closed.discard(path)
+            remote.digests.pop(path, None)
         for path in plan.send:
             if path not in archive.vanished:
                 remote.entries[path] = local.entries[path]
+                remote.digests.pop(path, None)
         remote.manifest, remote.generation, remote.exists = plan.manifest, upload, True
 
     # The way
@@ -5690,7 +5828,7 @@ class Syncer:
                 raise
         return {**report, **total, "seconds": round(time.monotonic() - started, 3)}
 
-    def _sync_for_watch(self, before: dict[str, Any]) -> tuple[dict[bytes, Any], dict[str, Any]]:
+    def _sync_for_watch(self, before: dict[str, Any]) -> tuple[dict[bytes, Entry], dict[str, Any]]:
         """Sync until it succeeds: a lost connection is tried again, other trouble waits for a change."""
         delays = iter(WATCH_RETRY_SECONDS)
         while True:
@@ -5712,19 +5850,16 @@ class Syncer:
                 self.forget()
                 return seen, {}
 
-    def _snapshot(self) -> dict[bytes, Any]:
+    def _snapshot(self) -> dict[bytes, Entry]:
         """What tells whether the tree has changed."""
         root = os.fsencode(self.root)
         try:
             tree = scan_file(root) if self.single else scan_tree(root, gitignore=self.options.gitignore)
         except OSError:
             return {}
-        return {
-            path: (entry.kind, entry.mode, entry.size, entry.mtime, entry.target)
-            for path, entry in tree.entries.items()
-        }
+        return tree.entries
 
-    def _wait_for_change(self, seen: dict[bytes, Any]) -> None:
+    def _wait_for_change(self, seen: dict[bytes, Entry]) -> None:
         """Return when the tree is another one and still for a moment. A large one is looked at less often."""
         current = previous = seen
         while current == seen or current != previous:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pty
@@ -24,6 +25,7 @@ from plato_sandbox import (
     ConflictError,
     Entry,
     GzipMembers,
+    Overlay,
     Reporter,
     Sandbox,
     SandboxError,
@@ -627,6 +629,20 @@ def test_what_never_leaves(vm: Vm, source: Path, target: str) -> None:
     assert set(read_tree(vm.place(target))) == {b"deep", b"public.pem", b".platoignore", b"inside"}
 
 
+@pytest.mark.parametrize("via", WAYS)
+def test_a_synced_file_that_becomes_a_private_key(vm: Vm, source: Path, target: str, via: str) -> None:
+    """The old one stays on the VM, and goes when the local one goes."""
+    write_tree(source, {"a": "1", "key": "2", "venv/b": "3"})
+    good_sync(vm, source, target, "--via", via)
+    write_tree(source, {"a": "11", "key": "-----BEGIN PRIVATE KEY-----\n"})
+    report = good_sync(vm, source, target, "--via", via)
+    assert [entry["path"] for entry in report["skipped"]] == ["key"]
+    assert (vm.place(target) / "key").read_text() == "2"
+    (source / "key").unlink()
+    assert good_sync(vm, source, target, "--via", via)["removed"] == 1
+    assert read_tree(vm.place(target)) == {b"a": ("f", 0o644, b"11")}
+
+
 def test_unreadable(vm: Vm, source: Path, target: str) -> None:
     """Root is run without the capability that lets it read everything."""
     command = vm.desk.command()
@@ -1191,15 +1207,56 @@ NOISE = [
 
 @pytest.mark.parametrize("data", NOISE)
 def test_half_an_answer_is_not_taken_for_a_tree(data: bytes) -> None:
-    with pytest.raises(SandboxError, match="nothing was changed"):
-        parse_look(data)
+    for packed in (data, gzip.compress(data), gzip.compress(data)[:-9]):
+        with pytest.raises(SandboxError, match="nothing was changed"):
+            parse_look(packed, {})
+
+
+SMALL = st.dictionaries(st.sampled_from([b"a", b"b", b"c", b"d"]), st.integers(0, 2))
+
+
+@given(
+    base=SMALL,
+    items=SMALL,
+    other=SMALL,
+    changes=st.lists(st.tuples(st.sampled_from([b"a", b"b", b"e"]), st.one_of(st.none(), st.integers(0, 2)))),
+)
+@settings(deadline=None)
+def test_an_overlay_is_a_mapping(
+    base: dict[bytes, int],
+    items: dict[bytes, int],
+    other: dict[bytes, int],
+    changes: list[tuple[bytes, Optional[int]]],
+) -> None:
+    overlay, plain = Overlay(base), dict(items)
+    overlay.fill(items.items())
+    for path, value in changes:
+        if value is None:
+            overlay.discard(path)
+            plain.pop(path, None)
+        else:
+            overlay[path] = plain[path] = value
+    assert dict(overlay.items()) == plain
+    assert (len(overlay), sorted(overlay)) == (len(plain), sorted(plain))
+    for path in b"abcde":
+        name = bytes([path])
+        assert (overlay.get(name), name in overlay) == (plain.get(name), name in plain)
+    for mapping in (base, other):
+        differing = {path for path in mapping if plain.get(path) != mapping[path]}
+        assert differing <= set(overlay.differing(mapping)) <= set(mapping)
+        assert set(overlay.beyond(mapping)) == set(plain) - set(mapping)
+    same, else_ = Overlay(base), Overlay(other)
+    same.fill(plain.items())
+    else_.fill(plain.items())
+    assert overlay.same_as(else_)
+    assert else_.same_as(same)
+    else_[b"z"] = 1
+    assert not overlay.same_as(else_)
 
 
 @given(pieces=st.lists(st.tuples(st.binary(max_size=3000), st.sampled_from([0, 1, 3])), max_size=20))
 @settings(deadline=None)
 def test_gzip_members_give_back_what_went_in(pieces: list[tuple[bytes, int]]) -> None:
-    import gzip
-
     packer = GzipMembers()
     packed = b"".join(piece for data, level in pieces for piece in packer.add(data, level))
     packed += b"".join(packer.finish())
