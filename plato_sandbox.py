@@ -5183,7 +5183,7 @@ class SyncTarget:
             "target": path,
             "state": f"{parent}/{SYNC_STATE}/{name}",
             "source": source,
-            "patience": max(1, int(seconds)),
+            "patience": max(1, int(seconds / 2)),  # the VM must be able to say whom it waited for
         }
 
     def look_script(self, local: LocalTree, *, digests: bool, single: bool) -> str:

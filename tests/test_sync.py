@@ -1002,6 +1002,57 @@ def test_two_hosts_sync_different_trees_to_one_target(own_vm: Vm, tmp_path: Path
 
 
 @pytest.mark.parametrize("via", WAYS)
+def test_the_vm_waits_for_another_sync_and_says_so(own_vm: Vm, source: Path, target: str, via: str) -> None:
+    write_tree(source, {"a": "1"})
+    good_sync(own_vm, source, target, "--via", via)
+    (source / "a").write_text("2")
+    state = f"{target.rpartition('/')[0]}/.plato-sync/{target.rpartition('/')[2]}"
+    own_vm.execute(f"setsid flock {state}/lock sh -c 'touch {state}/held; exec sleep 1000' >/dev/null 2>&1 &")
+    eventually(lambda: own_vm.place(f"{state}/held").exists())
+    refused = sync(own_vm, source, target, "--via", via, "--timeout", "4")
+    assert (refused.code, (own_vm.place(target) / "a").read_text()) == (5, "1"), refused.err
+    assert "Another sync" in refused.err
+    own_vm.execute("kill $(pidof sleep)")
+    good_sync(own_vm, source, target, "--via", via)
+    assert (own_vm.place(target) / "a").read_text() == "2"
+
+
+@pytest.mark.parametrize("via", WAYS)
+def test_without_flock_a_directory_is_the_lock(own_vm: Vm, source: Path, target: str, via: str) -> None:
+    flock = own_vm.execute("command -v flock || true").strip()
+    if flock:
+        inside(own_vm, "mount", "--bind", "/dev/null", flock)
+    assert own_vm.execute("command -v flock || echo none") == "none\n"
+    write_tree(source, {"a": "1"})
+    good_sync(own_vm, source, target, "--via", via)
+    place = own_vm.place(target)
+    held = place.parent / ".plato-sync" / place.name / "lock.held"
+    assert not held.exists()
+
+    held.mkdir()  # somebody else is at work, and does not end
+    (source / "a").write_text("2")
+    refused = sync(own_vm, source, target, "--via", via, "--timeout", "4")
+    assert (refused.code, (place / "a").read_text()) == (5, "1"), refused.err
+    assert held.exists()
+
+    process = own_vm.desk.begin("sync", str(source), "--remote-path", target, "--via", via)
+    eventually(lambda: list(held.parent.glob("up.*")))
+    assert (place / "a").read_text() == "1"
+    held.rmdir()  # now it does
+    assert process.wait(60) == 0
+    assert (place / "a").read_text() == "2"
+    assert not held.exists()
+
+    held.mkdir()  # left by one that was killed long ago
+    os.utime(held, (1, 1))
+    give_to_plato(held.parent)
+    (source / "a").write_text("3")
+    good_sync(own_vm, source, target, "--via", via)
+    assert (place / "a").read_text() == "3"
+    assert not held.exists()
+
+
+@pytest.mark.parametrize("via", WAYS)
 def test_a_sync_that_another_one_overtakes_looks_again(
     vm: Vm,
     tmp_path: Path,
