@@ -5120,6 +5120,9 @@ else
     tries=$((tries+1)); [ "$tries" -le "$patience" ] || fail 75 lock; sleep 1; done
   trap 'rmdir -- "$state/lock.held"' EXIT
 fi
+"""
+
+_TURN_BODY = r"""
 now=$(cat "$state/generation" 2>/dev/null)
 [ "$now" != "$id" ] || exit 0
 overtaken
@@ -5218,12 +5221,13 @@ class SyncTarget:
     def receive_script(self, upload: str, expected: str) -> str:
         """Takes an archive from standard input (see `Frames`) and makes it the tree."""
         values = assigned(**self._values, id=upload, expected=expected)
-        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _RECEIVE_BODY + _LOCK_BODY + _PLACE_BODY
+        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _RECEIVE_BODY + _LOCK_BODY + _TURN_BODY + _PLACE_BODY
 
     def commit_script(self, upload: str, expected: str, archive: SyncArchive) -> str:
         """Makes the parts of an upload the tree. May be run again."""
         values = assigned(**self._values, id=upload, expected=expected, digest=archive.digest)
-        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _LOCK_BODY + _CHECK_PARTS_BODY + _PLACE_BODY
+        placing = _CHECK_PARTS_BODY + _PLACE_BODY
+        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _LOCK_BODY + _TURN_BODY + placing
 
     def clean_script(self) -> str:
         """Removes uploads that were broken off."""
@@ -5312,8 +5316,8 @@ class SshWay:
         """Wait until the VM answers."""
         self._shell.wait_until_ready(min(self._seconds, SSH_ANSWER_SECONDS))
 
-    def run(self, script: str) -> Outcome:
-        return self._shell.run(script, seconds=self._seconds)
+    def run(self, script: str, seconds: float | None = None) -> Outcome:
+        return self._shell.run(script, seconds=seconds or self._seconds)
 
     def look(self, script: str) -> Outcome:
         return self.run(script)
@@ -6122,7 +6126,7 @@ class GitStore:
                 hint="Install git, or bring the code over without it: start-services --via sync",
             )
         if not os.path.isfile(os.path.join(path, "HEAD")):
-            self.run("init", "--quiet", "--bare", path)
+            self.run("init", "--quiet", "--bare", "--template=", path)
 
     def run(self, *arguments: str, stdin: Iterable[bytes] = ()) -> str:
         """Run git on this repository; what it prints, or the error that its failure means."""
@@ -6278,11 +6282,7 @@ def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
 
 _CLONE_BODY = r"""
 command -v git >/dev/null 2>&1 || fail 69 git
-near "$target"; owner=$(stat -c %u:%g -- "$near"); upload=$state/up.$id; new=$upload/new
-made "$state"
-[ -e "$state/lock" ] || { : > "$state/lock"; own "$state/lock"; }
-if command -v flock >/dev/null 2>&1; then exec 9<"$state/lock"; flock -w "$patience" 9 || fail 75 lock; fi
-mkdir "$upload" "$new" "$new/tree" || fail 77 "$upload"
+new=$upload/new; mkdir "$upload" "$new" "$new/tree" || fail 77 "$upload"
 made "$target"; cd -- "$target" || quit 77 "$target"
 export GITEA_USERNAME GITEA_PASSWORD GIT_TERMINAL_PROMPT=0 GIT_CONFIG_NOSYSTEM=1
 g() { git --git-dir="$repo" --work-tree="$target" -c safe.directory='*' -c core.hooksPath=/dev/null \
@@ -6292,7 +6292,7 @@ repo=$target/.git
 if [ ! -d "$repo" ]; then
   [ ! -e "$repo" ] || quit 73 .git
   repo=$upload/repo.git
-  words=$(git -c init.defaultBranch=main init -q --bare "$repo" 2>&1) || quit 74 "$words"
+  words=$(git -c init.defaultBranch=main init -q --bare --template= "$repo" 2>&1) || quit 74 "$words"
   g config core.bare false
 fi
 words=$(g fetch -q --no-tags --depth=1 "$url" "+refs/heads/$branch:refs/remotes/origin/$branch" 2>&1) ||
@@ -6311,10 +6311,11 @@ words=$({ g diff-index --no-renames -z --name-only --diff-filter=A "$commit" -- 
 words=$({ export GIT_INDEX_FILE="$upload/index"; g read-tree "$commit" &&
   g checkout-index -q -z --stdin --prefix="$new/tree/" < "$write"; } 2>&1) || quit 74 "$(told)"
 if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -hR "$owner" -- "$new/tree" || quit 74 chown; fi
-standing='for p; do if [ -d "$p" ] && [ ! -L "$p" ]; then find "./$p" ! -type d; fi; done'
-blocking='for p; do if [ -L "$p" ] || { [ -e "$p" ] && [ ! -d "$p" ]; }; then printf "%s\n" "$p"; fi; done'
-{ xargs -0 -r sh -c "$standing" - < "$write" | sed 's|^\./||'
-  g ls-tree -r -d -z --name-only "$commit" | xargs -0 -r sh -c "$blocking" -; } | sort -u > "$upload/there"
+standing='for p; do if [ -d "$p" ] && [ ! -L "$p" ]; then find "./$p" ! -type d -print0; fi; done'
+blocking='for p; do if [ -L "$p" ] || { [ -e "$p" ] && [ ! -d "$p" ]; }; then printf "%s\0" "./$p"; fi; done'
+{ xargs -0 -r sh -c "$standing" - < "$write"
+  g ls-tree -r -d -z --name-only "$commit" | xargs -0 -r sh -c "$blocking" -; } |
+  tr '\0\n' '\n?' | sed 's|^\./||' | sort -u > "$upload/there"
 tr '\0\n' '\n?' < "$gone" | sort -u > "$upload/going"
 words=$(comm -23 "$upload/there" "$upload/going" | head -n 5)
 [ -z "$words" ] || quit 73 "$words"
@@ -6335,7 +6336,9 @@ g update-ref "refs/heads/$branch" "$commit" && g symbolic-ref HEAD "refs/heads/$
 g update-index -q --refresh >/dev/null 2>&1
 if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -R "$owner" -- "$repo"; fi
 changed=$(cat "$gone" "$write" | tr -dc '\0' | wc -c)
-sweep "$upload"
+printf %s "$id" > "$upload/generation"; own "$upload/generation"
+mv -f -- "$upload/generation" "$state/generation"  # what a sync saw before is not what is there now
+sweep "$state"/up.*
 printf '%s\n' "$changed"
 """
 
@@ -6359,7 +6362,7 @@ def clone_script(target: str, branch: str, commit: str, repository: GiteaReposit
         helper=_CREDENTIAL_HELPER,
         **repository.environment(),
     )
-    return values + _SHELL_HEAD + _CLONE_BODY
+    return values + _SHELL_HEAD + _UPLOAD_BEGIN + _LOCK_BODY + _CLONE_BODY
 
 
 def clone_failure(outcome: Outcome, target: str, repository: GiteaRepository) -> SandboxError | None:
@@ -6398,22 +6401,37 @@ fi
 # The services of the file, and `up` begun in the background: it outlives a connection that breaks.
 _UP_BODY = r"""
 command -v docker >/dev/null 2>&1 || fail 69 docker
-docker compose version >/dev/null 2>&1 || fail 69 'docker compose (Compose v2)'
 words=$(docker version --format '{{.Server.Version}}' 2>&1) || fail 70 "$words"
-words=$(docker compose -f "$file" config --quiet 2>&1) || fail 71 "$words"
-near "$target"; owner=$(stat -c %u:%g -- "$near"); made "$run"; rm -f -- "$run/code"
-run="$run" file="$file" nohup sh -c '
-  if command -v flock >/dev/null 2>&1; then exec 8>"$run/lock"; flock 8; fi
-  docker compose -f "$file" up -d "$@" > "$run/output" 2>&1 < /dev/null
-  echo $? > "$run/code.new"; mv -f "$run/code.new" "$run/code"
-' - OPTIONS > /dev/null 2>&1 < /dev/null 9>&- &
-docker compose -f "$file" config --services
+near "$target"; owner=$(stat -c %u:%g -- "$near"); made "$run"
+rm -f -- "$run"/*.code "$run"/*.output "$run"/*.services "$run"/*.stop
+run=$run/$id
+words=$(docker compose -f "$file" config --services 2>&1 > "$run.services") || {
+  docker compose version >/dev/null 2>&1 || fail 69 'docker compose (Compose v2)'
+  fail 71 "$words"
+}
+[ -e "${run%/*}/lock" ] || : > "${run%/*}/lock"; : > "$run.output"
+own "${run%/*}/lock" "$run.output" "$run.services"
+up='echo $$ > "$run.pid"
+  if command -v flock >/dev/null 2>&1; then exec 8<"${run%/*}/lock"; flock 8; fi
+  [ ! -e "$run.stop" ] || exit
+  docker compose -f "$file" up -d "$@" > "$run.output" 2>&1 < /dev/null 8<&-
+  echo $? > "$run.code.new"; mv -f "$run.code.new" "$run.code"; rm -f "$run.pid"'
+if command -v setsid >/dev/null 2>&1; then alone=setsid; else alone=nohup; fi
+run="$run" file="$file" "$alone" sh -c "$up" - OPTIONS > /dev/null 2>&1 < /dev/null 9>&- &
+cat "$run.services"
 """
 
 _LOOK_AT_BODY = r"""
-cat "$run/code" 2>/dev/null || echo -
-tail -n 15 "$run/output" 2>/dev/null | tr '\r' '\n' | tail -c 3000 | base64 | tr -d '\n'; echo
+run=$run/$id
+cat "$run.code" 2>/dev/null || echo -
+tail -n 15 "$run.output" 2>/dev/null | tr '\r' '\n' | tail -c 3000 | base64 | tr -d '\n'; echo
 docker compose -f "$file" ps --all --format json
+"""
+
+_STOP_UP_BODY = r"""
+: > "$run/$id.stop"
+pid=$(cat "$run/$id.pid" 2>/dev/null) || exit 0
+kill -TERM -- "-$pid" 2>/dev/null || kill -TERM "$pid" 2>/dev/null; rm -f "$run/$id.pid"
 """
 
 _LOGS_BODY = r"""
@@ -6430,6 +6448,7 @@ class Container:
         self.state = (as_text(entry.get("State")) or "unknown").lower()
         self.health = (as_text(entry.get("Health")) or "").lower()
         self.exit_code = whole_number(entry.get("ExitCode")) or 0
+        self.is_new = "less than a second" in (as_text(entry.get("Status")) or "").lower()
 
     @property
     def word(self) -> str:
@@ -6440,9 +6459,10 @@ class Container:
 
     @property
     def is_up(self) -> bool:
-        """Whether it runs and is healthy if that is checked; or has done what it was there for."""
-        finished = self.state == "exited" and self.exit_code == 0
-        return finished or (self.state == "running" and self.health in ("", "healthy"))
+        """Whether it runs and is healthy, or has not died at once; or has done what it was there for."""
+        if self.state == "running":
+            return self.health == "healthy" or (not self.health and not self.is_new)
+        return self.state == "exited" and self.exit_code == 0
 
     @property
     def has_failed(self) -> bool:
@@ -6494,6 +6514,12 @@ class ComposeLook:
         return [found for found in self.containers if found.name in names or found.service in names]
 
     @property
+    def complaints(self) -> list[str]:
+        """The output without what tells of progress, if there is such."""
+        progress = r"(\S+ )?\S+\s+(Creat|Recreat|Start|Stopp|Remov|Pull|Runn|Wait|Buil|Healthy|Exited)\w*"
+        return [line for line in self.output if not re.fullmatch(progress, line)] or self.output
+
+    @property
     def words(self) -> str:
         """Which container is in which state; before there are any, what `up` is doing."""
         states = [f"{found.service} {found.word}" for found in self.containers]
@@ -6505,24 +6531,40 @@ class ComposeLook:
 class ComposeRun:
     """Starts Compose services on the VM, one after another, and waits until they are healthy."""
 
-    def __init__(self, way: SshWay | ApiWay, target: str, reporter: Reporter, seconds: float) -> None:
-        self.way = way
+    def __init__(
+        self, connect: Callable[[], SshWay | ApiWay], target: str, reporter: Reporter, seconds: float
+    ) -> None:
+        self.way: SshWay | ApiWay | None = None
+        self.connect = connect
         self.target = target
         self.reporter = reporter
         self.seconds = seconds
+        self.id = ""
+
+    def close(self) -> None:
+        """End the connection; the next step opens another."""
+        if self.way is not None:
+            self.way.close()
+        self.way = None
 
     def _run(self, service: ComposeService, body: str, **values: object) -> Outcome:
         parent, _, name = self.target.rpartition("/")
         run = f"{parent}/{SYNC_STATE}/{name}/compose-{hashed(service.file)}"
-        head = (
-            assigned(target=self.target, file=service.file, run=run, **values) + _SHELL_HEAD + _COMPOSE_HEAD
-        )
-        return self.way.run(head + body)
+        head = assigned(target=self.target, file=service.file, run=run, id=self.id, **values)
+        self.way = self.way or self.connect()
+        return self.way.run(head + _SHELL_HEAD + _COMPOSE_HEAD + body)
 
     def start(self, service: ComposeService, options: Sequence[str]) -> list[Container]:
         """Bring one service up and wait for the containers that must be healthy; all of its containers."""
-        names = self._begin(service, options)
-        look = self._wait_for_up(service, names)
+        import secrets
+
+        self.id = secrets.token_hex(12)
+        try:
+            names = self._begin(service, options)
+            look = self._wait_for_up(service, names)
+        except Interrupted:
+            self._stop_up(service)
+            raise
         unknown = [name for name in service.required if not look.of([name])]
         if unknown:
             known = _listed(names)
@@ -6531,6 +6573,14 @@ class ComposeRun:
                 hint=f"Its services are: {known}.",
             )
         return self._wait_until_healthy(service, names, look)
+
+    def _stop_up(self, service: ComposeService) -> None:
+        """After an interruption: end `docker compose up`, which would go on without us."""
+        self.close()  # it may be in the middle of an answer
+        try:
+            self._run(service, _STOP_UP_BODY)
+        except SandboxError as error:
+            self.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
 
     def _begin(self, service: ComposeService, options: Sequence[str]) -> list[str]:
         """Check the file and start `docker compose up`; the names of the services in the file."""
@@ -6551,7 +6601,12 @@ class ComposeRun:
         return outcome.stdout.decode("utf-8", "replace").split()
 
     def _look(self, service: ComposeService, names: Sequence[str]) -> ComposeLook:
-        outcome = self._run(service, _LOOK_AT_BODY)
+        try:
+            outcome = self._run(service, _LOOK_AT_BODY)
+        except NetworkError as error:
+            self.reporter.note(f"{error.message} Connecting again.")
+            self.close()
+            outcome = self._run(service, _LOOK_AT_BODY)
         look = ComposeLook(outcome)
         if outcome.code and look.code is not None:
             words = printable(outcome.stderr.decode("utf-8", "replace").strip())[-400:]
@@ -6569,7 +6624,7 @@ class ComposeRun:
                 return look
             if look.code is not None:
                 failed = [found for found in look.containers if found.has_failed]
-                words = printable("; ".join(look.output[-5:]))[-800:]
+                words = printable("; ".join(look.complaints[-5:]))[-800:]
                 raise self._failure(service, f"`docker compose up` failed: {words}", failed)
             if time.monotonic() > deadline:
                 raise TimedOutError(
@@ -6650,17 +6705,21 @@ class ServiceStarter:
         self.services = plan_services(config)
         self.target = normal_target(default_target(sandbox.state))
         self.steps = Steps(sandbox.reporter)
+        self.compose = ComposeRun(self._connect, self.target, sandbox.reporter, options.timeout)
 
     def run(self) -> dict[str, Any]:
         """Do it; what was done, as `Sandbox.start_services` tells it."""
         began = time.monotonic()
         report: dict[str, Any] = {"via": self.options.via, "path": self.target}
-        if self.options.via == "git":
-            with SyncLock(self.sandbox.directory, self.reporter, GIT_SECONDS):
-                report.update(self._bring_by_git())
-        else:
-            report.update(self._bring_by_sync())
-        report["services"] = self._start_all()
+        try:
+            if self.options.via == "git":
+                with SyncLock(self.sandbox.directory, self.reporter, GIT_SECONDS):
+                    report.update(self._bring_by_git())
+            else:
+                report.update(self._bring_by_sync())
+            report["services"] = [self._start(service) for service in self.services]
+        finally:
+            self.compose.close()
         report["steps"] = self.steps.done
         report["seconds"] = round(time.monotonic() - began, 3)
         return report
@@ -6685,6 +6744,8 @@ class ServiceStarter:
             tree = tree_to_push(self.config, gitignore=self.options.gitignore)
             for path, why in sorted(tree.skipped.items()):
                 self.reporter.warn(f"{shown_name(path)} is left out: {why}.")
+        with self.steps("connect", "Connecting to the VM"):
+            way = self._open_ssh()  # goes on by itself while the code is pushed
         with self.steps("repository", "Finding the repository"):
             repository = find_repository(sandbox.api, state["service"])
         branch = f"workspace-{short_id(state['session_id'])}"
@@ -6694,7 +6755,7 @@ class ServiceStarter:
             store = GitStore(place, repository, sandbox.settings, self.reporter)
             commit, is_new = store.push(tree, branch)
         with self.steps("clone", "Cloning on the VM", GIT_SECONDS):
-            changed = self._clone(branch, commit, repository)
+            changed = self._clone(way, branch, commit, repository)
         return {
             "branch": branch,
             "commit": commit,
@@ -6703,49 +6764,51 @@ class ServiceStarter:
             "changed": changed,
         }
 
-    def _clone(self, branch: str, commit: str, repository: GiteaRepository) -> int:
+    def _open_ssh(self) -> SshWay:
+        """Begin to connect; the connection is closed with everything else."""
         repair_ssh_config(self.sandbox.state, self.sandbox.settings, self.reporter)
-        way = SshWay(self.sandbox, GIT_SECONDS)
-        try:
-            way.ready()
-            outcome = way.run(clone_script(self.target, branch, commit, repository, SYNC_SECONDS))
-        finally:
-            way.close()
+        way = self.compose.way = SshWay(self.sandbox, SYNC_SECONDS)
+        return way
+
+    def _clone(self, way: SshWay, branch: str, commit: str, repository: GiteaRepository) -> int:
+        """The number of files that changed. A connection that broke meanwhile is opened anew, once."""
+        for again in (True, False):
+            try:
+                way.ready()
+                script = clone_script(self.target, branch, commit, repository, SYNC_SECONDS)
+                outcome = way.run(script, GIT_SECONDS)
+                break
+            except NetworkError as error:
+                if not again:
+                    raise
+                self.reporter.note(f"{error.message} Connecting again.")
+                self.compose.close()
+                way = self._open_ssh()
         failure = clone_failure(outcome, self.target, repository)
         if failure is not None:
             raise failure
         return int(outcome.stdout.split()[-1])
 
-    def _start_all(self) -> list[dict[str, Any]]:
-        way = self._way()
-        try:
-            compose = ComposeRun(way, self.target, self.reporter, self.options.timeout)
-            started = []
-            for service in self.services:
-                words = f"Starting {service.name} ({service.file})"
-                with self.steps(service.name, words, self.options.timeout):
-                    containers = compose.start(service, self.options.up)
-                started.append(
-                    {
-                        "name": service.name,
-                        "type": "docker-compose",
-                        "file": service.file,
-                        "containers": [found.told() for found in containers],
-                    }
-                )
-            return started
-        finally:
-            way.close()
+    def _start(self, service: ComposeService) -> dict[str, Any]:
+        words = f"Starting {service.name} ({service.file})"
+        with self.steps(service.name, words, self.options.timeout):
+            containers = self.compose.start(service, self.options.up)
+        return {
+            "name": service.name,
+            "type": "docker-compose",
+            "file": service.file,
+            "containers": [found.told() for found in containers],
+        }
 
-    def _way(self) -> SshWay | ApiWay:
+    def _connect(self) -> SshWay | ApiWay:
         """SSH if the sandbox has it and it answers, else the API."""
         state = self.sandbox.state
         if state.get("ssh_config_path") and state.get("ssh_host"):
-            repair_ssh_config(state, self.sandbox.settings, self.reporter)
             try:
-                way = SshWay(self.sandbox, SYNC_SECONDS)
+                way = self._open_ssh()
                 way.ready()
             except SandboxError as error:
+                self.compose.close()
                 self.reporter.note(f"{error.message} Going on through the API.")
             else:
                 return way
