@@ -5909,6 +5909,7 @@ UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
 COMPOSE_POLL_SECONDS = (0.2, 0.5, 1.0)
 HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
 LOG_LINES = 20
+COMPOSE_FILE = "docker-compose.yml"  # where a service names none
 WHOLE_FILE_BYTES = 4 * 1024 * 1024
 
 # What git asks for is answered from the environment; the text itself holds no secret.
@@ -5979,7 +5980,7 @@ def plan_services(config: Config) -> list[ComposeService]:
     root = os.path.dirname(config.path)
     planned, problems = [], []
     for name, part in wanted.items():
-        file = part.get("file") or "docker-compose.yml"
+        file = part.get("file") or COMPOSE_FILE
         inside = os.path.normpath(file)
         if os.path.isabs(file) or inside.startswith(".."):
             problems.append(f"services.{name}.file is {file!r}; it must lie in the directory of the config")
@@ -6021,7 +6022,7 @@ def named_files(dataset: Mapping[str, Any]) -> list[bytes]:
     """The files and directories that a dataset names, relative to its config."""
     found: list[Any] = [as_dict(dataset.get("metadata")).get("flows_path")]
     for service in as_dict(dataset.get("services")).values():
-        found.append(service.get("file"))
+        found.append(service.get("file") or COMPOSE_FILE)
     for listener in as_dict(dataset.get("listeners")).values():
         found += [listener.get("seed_data_path"), *as_list(listener.get("seed_data_paths"))]
     paths = [os.path.normpath(path) for path in filter(as_text, found)]
@@ -6125,8 +6126,17 @@ class GitStore:
                 "git cannot be found on this machine.",
                 hint="Install git, or bring the code over without it: start-services --via sync",
             )
-        if not os.path.isfile(os.path.join(path, "HEAD")):
-            self.run("init", "--quiet", "--bare", "--template=", path)
+        self.is_old = os.path.isfile(os.path.join(path, "HEAD"))
+        if not self.is_old:
+            self._make()
+
+    def _make(self) -> None:
+        """Make it anew."""
+        import shutil
+
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.is_old = False
+        self.run("init", "--quiet", "--bare", "--template=", self.path)
 
     def run(self, *arguments: str, stdin: Iterable[bytes] = ()) -> str:
         """Run git on this repository; what it prints, or the error that its failure means."""
@@ -6170,6 +6180,16 @@ class GitStore:
 
     def push(self, tree: LocalTree, branch: str) -> tuple[str, bool]:
         """Make the tree the newest commit of a branch in Gitea; that commit, and whether it is a new one."""
+        try:
+            return self._push(tree, branch)
+        except GitFailureError as error:
+            if not self.is_old:
+                raise
+            self.reporter.trace(f"{error.message} Again with a new {self.path}.")
+        self._make()  # what an earlier run left, when it was killed or the disk was full, may be of no use
+        return self._push(tree, branch)
+
+    def _push(self, tree: LocalTree, branch: str) -> tuple[str, bool]:
         reference = f"refs/heads/{branch}"
         names = (reference, f"refs/heads/{self.repository.default_branch}")
         lines = self._remotely("ls-remote", "--", self.repository.clone_url, *names).splitlines()
@@ -6205,6 +6225,10 @@ class GitStore:
                 if attempt + 1 == SYNC_TRIES:
                     raise
         raise AssertionError("the last attempt returns or raises")
+
+
+class GitFailureError(SandboxError):
+    """git failed, and neither the network nor the server is known to be the reason."""
 
 
 class UnsteadyFileError(SandboxError):
@@ -6254,7 +6278,9 @@ def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
     """The error that a failed git means, with the last words of git and of the server."""
     text = repository.hide(outcome.stderr.decode("utf-8", "replace"))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    words = printable("; ".join(lines[-4:])).rstrip(".")[-600:] or f"git ended with {outcome.code}"
+    telling = [line for line in lines if line.startswith(("fatal:", "error:", "remote:"))]
+    words = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:]
+    words = words or f"git ended with {outcome.code}"
     low = words.lower()
     if re.search(r"\b413\b|too large|exceeds", low):
         return SandboxError(
@@ -6274,7 +6300,7 @@ def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
         return NetworkError(
             f"git could not talk to Gitea: {words}.", hint="Run the command again a little later.", sent=True
         )
-    return SandboxError(f"git failed: {words}.", hint="Run the command again; --verbose shows each step.")
+    return GitFailureError(f"git failed: {words}.", hint="Run the command again; --verbose shows each step.")
 
 
 # The clone on the VM. POSIX sh with GNU tools and git, like the scripts of `sync`, whose helpers it uses:
