@@ -6005,7 +6005,7 @@ def tree_to_push(config: Config, *, gitignore: bool) -> LocalTree:
             if any(path == name or path.startswith(name + b"/") for name in missing):
                 tree.entries[path] = entry
     files = sorted(path for path, entry in tree.entries.items() if entry.kind != "d")
-    check_before_sending(tree, files)
+    check_before_sending(tree, RemoteTree(), files)
     if tree.unreadable:
         path, why = min(tree.unreadable.items())
         raise SandboxError(
