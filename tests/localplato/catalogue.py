@@ -33,7 +33,8 @@ class UnknownArtifactError(Exception):
 class Artifact:
     """A recorded VM. `compute` has cpus, memory (MB) and disk (MB).
 
-    `dataset_config` and `kept` are a job's `dataset` and `kept`; `containers` are the ids of those that ran.
+    `dataset_config` and `kept` are a job's `dataset` and `kept`; `containers` are as
+    `engine.running_containers` gives them.
     """
 
     artifact_id: str
@@ -59,7 +60,7 @@ class Artifact:
     additional_metadata: dict[str, Any] | None = None
     dataset_config: dict[str, Any] | None = None
     kept: dict[str, Any] = field(default_factory=dict)
-    containers: list[str] = field(default_factory=list)
+    containers: dict[str, bool] = field(default_factory=dict)
 
 
 def seeded(simulator: str, version: str, app_port: int, artifact_id: str = "") -> Artifact:

@@ -149,14 +149,14 @@ def copy_layer(source: Path, target: Path, contents: bool) -> None:
             shutil.copy2(entry.path, target / entry.name)
 
 
-def running_containers(root: Path) -> list[str]:
-    """The ids of the containers that ran when a data root was saved, in the order of their start."""
-    found: list[tuple[str, str]] = []
+def running_containers(root: Path) -> dict[str, bool]:
+    """The ids of the containers that ran when a data root was saved, oldest first; whether each was paused."""
+    found: list[tuple[str, str, bool]] = []
     for path in root.glob("containers/*/config.v2.json"):
         state = json.loads(path.read_text())["State"]
         if state["Running"]:
-            found.append((state["StartedAt"], path.parent.name))
-    return [identifier for _, identifier in sorted(found)]
+            found.append((state["StartedAt"], path.parent.name, state["Paused"]))
+    return {identifier: paused for _, identifier, paused in sorted(found)}
 
 
 # ---------------------------------------------------------------------------

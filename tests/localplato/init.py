@@ -341,12 +341,30 @@ def list_all_processes() -> list[dict[str, Any]]:
     return processes
 
 
+def is_frozen(pid: int) -> bool:
+    """Whether a process is in a paused container, where it neither runs nor becomes stopped."""
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+        for _, controllers, path in groups:
+            if controllers == "freezer":
+                with open(f"/sys/fs/cgroup/freezer{path}/freezer.state", encoding="utf-8") as file:
+                    return file.read().strip() == "FROZEN"
+            if not controllers and os.path.exists(f"/sys/fs/cgroup{path}/cgroup.events"):
+                with open(f"/sys/fs/cgroup{path}/cgroup.events", encoding="utf-8") as file:
+                    return "frozen 1" in file.read()
+    except OSError:
+        pass
+    return False
+
+
 def stop_processes() -> set[int]:
     """Stop every process of the VM but this one; those that were stopped before."""
     before = {process["pid"] for process in list_processes() if process["state"] in STOPPED}
     deadline = time.monotonic() + FREEZE_SECONDS
     while True:
-        moving = [process["pid"] for process in list_processes() if process["state"] not in STOPPED + DEAD]
+        living = [process for process in list_processes() if process["state"] not in STOPPED + DEAD]
+        moving = [process["pid"] for process in living if not is_frozen(process["pid"])]
         # One that waits for a disk stops when it gets on, before it does anything else.
         if not moving or time.monotonic() > deadline:
             return before

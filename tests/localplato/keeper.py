@@ -24,10 +24,12 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 from .init import MS_BIND, MS_RDONLY, MS_REC, MS_REMOUNT, OPEN_FILES, mount, unescape
 
 DATA = "/run/docker-data"
+SHARED = "/run/docker-layers"
 PLAIN_DATA = "/run/docker-files"
 CONFIG = "/run/docker-config.json"
 CGROUP_PREFIX = "plato-local-"
@@ -130,9 +132,20 @@ def keep(plan: Plan) -> None:
     for descriptor in (plan.listener, *namespaces, *trees.values()):
         os.close(descriptor)
     os.waitpid(child, 0)
+    # The processes of a paused container cannot even die.
+    thaw_cgroups(CGROUP_PREFIX + plan.name)
     # Somebody in the VM may have killed the supervisor alone: containers go on until the VM ends.
     select.select([machine], [], [])
     remove_cgroups(CGROUP_PREFIX + plan.name)
+
+
+def thaw_cgroups(name: str) -> None:
+    """Let the processes in the cgroups of that name go on, which a container's pause has stopped."""
+    for place in cgroup_mounts():
+        for directory, _, files in os.walk(f"{place}/{name}"):
+            if "freezer.state" in files:
+                with contextlib.suppress(OSError):
+                    Path(directory, "freezer.state").write_text("THAWED")
 
 
 def remove_cgroups(name: str) -> None:
@@ -175,7 +188,7 @@ def supervise(plan: Plan, namespaces: list[int], trees: dict[str, int]) -> None:
 
 
 def mount_data(trees: dict[str, int]) -> None:
-    """Put the engine's data at DATA, and the shared layers into it.
+    """Put the engine's data at DATA, and the shared layers at SHARED.
 
     Where the VM's directory is itself on an overlay (a server in a container), no overlay can be written in
     it: the data is then copied to memory.
@@ -187,13 +200,21 @@ def mount_data(trees: dict[str, int]) -> None:
         mount(DATA, PLAIN_DATA, "none", MS_BIND)
         mount("tmpfs", DATA, "tmpfs", 0, "mode=710")
         subprocess.run(["cp", "-a", PLAIN_DATA + "/.", DATA], check=True)
+    os.makedirs(SHARED, exist_ok=True)
+    mount("tmpfs", SHARED, "tmpfs", 0, "mode=700")
     for layer, tree in trees.items():
+        os.mkdir(f"{SHARED}/{layer}")
+        attach(tree, f"{SHARED}/{layer}")
+
+
+def mount_layers() -> None:
+    """Mount the shared layers where they belong; an engine that ends in order unmounts all that it sees."""
+    for layer in os.listdir(SHARED):
         target = f"{DATA}/overlay2/{layer}/diff"
-        if not os.path.isdir(target):  # The image has been removed since.
-            os.close(tree)
-            continue
-        attach(tree, target)
-        mount("none", target, "none", MS_REMOUNT | MS_BIND | MS_RDONLY)
+        # The image may have been removed since.
+        if os.path.isdir(target) and not os.path.ismount(target):
+            mount(f"{SHARED}/{layer}", target, "none", MS_BIND)
+            mount("none", target, "none", MS_REMOUNT | MS_BIND | MS_RDONLY)
 
 
 def overlay_works(directory: str) -> bool:
@@ -238,7 +259,8 @@ def dockerd_command(name: str) -> list[str]:
 
 def run_dockerd(command: list[str], listener: int) -> int:
     """Run dockerd to its end, with the listener handed over as systemd does; its exit status."""
-    with contextlib.suppress(FileNotFoundError):
+    mount_layers()
+    with contextlib.suppress(OSError):
         os.unlink("/run/docker.pid")
     pid = os.fork()
     if pid == 0:

@@ -8,6 +8,7 @@ ran are started again.
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def take(job: Job, machine: Machine, body: dict[str, Any], catalogue: Catalogue,
     place = catalogue.begin(identifier)
     try:
         containers = copy(machine, place)
-        artifact = describe(job, body, identifier, now, containers)
+        artifact = replace(describe(job, body, identifier, now), containers=containers)
         catalogue.finish(artifact, place)
     except OSError as error:
         raise MachineError(f"the VM could not be saved: {error}") from error
@@ -47,13 +48,13 @@ def take(job: Job, machine: Machine, body: dict[str, Any], catalogue: Catalogue,
     return artifact
 
 
-def copy(machine: Machine, place: Path) -> list[str]:
-    """Copy a VM's files and its engine's data; the ids of the containers that ran."""
+def copy(machine: Machine, place: Path) -> dict[str, bool]:
+    """Copy a VM's files and its engine's data; the containers that ran."""
     engine = machine.engine
     if engine is None or not engine.begun:
         with machine.frozen():
             copy_files(machine, place / "files")
-        return []
+        return {}
     # It may be about to start, and would not be among the processes that are held.
     engine.call("GET", "/version")
     with engine.lock, machine.frozen():
@@ -72,7 +73,7 @@ def copy_files(machine: Machine, target: Path) -> None:
             (target / "etc" / name).write_bytes(content)
 
 
-def describe(job: Job, body: dict[str, Any], identifier: str, now: str, containers: list[str]) -> Artifact:
+def describe(job: Job, body: dict[str, Any], identifier: str, now: str) -> Artifact:
     """The artifact that a request asks for. What it leaves out is as in the one that the VM came from."""
     parent = job.artifact
     messaging = body["messaging_port"]
@@ -107,7 +108,6 @@ def describe(job: Job, body: dict[str, Any], identifier: str, now: str, containe
         additional_metadata=body["additional_metadata"],
         dataset_config=job.dataset,
         kept=dict(job.kept),
-        containers=containers,
     )
 
 
@@ -119,10 +119,13 @@ def describe(job: Job, body: dict[str, Any], identifier: str, now: str, containe
 def start_containers(artifact: Artifact, machine: Machine) -> list[str]:
     """Start the containers that ran when the snapshot was taken; what went wrong."""
     problems: list[str] = []
-    for container in artifact.containers:
+    for container, paused in artifact.containers.items():
         try:
-            assert machine.engine is not None
+            if machine.engine is None:
+                raise EngineError("the VM has no Docker engine for the containers of its artifact")
             machine.engine.call("POST", f"/containers/{container}/start")
+            if paused:
+                machine.engine.call("POST", f"/containers/{container}/pause")
         except EngineError as error:
             problems.append(str(error))
     return problems
