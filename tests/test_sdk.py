@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import BLANK, Desk, Result, eventually, is_running, living, missing
+from conftest import BLANK, SIMULATOR, Desk, Result, eventually, is_running, living, missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -249,6 +249,57 @@ def test_their_models_accept_every_answer(theirs: Theirs, plato: LocalPlato, tmp
     assert answers["close"]["success"] is True
     assert living(plato) == []
     assert plato.unknown_fields() == []
+
+
+ARTIFACT_DRIVER = """
+import json, sys
+import httpx
+from plato._generated.api.v1.simulator import get_env_flows, get_plato_config
+from plato._generated.api.v2 import sessions
+from plato._generated.api.v2.jobs import get_flows
+from plato._generated.models import (
+    AppApiV2SchemasSessionCreateSnapshotRequest, CreateSessionFromEnvs, Flow,
+)
+
+base_url, key, session_id, flows, config = sys.argv[1:]
+client = httpx.Client(base_url=base_url, timeout=60)
+words = {"client": client, "x_api_key": key}
+body = AppApiV2SchemasSessionCreateSnapshotRequest(flows=flows, plato_config=config)
+(result,) = sessions.snapshot.sync(session_id=session_id, body=body, **words).results.values()
+artifact = result.artifact_id
+stored = get_plato_config.sync(artifact_id=artifact, **words)
+text = get_env_flows.sync(artifact_id=artifact, **words)["data"]["flows"]
+while client.get(f"/api/v2/artifacts/{artifact}", headers={"X-API-Key": key}).json()["status"] == "creating":
+    pass
+request = {"type": "envs", "envs": [{"type": "artifact", "artifact_id": artifact}]}
+made = sessions.make.sync(body=CreateSessionFromEnvs.model_validate(request), **words)
+names = [Flow.model_validate(flow).name for flow in get_flows.sync(job_id=made.envs[0].job_id, **words)]
+sessions.close.sync(session_id=made.session_id, **words)
+print(json.dumps({"artifact": artifact, "flows": text, "config": stored.plato_config, "names": names}))
+"""
+
+
+def test_their_snapshot(theirs: Theirs, plato: LocalPlato) -> None:
+    theirs.good("start", *MODES["config"])
+    first = theirs.desk.state
+    said = theirs.good("snapshot").out
+    assert "Snapshot created successfully!" in said
+    artifact = theirs.document("snapshot", "--json")["artifact_id"]
+    made = {entry["artifact_id"]: entry for entry in plato.artifacts()}
+    assert made[artifact]["simulator"] == "taskboard"
+    assert sum(entry["job_id"] == first["job_id"] for entry in made.values()) == 2
+    assert any(name in said for name in made)
+    flows = (SIMULATOR / "flows.yml").read_text()
+    config = (SIMULATOR / "plato-config.yml").read_text()
+    words = (plato.base_url, plato.api_key, first["session_id"], flows, config)
+    done = json.loads(theirs.python(ARTIFACT_DRIVER, *words).out)
+    assert (done["flows"], done["config"]) == (flows, config)
+    assert done["names"] == ["login", "wrong_password", "add_task"]
+    theirs.good("stop")
+    theirs.good("start", "-a", artifact)
+    assert theirs.desk.state["artifact_id"] == artifact
+    assert plato.unknown_fields() == []
+    theirs.good("stop")
 
 
 # ---------------------------------------------------------------------------

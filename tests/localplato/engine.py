@@ -150,7 +150,7 @@ def copy_layer(source: Path, target: Path, contents: bool) -> None:
 
 
 def running_containers(root: Path) -> dict[str, bool]:
-    """The ids of the containers that ran when a data root was saved, oldest first; whether each was paused."""
+    """The ids of the containers that ran when a data root was saved, oldest first; whether it was paused."""
     found: list[tuple[str, str, bool]] = []
     for path in root.glob("containers/*/config.v2.json"):
         state = json.loads(path.read_text())["State"]
