@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from conftest import BLANK, SIMULATOR, Desk, Result, eventually, is_running, living, missing
+from test_local_plato import Client
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from localplato import LocalPlato
 
@@ -181,11 +182,15 @@ def test_their_failures(
 DRIVER = """
 import json, sys
 import httpx
-from plato._generated.api.v1.sandbox import setup_root_access, setup_sandbox
-from plato._generated.api.v2 import sessions
+from plato._generated.api.v1 import env, gitea
+from plato._generated.api.v1.sandbox import (
+    healthy_services, healthy_worker, setup_root_access, setup_sandbox, start_worker,
+)
+from plato._generated.api.v2 import jobs, sessions
+from plato._generated.models import AppSchemasGiteaResponsesSimulatorListItemResponse as SimulatorItem
 from plato._generated.models import (
     CreateSessionFromEnvs, ExecuteCommandRequest, ResetSessionRequest, SetupRootPasswordRequest,
-    SetupSandboxRequest,
+    SetupSandboxRequest, VMManagementRequest,
 )
 
 base_url, key, public_key, dataset = sys.argv[1:]
@@ -194,7 +199,7 @@ answers = {}
 
 def call(name, endpoint, **words):
     answer = endpoint.sync(client=client, x_api_key=key, **words)
-    answers[name] = answer if isinstance(answer, dict) else answer.model_dump(mode="json")
+    answers[name] = answer if isinstance(answer, (dict, list)) else answer.model_dump(mode="json")
     return answers[name]
 
 envs = [{"type": "resource", "simulator": "myapp", "alias": "one",
@@ -219,6 +224,23 @@ request = SetupSandboxRequest.model_validate({
     "ssh_public_key": public_key,
 })
 call("setup_sandbox", setup_sandbox, public_id=job_id, body=request)
+call("gitea", gitea.get_gitea_credentials)
+listed = [SimulatorItem.model_validate(one) for one in call("simulators", gitea.get_accessible_simulators)]
+(simulator,) = [one for one in listed if not one.has_repo]
+call("no_repo", gitea.get_simulator_repository, simulator_id=simulator.id)
+call("made_repo", gitea.create_simulator_repository, simulator_id=simulator.id)
+call("repo", gitea.get_simulator_repository, simulator_id=simulator.id)
+call("no_worker", sessions.state, session_id=session_id)
+request = VMManagementRequest.model_validate({
+    "service": "myapp", "dataset": "base", "plato_dataset_config": {"compute": {}, "metadata": {}},
+})
+call("start_worker", start_worker, public_id=job_id, body=request)
+call("healthy_services", healthy_services, public_id=job_id, body=request)
+while not call("job_state", jobs.state, job_id=job_id)["success"]:
+    pass
+call("healthy_worker", healthy_worker, public_id=job_id)
+call("state", sessions.state, session_id=session_id, merge_mutations=True)
+call("cleanup", env.cleanup, job_group_id=session_id)
 call("close", sessions.close, session_id=session_id)
 print(json.dumps({"session_id": session_id, "job_id": job_id, "answers": answers}))
 """
@@ -246,6 +268,11 @@ def test_their_models_accept_every_answer(theirs: Theirs, plato: LocalPlato, tmp
     executed = answers["execute"]["results"][job_id]
     assert (executed["stdout"], executed["stderr"], executed["exit_code"]) == ("out\n", "err\n", 3)
     assert answers["setup_root_access"]["status"] == answers["setup_sandbox"]["status"] == "success"
+    assert answers["simulators"][2]["name"] == "taskboard"
+    assert answers["repo"]["clone_url"] == answers["made_repo"]["clone_url"]
+    assert answers["no_worker"]["results"][job_id]["success"] is False
+    assert answers["state"]["results"][job_id]["state"] == {"mutations": []}
+    assert (answers["healthy_worker"]["status"], answers["cleanup"]["success"]) == ("healthy", True)
     assert answers["close"]["success"] is True
     assert living(plato) == []
     assert plato.unknown_fields() == []
@@ -300,6 +327,70 @@ def test_their_snapshot(theirs: Theirs, plato: LocalPlato) -> None:
     assert theirs.desk.state["artifact_id"] == artifact
     assert plato.unknown_fields() == []
     theirs.good("stop")
+
+
+DATABASE = "/home/plato/app.db"
+SQL = "import sqlite3; c = sqlite3.connect('{database}'); c.execute('{statement}'); c.commit()"
+
+
+def database(plato: LocalPlato, state: dict[str, Any], statement: str) -> None:
+    """Run a statement in the VM's SQLite database."""
+    program = SQL.format(database=DATABASE, statement=statement)
+    Client(plato).output(state["session_id"], f'python3 -c "{program}"')
+
+
+def write_config(desk: Desk, **changes: Any) -> None:
+    """A plato-config.yml as the example's, with these parts of its dataset changed."""
+    path = desk.work / "plato-config.yml"
+    config = yaml.safe_load(path.read_text())
+    config["datasets"]["base"].update(changes)
+    path.write_text(yaml.safe_dump(config))
+
+
+def test_their_worker_and_state(theirs: Theirs, plato: LocalPlato) -> None:
+    listener = {"type": "db", "db_type": "sqlite", "db_database": DATABASE}
+    write_config(theirs.desk, listeners={"db": listener})
+    theirs.good("start", "-c")
+    state = theirs.desk.state
+    database(plato, state, "CREATE TABLE tasks (id integer PRIMARY KEY)")
+    assert "The worker is not started" in theirs.good("state").out
+    assert "Worker started successfully!" in theirs.good("start-worker").out
+    plato.wait_for(lambda snapshot: snapshot["sessions"][0]["jobs"][0]["worker"]["up"])
+    database(plato, state, "INSERT INTO tasks VALUES (7)")
+    told = json.loads(theirs.good("state").out.partition("Environment State:")[2])
+    (mutation,) = told[state["job_id"]]["state"]["mutations"]
+    assert (mutation["table_name"], mutation["action"], mutation["after"]) == ("tasks", "INSERT", {"id": 7})
+
+
+def test_their_start_services_up_to_the_services(
+    new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk], sdk: Path
+) -> None:
+    """It gives git the credentials in the URL, and only over HTTPS: its own git, and that of the VM."""
+    plato = new_plato(hub_scheme="https")
+    desk = new_desk(plato.environment)
+    (desk.home / ".gitconfig").write_text("[user]\nname = Tester\nemail = tester@example.com\n")
+    write_config(desk, services={})
+    desk.good("start", "--from-config")
+    theirs = Theirs(desk, sdk)
+    authority = (plato.certificates / "ca.pem").read_text()
+    trust = f"cat > /home/plato/ca.pem <<'END'\n{authority}END\n"
+    trust += "printf '[http]\\nsslCAInfo = /home/plato/ca.pem\\n' > /home/plato/.gitconfig"
+    Client(plato).output(desk.state["session_id"], trust)
+    done = theirs.good("start-services").out
+    assert "Services started successfully!" in done
+    branch = done.partition("Code pushed to branch: ")[2].split()[0]
+    bare = str(plato.repository("taskboard"))
+    files = subprocess.run(
+        ["git", "-c", "safe.directory=*", "--git-dir", bare, "ls-tree", "--name-only", branch],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert files.stdout.splitlines() == [".sandbox.yaml", "plato-config.yml"]
+    assert (
+        desk.ssh("cat worktree/taskboard/plato-config.yml").out
+        == (desk.work / "plato-config.yml").read_text()
+    )
 
 
 # ---------------------------------------------------------------------------

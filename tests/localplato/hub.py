@@ -255,7 +255,8 @@ def hub_of(call: Call) -> Hub:
 def credentials(call: Call) -> dict[str, Any]:
     """The user name and password for every `clone_url`."""
     hub = hub_of(call)
-    return {"username": hub.username, "password": hub.password}
+    # Older clients want the last two as well.
+    return {"username": hub.username, "password": hub.password, "org_name": OWNER, "is_admin": False}
 
 
 @endpoint("GET", "/api/v1/gitea/simulators")
