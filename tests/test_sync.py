@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
+import termios
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -535,6 +539,36 @@ def test_delete_extra_asks_on_a_terminal(vm: Vm, source: Path, target: str, answ
         os.close(ours)
     assert process.returncode == (1 if left else 0)
     assert (b"extra" in read_tree(vm.place(target))) is left
+
+
+def test_progress_tells_files_and_bytes_on_a_terminal(own_vm: Vm, source: Path, target: str) -> None:
+    for number in range(30):
+        (source / str(number)).write_bytes(os.urandom(100_000))
+    own_vm.plato.fault("latency", method="POST", path="*/execute", seconds=0.7, times=-1)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    words = own_vm.desk.command("sync", str(source), "--remote-path", target, "--via", "api")
+    with subprocess.Popen(
+        words,
+        cwd=own_vm.desk.work,
+        env={**own_vm.desk.environment, "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        drawn = b""
+        try:
+            while data := os.read(ours, 10_000):
+                drawn += data
+        except OSError:  # the other side is closed
+            pass
+        out = process.communicate()[0].decode()
+    os.close(ours)
+    assert re.search(rb"Sending 30 files, 3.0 MB.* [0-9]+ files, [0-9.]+ MB", drawn), drawn
+    assert re.search(
+        r"30 files sent, 0 removed, 0 unchanged \(3.[01] MB in [0-9.]+ s, through the API\)", out
+    )
 
 
 def test_emptied_tree_is_refused(vm: Vm, source: Path, target: str) -> None:
@@ -1289,8 +1323,7 @@ def test_an_overlay_is_a_mapping(
             overlay[path] = plain[path] = value
     assert dict(overlay.items()) == plain
     assert (len(overlay), sorted(overlay)) == (len(plain), sorted(plain))
-    for path in b"abcde":
-        name = bytes([path])
+    for name in (b"a", b"b", b"c", b"d", b"e"):
         assert (overlay.get(name), name in overlay) == (plain.get(name), name in plain)
     for mapping in (base, other):
         differing = {path for path in mapping if plain.get(path) != mapping[path]}
