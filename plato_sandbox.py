@@ -6282,7 +6282,7 @@ def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
     words = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:]
     words = words or f"git ended with {outcome.code}"
     low = words.lower()
-    if re.search(r"\b413\b|too large|exceeds", low):
+    if re.search(r"\b413\b|too large|exceeds|remote rejected|hook declined", low):
         return SandboxError(
             f"Gitea did not take the files: {words}.",
             hint="Keep large files out with .platoignore, or bring the code over with --via sync.",
@@ -6349,6 +6349,8 @@ words=$(xargs -0 -r rm -f -- 2>&1 < "$gone") || quit 74 "$words"
 xargs -0 -r dirname -z -- < "$gone" | sort -zru | xargs -0 -r rmdir -p -- 2>/dev/null
 empty='for p; do [ ! -d "$p" ] || [ -L "$p" ] || find "./$p" -depth -type d -exec rmdir {} +; done'
 xargs -0 -r sh -c "$empty" - < "$write" 2>/dev/null
+absent='for p; do [ -d "$p" ] || printf "%s\0" "$p"; done'
+(cd "$new/tree" && find . -mindepth 1 -type d -print0) | xargs -0 -r sh -c "$absent" - > "$upload/created"
 move() { (cd "$new/tree" && find . -mindepth 1 -maxdepth 1 -print0 |
   xargs -0 -r cp -RPf "$@" -t "$target" -- 2>&1); }
 words=$(move -l) || words=$(move --remove-destination --preserve=mode,ownership,timestamps) ||
@@ -6360,7 +6362,9 @@ fi
 g update-ref "refs/heads/$branch" "$commit" && g symbolic-ref HEAD "refs/heads/$branch" &&
   mv -f -- "$upload/index" "$repo/index" || quit 74 "$(told)"
 g update-index -q --refresh >/dev/null 2>&1
-if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -R "$owner" -- "$repo"; fi
+if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then
+  xargs -0 -r chown -h "$owner" -- < "$upload/created"; chown -R "$owner" -- "$repo"
+fi
 changed=$(cat "$gone" "$write" | tr -dc '\0' | wc -c)
 printf %s "$id" > "$upload/generation"; own "$upload/generation"
 mv -f -- "$upload/generation" "$state/generation"  # what a sync saw before is not what is there now
@@ -6429,14 +6433,15 @@ _UP_BODY = r"""
 command -v docker >/dev/null 2>&1 || fail 69 docker
 words=$(docker version --format '{{.Server.Version}}' 2>&1) || fail 70 "$words"
 near "$target"; owner=$(stat -c %u:%g -- "$near"); made "$run"
-rm -f -- "$run"/*.code "$run"/*.output "$run"/*.services "$run"/*.stop
+rm -f -- "$run"/*.code "$run"/*.code.new "$run"/*.output "$run"/*.services "$run"/*.stop
 run=$run/$id
 words=$(docker compose -f "$file" config --services 2>&1 > "$run.services") || {
   docker compose version >/dev/null 2>&1 || fail 69 'docker compose (Compose v2)'
   fail 71 "$words"
 }
-[ -e "${run%/*}/lock" ] || : > "${run%/*}/lock"; : > "$run.output"
-own "${run%/*}/lock" "$run.output" "$run.services"
+[ -e "${run%/*}/lock" ] || : > "${run%/*}/lock"
+: > "$run.output"; : > "$run.code.new"
+own "${run%/*}/lock" "$run.output" "$run.services" "$run.code.new"
 up='echo $$ > "$run.pid"
   if command -v flock >/dev/null 2>&1; then exec 8<"${run%/*}/lock"; flock 8; fi
   [ ! -e "$run.stop" ] || exit
@@ -6457,11 +6462,14 @@ docker compose -f "$file" ps --all --format json
 _STOP_UP_BODY = r"""
 : > "$run/$id.stop"
 pid=$(cat "$run/$id.pid" 2>/dev/null) || exit 0
-kill -TERM -- "-$pid" 2>/dev/null || kill -TERM "$pid" 2>/dev/null; rm -f "$run/$id.pid"
+kill -0 -- "-$pid" 2>/dev/null && pid=-$pid
+kill -TERM -- "$pid" 2>/dev/null
+for n in 1 2 3 4 5 6 7 8 9 10; do kill -0 -- "$pid" 2>/dev/null || break; sleep 0.2; done
+kill -KILL -- "$pid" 2>/dev/null; rm -f "$run/$id.pid"
 """
 
 _LOGS_BODY = r"""
-docker compose -f "$file" logs --no-color --no-log-prefix --tail "$lines" -- "$name" 2>&1 | tail -n "$lines"
+docker logs --tail "$lines" -- "$name" 2>&1
 """
 
 
@@ -6686,7 +6694,7 @@ class ComposeRun:
         if failed:
             name = failed[0].service
             try:
-                outcome = self._run(service, _LOGS_BODY, name=name, lines=LOG_LINES)
+                outcome = self._run(service, _LOGS_BODY, name=failed[0].name, lines=LOG_LINES)
                 lines = outcome.stdout.decode("utf-8", "replace").splitlines()
             except SandboxError as error:
                 lines = [error.message]

@@ -196,8 +196,12 @@ class GitHandler(Handler):
         return kind.lower() == "basic" and hmac.compare_digest(given, right)
 
     def environment(self, request: Request, path: Path, action: str) -> dict[str, str]:
-        """The variables of the CGI interface. Without CONTENT_LENGTH git reads a body to its end."""
-        environment = {
+        """The variables of the CGI interface.
+
+        Without CONTENT_LENGTH git reads a body to its end; with it, it would wait for ever, and busily,
+        for the rest of one that was cut off.
+        """
+        return {
             **git_environment(self.server.settings()),
             "GIT_PROJECT_ROOT": str(path.parent),
             "GIT_HTTP_EXPORT_ALL": "1",
@@ -210,9 +214,6 @@ class GitHandler(Handler):
             "REMOTE_USER": "plato",
             "REMOTE_ADDR": "127.0.0.1",
         }
-        if "content-length" in request.headers:
-            environment["CONTENT_LENGTH"] = str(self.length())
-        return environment
 
     # -- the body of the request --
 
