@@ -14,6 +14,7 @@ Python 3.9 or newer and, for SSH, the OpenSSH client. It imports nothing outside
     python3 plato_sandbox.py sync                    bring the VM's files up to date with this directory
     python3 plato_sandbox.py start-services          push the code, clone it on the VM, start Docker Compose
     python3 plato_sandbox.py start-worker --wait     let the Plato worker watch the databases
+    python3 plato_sandbox.py flow                    run the login flow in a browser
     python3 plato_sandbox.py state                   what changed in them since the last reset
     python3 plato_sandbox.py snapshot                make an artifact of the VM as it is now
     python3 plato_sandbox.py stop                    destroy the VM and everything that belongs to it
@@ -25,25 +26,29 @@ Environment
     PLATO_GATEWAY_PORT                  its port (443)
     PLATO_HOME                          SSH files and heartbeat records (~/.plato)
     PLATO_HEARTBEAT_INTERVAL_SECONDS    time between two heartbeats (30)
+    PLATO_BROWSER                       the Chrome or Chromium that `flow` opens (one that is found)
     PLATO_SANDBOX_COMMAND               how a wrapper calls this tool, for the commands in its hints
     HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, NO_COLOR, TERM    with their usual meaning
 
 Files
     .sandbox.yaml            the sandbox of a directory: ids, address, SSH and heartbeat; no secret
     .platoignore             what `sync` leaves out, in the syntax of .gitignore, at every level
+    screenshots/             what the screenshot steps of flows make, beside the flows file
+    test-results/            the report of `flow`, with pictures and traces (or --output)
     PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log,
     PLATO_HOME/git_<id>      where <id> is the first part of the session id; `stop` removes them
 
 Exit codes
     0 done; 1 failed; 2 usage; 3 no sandbox here, or it is gone; 4 authentication; 5 conflict;
     6 the API or the network failed; 7 timed out, or the outcome is unknown;
-    8 a check said no (invalid config, mutations found); 9 the worker is not up; 130 and 143 interrupted
+    8 a check said no (invalid config, failed flow, mutations found); 9 the worker is not up;
+    130 and 143 interrupted
 
 Importers may rely on the names in `__all__`, on the exit codes and on the keys of every `--json` document.
 Everything else may change between versions.
 
 Sections, each using only those above it: constants, errors, settings, yaml, config, processes, state,
-transport, api, ssh, heartbeat, sync, services, worker, sandbox, output, commands, parser, main.
+transport, api, ssh, heartbeat, sync, services, worker, flow, sandbox, output, commands, parser, main.
 """
 
 from __future__ import annotations
@@ -101,7 +106,7 @@ PROGRAM = "plato-sandbox"
 STATE_FILE = ".sandbox.yaml"
 COMMANDS = (
     *("start", "stop", "status", "sync", "start-services", "start-worker", "state", "reset"),
-    *("snapshot", "clear-audit"),
+    *("snapshot", "clear-audit", "flow"),
 )
 CONFIG_NAMES = ("plato-config.yml", "plato-config.yaml")
 
@@ -335,6 +340,7 @@ class Settings:
         home: str = "~/.plato",
         heartbeat_seconds: float = DEFAULT_HEARTBEAT_SECONDS,
         ca_file: str | None = None,
+        browser: str | None = None,
     ) -> None:
         self.api_key = api_key
         self.base_url = normal_base_url(base_url)
@@ -343,6 +349,7 @@ class Settings:
         self.home = os.path.abspath(os.path.expanduser(home))
         self.heartbeat_seconds = heartbeat_seconds
         self.ca_file = os.path.abspath(ca_file) if ca_file else None
+        self.browser = browser
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -358,6 +365,7 @@ class Settings:
                 source, "PLATO_HEARTBEAT_INTERVAL_SECONDS", DEFAULT_HEARTBEAT_SECONDS, 0.1, 3600
             ),
             ca_file=source.get("SSL_CERT_FILE") or None,
+            browser=source.get("PLATO_BROWSER") or None,
         )
 
     def require_key(self) -> str:
@@ -565,6 +573,10 @@ class YamlNode:
     def items(self) -> Iterator[YamlNode]:
         """Each item of a sequence; nothing for the other kinds."""
         return iter(self.value if self.kind == "sequence" else ())
+
+    def source_text(self) -> str:
+        """The node as it is written in the document."""
+        return self._document.text[self.start : self.end]
 
     def plain(self) -> Any:
         """Plain Python values, new ones at every call: what an alias stands for is copied."""
@@ -1500,7 +1512,7 @@ def _yaml_write_escape(match: re.Match[str]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# config: plato-config.yml, every field checked against the API's models before anything is created
+# config: plato-config.yml and flows files, every field checked against the API's models beforehand
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1517,7 +1529,8 @@ class ConfigError(CheckFailedError):
 class Field:
     """What a field of the API's models may hold (source: the models of `setup-sandbox`).
 
-    kind: integer, text, boolean, texts (list of text), or any; low/high: bounds of an integer;
+    kind: integer, text, boolean, texts (list of text), value (text, whole number or boolean), or any;
+    low/high: bounds of an integer;
     choices: the only texts allowed; nullable: whether it may be left empty.
     """
 
@@ -1823,12 +1836,20 @@ def describe_wrong_value(node: YamlNode, field: Field) -> str:
     return _describe_wrong_scalar(node.value, field)
 
 
-_KIND_WORDS = {"integer": "a whole number", "text": "a text", "boolean": "true or false"}
+_KIND_WORDS = {
+    "integer": "a whole number",
+    "text": "a text",
+    "boolean": "true or false",
+    "value": "a text, a whole number, or true or false",
+}
 
 
 def _describe_wrong_scalar(value: Any, field: Field) -> str:
     if field.kind == "boolean":
         return "" if isinstance(value, bool) else f"is {value!r}; it must be true or false"
+    if field.kind == "value":
+        fits = isinstance(value, (str, int))
+        return "" if fits else f"is {value!r}; it must be {_KIND_WORDS['value']} (quotes make a text)"
     if field.kind == "text":
         if not isinstance(value, str):
             return f"is {value!r}, which YAML does not read as a text; put it in quotes"
@@ -1840,7 +1861,7 @@ def _describe_wrong_scalar(value: Any, field: Field) -> str:
         return f"is {value!r}; it must be a whole number"
     low, high = field.low, field.high
     if (low is not None and number < low) or (high is not None and number > high):
-        return f"is {number}; it must be from {low} to {high}"
+        return f"is {number}; it must be " + (f"at least {low}" if high is None else f"from {low} to {high}")
     return ""
 
 
@@ -1871,6 +1892,317 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
     found = difflib.get_close_matches(word, list(known), 1, 0.7)
     return found[0] if found else None
+
+
+# Flows: the steps of the API's models, each with its own fields
+
+
+_REQUIRED = Field("text", required=True)
+_SELECTOR_STEP = {"selector": _REQUIRED}
+STEP_COMMON_FIELDS = {
+    "type": _REQUIRED,
+    "description": _TEXT,
+    "timeout": Field("integer", 0),
+    "retries": Field("integer", 0),
+    "retry_delay_ms": Field("integer", 0),
+}
+STEP_FIELDS: dict[str, dict[str, Field]] = {
+    "navigate": {"url": _REQUIRED},
+    "wait_for_selector": _SELECTOR_STEP,
+    "click": _SELECTOR_STEP,
+    "fill": {"selector": _REQUIRED, "value": Field("value", required=True)},
+    "wait": {"duration": Field("integer", 0, required=True)},
+    "wait_for_url": {"url_contains": _REQUIRED},
+    "check_element": {"selector": _REQUIRED, "should_exist": _BOOLEAN},
+    "verify": {
+        "verify_type": Field("text", required=True),
+        "selector": _TEXT,
+        "text": _TEXT,
+        "contains": _BOOLEAN,
+        "count": Field("integer", 0),
+        "title": _TEXT,
+    },
+    "verify_text": {"text": _REQUIRED, "should_exist": _BOOLEAN},
+    "verify_url": {"url": _REQUIRED, "contains": _BOOLEAN},
+    "verify_no_errors": {"error_selectors": _TEXTS},
+    "screenshot": {"filename": _REQUIRED, "full_page": _BOOLEAN},
+    "switch_page": {"page_index": Field("integer", required=True)},
+    "execute_script": {"script": _REQUIRED},
+}
+VERIFY_NEEDS = {
+    "element_exists": ("selector",),
+    "element_visible": ("selector",),
+    "element_text": ("selector", "text"),
+    "element_count": ("selector", "count"),
+    "page_title": ("title",),
+}
+NEVER_BLANK = ("selector", "url", "url_contains", "filename", "script")
+STEP_TIMEOUT_MS = 8000
+SCREENSHOT_TIMEOUT_MS = 60000
+RETRY_DELAY_MS = 500
+
+
+class FlowStep:
+    """One checked step. number: from 1; place: `file:line:column`, "" for flows that Plato sent;
+    values: its fields as written; timeout and retry_delay_ms: milliseconds."""
+
+    def __init__(self, number: int, values: dict[str, Any], place: str) -> None:
+        self.number = number
+        self.type: str = values["type"]
+        self.description: str = values.get("description") or ""
+        self.values = values
+        self.place = place
+        standard = SCREENSHOT_TIMEOUT_MS if self.type == "screenshot" else STEP_TIMEOUT_MS
+        self.timeout = self._number("timeout", standard)
+        self.retries = self._number("retries", 0)
+        self.retry_delay_ms = self._number("retry_delay_ms", RETRY_DELAY_MS)
+
+    def _number(self, name: str, default: int) -> int:
+        number = whole_number(self.values.get(name))
+        return default if number is None else number
+
+
+class Flow:
+    """One checked flow: its name, its description and its steps."""
+
+    def __init__(self, name: str, description: str, steps: list[FlowStep]) -> None:
+        self.name = name
+        self.description = description
+        self.steps = steps
+
+
+class FlowSet:
+    """The flows of a simulator.
+
+    source: "local" or "api"; path: the flows file, None for flows that Plato sent; shown: where they are
+    from, in words; warnings: what looks mistaken.
+    """
+
+    def __init__(self, flows: list[Flow], source: str, path: str | None, shown: str, warnings: list[str]):
+        self.flows = flows
+        self.source = source
+        self.path = path
+        self.shown = shown
+        self.warnings = warnings
+
+    def choose(self, names: Sequence[str], *, every: bool = False) -> list[Flow]:
+        """The flows of those names, in that order; UsageError names what was probably meant."""
+        known = [flow.name for flow in self.flows]
+        chosen = list(self.flows) if every else []
+        for name in () if every else names or ("login",):
+            if name not in known:
+                close = closest(name, known)
+                listed = f"The flows here are: {_listed(known)}."
+                raise UsageError(
+                    f"{self.shown} has no flow {name!r}.",
+                    hint=f"Did you mean {close!r}? {listed}" if close else listed,
+                )
+            chosen.append(self.flows[known.index(name)])
+        empty = [flow.name for flow in chosen if not flow.steps]
+        if empty:
+            raise UsageError(f"The flow {empty[0]!r} has no steps, so there is nothing to run.")
+        return chosen
+
+
+def load_flows(path: str) -> FlowSet:
+    """Read and check a whole flows file; ConfigError lists every problem with its line and column."""
+    source = shown_path(from_here(path))
+    return parse_flows(read_config(path), source, path=path)
+
+
+def parse_flows(text: str, source: str, *, path: str | None = None, placed: bool = True) -> FlowSet:
+    """The flows in a YAML text. placed: whether the user can look lines and columns up in that text."""
+    try:
+        root = yaml_compose(text, source)
+    except YamlError as error:
+        raise unusable_flows(source, [str(error) if placed else error.message]) from None
+    checker = FlowsChecker(source, placed)
+    flows = checker.flows(root)
+    if checker.problems:
+        raise unusable_flows(source, checker.problems, checker.warnings)
+    return FlowSet(flows, "local" if placed else "api", path, source, checker.warnings)
+
+
+def unusable_flows(source: str, problems: Sequence[str], warnings: Sequence[str] = ()) -> ConfigError:
+    count = len(problems)
+    return ConfigError(
+        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
+        problems=[*problems, *warnings],
+        hint="No browser was opened. Correct the flows and run the command again.",
+    )
+
+
+def configured_flows_path(config_path: str, dataset: str) -> str | None:
+    """The absolute path of a dataset's flows file, or None when its `metadata` names none.
+
+    ConfigError when the config cannot be read, the dataset is not in it, or the file is not there.
+    """
+    source = shown_path(from_here(config_path))
+    try:
+        root = yaml_compose(read_config(config_path), source)
+    except YamlError as error:
+        raise unusable_flows(source, [str(error)]) from None
+    datasets = root.get("datasets") if root else None
+    chosen = datasets.get(dataset) if datasets else None
+    if datasets is None or chosen is None:
+        known = _listed(str(key.value) for key, _ in datasets.pairs()) if datasets else ""
+        raise ConfigError(f"{source} has no dataset {dataset!r}; the datasets there are: {known or 'none'}.")
+    metadata = chosen.get("metadata")
+    node = metadata.get("flows_path") if metadata else None
+    if node is None or node.value is None:
+        return None
+    if not isinstance(node.value, str) or not node.value.strip():
+        raise unusable_flows(source, [str(node.error("`metadata.flows_path` must be the path of a file"))])
+    path = os.path.normpath(os.path.join(os.path.dirname(config_path), node.value))
+    if not os.path.isfile(path):
+        where = f"{source}:{node.line}:{node.column}"
+        raise ConfigError(f"{where}: the flows file {shown_path(from_here(path))} is not there.")
+    return path
+
+
+class FlowsChecker(ConfigChecker):
+    """Walks the nodes of a flows file and collects problems and warnings, each with its place."""
+
+    def __init__(self, source: str, placed: bool) -> None:
+        super().__init__(source)
+        self.placed = placed
+
+    def flows(self, root: YamlNode | None) -> list[Flow]:
+        """Every flow of the document; those with problems are incomplete."""
+        listed = root.get("flows") if root else None
+        if root is None or listed is None:
+            where = f"{self.source}:1:1: " if self.placed else ""
+            self.problems.append(f"{where}`flows` is missing: a list of flows with `name` and `steps`")
+            return []
+        self._warn_unknown(root, ("flows",), "the file")
+        found: list[Flow] = []
+        for number, node in enumerate(self._entries(listed, "`flows`"), 1):
+            flow = self._flow(node, number)
+            if flow and any(flow.name == other.name for other in found):
+                self._problem(node, f"there is a flow `{flow.name}` already; each name must be another one")
+            found += [flow] if flow else []
+        return found
+
+    def _entries(self, node: YamlNode, what: str) -> list[YamlNode]:
+        if node.kind != "sequence":
+            self._problem(node, f"{what} must be a list (lines that start with `- `)")
+        return list(node.items())
+
+    def _flow(self, node: YamlNode, number: int) -> Flow | None:
+        what = f"flow {number}"
+        if not self._is_mapping(node, what):
+            return None
+        name, description, steps = (node.get(key) for key in ("name", "description", "steps"))
+        if name is None:
+            self._problem(node, f"{what} has no `name`")
+        elif self._check_value(name, f"{what}: `name`", _REQUIRED):
+            what = f"flow `{name.value}`"
+        if description is not None:
+            self._check_value(description, f"{what}: `description`", _TEXT)
+        if self.placed:
+            self._refuse_unknown(node, ("name", "description", "har_path", "steps"), what)
+        done: list[FlowStep] = []
+        if steps is not None and steps.value is not None:
+            for place, step in enumerate(self._entries(steps, f"{what}: `steps`"), 1):
+                checked = self._step(step, place, f"{what}, step {place}")
+                done += [checked] if checked else []
+        told = description.value if description is not None else None
+        return Flow(str(name.value if name else ""), str(told or ""), done)
+
+    def _step(self, node: YamlNode, number: int, what: str) -> FlowStep | None:
+        if not self._is_mapping(node, what):
+            return None
+        fields = self._fields_of(node, what)
+        if fields is None:
+            return None
+        before = len(self.problems)
+        for name, field in fields.items():
+            value = node.get(name)
+            if value is None:
+                if field.required:
+                    self._problem(node, f"{what}: `{name}` is missing")
+            elif self._check_value(value, f"{what}: `{name}`", field):
+                self._check_sense(name, value, f"{what}: `{name}`")
+        if self.placed:
+            self._refuse_unknown(node, tuple(fields), what)
+        if "verify_type" in fields:
+            self._check_verify(node, what)
+        where = f"{self.source}:{node.line}:{node.column}" if self.placed else ""
+        return FlowStep(number, node.plain(), where) if len(self.problems) == before else None
+
+    def _fields_of(self, node: YamlNode, what: str) -> dict[str, Field] | None:
+        """The fields that a step of this type may have; None (and a problem) for an unknown type."""
+        kind = node.get("type")
+        if kind is None or kind.value is None:
+            self._problem(kind or node, f"{what} has no `type`; the types are: {_listed(STEP_FIELDS)}")
+            return None
+        own = STEP_FIELDS.get(kind.value) if isinstance(kind.value, str) else None
+        if own is None:
+            close = closest(str(kind.plain()), STEP_FIELDS)
+            meant = f"did you mean `{close}`?" if close else f"the types are: {_listed(STEP_FIELDS)}"
+            self._problem(kind, f"{what}: there is no step type {kind.plain()!r}; {meant}")
+            return None
+        return {**STEP_COMMON_FIELDS, **own}
+
+    def _refuse_unknown(self, node: YamlNode, known: tuple[str, ...], what: str) -> None:
+        kind = node.get("type")
+        for key, _ in node.pairs():
+            if key.value in known:
+                continue
+            missing = [name for name in known if node.get(name) is None]
+            close = closest(str(key.value), missing) or closest(str(key.value), known)
+            others = [name for name, fields in STEP_FIELDS.items() if kind and key.value in fields]
+            meant = f"; did you mean `{close}`?" if close else ""
+            if others and not close:
+                meant = f" (it belongs to {_listed(others)})"
+            subject = f"{what}: `{kind.value}`" if kind else what
+            self._problem(key, f"{subject} has no field `{key.value}`{meant}")
+
+    def _check_sense(self, name: str, node: YamlNode, what: str) -> None:
+        """What the models take and cannot have been meant."""
+        if name in NEVER_BLANK and isinstance(node.value, str) and not node.value.strip():
+            self._problem(node, f"{what} is empty")
+        elif name == "filename" and not is_inside(node.value):
+            self._problem(
+                node, f"{what} is {node.value!r}, which would lie outside of the screenshots folder"
+            )
+        elif name == "value" and not isinstance(node.value, str) and self.placed:
+            written = node.source_text()
+            if written != str(node.value):
+                self._warning(node, f"{what}: YAML reads {written} as {node.value}; quotes keep it as it is")
+
+    def _check_verify(self, node: YamlNode, what: str) -> None:
+        kind = node.get("verify_type")
+        if kind is None or not isinstance(kind.value, str):
+            return
+        if kind.value not in VERIFY_NEEDS:
+            close = closest(kind.value, VERIFY_NEEDS)
+            meant = f"did you mean `{close}`?" if close else f"it is one of {_listed(VERIFY_NEEDS)}"
+            self._problem(kind, f"{what}: there is no verify_type {kind.value!r}; {meant}")
+            return
+        for name in VERIFY_NEEDS[kind.value]:
+            value = node.get(name)
+            if value is None or value.value is None:
+                self._problem(node, f"{what}: `{kind.value}` needs `{name}`")
+
+    def _warning(self, node: YamlNode, text: str) -> None:
+        self.warnings.append(f"{self.source}:{node.line}:{node.column}: {text}")
+
+    def _problem(self, node: YamlNode, text: str) -> None:
+        if self.placed:
+            super()._problem(node, text)
+        else:
+            self.problems.append(text)
+
+    def _warn_unknown(self, node: YamlNode, known: tuple[str, ...], where: str) -> None:
+        if self.placed:
+            super()._warn_unknown(node, known, where)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder, by its words alone."""
+    path = os.path.normpath(name)
+    return not os.path.isabs(path) and path.split("/")[0] not in ("..", ".") and "\0" not in name
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1968,6 +2300,19 @@ def process_command(pid: int) -> str:
     return done.stdout.strip()
 
 
+def process_ids() -> list[int]:
+    """The ids of the processes that run here."""
+    import subprocess
+
+    if os.path.isdir("/proc/self"):
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    try:
+        done = subprocess.run(["ps", "-axo", "pid="], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [int(word) for word in done.stdout.split()]
+
+
 def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> bool:
     """Send a signal to the process that `is_it` says it is, and to no other; False when it is not there.
 
@@ -2015,6 +2360,11 @@ class Aside:
             self._value = self._function()
         except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
             self._error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long; whether it has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def result(self) -> Any:
         self._thread.join()
@@ -2921,6 +3271,14 @@ class PlatoApi:
         body = {"command": command, "timeout": max(1, int(seconds))}
         path = f"/api/v2/sessions/{quoted(session_id)}/execute"
         return self._call("POST", path, body=body, seconds=seconds + 15.0)
+
+    def job_flows(self, job_id: str) -> Any:
+        """GET /api/v2/jobs/{job_id}/flows. Returns a list of Flow."""
+        return self.transport.request("GET", f"/api/v2/jobs/{quoted(job_id)}/flows")
+
+    def artifact_flows(self, artifact_id: str) -> Any:
+        """GET /api/v1/simulator/{artifact_id}/flows. What it returns is not specified."""
+        return self.transport.request("GET", f"/api/v1/simulator/{quoted(artifact_id)}/flows")
 
     def add_ssh_key(self, session_id: str, public_key: str, username: str) -> dict[str, Any]:
         """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
@@ -6989,6 +7347,17 @@ def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
     ]
 
 
+def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
+    """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
+    summary = summarize(mutations)
+    tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in summary["tables"])
+    return CheckFailedError(
+        f"There are {counted(len(mutations), 'mutation')}: {tables}.",
+        hint="If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n"
+        + yaml_dump({"audit_ignore_tables": ignore_rules(mutations)}).rstrip(),
+    )
+
+
 # Emptying the audit tables where the API cannot: by the database's own client, in its container. The script
 # goes to the standard input of a shell on the VM, as it holds the database's password.
 
@@ -7060,6 +7429,1426 @@ def audit_tables(dataset: Mapping[str, Any]) -> list[AuditTable]:
     """The audit tables of a dataset's `db` listeners."""
     listeners = as_dict(dataset.get("listeners"))
     return [AuditTable(str(name), part) for name, part in listeners.items() if part.get("type", "db") == "db"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# flow: where the flows are, the options, what must not be read, the steps in a browser, and the report
+# ----------------------------------------------------------------------------------------------------------
+# Playwright works in a thread with an event loop of its own, so that a signal in the main thread finds
+# Python code to interrupt, and an importer's own event loop is none of its business. A step either passes
+# or raises StepFailedError with what was seen instead. Texts from the page and from the flows file pass the
+# mask before anything is shown or written.
+
+FLOW_SECONDS = 600.0
+FLOW_OUTPUT = "test-results"
+FLOW_POLL_SECONDS = 0.05
+FLOW_GRACE_SECONDS = 3.0  # what a step may take longer than its timeout, before its page counts as hung
+FLOW_LOOK_SECONDS = 3.0  # for a picture, or a look at a page that just failed
+FLOW_CLOSE_SECONDS = 5.0  # for a browser to close in order
+PICTURE_FRESH_SECONDS = 0.1  # a check that passes this soon shows what the picture before it shows
+PAGE_TEXT_LIMIT = 4000
+TROUBLE_LIMIT = 20
+BROWSERS = ("chromium", "firefox", "webkit")
+TRACINGS = ("on", "off", "retain-on-failure")
+ERROR_SELECTORS = (
+    *(".error", ".alert-danger", ".alert-error", "[role='alert']", ".error-message"),
+    ".validation-error",
+)
+INSTALLED_BROWSERS = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome")
+MAC_BROWSERS = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)
+# Steps that change nothing: one that passes while a picture is being taken, or right after it, shares it.
+QUICK_STEPS = frozenset(STEP_FIELDS) - {
+    *("navigate", "click", "fill", "wait", "screenshot", "switch_page", "execute_script")
+}
+PASSIVE_STEPS = QUICK_STEPS | {"wait"}  # a picture may still be taken while these wait
+VISIBLE_TEXTS = """elements => elements.filter(element => {
+  const box = element.getBoundingClientRect();
+  return box.width > 0 && box.height > 0 && getComputedStyle(element).visibility === "visible";
+}).map(element => element.innerText || "")"""
+HIDDEN = "***"
+
+
+class FlowOptions:
+    """What a flow run was asked to do; see `Sandbox.flow`. UsageError for what does not fit together."""
+
+    def __init__(
+        self,
+        *,
+        every: bool = False,
+        source: str | None = None,
+        headed: bool = False,
+        slowmo: float = 0,
+        browser: str = "chromium",
+        tracing: str = "retain-on-failure",
+        unmasked_trace: bool = False,
+        output: str | None = None,
+        keep_open: bool = False,
+        base_url: str | None = None,
+        viewport: str = "1280x720",
+        timeout: float = FLOW_SECONDS,
+        verify_no_mutations: bool = False,
+    ) -> None:
+        for what, value, known in (
+            ("source", source, (None, "local", "api")),
+            ("browser", browser, BROWSERS),
+            ("tracing", tracing, TRACINGS),
+        ):
+            if value not in known:
+                raise UsageError(f"{what} is {value!r}; it must be one of {', '.join(filter(None, known))}.")
+        if not 0 <= slowmo <= 60000:
+            raise UsageError(f"slowmo is {slowmo:g} ms; it must be from 0 to 60000.")
+        if not 1 <= timeout <= 86400:
+            raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
+        if keep_open and not headed:
+            raise UsageError("--keep-open needs --headed: nobody sees a browser without a window.")
+        self.every = every
+        self.source = source
+        self.headed = headed
+        self.slowmo = slowmo
+        self.browser = browser
+        self.tracing = tracing
+        self.unmasked_trace = unmasked_trace
+        self.output = output
+        self.keep_open = keep_open
+        self.base_url = None if base_url is None else normal_page_url(base_url)
+        self.viewport = viewport_size(viewport)
+        self.timeout = timeout
+        self.verify_no_mutations = verify_no_mutations
+
+
+def normal_page_url(url: str) -> str:
+    """The address of a page to begin at; UsageError for what is none."""
+    import urllib.parse
+
+    trimmed = url.strip()
+    try:
+        parts = urllib.parse.urlsplit(trimmed)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        fits = False
+    if not fits or re.search(r"\s", trimmed):
+        raise UsageError(
+            f"--base-url is {url!r}, which is not the address of a page.",
+            hint="It looks like http://127.0.0.1:8080.",
+        )
+    return trimmed
+
+
+def viewport_size(text: str) -> dict[str, int]:
+    """WIDTHxHEIGHT in CSS pixels, as Playwright takes it."""
+    match = re.fullmatch(r"(\d{1,5})[xX,](\d{1,5})", text.strip())
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 100 <= width <= 8192 or not 100 <= height <= 8192:
+        raise UsageError(
+            f"The viewport is {text!r}; it must be WIDTHxHEIGHT, each from 100 to 8192.",
+            hint="For example: --viewport 1280x720",
+        )
+    return {"width": width, "height": height}
+
+
+# Where the flows are
+
+
+def find_flows(sandbox: SandboxBase, source: str | None = None) -> FlowSet:
+    """The flows of the sandbox's own config, else of its directory's config, else those that Plato has.
+
+    source: "local" or "api" for one of them only. ConfigError for flows with problems.
+    """
+    if source != "api":
+        path = local_flows_path(sandbox)
+        if path is not None:
+            return load_flows(path)
+        if source == "local":
+            raise ConfigError(
+                f"{shown_path(sandbox.directory)} has no {CONFIG_NAMES[0]} with `metadata.flows_path`.",
+                hint="Name the flows file there, or take the flows that Plato has: --api",
+            )
+    return fetch_flows(sandbox)
+
+
+def local_flows_path(sandbox: SandboxBase) -> str | None:
+    """The flows file that the local config names for the sandbox's dataset; None without one."""
+    recorded = sandbox.state.get("plato_config_path")
+    candidates = [recorded] if recorded else []
+    candidates += [os.path.join(sandbox.directory, name) for name in CONFIG_NAMES]
+    for path in candidates:
+        if os.path.isfile(path):
+            return configured_flows_path(path, sandbox.state.get("dataset") or DEFAULT_DATASET)
+    return None
+
+
+def fetch_flows(sandbox: SandboxBase) -> FlowSet:
+    """The flows that Plato has for the sandbox's job, or else for its artifact."""
+    job_id, artifact_id = sandbox.state.get("job_id"), sandbox.state.get("artifact_id")
+    answer: Any = None
+    sandbox.reporter.step("Fetching the flows")
+    for identity, ask in ((job_id, sandbox.api.job_flows), (artifact_id, sandbox.api.artifact_flows)):
+        if not identity or has_flows(answer):
+            continue
+        try:
+            answer = ask(identity)
+        except ApiError as error:
+            if error.status not in (404, 405, 501):
+                raise
+    if not has_flows(answer):
+        raise ConfigError(
+            "Plato has no flows for this sandbox.",
+            hint=f"Name a flows file in {CONFIG_NAMES[0]} (`metadata.flows_path`) and use --local.",
+        )
+    if isinstance(answer, str):
+        return parse_flows(answer, "the flows that Plato has", placed=False)
+    listed = answer["flows"] if isinstance(answer, dict) else answer
+    return parse_flows(yaml_dump({"flows": listed}), "the flows that Plato has", placed=False)
+
+
+def has_flows(answer: Any) -> bool:
+    """Whether an answer holds any: a list of flows, an object with one, or the text of a flows file."""
+    return bool(answer.get("flows") if isinstance(answer, dict) else answer)
+
+
+# What a flow changed
+
+
+def new_mutations(before: Sequence[Mutation], after: Sequence[Mutation]) -> list[Mutation]:
+    """What is in the second list and not in the first, each as often as it is there more often."""
+    left = [mutation.raw for mutation in before]
+    found = []
+    for mutation in after:
+        if mutation.raw in left:
+            left.remove(mutation.raw)
+        else:
+            found.append(mutation)
+    return found
+
+
+def mutation_words(mutations: Sequence[Mapping[str, Any]]) -> str:
+    """What was changed, counted: "activity (1 inserted); users (2 updated)"; "none" for nothing."""
+    tables = summarize([Mutation(raw) for raw in mutations])["tables"]
+    return "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in tables) or "none"
+
+
+# What must not be read
+
+
+class Mask:
+    """Hides the values of password fields in texts.
+
+    A value that is too short, or that is a word of its own field's selector (such as "password"), is not
+    looked for in other texts: hiding it there would make nonsense of them and tell what it is. `plain` says
+    whether there is such a value.
+    """
+
+    def __init__(self) -> None:
+        self.plain = False
+        self._spellings: list[str] = []
+        self._values: set[str] = set()
+
+    def add(self, value: str, selector: str) -> None:
+        """Hide a value from now on, in each spelling that it has in addresses, HTML and JSON."""
+        if not value or value in self._values:
+            return
+        self._values.add(value)
+        if len(value) < SHORTEST_SECRET or value.lower() in selector.lower():
+            self.plain = True
+        else:
+            self._spellings = sorted({*self._spellings, *spellings(value)}, key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        if text in self._values:
+            return HIDDEN
+        for spelling in self._spellings:
+            text = text.replace(spelling, HIDDEN)
+        return text
+
+    def bytes(self, data: bytes) -> bytes:
+        for spelling in self._spellings:
+            data = data.replace(spelling.encode("utf-8", "replace"), HIDDEN.encode())
+        return data
+
+    def value(self, thing: Any) -> Any:
+        """A value for JSON with every text in it masked."""
+        if isinstance(thing, str):
+            return self(thing)
+        if isinstance(thing, dict):
+            return {
+                self(key) if isinstance(key, str) else key: self.value(part) for key, part in thing.items()
+            }
+        if isinstance(thing, (list, tuple)):
+            return [self.value(part) for part in thing]
+        return thing
+
+
+def spellings(value: str) -> set[str]:
+    """How a text may be written in an address, in HTML and in JSON (once and twice encoded)."""
+    import html
+    import json
+    import urllib.parse
+
+    found = {value, html.escape(value), html.escape(value, quote=False)}
+    found |= {urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value)}
+    found |= {text.replace("%20", "+") for text in found}
+    for _ in range(2):
+        found |= {json.dumps(text, ensure_ascii=escape)[1:-1] for text in found for escape in (True, False)}
+    return found
+
+
+def looks_secret(step: FlowStep) -> bool:
+    """Whether a fill step is for a password, by its own words."""
+    words = f"{step.values['selector']} {step.description}"
+    return re.search(r"passw|passphrase|\bpwd|secret", words, re.IGNORECASE) is not None
+
+
+def mask_trace(source: str, target: str, mask: Mask) -> None:
+    """Copy a trace with the values of password fields hidden in every file that is in it."""
+    import zipfile
+
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, mask.bytes(old.read(entry)))
+
+
+# What a step is about, in words
+
+
+def step_target(step: FlowStep) -> str:
+    """What a step acts on: its selector, its address, its file; a filled value is not shown."""
+    values = step.values
+    if step.type == "verify":
+        kind = values["verify_type"]
+        return " ".join([kind, *(str(values[name]) for name in VERIFY_NEEDS[kind])])
+    names = ("selector", "url", "url_contains", "text", "filename", "page_index", "script")
+    found = next((str(values[name]) for name in names if values.get(name) is not None), "")
+    if step.type == "wait":
+        return f"{values['duration']} ms"
+    return found if len(found) <= 200 else found[:199] + "…"
+
+
+def step_words(step: Mapping[str, Any]) -> str:
+    """A step's own description, or what it does."""
+    return step["description"] or f"{step['type']} {step['target']}".rstrip()
+
+
+def expectation(step: FlowStep) -> str:
+    """What a step waits for, as the end of "Expected ..."."""
+    values = step.values
+    selector = values.get("selector")
+    gone = values.get("should_exist") is False
+    exact = values.get("contains") is False
+    if step.type == "verify":
+        return {
+            "element_exists": f"an element {selector}",
+            "element_visible": f"a visible element {selector}",
+            "element_text": f"{selector} {'to be' if exact else 'with'} the text {values.get('text')!r}",
+            "element_count": f"{values.get('count')} elements {selector}",
+            "page_title": f"a page title {'equal to' if exact else 'with'} {values.get('title')!r}",
+        }[values["verify_type"]]
+    return {
+        "navigate": f"{values.get('url')} to open",
+        "wait_for_selector": f"a visible element {selector}",
+        "click": f"an element {selector} that can be clicked",
+        "fill": f"a field {selector} that can be filled",
+        "wait": f"{values.get('duration')} ms to pass",
+        "wait_for_url": f"an address with {values.get('url_contains')!r}",
+        "check_element": f"{'no' if gone else 'an'} element {selector}",
+        "verify_text": f"{'a page without' if gone else 'a page with'} the text {values.get('text')!r}",
+        "verify_url": f"the address {'to be' if exact else 'to contain'} {values.get('url')!r}",
+        "verify_no_errors": "no visible error on the page",
+        "screenshot": f"a screenshot {values.get('filename')}",
+        "switch_page": f"a page with the index {values.get('page_index')}",
+        "execute_script": "the script to end without an error",
+    }[step.type]
+
+
+NETWORK_WORDS = {
+    "CONNECTION_REFUSED": "nothing answers there (connection refused)",
+    "NAME_NOT_RESOLVED": "the host name is unknown",
+    "CONNECTION_RESET": "the server closed the connection without an answer",
+    "EMPTY_RESPONSE": "the server closed the connection without an answer",
+    "CONNECTION_CLOSED": "the server closed the connection without an answer",
+    "CONNECTION_TIMED_OUT": "the server does not answer",
+    "INTERNET_DISCONNECTED": "there is no network",
+    "TOO_MANY_REDIRECTS": "the server redirects in a circle",
+    "ABORTED": "the address is a download, or the page left before it was loaded",
+    "UNSAFE_PORT": "browsers refuse this port",
+}
+
+
+def failure_words(message: str) -> str:
+    """What a message of Playwright says that a person can use; "" for a mere time-out."""
+    head = message.partition("\nCall log:")[0].strip()
+    head = re.sub(r"^[A-Z]\w+\.\w+: ", "", head)
+    network = re.search(r"net::ERR_(\w+)|NS_ERROR_(\w+)", head)
+    if network:
+        code = network[1] or network[2]
+        return NETWORK_WORDS.get(code, f"the browser reports {network[0]}")
+    if "crashed" in head:
+        return "the page crashed"
+    if "has been closed" in head or "Connection closed" in head:
+        return "the page or the browser was closed"
+    if "Timeout" in head and "exceeded" in head:
+        covered = re.findall(r"- (<.*?>.*) intercepts pointer events", message)
+        if covered:
+            return f"it is covered by {covered[-1][:200]}"
+        states = re.findall(r"element is (not \w+|outside of the viewport)", message)
+        return f"the element is {states[-1]}" if states else ""
+    return re.sub(r"\s*\n\s*", " ", head)[:500].rstrip(".")
+
+
+def install_hint(what: str, python: str) -> str:
+    """The commands that give a Python the package playwright, and Playwright a browser."""
+    import importlib.util
+    import sysconfig
+
+    browser = f"{shell_words([python, '-m', 'playwright', 'install', '--with-deps', 'chromium'])}"
+    if what == "browser":
+        return f"{browser} (or install Chrome or Chromium, or set PLATO_BROWSER to the path of one)"
+    managed = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    if sys.prefix == sys.base_prefix and os.path.exists(managed):
+        steps = ([python, "-m", "venv", "flow-venv"], ["flow-venv/bin/pip", "install", "playwright"])
+        words = " && ".join(map(shell_words, steps))
+        return f"{words}, then run this command with flow-venv/bin/python"
+    if importlib.util.find_spec("pip") is None:
+        return shell_words(["uv", "pip", "install", "--python", python, "playwright"])
+    return shell_words([python, "-m", "pip", "install", "playwright"])
+
+
+def installed_browser() -> str | None:
+    """The path of a Chrome or Chromium of this system, or None."""
+    found = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
+    return found or next(filter(os.path.exists, MAC_BROWSERS), None)
+
+
+def chosen_browser(settings: Settings, options: FlowOptions) -> str | None:
+    """The executable that PLATO_BROWSER names, checked; None without that variable."""
+    if not settings.browser or options.browser != "chromium":
+        return None
+    path = find_program(os.path.expanduser(settings.browser))
+    if path is None:
+        raise UsageError(f"PLATO_BROWSER is {settings.browser!r}, which is no program that can be run.")
+    return path
+
+
+def has_display(environment: Mapping[str, str], platform: str) -> bool:
+    """Whether a window can be shown (X11 or Wayland; other systems have one)."""
+    if not platform.startswith("linux"):
+        return True
+    return bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
+
+
+# The steps in a browser
+
+
+class StepFailedError(Exception):
+    """A step did not come true. seen: what was there instead."""
+
+    def __init__(self, seen: str) -> None:
+        super().__init__(seen)
+        self.seen = seen
+
+
+class FlowPage:
+    """One browser context with its pages, and what every step does there."""
+
+    def __init__(self, context: Any, address: str, screenshots: str, mask: Mask, devtools: bool) -> None:
+        self.context = context
+        self.address = address
+        self.screenshots = screenshots
+        self.mask = mask
+        self.page: Any = None
+        self.status: int | None = None  # of the newest document
+        self.troubles: list[str] = []
+        self.saved: bytes | None = None  # the picture of the screenshot step under way
+        self.note = ""
+        self.crashed = False
+        self._passwords: list[tuple[Any, str]] = []  # filled fields whose values no picture may show
+        self.devtools = devtools  # Chromium takes pictures faster when it is asked itself
+        self._sessions: dict[Any, Any] = {}
+
+    async def open(self) -> None:
+        """A first page, listened to."""
+        context = self.context
+        context.on("response", self._response)
+        context.on(
+            "requestfailed", lambda request: self._trouble(f"{request.method} {request.url}: no answer")
+        )
+        context.on("weberror", lambda error: self._trouble(f"script error: {error.error}"))
+        context.on("dialog", self._dialog)
+        context.on("page", lambda page: page.on("crash", self._crashed))
+        self.page = await context.new_page()
+
+    def _response(self, response: Any) -> None:
+        request = response.request
+        if request.is_navigation_request():
+            try:
+                main = self.page is not None and request.frame == self.page.main_frame
+            except Exception:  # noqa: BLE001  (of a page that is only just opening)
+                main = False
+            self.status = response.status if main else self.status
+        if response.status >= 400:
+            self._trouble(f"{request.method} {response.url}: HTTP {response.status}")
+
+    def _crashed(self, page: Any) -> None:
+        self.crashed = self.crashed or page == self.page
+
+    async def _dialog(self, dialog: Any) -> None:
+        """Do with a dialog what Playwright does when nobody listens, and tell its words."""
+        self._trouble(f"{dialog.type}: {dialog.message!r} (closed)")
+        try:
+            if dialog.type == "beforeunload":
+                await dialog.accept()
+            else:
+                await dialog.dismiss()
+        except Exception as error:  # noqa: BLE001  (the page has gone meanwhile)
+            self._trouble(failure_words(str(error)))
+
+    def _trouble(self, text: str) -> None:
+        if len(self.troubles) < TROUBLE_LIMIT and text not in self.troubles:
+            self.troubles.append(text)
+
+    async def perform(self, step: FlowStep) -> None:
+        """One attempt at a step; StepFailedError or an error of Playwright when it does not come true."""
+        self.saved, self.note = None, ""
+        await getattr(self, "_do_" + step.type)(step, step.values)
+
+    async def begin(self, timeout: float) -> None:
+        await self.page.goto(self.address, timeout=timeout)
+
+    async def _do_navigate(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        import urllib.parse
+
+        here = self.page.url if self.page.url.startswith("http") else self.address
+        await self.page.goto(urllib.parse.urljoin(here, values["url"]), timeout=step.timeout)
+
+    async def _do_wait_for_selector(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        await self.page.wait_for_selector(values["selector"], timeout=step.timeout)
+
+    async def _do_click(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        await self.page.click(values["selector"], timeout=step.timeout)
+
+    async def _do_fill(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        selector, value = values["selector"], str(values["value"])
+        await self.page.fill(selector, value, timeout=step.timeout)
+        kind = "e => e.type === 'password' || /password/.test(e.autocomplete || '')"
+        if looks_secret(step) or await self.page.eval_on_selector(selector, kind):
+            self.mask.add(value, selector)
+            self._passwords.append((self.page, selector))
+
+    async def _do_wait(self, _step: FlowStep, values: Mapping[str, Any]) -> None:
+        import asyncio
+
+        await asyncio.sleep(whole_number(values["duration"]) / 1000)  # type: ignore[operator]
+
+    async def _do_wait_for_url(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        wanted = values["url_contains"]
+        options = {"timeout": step.timeout, "wait_until": "domcontentloaded"}
+        await self.page.wait_for_url(lambda url: wanted in url, **options)
+
+    async def _do_switch_page(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        index = int(whole_number(values["page_index"]) or 0)
+
+        async def look() -> str:
+            pages = self.context.pages
+            if not -len(pages) <= index < len(pages):
+                return f"{len(pages)} open page{'s' if len(pages) != 1 else ''}"
+            self.page = pages[index]
+            return ""
+
+        await self._until(step, look)
+        await self.page.bring_to_front()
+        await self.page.wait_for_load_state("domcontentloaded", timeout=step.timeout)
+
+    async def _do_screenshot(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        path = screenshot_path(self.screenshots, values["filename"], time.time())
+        options = {"full_page": bool(values.get("full_page")), "timeout": step.timeout}
+        data = await self.page.screenshot(path=path, **options, **await self._cover())
+        self.note = from_here(path)
+        self.saved = data if len(data) < 400_000 and path.endswith(".png") else None
+
+    async def _do_execute_script(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        result = await self.page.evaluate(values["script"])
+        self.note = "" if result is None else f"result: {result!r}"[:200]
+
+    # Checks: looked at again and again until they hold or the time is over
+
+    async def _until(self, step: FlowStep, look: Callable[[], Any]) -> None:
+        """Wait until a look returns "" instead of what is wrong."""
+        import asyncio
+
+        deadline = time.monotonic() + (step.timeout / 1000 or 86400)
+        while True:
+            try:
+                seen = await look()
+            except StepFailedError:
+                raise
+            except Exception as error:
+                text = str(error)
+                if not re.search(r"context was destroyed|because of a navigation|is navigating", text):
+                    raise
+                seen = "the page was still loading"
+            if not seen:
+                return
+            if time.monotonic() >= deadline:
+                raise StepFailedError(seen)
+            await asyncio.sleep(FLOW_POLL_SECONDS)
+
+    async def _do_check_element(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        wanted = values.get("should_exist") is not False
+
+        async def look() -> str:
+            count = await self.page.locator(values["selector"]).count()
+            return "" if bool(count) is wanted else count_words(count)
+
+        await self._until(step, look)
+
+    async def _do_verify(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        look = {
+            "element_exists": self._look_exists,
+            "element_visible": self._look_visible,
+            "element_text": self._look_text,
+            "element_count": self._look_count,
+            "page_title": self._look_title,
+        }[values["verify_type"]]
+        await self._until(step, functools.partial(look, values))
+
+    async def _look_exists(self, values: Mapping[str, Any]) -> str:
+        return "" if await self.page.locator(values["selector"]).count() else count_words(0)
+
+    async def _look_visible(self, values: Mapping[str, Any]) -> str:
+        if await self.page.locator(values["selector"]).first.is_visible():
+            return ""
+        return await self.describe(values["selector"])
+
+    async def _look_text(self, values: Mapping[str, Any]) -> str:
+        locator = self.page.locator(values["selector"])
+        if not await locator.count():
+            return count_words(0)
+        texts = await locator.first.evaluate("e => [e.textContent || '', e.innerText || '']")
+        return differs([texts[0], *(" ".join(text.split()) for text in texts)], values["text"], values)
+
+    async def _look_count(self, values: Mapping[str, Any]) -> str:
+        count = await self.page.locator(values["selector"]).count()
+        return "" if count == whole_number(values["count"]) else count_words(count)
+
+    async def _look_title(self, values: Mapping[str, Any]) -> str:
+        return differs([await self.page.title()], values["title"], values)
+
+    async def _do_verify_text(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        wanted = values.get("should_exist") is not False
+
+        async def look() -> str:
+            there = values["text"] in await self.page.content()
+            return "" if there is wanted else f"the text is {'there' if there else 'not there'}"
+
+        await self._until(step, look)
+
+    async def _do_verify_url(self, step: FlowStep, values: Mapping[str, Any]) -> None:
+        async def look() -> str:
+            return differs([self.page.url], values["url"], values)
+
+        await self._until(step, look)
+
+    async def _do_verify_no_errors(self, _step: FlowStep, values: Mapping[str, Any]) -> None:
+        """Looked at once: an error that is there counts, even if it is to vanish."""
+        import asyncio
+
+        selectors = values.get("error_selectors") or ERROR_SELECTORS
+        looks = (self.page.locator(selector).evaluate_all(VISIBLE_TEXTS) for selector in selectors)
+        for selector, texts in zip(selectors, await asyncio.gather(*looks)):
+            for text in filter(None, (" ".join(text.split()) for text in texts)):
+                raise StepFailedError(f"{selector} says {text[:300]!r}")
+
+    # What can be seen
+
+    async def describe(self, selector: str) -> str:
+        """What is to be said of the elements of a selector that did not do as they should."""
+        locator = self.page.locator(selector)
+        count = await locator.count()
+        if not count:
+            return count_words(0)
+        visible = await locator.first.is_visible()
+        if visible:
+            return f"{count_words(count)}, visible"
+        return f"{count_words(count)}, but {'the first' if count > 1 else 'it'} is not visible"
+
+    async def text(self) -> str:
+        """The visible text of the page, without its empty lines."""
+        text = await self.page.inner_text("body", timeout=FLOW_LOOK_SECONDS * 1000)
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        return "\n".join(filter(None, lines))[:PAGE_TEXT_LIMIT]
+
+    async def _cover(self) -> dict[str, Any]:
+        """The options of a screenshot that put a box over filled password fields which can be read."""
+        readable = "elements => elements.some(element => element.type !== 'password')"
+        selectors = dict.fromkeys(selector for page, selector in self._passwords if page == self.page)
+        locators = [self.page.locator(selector) for selector in selectors]
+        covered = [locator for locator in locators if await locator.evaluate_all(readable)]
+        return {"mask": covered, "mask_color": "#8a8f98"} if covered else {}
+
+    async def picture(self) -> bytes:
+        """A small picture of what the window shows (JPEG)."""
+        import base64
+
+        cover = await self._cover()
+        if cover or not self.devtools:
+            options = {"type": "jpeg", "quality": 60, "timeout": FLOW_LOOK_SECONDS * 1000}
+            return bytes(await self.page.screenshot(**options, **cover))
+        session = self._sessions.get(self.page)
+        if session is None:
+            session = self._sessions[self.page] = await self.context.new_cdp_session(self.page)
+        options = {"format": "jpeg", "quality": 60, "optimizeForSpeed": True}
+        return base64.b64decode((await session.send("Page.captureScreenshot", options))["data"])
+
+    async def failure_picture(self) -> bytes:
+        """The whole window, sharp (PNG)."""
+        cover = await self._cover()
+        return bytes(await self.page.screenshot(timeout=FLOW_LOOK_SECONDS * 1000, **cover))
+
+
+def count_words(count: int) -> str:
+    return {0: "no element matches", 1: "1 element matches"}.get(count, f"{count} elements match")
+
+
+def differs(texts: Sequence[str], wanted: str, values: Mapping[str, Any]) -> str:
+    """The last text, quoted; "" when any of them contains (`contains: false`: equals) what is wanted."""
+    exact = values.get("contains") is False
+    fits = any(wanted == text.strip() or wanted == text if exact else wanted in text for text in texts)
+    return "" if fits else repr(texts[-1][:300])
+
+
+def screenshot_path(folder: str, name: str, now: float) -> str:
+    """Where a screenshot step saves its picture: prefixed with the time in milliseconds; never outside."""
+    directory, base = os.path.split(os.path.normpath(name))
+    if not base.lower().endswith((".png", ".jpg", ".jpeg")):
+        base += ".png"
+    path = os.path.join(folder, directory, f"{int(now * 1000)}_{base}")
+    real, top = os.path.realpath(path), os.path.realpath(folder)
+    if not is_inside(name) or os.path.commonpath([real, top]) != top:
+        raise StepFailedError(f"{name!r} would lie outside of {shown_path(folder)}")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    except OSError as error:
+        raise StepFailedError(f"{shown_path(folder)} cannot be written: {reason(error)}") from None
+    return path
+
+
+# A run
+
+
+class FlowFailedError(CheckFailedError):
+    """A flow did not come true."""
+
+    code = "flow_failed"
+
+
+class FlowRun:
+    """Flows in one browser, one after the other, each in a context of its own.
+
+    results: what `Sandbox.flow` tells of each flow, growing while it runs; told: called with a flow's
+    result and the step that ended, or with None for the step when the flow has ended; timed_out: whether
+    the time for all of it was over.
+    """
+
+    def __init__(
+        self,
+        flows: Sequence[Flow],
+        options: FlowOptions,
+        *,
+        address: str,
+        screenshots: str,
+        output: str,
+        settings: Settings,
+        reporter: Reporter,
+        told: Callable[[dict[str, Any], dict[str, Any] | None], None] | None,
+    ) -> None:
+        import secrets
+        import threading
+
+        self.flows = flows
+        self.options = options
+        self.address = address
+        self.screenshots = screenshots
+        self.output = output
+        self.reporter = reporter
+        self.told = told
+        self.mask = Mask()
+        self.results: list[dict[str, Any]] = []
+        self.pictures: dict[tuple[int, int], Picture] = {}
+        self.browser: dict[str, Any] = {"name": options.browser, "headed": options.headed}
+        self.timed_out = False
+        self._executable = chosen_browser(settings, options)
+        self._marker = f"--plato-sandbox-flow={secrets.token_hex(8)}"
+        self._over = threading.Event()
+        self._loop: Any = None
+        self._task: Any = None
+        self._error: Any = Exception
+        self._playwright: Any = None
+        self._browser: Any = None
+        self._page: FlowPage | None = None
+        self._trace_place = ""
+        self._shot: Any = None  # the task that takes the newest picture
+        for step in (step for flow in flows for step in flow.steps if step.type == "fill"):
+            if looks_secret(step):
+                self.mask.add(str(step.values["value"]), step.values["selector"])
+
+    # The main thread
+
+    def run(self, finish: Callable[[], None]) -> None:
+        """Run the flows; `finish` is called when they have ended, while the browser closes."""
+        import signal
+        import tempfile
+
+        self.reporter.step("Opening the browser")
+        with tempfile.TemporaryDirectory(prefix="plato-flow-") as place:
+            self._trace_place = place
+            worker = Aside(self._work)
+            complete = False
+            try:
+                self._over.wait()
+                if self._page is not None:
+                    finish()
+                    complete = True
+                    if self.options.keep_open:
+                        self.reporter.step("The browser stays open; close it or press Ctrl-C to end")
+                worker.result()
+            except BaseException as error:
+                self._end(worker)
+                closed_by_hand = isinstance(error, Interrupted) and error.number == signal.SIGINT
+                if not (complete and self.options.keep_open and closed_by_hand):
+                    raise
+
+    def _end(self, worker: Aside) -> None:
+        """Close the browser at once, and see to it that none is left."""
+        try:
+            if self._task is not None:
+                self._loop.call_soon_threadsafe(self._task.cancel)
+            worker.wait(3 * FLOW_CLOSE_SECONDS)
+        except RuntimeError:
+            pass  # its loop has ended already
+        finally:
+            end_marked(self._marker, self.reporter)
+
+    def _work(self) -> None:
+        import asyncio
+
+        try:
+            asyncio.run(self._main())
+        finally:
+            self._over.set()
+
+    # The thread of the browser
+
+    async def _main(self) -> None:
+        import asyncio
+
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._loop.set_exception_handler(lambda _, context: self.reporter.trace(str(context.get("message"))))
+        try:
+            await self._open_browser()
+            try:
+                await asyncio.wait_for(self._run_flows(), self.options.timeout)
+            except asyncio.TimeoutError:
+                self.timed_out = True
+                await self._give_up()
+            self._over.set()
+            if self.options.keep_open and self._browser.is_connected():
+                closed = asyncio.Event()
+                self._browser.on("disconnected", lambda _: closed.set())
+                await closed.wait()
+        finally:
+            await self._close()
+
+    async def _open_browser(self) -> None:
+        """Start Playwright and open a browser. SandboxError with the commands for what is missing."""
+        try:
+            from playwright.async_api import Error, async_playwright
+        except ImportError:
+            raise SandboxError(
+                f"Flows need Playwright, which this Python does not have: {install_hint('', sys.executable)}"
+            ) from None
+        self._error = Error
+        try:
+            self._playwright = await async_playwright().start()
+        except Exception as error:  # noqa: BLE001  (its driver failed in any way)
+            raise SandboxError(f"Playwright could not be started: {failure_words(str(error))}.") from None
+        kind = getattr(self._playwright, self.options.browser)
+        if self._executable is None and self.options.browser == "chromium":
+            self._executable = None if os.path.exists(kind.executable_path) else installed_browser()
+        try:
+            self._browser = await kind.launch(**self._launch_options())
+        except Error as error:
+            raise self._launch_error(str(error)) from None
+        self.browser["version"] = self._browser.version
+
+    def _launch_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "headless": not self.options.headed,
+            "slow_mo": self.options.slowmo,
+            "traces_dir": self._trace_place,
+            # The browser runs pages that nobody here wrote; it has no use for the key.
+            "env": {name: value for name, value in os.environ.items() if name != "PLATO_API_KEY"},
+        }
+        if self.options.browser == "chromium":
+            options["args"] = [self._marker]
+        if self._executable is not None:
+            options["executable_path"] = self._executable
+        return options
+
+    def _launch_error(self, message: str) -> SandboxError:
+        if "Executable doesn't exist" in message or "is not found at" in message:
+            command = install_hint("browser", sys.executable)
+            if self.options.browser != "chromium":
+                command = shell_words([sys.executable, "-m", "playwright", "install", self.options.browser])
+            return SandboxError(f"No browser for flows was found: {command}")
+        if "missing dependencies" in message or "shared libraries" in message:
+            command = shell_words([sys.executable, "-m", "playwright", "install-deps", self.options.browser])
+            return SandboxError(f"The browser needs libraries that are missing here: {command}")
+        which = shown_path(self._executable or self.options.browser)
+        return SandboxError(f"The browser {which} could not be opened: {failure_words(message)}.")
+
+    async def _close(self) -> None:
+        """Close the browser and end Playwright; a driver that does not answer is given up."""
+        import asyncio
+
+        for thing, how in ((self._browser, "close"), (self._playwright, "stop")):
+            if thing is None:
+                continue
+            try:
+                await asyncio.wait_for(getattr(thing, how)(), FLOW_CLOSE_SECONDS)
+            except Exception as error:  # noqa: BLE001  (it is gone, or it hangs: `end_marked` sees to that)
+                self.reporter.trace(f"closing the browser: {error}")
+
+    async def _run_flows(self) -> None:
+        for flow in self.flows:
+            await self._run_flow(flow)
+            if self._page is not None and flow is not self.flows[-1] and not self.options.keep_open:
+                await quietly(self._page.context.close(), FLOW_CLOSE_SECONDS)
+
+    async def _run_flow(self, flow: Flow) -> None:
+        opening = FlowStep(0, {"type": "navigate", "url": self.address, "timeout": 30000}, "")
+        result: dict[str, Any] = {
+            "name": flow.name,
+            "description": flow.description,
+            "passed": False,
+            "seconds": 0.0,
+            "steps": [step_record(step) for step in (opening, *flow.steps)],
+            "failure": None,
+            "trace": None,
+            "trace_command": None,
+        }
+        result["steps"][0].update(type="open", target=self.address)
+        self.results.append(result)
+        context = await self._browser.new_context(viewport=self.options.viewport)
+        devtools = self.options.browser == "chromium"
+        self._page = page = FlowPage(context, self.address, self.screenshots, self.mask, devtools)
+        if self.options.tracing != "off":
+            await context.tracing.start(snapshots=True)
+        await page.open()
+        result["passed"] = True
+        for step, record in zip((opening, *flow.steps), result["steps"]):
+            if result["passed"]:
+                await self._run_step(page, step, record)
+        await self._end_flow()
+
+    async def _run_step(self, page: FlowPage, step: FlowStep, record: dict[str, Any]) -> None:
+        result = self.results[-1]
+        words = self.mask(step_words(record))
+        if step.type == "fill" and len(str(step.values["value"])) >= SHORTEST_SECRET:
+            words = words.replace(
+                str(step.values["value"]), HIDDEN
+            )  # whether it is a password is not known yet
+        self.reporter.step(f"{self.mask(result['name'])}: {step.number}/{len(result['steps']) - 1} {words}")
+        record["status"] = "running"
+        if step.type not in PASSIVE_STEPS:
+            await self._settle_picture()
+        began = time.monotonic()
+        seen = await self._attempt(page, step, record)
+        record["seconds"] = round(time.monotonic() - began, 3)
+        record["url"], record["note"] = page.page.url, page.note
+        if seen is None:
+            record["status"] = "passed"
+            if step.number or self.flows[len(self.results) - 1].steps[0].type != "navigate":
+                await self._take_picture(page, step)
+        else:
+            await self._fail(step, record, seen)
+        result["seconds"] = round(result["seconds"] + record["seconds"], 3)
+        if self.told:
+            self.told(self.mask.value(result), self.mask.value(record))
+
+    async def _attempt(self, page: FlowPage, step: FlowStep, record: dict[str, Any]) -> str | None:
+        """Try a step as often as it says; None when it passed, else what was seen."""
+        import asyncio
+
+        limit = step.timeout / 1000 + FLOW_GRACE_SECONDS if step.timeout and step.type != "wait" else None
+        for attempt in range(1, step.retries + 2):
+            if attempt > 1:
+                await asyncio.sleep(step.retry_delay_ms / 1000)
+                self.reporter.detail(f"attempt {attempt} of {step.retries + 1}")
+            record["attempts"] = attempt
+            try:
+                await asyncio.wait_for(page.perform(step), limit)
+                return None
+            except StepFailedError as failure:
+                seen = failure.seen
+            except asyncio.TimeoutError:
+                seen = "the page did not answer"
+            except self._error as error:
+                seen = failure_words(str(error))
+            if page.crashed:
+                return "the page crashed"
+        return seen or await self._look_closer(page, step)
+
+    async def _look_closer(self, page: FlowPage, step: FlowStep) -> str:
+        """What is to be seen after a time-out that says nothing itself."""
+        if "selector" in step.values:
+            said = await quietly(page.describe(step.values["selector"]), FLOW_LOOK_SECONDS)
+            return said or "the page did not answer"
+        if step.type == "wait_for_url":
+            return str(page.page.url)
+        return f"it was not done after {step.timeout} ms"
+
+    async def _fail(self, step: FlowStep, record: dict[str, Any], seen: str) -> None:
+        """Note a failed step, and what can be seen of its page."""
+        result, page = self.results[-1], self._page
+        if page is None:
+            raise TypeError("no page was opened")
+        record["status"], result["passed"] = "failed", False
+        if step.type == "fill":
+            self.mask.add(
+                str(step.values["value"]), step.values["selector"]
+            )  # it may be one; nobody can tell
+        await self._settle_picture()
+        expected = expectation(step)
+        record["expected"], record["seen"] = expected, seen
+        picture = await quietly(page.failure_picture(), FLOW_LOOK_SECONDS)
+        if picture is not None:
+            self.pictures[len(self.results) - 1, step.number] = Picture("png", picture)
+        result["failure"] = {
+            "step": step.number,
+            "type": step.type if step.number else "open",
+            "place": step.place or None,
+            "expected": expected,
+            "seen": seen,
+            "url": page.page.url,
+            "http_status": page.status,
+            "text": await quietly(page.text(), FLOW_LOOK_SECONDS) or "",
+            "troubles": list(page.troubles),
+            "picture": None,
+        }
+
+    async def _take_picture(self, page: FlowPage, step: FlowStep) -> None:
+        """Begin to take the picture of a step, or let it share the one before."""
+        import asyncio
+
+        key = (len(self.results) - 1, step.number)
+        before = self.pictures.get((key[0], step.number - 1))
+        if page.saved is not None:
+            self.pictures[key] = Picture("png", page.saved)
+        elif before and step.type in QUICK_STEPS and (before.pending or before.is_fresh()):
+            self.pictures[key] = before
+        else:
+            picture = self.pictures[key] = Picture("jpg")
+            self._shot = asyncio.ensure_future(picture.take(page, self._shot))
+
+    async def _settle_picture(self) -> None:
+        """Wait until the newest picture is taken."""
+        if self._shot is not None:
+            shot, self._shot = self._shot, None
+            await shot
+
+    async def _give_up(self) -> None:
+        """The time for the whole is over: the step under way has failed."""
+        running = [record for record in self.results[-1]["steps"] if record["status"] == "running"]
+        if self._page is None or self._page.page is None:
+            self.results[-1]["passed"] = False
+            return
+        for record in running:
+            flow = self.flows[len(self.results) - 1]
+            step = (
+                flow.steps[record["number"] - 1]
+                if record["number"]
+                else FlowStep(0, {"type": "navigate"}, "")
+            )
+            await self._fail(step, record, f"the {self.options.timeout:g} s for the whole run were over")
+            if self.told:
+                self.told(self.mask.value(self.results[-1]), self.mask.value(record))
+        self.results[-1]["passed"] = False
+        await self._end_flow()
+
+    async def _end_flow(self) -> None:
+        """Keep or drop the trace, write the flow's files, and tell that it has ended."""
+        await self._settle_picture()
+        result, page, tracing = self.results[-1], self._page, self.options.tracing
+        trace = None
+        if page is not None and tracing != "off":
+            wanted = tracing == "on" or not result["passed"]
+            path = os.path.join(self._trace_place, f"trace-{len(self.results)}.zip") if wanted else None
+            stopped = await quietly(stop_tracing(page.context, path), 4 * FLOW_CLOSE_SECONDS)
+            trace = path if stopped else None
+        self._save(result, trace)
+        if self.told:
+            self.told(self.mask.value(result), None)
+
+    # Files
+
+    def _save(self, result: dict[str, Any], trace: str | None) -> None:
+        """Write a flow's pictures and trace into its directory."""
+        flow = len(self.results) - 1
+        place = os.path.join(self.output, file_name(self.mask(result["name"]), flow, self.results))
+        try:
+            os.makedirs(place, exist_ok=True)
+            for name in os.listdir(place):
+                if re.fullmatch(r"step-\d+\.(jpg|png)|trace\.zip", name):
+                    os.unlink(os.path.join(place, name))
+            for record in result["steps"]:
+                picture = self.pictures.get((flow, record["number"]))
+                if picture and picture.data:
+                    record["picture"] = picture.save(os.path.join(place, f"step-{record['number']:02d}"))
+                if result["failure"] and record["status"] == "failed":
+                    result["failure"]["picture"] = record["picture"]
+            if trace is not None:
+                self._save_trace(result, trace, os.path.join(place, "trace.zip"))
+        except OSError as error:
+            raise SandboxError(f"{shown_path(place)} cannot be written: {reason(error)}.") from None
+
+    def _save_trace(self, result: dict[str, Any], trace: str, path: str) -> None:
+        import shutil
+
+        if self.options.unmasked_trace:
+            shutil.copyfile(trace, path)
+        elif self.mask.plain:
+            self.reporter.note(
+                "No trace is kept: a password of this flow is too plain a word to be hidden in one."
+                " --unmasked-trace keeps the trace with it readable."
+            )
+            return
+        else:
+            mask_trace(trace, path, self.mask)
+        result["trace"] = path
+        result["trace_command"] = shell_words([sys.executable, "-m", "playwright", "show-trace", path])
+
+
+class Picture:
+    """What a page showed; steps between which nothing can be seen to change share one.
+
+    kind: jpg or png; data: empty until it is taken, and when it cannot be; path: where it was saved.
+    """
+
+    def __init__(self, kind: str, data: bytes = b"") -> None:
+        self.kind = kind
+        self.data = data
+        self.path = ""
+        self.pending = False
+        self._taken = -1.0
+
+    def is_fresh(self) -> bool:
+        return time.monotonic() - self._taken < PICTURE_FRESH_SECONDS
+
+    async def take(self, page: FlowPage, before: Any) -> None:
+        """Take it, after the picture that is being taken."""
+        self.pending = True
+        if before is not None:
+            await before
+        self.data = await quietly(page.picture(), FLOW_LOOK_SECONDS) or b""
+        self.pending, self._taken = False, time.monotonic()
+
+    def save(self, stem: str) -> str:
+        """Write it to `stem` and the ending of its kind, once; its path."""
+        if not self.path:
+            with open(f"{stem}.{self.kind}", "wb") as file:
+                file.write(self.data)
+            self.path = f"{stem}.{self.kind}"
+        return self.path
+
+
+async def stop_tracing(context: Any, path: str | None) -> bool:
+    if path is None:
+        await context.tracing.stop()
+    else:
+        await context.tracing.stop(path=path)
+    return True
+
+
+async def quietly(work: Any, seconds: float) -> Any:
+    """What a look at a page gives, or None when the page does not answer or has gone."""
+    import asyncio
+
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except Exception:  # noqa: BLE001  (a page in any state; what was being looked for is told as missing)
+        return None
+
+
+def step_record(step: FlowStep) -> dict[str, Any]:
+    """What is told of a step before it ran."""
+    return {
+        "number": step.number,
+        "type": step.type,
+        "description": step.description,
+        "target": step_target(step),
+        "place": step.place or None,
+        "status": "skipped",
+        "seconds": 0.0,
+        "attempts": 0,
+        "url": None,
+        "note": "",
+        "expected": None,
+        "seen": None,
+        "picture": None,
+    }
+
+
+def file_name(name: str, number: int, results: Sequence[Mapping[str, Any]]) -> str:
+    """A directory name for a flow, another one for each flow of a run."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "flow"
+    same = [other for other in results[:number] if re.sub(r"[^A-Za-z0-9._-]+", "-", other["name"]) == safe]
+    return f"{safe}-{number + 1}" if same or safe != name else safe
+
+
+def end_marked(marker: str, reporter: Reporter) -> None:
+    """Wait until the browser of a run has gone, and end it if it does not go by itself."""
+    import signal
+
+    deadline = time.monotonic() + FLOW_CLOSE_SECONDS / 2
+    while True:
+        left = [pid for pid in process_ids() if marker in process_command(pid)]
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    for pid in left:
+        reporter.trace(f"ending the browser, PID {pid}")
+        signal_process(pid, functools.partial(is_marked, pid, marker), signal.SIGKILL)
+
+
+def is_marked(pid: int, marker: str) -> bool:
+    return marker in process_command(pid)
+
+
+# The report
+
+
+REPORT_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2126; --dim: #616a75; --line: #dfe3e8; --ground: #f6f7f9;
+  --card: #fff; --good: #1a7f4b; --bad: #c0312b; --bad-ground: #fdf1f0; --code: #eef1f4; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --dim: #98a2ae; --line: #2c333b;
+  --ground: #14171b; --card: #1b2026; --good: #53c48a; --bad: #ff7b72; --bad-ground: #2a1d1e;
+  --code: #262d35; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 58rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; letter-spacing: -.01em; }
+h2 { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere; }
+p { margin: .25rem 0 0; }
+.dim { color: var(--dim); }
+.good { color: var(--good); } .bad { color: var(--bad); }
+code, pre { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+code { background: var(--code); border-radius: 4px; padding: .1em .35em; overflow-wrap: anywhere; }
+header { margin-bottom: 1.75rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.1rem; margin: 1rem 0 0;
+  font-size: .93rem; }
+dt { color: var(--dim); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 1.5rem;
+  overflow: hidden; }
+.head { padding: 1.1rem 1.25rem; display: grid; grid-template-columns: 1fr max-content; gap: 0 1rem;
+  align-items: baseline; }
+.head p { grid-column: 1 / -1; max-width: 44rem; }
+.verdict { font-weight: 600; white-space: nowrap; font-size: .95rem; }
+.failure { background: var(--bad-ground); border-top: 1px solid var(--line); padding: 1rem 1.25rem 1.15rem; }
+.failure dl { margin: 0; }
+.failure dt { padding-top: .05rem; }
+pre { margin: .35rem 0 0; padding: .75rem .9rem; background: var(--code); border-radius: 6px;
+  max-height: 18rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+ul { margin: 0; padding-left: 1.1rem; }
+ol { list-style: none; margin: 0; padding: 0; }
+li.step { border-top: 1px solid var(--line); }
+summary { list-style: none; display: grid; grid-template-columns: 1.6rem 1fr max-content 8rem; gap: 0 .9rem;
+  align-items: center; padding: .55rem 1.25rem; min-height: 3.4rem; }
+summary::-webkit-details-marker { display: none; }
+details.seen > summary { cursor: zoom-in; } details.seen[open] > summary { cursor: zoom-out; }
+summary:hover { background: color-mix(in srgb, var(--line) 25%, transparent); }
+summary:focus-visible { outline: 2px solid var(--good); outline-offset: -2px; }
+.number { color: var(--dim); text-align: right; font-variant-numeric: tabular-nums; font-size: .9rem; }
+.words { min-width: 0; overflow-wrap: anywhere; }
+.what { display: block; color: var(--dim); font-size: .84rem; }
+.what code { background: none; padding: 0; }
+.time { color: var(--dim); font-size: .9rem; font-variant-numeric: tabular-nums; text-align: right; }
+.picture { display: block; width: 8rem; height: 4.5rem; object-fit: cover; object-position: top;
+  border-radius: 4px; border: 1px solid var(--line); }
+details[open] > summary > .picture { grid-column: 1 / -1; width: 100%; height: auto; margin: .7rem 0 .45rem;
+  border-radius: 6px; }
+.failed .number { color: var(--bad); font-weight: 700; }
+.skipped { opacity: .55; }
+.seen-text { color: var(--bad); display: block; font-size: .9rem; margin-top: .15rem; }
+footer { color: var(--dim); font-size: .85rem; }
+@media (max-width: 40rem) {
+  main { padding: 1.5rem .75rem 3rem; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .55rem; }
+  .head, .failure { padding-left: .9rem; padding-right: .9rem; }
+  summary { grid-template-columns: 1.3rem 1fr 4.5rem; padding: .55rem .9rem; gap: 0 .6rem; }
+  .time { grid-column: 2; grid-row: 2; text-align: left; font-size: .82rem; }
+  .picture { width: 4.5rem; height: 3.2rem; grid-column: 3; grid-row: 1 / span 2; }
+  .number { align-self: start; padding-top: .05rem; }
+  details[open] > summary > .picture { grid-row: 3; }
+}
+@media print { body { background: none; } section { break-inside: avoid; } }
+"""
+
+
+def report_page(report: Mapping[str, Any], pictures: Mapping[tuple[int, int], Picture]) -> str:
+    """The whole report as one page of HTML that needs nothing else. report: as `Sandbox.flow` tells it."""
+    browser, mutations = report["browser"], report["mutations"]
+    window = "headed" if browser["headed"] else "headless"
+    started = report["started_at"][:16].replace("T", ", ")
+    facts = [
+        ("Page", report["address"]),
+        ("Flows", report["flows_path"] or "from Plato"),
+        ("Browser", f"{browser['name']} {browser.get('version', '')}, {window}"),
+        ("Run", f"{started} UTC, {duration_words(report['seconds'])}"),
+    ]
+    if mutations is not None:
+        facts.append(("Mutations", mutation_words(mutations)))
+    return REPORT_PAGE.format(
+        title=escaped(verdict_words(report)),
+        style=REPORT_STYLE.strip(),
+        mark=mark_words(report["passed"]),
+        facts=report_facts(facts),
+        flows="".join(report_flow(number, flow, pictures) for number, flow in enumerate(report["flows"])),
+        version=__version__,
+    )
+
+
+def verdict_words(report: Mapping[str, Any]) -> str:
+    """How a run went, as a headline."""
+    flows = report["flows"]
+    failed = sum(not flow["passed"] for flow in flows)
+    if len(flows) == 1:
+        words = f"The flow {flows[0]['name']} {'failed' if failed else 'passed'}"
+    else:
+        words = f"{failed} of {len(flows)} flows failed" if failed else f"All {len(flows)} flows passed"
+    return words if failed or report["passed"] else f"{words}, but something was changed or too slow"
+
+
+def duration_words(seconds: float) -> str:
+    """A measured time, as short as it may be: 14 ms, 2.3 s, 4 min."""
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 99.95 else f"{seconds / 60:.0f} min"
+
+
+def escaped(text: object) -> str:
+    import html
+
+    return html.escape(printable_lines(str(text)))
+
+
+def printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def mark_words(good: bool) -> str:
+    return '<span class="good">✓</span>' if good else '<span class="bad">✗</span>'
+
+
+def report_facts(facts: Iterable[tuple[str, object]]) -> str:
+    rows = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts)
+    return f"<dl>{rows}</dl>"
+
+
+def report_flow(number: int, flow: Mapping[str, Any], pictures: Mapping[tuple[int, int], Picture]) -> str:
+    """One flow: its verdict, what is known of its failure, and its steps."""
+    steps = "".join(report_step(step, pictures.get((number, step["number"]))) for step in flow["steps"])
+    word = "good" if flow["passed"] else "bad"
+    verdict = f"{'Passed' if flow['passed'] else 'Failed'} in {duration_words(flow['seconds'])}"
+    about = f'<p class="dim">{escaped(flow["description"])}</p>' if flow["description"] else ""
+    failure = report_failure(flow, flow["failure"]) if flow["failure"] else ""
+    return (
+        f'<section><div class="head"><h2>{escaped(flow["name"])}</h2>'
+        f'<span class="verdict {word}">{verdict}</span>'
+        f"{about}</div>{failure}<ol>{steps}</ol></section>\n"
+    )
+
+
+def report_failure(flow: Mapping[str, Any], failure: Mapping[str, Any]) -> str:
+    step = flow["steps"][failure["step"]]
+    where = f"{failure['step']}, {step_words(step)}" if failure["step"] else step_words(step)
+    rows = [
+        (
+            "Step",
+            escaped(where)
+            + (f' <span class="dim">({escaped(failure["place"])})</span>' if failure["place"] else ""),
+        ),
+        ("Expected", escaped(failure["expected"])),
+        ("Seen", f'<span class="bad">{escaped(failure["seen"])}</span>'),
+        (
+            "Address",
+            escaped(failure["url"]) + (f" (HTTP {failure['http_status']})" if failure["http_status"] else ""),
+        ),
+    ]
+    if failure["text"]:
+        rows.append(("Page text", f"<pre>{escaped(failure['text'])}</pre>"))
+    if failure["troubles"]:
+        items = "".join(f"<li>{escaped(trouble)}</li>" for trouble in failure["troubles"])
+        rows.append(("Also seen", f"<ul>{items}</ul>"))
+    if flow["trace_command"]:
+        rows.append(("Trace", f"<code>{escaped(flow['trace_command'])}</code>"))
+    listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
+    return f'<div class="failure"><dl>{listed}</dl></div>'
+
+
+def report_step(step: Mapping[str, Any], picture: Picture | None) -> str:
+    import base64
+
+    what = f"{step['type']} {step['target']}".strip()
+    own = step["description"] or what
+    below = [f"<code>{escaped(what)}</code>"] if step["description"] else []
+    below += [escaped(step["note"])] if step["note"] else []
+    below += [f"{step['attempts']} attempts"] if step["attempts"] > 1 else []
+    more = f'<span class="what">{" · ".join(below)}</span>' if below else ""
+    seen = f'<span class="seen-text">{escaped(step["seen"])}</span>' if step["seen"] else ""
+    image = ""
+    if picture is not None and picture.data:
+        kind = {"jpg": "jpeg"}.get(picture.kind, picture.kind)
+        data = base64.b64encode(picture.data).decode()
+        image = f'<img class="picture" alt="The page after this step" src="data:image/{kind};base64,{data}">'
+    time_words = "skipped" if step["status"] == "skipped" else duration_words(step["seconds"])
+    state = " open" if step["status"] == "failed" and image else ""
+    number = step["number"] or ""
+    return (
+        f'<li class="step {step["status"]}"><details{" class=seen" if image else ""}{state}><summary>'
+        f'<span class="number">{number}</span><span class="words">{escaped(own)}{more}{seen}</span>'
+        f'<span class="time">{time_words}</span>{image}</summary></details></li>\n'
+    )
+
+
+REPORT_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+{style}
+</style>
+</head>
+<body>
+<main>
+<header><h1>{mark} {title}</h1>
+{facts}
+</header>
+{flows}
+<footer>A click on a step shows its picture in full. Made by plato-sandbox {version}.</footer>
+</main>
+</body>
+</html>
+"""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7692,6 +9481,67 @@ class Sandbox(SandboxBase):
         """What an error of a session's endpoint means: 404 and 410 say that it is gone."""
         return gone_error(None) if error.status in (404, 410) else error
 
+    # What a browser sees
+
+    def flows(self, source: str | None = None) -> FlowSet:
+        """The flows of this sandbox, checked; `flows` and `shown` (where they are from) are its fields.
+
+        source: "local" (the config's flows file) or "api" (what Plato has) for one of them only. Without
+        a sandbox, the local config's. ConfigError lists what is wrong with them.
+        """
+        state = load_state(self.directory)
+        if source != "api" and not state and local_flows_path(self):
+            return find_flows(self, source)
+        self.load()
+        return find_flows(self, source)
+
+    def flow(
+        self,
+        names: Sequence[str] = (),
+        *,
+        told: Callable[[dict[str, Any], dict[str, Any] | None], None] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Run flows in a real browser (Playwright) against the sandbox's address.
+
+        names: in this order; none is `login`. options: those of `FlowOptions` (every, source "local" or
+        "api", headed, slowmo in ms, browser, tracing "on", "off" or "retain-on-failure", unmasked_trace,
+        output (a directory), keep_open, base_url, viewport "WIDTHxHEIGHT", timeout in seconds for all of
+        it, verify_no_mutations). With base_url no sandbox is needed. told: called with a flow's result and
+        each of its steps that ended, then with the result and None.
+        Returns passed, seconds, flows (a result each, with its steps), mutations (what the flows changed,
+        None if not asked), report (the path of report.html), and `error`: a SandboxError, or None when all
+        passed. What cannot even begin raises.
+        """
+        chosen = FlowOptions(**options)
+        known = self.flows(chosen.source) if chosen.base_url else self._flows_of_sandbox(chosen.source)
+        for warning in known.warnings:
+            self.reporter.warn(warning)
+        flows = known.choose(names, every=chosen.every)
+        if chosen.verify_no_mutations and not self.state.get("session_id"):
+            self.load()
+        address = chosen.base_url or self._page_address()
+        try:
+            return FlowSession(self, chosen, known, flows, address).run(told)
+        finally:
+            self.api.transport.close()
+
+    def _flows_of_sandbox(self, source: str | None) -> FlowSet:
+        self._load_for_use()
+        self.revive_heartbeat()
+        return find_flows(self, source)
+
+    def _page_address(self) -> str:
+        """The address of the sandbox's page; asked again where `start` could not find it out."""
+        state = self.state
+        address = state.get("url") or state.get("public_url")
+        if not address:
+            answer = job_of(self.api.public_url(state["session_id"]), state.get("job_id"))
+            address = with_router_target(as_text(answer.get("url")), state.get("service"))
+        if not address:
+            raise SandboxError("Plato knows no address of this sandbox, so there is no page for a browser.")
+        return address
+
     def revive_heartbeat(self) -> None:
         """See to it that the heartbeat runs; left to a `start` or `stop` that is at work here."""
         health = heartbeat_health(self.settings, self.state, time.time())
@@ -8100,6 +9950,136 @@ class Starter:
             )
 
 
+class FlowSession:
+    """One call of `Sandbox.flow`: the run, what it changed, its report."""
+
+    def __init__(
+        self, sandbox: Sandbox, options: FlowOptions, known: FlowSet, flows: list[Flow], address: str
+    ) -> None:
+        self.sandbox = sandbox
+        self.options = options
+        self.known = known
+        self.flows = flows
+        self.address = address
+        base = os.path.dirname(known.path) if known.path else sandbox.directory
+        self.screenshots = os.path.join(os.path.abspath(base), "screenshots")
+        self.output = os.path.join(sandbox.directory, options.output or FLOW_OUTPUT)
+        self.before: list[Mutation] = []
+        self.changed: list[Mutation] = []
+        self.report: dict[str, Any] = {}
+
+    def run(self, told: Callable[[dict[str, Any], dict[str, Any] | None], None] | None) -> dict[str, Any]:
+        sandbox, options = self.sandbox, self.options
+        self._check_output()
+        if options.headed and not has_display(os.environ, sys.platform):
+            if options.keep_open:
+                raise UsageError("--keep-open needs a display; there is none here (DISPLAY is not set).")
+            sandbox.reporter.warn("There is no display here (DISPLAY is not set); the browser runs headless.")
+            options.headed = False
+        if options.verify_no_mutations:
+            self.before = self._mutations()
+        began = time.time()
+        run = FlowRun(
+            self.flows,
+            options,
+            address=self.address,
+            screenshots=self.screenshots,
+            output=self.output,
+            settings=sandbox.settings,
+            reporter=sandbox.reporter,
+            told=told,
+        )
+        run.run(functools.partial(self._finish, run, began))
+        return self.report
+
+    def _check_output(self) -> None:
+        try:
+            os.makedirs(self.output, exist_ok=True)
+            if not os.access(self.output, os.W_OK | os.X_OK):
+                raise PermissionError("it is not writable")
+        except OSError as error:
+            raise UsageError(
+                f"The report cannot be written to {shown_path(self.output)}: {reason(error)}.",
+                hint="Name another directory: --output DIR",
+            ) from None
+
+    def _mutations(self) -> list[Mutation]:
+        self.sandbox.reporter.step("Reading the mutations")
+        return self.sandbox.mutations(self.sandbox.read_state())
+
+    def _finish(self, run: FlowRun, began: float) -> None:
+        """Say how it went, and write the report."""
+        if self.options.verify_no_mutations:
+            self.changed = new_mutations(self.before, self._mutations())
+        mutations = [mutation.raw for mutation in self.changed] if self.options.verify_no_mutations else None
+        passed = not run.timed_out and not mutations and all(result["passed"] for result in run.results)
+        path = os.path.join(self.output, "report.html")
+        told = {
+            "passed": passed,
+            "started_at": utc_text(began),
+            "seconds": round(time.time() - began, 3),
+            "address": self.address,
+            "source": self.known.source,
+            "flows_path": self.known.path and os.path.abspath(self.known.path),
+            "browser": run.browser,
+            "flows": run.results,
+            "mutations": mutations,
+            "report": path,
+        }
+        self.report = {**run.mask.value(told), "report": path}
+        try:
+            write_whole(path, report_page(self.report, run.pictures), 0o644)
+        except OSError as error:
+            raise SandboxError(f"{shown_path(path)} cannot be written: {reason(error)}.") from None
+        self.report["error"] = None if passed else self._error(run.timed_out)
+
+    def _error(self, timed_out: bool) -> SandboxError:
+        if timed_out:
+            return TimedOutError(
+                f"The flows were not done after {self.options.timeout:g} s.",
+                hint="Give them more time with --timeout SECONDS, or look at the report for what took it.",
+            )
+        failed = [flow for flow in self.report["flows"] if not flow["passed"]]
+        if not failed:
+            return mutations_found(self.changed)
+        self._refuse_gone(failed[0]["failure"])
+        return flow_failed_error(failed)
+
+    def _refuse_gone(self, failure: Mapping[str, Any] | None) -> None:
+        """A page that does not even open may belong to a VM that is gone."""
+        state = self.sandbox.state
+        if self.options.base_url or not failure or failure["step"]:
+            return
+        try:
+            details = self.sandbox.api.session_details(state["session_id"])
+        except SandboxError as error:
+            if isinstance(error, ApiError) and error.status in (404, 410):
+                raise gone_error(None) from None
+            return
+        word, why = vm_status(details, state.get("job_id"))
+        if (word or "").lower() in TERMINAL_STATUSES:
+            raise gone_error(why)
+
+
+def flow_failed_error(failed: Sequence[Mapping[str, Any]]) -> FlowFailedError:
+    """What the first of the failed flows has to say, and how many there are."""
+    flow, failure = failed[0], failed[0]["failure"]
+    others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
+    if failure is None:
+        return FlowFailedError(f"The flow {flow['name']} failed.{others}")
+    where = f"step {failure['step']}" if failure["step"] else "opening the page"
+    place = f" ({failure['place']})" if failure["place"] else ""
+    if failure["http_status"] in (502, 503, 504):
+        hint = f"The page answers HTTP {failure['http_status']}: the simulator's services may not be up yet."
+    else:
+        hint = None
+    return FlowFailedError(
+        f"The flow {flow['name']} failed at {where}{place}: expected {failure['expected']};"
+        f" seen: {failure['seen']}.{others}",
+        hint=hint,
+    )
+
+
 def live_sandbox_error(state: Mapping[str, Any]) -> ConflictError:
     return ConflictError(
         f"There is a live sandbox here already (session {printable(str(state.get('session_id')))}).",
@@ -8278,6 +10258,21 @@ class Output(Reporter):
             if step and self._live and not self.quiet:
                 self._erase()
                 self._tell(f"{step}: {duration_text(time.monotonic() - self._began)}\n")
+
+    def drop(self) -> None:
+        """Forget the step under way: what came of it is told otherwise."""
+        with self._lock:
+            self._step = ""
+            self._erase()
+
+    def outcome(self, word: str, text: str, style: str) -> None:
+        """`  word    text` as a line of the result, the word coloured on a terminal."""
+        self.drop()
+        shown = f"{word:<7}"
+        if self._colour and _COLOURS[style]:
+            shown = f"{_COLOURS[style]}{shown}\033[0m"
+        self.stdout.write(f"  {shown} {self._hide(printable(text))}\n")
+        self.stdout.flush()
 
     def _tick(self) -> None:
         while not self._wake.wait(1.0 if self._live else PROGRESS_LINE_SECONDS / 10):
@@ -8517,6 +10512,117 @@ def show_sync(report: Mapping[str, Any], output: Output) -> None:
         output.line(text)
 
 
+def command_flow(options: argparse.Namespace, output: Output) -> int:
+    source = "local" if options.local else "api" if options.api else None
+    sandbox = Sandbox(options.working_dir, reporter=output)
+    if options.list:
+        return show_flows(sandbox.flows(source), output)
+    if options.all and options.flow_name:
+        raise UsageError("--all and --flow-name exclude each other.")
+    report = sandbox.flow(
+        options.flow_name,
+        told=functools.partial(show_flow_progress, output),
+        every=options.all,
+        source=source,
+        headed=options.headed,
+        slowmo=options.slowmo,
+        browser=options.browser,
+        tracing=options.tracing,
+        unmasked_trace=options.unmasked_trace,
+        output=options.output,
+        keep_open=options.keep_open,
+        base_url=options.base_url,
+        viewport=options.viewport,
+        timeout=options.timeout,
+        verify_no_mutations=options.verify_no_mutations,
+    )
+    error: SandboxError | None = report.pop("error")
+    if output.json:
+        told = {"error": output.error_document(error, error.code)} if error else {}
+        output.document({**report, **told})
+    else:
+        if report["mutations"] is not None:
+            output.field("Mutations", mutation_words(report["mutations"]))
+        output.field("Report", shown_path(from_here(report["report"])))
+    if error is None:
+        return 0
+    if not output.json:
+        output.error(error, error.code)
+    return error.exit_code
+
+
+def show_flows(known: FlowSet, output: Output) -> int:
+    """The flows by name, with how many steps each has and what it is about."""
+    for warning in known.warnings:
+        output.warn(warning)
+    if output.json:
+        listed = [
+            {"name": flow.name, "description": flow.description, "steps": len(flow.steps)}
+            for flow in known.flows
+        ]
+        path = known.path and os.path.abspath(known.path)
+        output.document({"source": known.source, "flows_path": path, "flows": listed})
+        return 0
+    width = max((len(flow.name) for flow in known.flows), default=0)
+    for flow in known.flows:
+        steps = f"{len(flow.steps)} step{'s' if len(flow.steps) != 1 else ''}"
+        output.line(f"{flow.name:<{width}}  {steps:>8}  {flow.description}".rstrip())
+    return 0
+
+
+def show_flow_progress(output: Output, result: dict[str, Any], step: dict[str, Any] | None) -> None:
+    """A line for each step that ended, and for a flow that ended how it went."""
+    if output.json:
+        output.drop()
+    elif step is None:
+        show_flow_end(output, result)
+    elif step["number"] == 0 and step["status"] == "passed":
+        output.drop()
+        output.line(f"Flow {result['name']}{': ' if result['description'] else ''}{result['description']}")
+    else:
+        tries = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
+        words = f"{step['number'] or ' ':>2} {step_words(step)} ({duration_words(step['seconds'])}{tries})"
+        good = step["status"] == "passed"
+        output.outcome("ok" if good else "FAILED", words, "good" if good else "bad")
+
+
+def show_flow_end(output: Output, result: Mapping[str, Any]) -> None:
+    """The verdict of a flow; after a failure, all that is known of it."""
+    output.drop()
+    count = len(result["steps"]) - 1
+    done = sum(step["status"] == "passed" for step in result["steps"][1:])
+    seconds = duration_words(result["seconds"])
+    if result["passed"]:
+        output.line(f"Flow {result['name']} passed: {count} step{'s' if count != 1 else ''} in {seconds}.")
+    else:
+        output.line(f"Flow {result['name']} failed: {done} of {count} steps passed in {seconds}.")
+    failure = result["failure"]
+    if failure:
+        show_flow_failure(output, failure)
+    if result["trace_command"]:
+        output.field("Trace", result["trace_command"])
+
+
+def show_flow_failure(output: Output, failure: Mapping[str, Any]) -> None:
+    status = f" (HTTP {failure['http_status']})" if failure["http_status"] else ""
+    lines = (failure["text"] or "").split("\n")
+    for label, value in (
+        ("Place", failure["place"]),
+        ("Expected", failure["expected"]),
+        ("Seen", failure["seen"]),
+        ("Address", f"{failure['url']}{status}"),
+        *(("Page says", line) for line in lines[:1] if line),
+        *(("", line) for line in lines[1:8]),
+        *(("", "...") for _ in lines[8:9]),
+        *(("Also", trouble) for trouble in failure["troubles"][:5]),
+        ("Picture", failure["picture"] and shown_path(from_here(failure["picture"]))),
+    ):
+        if value and label:
+            output.field(label, value, "bad" if label == "Seen" else "plain")
+        elif value:
+            output.line(f"  {'':<13}{value}")
+
+
 def sync_words(report: Mapping[str, Any]) -> str:
     files = counted(report["sent"], "file")
     return f"{files} sent, {report['removed']} removed, {report['unchanged']} unchanged"
@@ -8595,17 +10701,6 @@ def command_state(options: argparse.Namespace, output: Output) -> int:
     return error.exit_code if error else 0
 
 
-def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
-    """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
-    summary = summarize(mutations)
-    tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in summary["tables"])
-    return CheckFailedError(
-        f"There are {counted(len(mutations), 'mutation')}: {tables}.",
-        hint="If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n"
-        + yaml_dump({"audit_ignore_tables": ignore_rules(mutations)}).rstrip(),
-    )
-
-
 def show_state(summary: Mapping[str, Any], mutations: Sequence[Mutation], output: Output) -> None:
     """What changed: each table's counts, then the changes themselves."""
     output.line("Environment State")
@@ -8667,6 +10762,7 @@ COMMANDS_HELP = {
     "stop": "Stop and destroy the sandbox",
     "status": "Show current sandbox status",
     "sync": "Sync local code to the sandbox",
+    "flow": "Execute a test flow against the simulator",
     "start-services": "Push code and start Docker Compose services",
     "start-worker": "Start or configure the Plato worker",
     "state": "Show what changed in the environment's databases",
@@ -8722,6 +10818,19 @@ examples:
 """
 
 
+FLOW_EPILOG = f"""\
+Flows come from the file that the config's metadata.flows_path names, else from Plato (--local, --api: only
+from there). Needs Playwright and Chrome or Chromium; what is missing is told with the command that brings it.
+Values of password fields are hidden in all that is shown and written. A failed flow is exit code 8.
+
+examples:
+  {PROGRAM} flow                      the login flow
+  {PROGRAM} flow --list               which flows there are
+  {PROGRAM} flow -f checkout --headed --slowmo 500
+  {PROGRAM} flow --all --verify-no-mutations
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     import argparse
 
@@ -8744,6 +10853,7 @@ def build_parser() -> argparse.ArgumentParser:
         "stop": (None, describe_stop),
         "status": (None, describe_status),
         "sync": (SYNC_EPILOG, describe_sync),
+        "flow": (FLOW_EPILOG, describe_flow),
         "start-services": (SERVICES_EPILOG, describe_start_services),
         "start-worker": (None, describe_start_worker),
         "state": (None, describe_state),
@@ -8914,6 +11024,43 @@ def describe_clear_audit(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(handler=command_clear_audit)
 
 
+def describe_flow(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        *("-f", "--flow-name"),
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="flow to execute; may be given more than once (default: login)",
+    )
+    add("--all", action="store_true", help="execute all flows, in the order of the file")
+    add("-l", "--list", action="store_true", help="show which flows there are")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--local", action="store_true", help="only the flows file of the local config")
+    source.add_argument("--api", action="store_true", help="only the flows that Plato has")
+    add("--base-url", metavar="URL", help="begin at this address instead; needs no sandbox")
+    window = parser.add_mutually_exclusive_group()
+    window.add_argument("--headed", action="store_true", help="show the browser's window")
+    window.add_argument("--headless", dest="headed", action="store_false", help="do not show it (default)")
+    add("--keep-open", action="store_true", help="leave the window open at the end, until Ctrl-C")
+    add("--slowmo", type=float, default=0, metavar="MS", help="wait so long after each action of the browser")
+    add("--browser", choices=BROWSERS, default="chromium", help="which kind (default: chromium)")
+    add("--viewport", default="1280x720", metavar="WxH", help="size of the page (default: 1280x720)")
+    add("--tracing", choices=TRACINGS, default="retain-on-failure", help="(default: retain-on-failure)")
+    add("--unmasked-trace", action="store_true", help="leave password values readable in the trace")
+    add("-o", "--output", metavar="DIR", help=f"for report, pictures and traces (default: {FLOW_OUTPUT})")
+    add("--verify-no-mutations", action="store_true", help="fail also when the database was changed")
+    add(
+        "-t",
+        "--timeout",
+        type=float,
+        default=FLOW_SECONDS,
+        metavar="SECONDS",
+        help=f"the longest time for all of it (default: {FLOW_SECONDS:g})",
+    )
+    parser.set_defaults(handler=command_flow)
+
+
 def check_command_word(arguments: Sequence[str]) -> None:
     """Say which command was probably meant, before argparse lists all of them."""
     word = next((argument for argument in arguments if not argument.startswith("-")), None)
@@ -9015,7 +11162,7 @@ def flush_result() -> None:
 
 def asks_for_json(arguments: Sequence[str]) -> bool:
     """Whether --json is given, also as in `-cj`; asked before parsing, for the errors that parsing finds."""
-    return any(word == "--json" or re.match("-[bcqnyfv]*j", word) for word in arguments)
+    return any(word == "--json" or re.match("-[bcqnyfvl]*j", word) for word in arguments)
 
 
 def invocation(program: str, environment: Mapping[str, str]) -> str:

@@ -39,6 +39,8 @@ SYSTEM_PACKAGES = {
     "/usr/sbin/iptables": "iptables",
     "/usr/bin/mmdebstrap": "mmdebstrap",
     "/usr/bin/busybox": "busybox-static",
+    "/usr/bin/chromium": "chromium",
+    "/usr/share/fonts/truetype/dejavu": "fonts-dejavu-core",
 }
 # Compose v2 is in Debian's releases after 12; its package holds one static program.
 COMPOSE_SOURCE = (
