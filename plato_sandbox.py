@@ -8211,7 +8211,7 @@ class FlowRun:
                     finish()
                     complete = True
                     if self.options.keep_open:
-                        self.reporter.step("The browser stays open; close it or press Ctrl-C to end")
+                        self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
                 worker.result()
             except BaseException as error:
                 self._end(worker)
