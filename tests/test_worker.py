@@ -98,7 +98,7 @@ def test_mutations_are_found_wherever_they_stand(
 def test_verify_names_the_tables_and_the_rules_that_would_ignore_them(
     started: Desk, plato: LocalPlato
 ) -> None:
-    second = {**UPDATED, "after": {**UPDATED["after"], "name": "Bob"}}
+    second = {**UPDATED, "after": {"id": 1, "name": "Bob", "login_count": 4}}
     answer(plato, started, {"mutations": [UPDATED, second, INSERTED, DELETED]})
     result = started.run("state", "--verify-no-mutations")
     assert result.code == 8
