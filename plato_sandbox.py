@@ -6639,7 +6639,7 @@ def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
     telling = [line for line in lines if line.startswith(("fatal:", "error:", "remote:"))]
     words = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:]
     words = words or f"git ended with {outcome.code}"
-    low = words.lower()
+    low = "\n".join(lines).lower()
     if re.search(r"\b413\b|too large|exceeds|remote rejected|hook declined", low):
         return SandboxError(
             f"Gitea did not take the files: {words}.",
@@ -6820,10 +6820,10 @@ docker compose -f "$file" ps --all --format json
 _STOP_UP_BODY = r"""
 : > "$run/$id.stop"
 pid=$(cat "$run/$id.pid" 2>/dev/null) || exit 0
-kill -0 -- "-$pid" 2>/dev/null && pid=-$pid
-kill -TERM -- "$pid" 2>/dev/null
-for n in 1 2 3 4 5 6 7 8 9 10; do kill -0 -- "$pid" 2>/dev/null || break; sleep 0.2; done
-kill -KILL -- "$pid" 2>/dev/null; rm -f "$run/$id.pid"
+kill -0 "-$pid" 2>/dev/null && pid=-$pid  # its group; dash knows no -- here
+kill -TERM "$pid" 2>/dev/null
+for n in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$pid" 2>/dev/null || break; sleep 0.2; done
+kill -KILL "$pid" 2>/dev/null; rm -f "$run/$id.pid"
 """
 
 _LOGS_BODY = r"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import re
@@ -88,10 +89,10 @@ class Vm(NamedTuple):
         assert code is None or answer["exit_code"] == code, answer
         return str(answer["stdout"])
 
-    def git(self, *words: str) -> bytes:
+    def git(self, *words: str, stdin: bytes = b"") -> bytes:
         """Run git on the bare repository of the simulator."""
         command = ["git", f"--git-dir={self.repository}", "-c", "safe.directory=*", *words]
-        done = subprocess.run(command, capture_output=True, check=False)
+        done = subprocess.run(command, input=stdin, capture_output=True, check=False)
         assert done.returncode == 0, done
         return done.stdout
 
@@ -103,10 +104,12 @@ class Vm(NamedTuple):
         """What Gitea has of the code."""
         tree: Tree = {}
         listing = self.git("ls-tree", "-r", "-z", reference or f"refs/heads/{self.branch}")
-        for line in filter(None, listing.split(b"\0")):
-            head, _, path = line.partition(b"\t")
-            mode, _, identifier = head.split()
-            tree[path] = (mode, self.git("cat-file", "blob", identifier.decode()))
+        lines = [line.partition(b"\t") for line in listing.split(b"\0") if line]
+        wanted = b"".join(head.split()[2] + b"\n" for head, _, _ in lines)
+        blobs = io.BytesIO(self.git("cat-file", "--batch", stdin=wanted))
+        for head, _, path in lines:
+            size = int(blobs.readline().split()[2])
+            tree[path] = (head.split()[0], blobs.read(size + 1)[:-1])
         return tree
 
     def run(self, *arguments: str, **options: Any) -> Result:
