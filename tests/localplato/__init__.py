@@ -1,10 +1,12 @@
 """The local Plato: a server of the Plato API on loopback, with VMs that are real processes.
 
-`LocalPlato` runs one for tests. Every module has one concern: `contract` (the API's models), `server` (HTTP),
-`endpoints` (what each does), `sessions` (lifecycles), `machine`, `init` and `accounts` (VMs), `gateway`,
-`certificates` and `relay` (TLS into VMs), `ssh`, `network`, `public_url`, `catalogue` (simulators and
-artifacts), `hub` and `git_server` (Gitea), `worker`, `database`, `sqlite_client` and `mutations` (changes in
-databases), `faults`, `admin`, `clock`, `home` (the data directory), `serve` and `cli`.
+`LocalPlato` runs one for tests. Every module has one concern: `contract` (the API's models), `server`
+(HTTP), `endpoints` (what each does), `sessions` (lifecycles), `machine`, `init` and `accounts` (VMs),
+`gateway`, `certificates` and `relay` (TLS into VMs), `ssh`, `network`, `public_url`, `catalogue`
+(simulators and artifacts), `snapshots` and `artifacts` (making and showing those), `engine`, `keeper`,
+`images` and `programs` (Docker in VMs), `hub` and `git_server` (Gitea), `worker`, `database`,
+`sqlite_client` and `mutations` (changes in databases), `faults`, `admin`, `clock`, `home` (the data
+directory), `serve` and `cli`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ PROGRAMS = {
     "iptables": "iptables",
 }
 LAYERS = "overlay2"
+ELSEWHERE = "layers.json"  # beside a saved data root
 IMAGE_LAYERS = "image/overlay2/layerdb/sha256"
 
 
@@ -100,19 +101,29 @@ def image_layers(root: Path) -> set[str]:
 
 
 def lay_out(source: Path, target: Path) -> dict[str, str]:
-    """Make a data root from a saved one. Returns the layers to be mounted instead: id to path."""
+    """Make a data root from a saved one. Returns the layers to be mounted instead: id to path.
+
+    Raises EngineError.
+    """
     immutable = image_layers(source)
+    elsewhere = source.with_name(ELSEWHERE)
+    paths: dict[str, str] = json.loads(elsewhere.read_text()) if elsewhere.exists() else {}
+    for layer in immutable:
+        path = paths.setdefault(layer, str(source / LAYERS / layer / "diff"))
+        if not os.path.isdir(path):
+            raise EngineError(f"the contents of an image are gone: {path} was removed")
     copy_data(source, target, immutable)
-    return {layer: str(source / LAYERS / layer / "diff") for layer in immutable}
+    return paths
 
 
 def save(root: Path, shared: dict[str, str], target: Path) -> None:
-    """Save a data root, whose `shared` layers are mounted, as a whole one."""
+    """Save a data root, whose `shared` layers are mounted: they stay where they are, and are only noted."""
     immutable = image_layers(root)
     copy_data(root, target, immutable)
-    for layer in immutable:
-        source = Path(shared.get(layer) or root / LAYERS / layer / "diff")
-        link_tree(source, target / LAYERS / layer / "diff")
+    for layer in immutable - set(shared):
+        link_tree(root / LAYERS / layer / "diff", target / LAYERS / layer / "diff")
+    paths = {layer: shared[layer] for layer in immutable & set(shared)}
+    target.with_name(ELSEWHERE).write_text(json.dumps(paths, indent=1))
 
 
 def copy_data(source: Path, target: Path, without: set[str]) -> None:
