@@ -273,7 +273,6 @@ def test_wrong_requests_are_refused_with_every_problem(
         ("POST", f"{SESSIONS}/{NOBODY}/close", {}, 404),
         ("GET", f"/api/v2/jobs/{NOBODY}/info", {}, 404),
         ("POST", f"{SESSIONS}/{NOBODY}/connect_network", {}, 404),
-        ("POST", f"/api/v1/sandbox/public-build/vm/{NOBODY}/healthy-services", {}, 501),
     ],
 )
 def test_authentication_and_routes(
