@@ -1398,6 +1398,11 @@ def yaml_dump(value: Any) -> str:
     return "".join(out)
 
 
+def yaml_word(value: str) -> str:
+    """A text as it stands in block style, in quotes where it needs them."""
+    return _yaml_write_double_quoted(value) if "\n" in value else _yaml_write_scalar(value, 0)
+
+
 def _yaml_write_block(out: list[str], value: Any, indent: int, parents: tuple[int, ...]) -> None:
     """Write a collection that is not empty; the cursor stands in column `indent` already."""
     if id(value) in parents:
@@ -7354,8 +7359,20 @@ def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     return CheckFailedError(
         f"There are {counted(len(mutations), 'mutation')}: {tables}.",
         hint="If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n"
-        + yaml_dump({"audit_ignore_tables": ignore_rules(mutations)}).rstrip(),
+        + rules_text(ignore_rules(mutations)),
     )
+
+
+def rules_text(rules: Sequence[Any]) -> str:
+    """Entries of `audit_ignore_tables` as a person would write them."""
+    lines = ["audit_ignore_tables:"]
+    for rule in rules:
+        if isinstance(rule, dict):
+            lines += [f"  - table: {yaml_word(rule['table'])}", "    columns:"]
+            lines += [f"      - {yaml_word(name)}" for name in rule["columns"]]
+        else:
+            lines.append(f"  - {yaml_word(rule)}")
+    return "\n".join(lines)
 
 
 # Emptying the audit tables where the API cannot: by the database's own client, in its container. The script
@@ -7871,13 +7888,16 @@ class FlowPage:
         """A first page, listened to."""
         context = self.context
         context.on("response", self._response)
-        context.on(
-            "requestfailed", lambda request: self._trouble(f"{request.method} {request.url}: no answer")
-        )
+        context.on("requestfailed", self._request_failed)
         context.on("weberror", lambda error: self._trouble(f"script error: {error.error}"))
         context.on("dialog", self._dialog)
         context.on("page", lambda page: page.on("crash", self._crashed))
         self.page = await context.new_page()
+
+    def _request_failed(self, request: Any) -> None:
+        """Note a request without an answer, unless the page itself gave it up, as on the way to another."""
+        if "ERR_ABORTED" not in (request.failure or ""):
+            self._trouble(f"{request.method} {request.url}: no answer")
 
     def _response(self, response: Any) -> None:
         request = response.request
@@ -8730,7 +8750,9 @@ def verdict_words(report: Mapping[str, Any]) -> str:
         words = f"The flow {flows[0]['name']} {'failed' if failed else 'passed'}"
     else:
         words = f"{failed} of {len(flows)} flows failed" if failed else f"All {len(flows)} flows passed"
-    return words if failed or report["passed"] else f"{words}, but something was changed or too slow"
+    if failed or report["passed"]:
+        return words
+    return f"{words}, but the databases changed" if report.get("mutations") else f"{words}, but not in time"
 
 
 def duration_words(seconds: float) -> str:
