@@ -4189,6 +4189,7 @@ def _ended_within(path: str, pid: int, seconds: float) -> bool:
 
 SYNC_ROOT = "/home/plato/worktree"
 SYNC_SECONDS = 120.0
+PATIENCE_SHARE = 0.5  # of a command's seconds the VM waits for another sync: it must be able to say so
 SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes while it is read
 SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
 SYNC_CONNECTIONS = 8  # for parts; sshd starts to turn connections away when it has ten to let in
@@ -5549,7 +5550,7 @@ class SyncTarget:
             "target": path,
             "state": f"{parent}/{SYNC_STATE}/{name}",
             "source": source,
-            "patience": max(1, int(seconds / 2)),  # the VM must be able to say whom it waited for
+            "patience": max(1, int(seconds * PATIENCE_SHARE)),
         }
 
     def look_script(self, local: LocalTree, *, digests: bool, single: bool) -> str:

@@ -1043,7 +1043,8 @@ def test_the_vm_waits_for_another_sync_and_says_so(own_vm: Vm, source: Path, tar
     state = f"{target.rpartition('/')[0]}/.plato-sync/{target.rpartition('/')[2]}"
     own_vm.execute(f"setsid flock {state}/lock sh -c 'touch {state}/held; exec sleep 1000' >/dev/null 2>&1 &")
     eventually(lambda: own_vm.place(f"{state}/held").exists())
-    refused = sync(own_vm, source, target, "--via", via, "--timeout", "4")
+    own_vm.desk.tune(PATIENCE_SHARE=0.01)
+    refused = sync(own_vm, source, target, "--via", via)
     assert (refused.code, (own_vm.place(target) / "a").read_text()) == (5, "1"), refused.err
     assert "Another sync" in refused.err
     own_vm.execute("kill $(pidof sleep)")
@@ -1065,10 +1066,12 @@ def test_without_flock_a_directory_is_the_lock(own_vm: Vm, source: Path, target:
 
     held.mkdir()  # somebody else is at work, and does not end
     (source / "a").write_text("2")
-    refused = sync(own_vm, source, target, "--via", via, "--timeout", "4")
+    own_vm.desk.tune(PATIENCE_SHARE=0.01)
+    refused = sync(own_vm, source, target, "--via", via)
     assert (refused.code, (place / "a").read_text()) == (5, "1"), refused.err
     assert held.exists()
 
+    own_vm.desk.tune(PATIENCE_SHARE=0.5)
     process = own_vm.desk.begin("sync", str(source), "--remote-path", target, "--via", via)
     eventually(lambda: list(held.parent.glob("up.*")))
     assert (place / "a").read_text() == "1"
