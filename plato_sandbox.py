@@ -6544,14 +6544,20 @@ class GitStore:
 
     def push(self, tree: LocalTree, branch: str) -> tuple[str, bool]:
         """Make the tree the newest commit of a branch in Gitea; that commit, and whether it is a new one."""
-        try:
-            return self._push(tree, branch)
-        except GitFailureError as error:
-            if not self.is_old:
-                raise
-            self.reporter.trace(f"{error.message} Again with a new {self.path}.")
-        self._make()  # what an earlier run left, when it was killed or the disk was full, may be of no use
-        return self._push(tree, branch)
+        for attempt in range(GIT_TRIES):
+            try:
+                return self._push(tree, branch)
+            except PushOvertakenError as error:
+                if attempt + 1 == GIT_TRIES:
+                    raise
+                self.reporter.trace(f"{error.message} Again from what is there now.")
+            except GitFailureError as error:
+                if not self.is_old:
+                    raise
+                # What an earlier run left, when it was killed or the disk was full, may be of no use.
+                self.reporter.trace(f"{error.message} Again with a new {self.path}.")
+                self._make()
+        raise AssertionError("the last attempt returns or raises")
 
     def _push(self, tree: LocalTree, branch: str) -> tuple[str, bool]:
         reference = f"refs/heads/{branch}"
@@ -6593,6 +6599,10 @@ class GitStore:
 
 class GitFailureError(SandboxError):
     """git failed, and neither the network nor the server is known to be the reason."""
+
+
+class PushOvertakenError(ConflictError):
+    """The branch moved between the look at it and the push: another one, or our own whose answer was lost."""
 
 
 class UnsteadyFileError(SandboxError):
@@ -6646,6 +6656,10 @@ def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
     words = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:]
     words = words or f"git ended with {outcome.code}"
     low = "\n".join(lines).lower()
+    if re.search(r"cannot lock ref|failed to update ref|fetch first|non-fast-forward|stale info", low):
+        return PushOvertakenError(
+            f"Something else pushed to the branch meanwhile: {words}.", hint="Run this again."
+        )
     if re.search(r"\b413\b|too large|exceeds|remote rejected|hook declined", low):
         return SandboxError(
             f"Gitea did not take the files: {words}.",

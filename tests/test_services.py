@@ -883,6 +883,30 @@ def test_a_connection_that_breaks_once_is_not_even_noticed(vm: Vm) -> None:
         assert vm.pushed() == read(vm.tree) == read(vm.work)
 
 
+def test_a_push_that_another_one_overtakes_is_made_again(vm: Vm) -> None:
+    write(vm.work, {"a": "1"})
+    vm.good()
+    identity = ("-c", "user.name=T", "-c", "user.email=t@example.com")
+    other = (
+        vm.git(*identity, "commit-tree", "-p", vm.head(), "-m", "Other", f"{vm.head()}^{{tree}}")
+        .decode()
+        .strip()
+    )
+    write(vm.work, {"a": "2"})
+    refs = f"/{SERVICE}.git/info/refs"
+    since = len(vm.plato.requests("GET", refs))
+    vm.plato.fault(
+        "latency", path=f"*{refs}", nth=4, seconds=4
+    )  # the push looks at the branch, once admitted
+    process = vm.desk.begin("start-services", "--json")
+    vm.plato.wait_for_request("GET", refs, since + 4)
+    vm.git("update-ref", f"refs/heads/{vm.branch}", other)
+    result = ending(process)
+    assert (result.code == 0) == (vm.docker is None), result
+    assert vm.git("rev-parse", f"{vm.head()}^").decode().strip() == other
+    assert vm.pushed() == read(vm.tree) == read(vm.work)
+
+
 def test_limits_of_the_server_are_told_with_its_own_words(vm: Vm) -> None:
     write(vm.work, {"large.bin": os.urandom(300_000)})
     vm.plato.limit_hub(file=100_000)
