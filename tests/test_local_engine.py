@@ -150,6 +150,27 @@ def test_both_users_have_it_over_ssh_and_by_execute(docker: None, visitor: Desk)
     visitor.good("stop")
 
 
+def test_images_are_made_once(
+    docker: None,
+    new_plato: Callable[..., LocalPlato],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PLATO_LOCAL_IMAGES", "busybox")
+    words = [sys.executable, str(COMMAND), "images"]
+    makers = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    (place,) = {maker.communicate()[0].strip() for maker in makers}
+    assert [maker.returncode for maker in makers] == [0, 0, 0]
+    made = Path(place, "made.json").stat()
+    client = Closing(new_plato())
+    session_id, _ = client.start()
+    assert client.output(session_id, "docker image ls --format '{{.Repository}}'") == "busybox\n"
+    assert client.output(session_id, "docker run --rm busybox sh -c 'id -un; ls /'").startswith("root\nbin\n")
+    assert Path(place, "made.json").stat() == made
+    assert sorted(path.name for path in Path(place).parent.iterdir()) == sorted([Path(place).name, "lock"])
+
+
 def visitor_plato(desk: Desk) -> LocalPlato:
     """The local Plato of a desk's environment."""
     from localplato import LocalPlato
@@ -233,6 +254,7 @@ def test_nothing_of_an_engine_is_left(docker: None, plato: LocalPlato, ending: s
     client.output(
         session_id, "docker network create net; docker run -d --net net -p 80:80 -v /v busybox sleep 1000"
     )
+    client.output(session_id, "docker pause $(docker run -d busybox sleep 1000)")
     assert len(remains(job_id)) > 3
     (machine,) = plato.machines()
     if ending == "close":

@@ -2,8 +2,8 @@
 
 `busybox:latest` is the host's static busybox. `debian:bookworm-slim` is made by mmdebstrap from Debian's
 mirror, with the packages that the example simulator installs already in it. Both are imported once by an
-engine in a VM of its own, whose data root is kept in the user's cache under a name made of what it was made
-of.
+engine in a VM of its own, whose data root is kept in the user's cache, named after what it was made of.
+With PLATO_LOCAL_IMAGES=busybox in its environment a server makes the first alone.
 """
 
 from __future__ import annotations
@@ -140,22 +140,23 @@ class Images:
     def data_root(self) -> Path | None:
         """A saved data root that has the images, made if need be; None where none can be made."""
         with self.lock:
-            if self.problem is None and shutil.which("mmdebstrap", path=PATH) is None:
-                self.problem = "debian:bookworm-slim needs mmdebstrap; on Debian: apt-get install mmdebstrap"
-            if self.problem is None:
+            for with_debian in self.choices():
                 try:
-                    return self.prepare(with_debian=True)
+                    return self.prepare(with_debian)
                 except ImageError as error:
                     self.problem = str(error)
-            print(f"images: {self.problem}", file=sys.stderr, flush=True)
-            try:
-                return self.prepare(with_debian=False)
-            except ImageError as error:
-                print(f"images: {error}", file=sys.stderr, flush=True)
-                return None
+                    print(f"images: {error}", file=sys.stderr, flush=True)
+            return None
+
+    def choices(self) -> list[bool]:
+        """What to try: both images, and then busybox alone."""
+        small = os.environ.get("PLATO_LOCAL_IMAGES") == "busybox" or self.problem is not None
+        return [False] if small else [True, False]
 
     def prepare(self, with_debian: bool) -> Path:
         """The data root of a recipe. Raises ImageError."""
+        if with_debian and shutil.which("mmdebstrap", path=PATH) is None:
+            raise ImageError("debian:bookworm-slim needs mmdebstrap; on Debian: apt-get install mmdebstrap")
         name = hashlib.sha256(recipe(with_debian).encode()).hexdigest()[:16]
         place = self.directory / name
         try:

@@ -347,12 +347,12 @@ def is_frozen(pid: int) -> bool:
         with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
             groups = [line.rstrip("\n").split(":", 2) for line in file]
         for _, controllers, path in groups:
+            place, mark = f"/sys/fs/cgroup{path}/cgroup.events", "frozen 1"
             if controllers == "freezer":
-                with open(f"/sys/fs/cgroup/freezer{path}/freezer.state", encoding="utf-8") as file:
-                    return file.read().strip() == "FROZEN"
-            if not controllers and os.path.exists(f"/sys/fs/cgroup{path}/cgroup.events"):
-                with open(f"/sys/fs/cgroup{path}/cgroup.events", encoding="utf-8") as file:
-                    return "frozen 1" in file.read()
+                place, mark = f"/sys/fs/cgroup/freezer{path}/freezer.state", "FROZEN"
+            if controllers in ("", "freezer") and os.path.exists(place):
+                with open(place, encoding="utf-8") as file:
+                    return mark in file.read().splitlines()
     except OSError:
         pass
     return False
