@@ -362,14 +362,18 @@ def test_their_worker_and_state(theirs: Theirs, plato: LocalPlato) -> None:
     assert (mutation["table_name"], mutation["action"], mutation["after"]) == ("tasks", "INSERT", {"id": 7})
 
 
-def test_their_start_services_up_to_the_services(
+def test_their_start_services(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk], sdk: Path
 ) -> None:
     """It gives git the credentials in the URL, and only over HTTPS: its own git, and that of the VM."""
     plato = new_plato(hub_scheme="https")
+    if plato.information["docker"] is not None:
+        missing(plato.information["docker"])
     desk = new_desk(plato.environment)
     (desk.home / ".gitconfig").write_text("[user]\nname = Tester\nemail = tester@example.com\n")
-    write_config(desk, services={})
+    compose = {"services": {"web": {"image": "busybox", "command": "sleep 600", "init": True}}}
+    (desk.work / "compose.yml").write_text(yaml.safe_dump(compose))
+    write_config(desk, services={"main": {"type": "docker-compose", "file": "compose.yml"}})
     desk.good("start", "--from-config")
     theirs = Theirs(desk, sdk)
     authority = (plato.certificates / "ca.pem").read_text()
@@ -386,7 +390,8 @@ def test_their_start_services_up_to_the_services(
         text=True,
         check=True,
     )
-    assert files.stdout.splitlines() == [".sandbox.yaml", "plato-config.yml"]
+    assert files.stdout.splitlines() == [".sandbox.yaml", "compose.yml", "plato-config.yml"]
+    assert "running" in desk.ssh("docker ps --all --format '{{.State}}'").out
     assert (
         desk.ssh("cat worktree/taskboard/plato-config.yml").out
         == (desk.work / "plato-config.yml").read_text()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).resolve().parent.parent
 SOCKET = "docker.sock"
+USER_SOCKET = "docker-user.sock"
 API_SECONDS = 60.0
 KEEPER_SECONDS = 15.0
 STARTER = "import sys; sys.path.insert(0, sys.argv[1]); from localplato import keeper; keeper.main()"
@@ -193,7 +194,13 @@ class Connection(http.client.HTTPConnection):
 
 
 def listen(machine: Machine) -> socket.socket:
-    """The socket of a VM's engine: root and plato may connect. Raises MachineError."""
+    """The socket of a VM's engine: root and plato may connect. Raises MachineError.
+
+    Clients of a simulator's developer look for it under a second name, as on Plato's own VMs.
+    """
+    second = machine.directory / "run" / USER_SOCKET
+    second.unlink(missing_ok=True)
+    second.symlink_to(SOCKET)
     request = {"op": "listen", "path": f"/run/{SOCKET}", "gid": PLATO_UID, "mode": 0o660}
     return socket.socket(fileno=machine.request(request)[1][0])
 
