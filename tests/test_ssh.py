@@ -85,7 +85,7 @@ def test_config_says_what_it_should(sandbox: Desk) -> None:
     assert read["userknownhostsfile"].startswith(str(sandbox.plato_home) + "/known_hosts_")
     assert read["globalknownhostsfile"] == "/dev/null"
     assert read["stricthostkeychecking"] == "accept-new"
-    assert read["proxycommand"].startswith(f"{sys.executable} -I -S {PRODUCT} gateway-stream ")
+    assert read["proxycommand"].startswith(f"{sys.executable} -I -S -c ")
     assert sandbox.environment["PLATO_API_KEY"] not in Path(state["ssh_config_path"]).read_text()
 
 
