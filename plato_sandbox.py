@@ -1895,8 +1895,9 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that was probably meant, or None."""
     import difflib
 
-    found = difflib.get_close_matches(word, list(known), 1, 0.7)
-    return found[0] if found else None
+    found = difflib.get_close_matches(word, list(known), 3, 0.7)
+    swapped = [name for name in found if sorted(name) == sorted(word)]  # "strat" is "start", not "state"
+    return next(iter(swapped + found), None)
 
 
 # Flows: the steps of the API's models, each with its own fields
