@@ -1,0 +1,586 @@
+"""Ignore rules: what they hide, how they change, how they get into a plato-config.yml; nothing runs here."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from conftest import SIMULATOR
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plato_sandbox import (
+    ConfigError,
+    ConflictError,
+    Mutation,
+    RulesFile,
+    TableChanges,
+    changes_between,
+    changes_by_table,
+    edit_rules,
+    ignores,
+    remaining,
+    rules_block,
+    with_changes_between,
+    with_column_everywhere,
+    with_columns,
+    with_table,
+    without_rule,
+    without_secrets,
+    yaml_load,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KEY = "audit_ignore_tables"
+EXAMPLE = (SIMULATOR / "plato-config.yml").read_text()
+
+
+def update(table: str, before: dict[str, Any], after: dict[str, Any], **more: Any) -> Mutation:
+    return Mutation({"table_name": table, "action": "UPDATE", "before": before, "after": after, **more})
+
+
+def insert(table: str, row: dict[str, Any]) -> Mutation:
+    return Mutation({"table_name": table, "action": "INSERT", "before": None, "after": row})
+
+
+def delete(table: str, row: dict[str, Any]) -> Mutation:
+    return Mutation({"table_name": table, "action": "DELETE", "before": row, "after": None})
+
+
+LOGIN = update("users", {"id": 1, "seen": 1, "count": 1}, {"id": 1, "seen": 2, "count": 2})
+RENAMED = update("users", {"id": 1, "name": "a", "seen": 1}, {"id": 1, "name": "b", "seen": 2})
+ADDED = insert("users", {"id": 2, "seen": 1})
+SESSION = insert("sessions", {"token": "x"})
+
+
+# What rules hide
+
+
+@pytest.mark.parametrize(
+    ("rules", "left"),
+    [
+        ([], [LOGIN, RENAMED, ADDED, SESSION]),
+        (["sessions"], [LOGIN, RENAMED, ADDED]),
+        (["users"], [SESSION]),
+        ([{"table": "users", "columns": ["seen", "count"]}], [RENAMED, ADDED, SESSION]),
+        ([{"table": "users", "columns": ["seen"]}], [LOGIN, RENAMED, ADDED, SESSION]),
+        ([{"table": "users", "columns": ["seen", "count", "name"]}], [ADDED, SESSION]),
+        ([{"table": "users", "columns": []}], [LOGIN, RENAMED, ADDED, SESSION]),
+        ([{"table": "users"}], [SESSION]),
+        (["Users", "session", 7, None, {"columns": ["seen"]}, ["users"]], [LOGIN, RENAMED, ADDED, SESSION]),
+    ],
+)
+def test_what_remains_under_rules(rules: list[Any], left: list[Mutation]) -> None:
+    assert remaining([LOGIN, RENAMED, ADDED, SESSION], rules) == left
+
+
+def test_a_rule_may_name_the_schema() -> None:
+    told = update("users", {"a": 1}, {"a": 2}, schema="crm")
+    assert ignores("crm.users", told)
+    assert ignores("users", told)
+    assert not ignores("public.users", told)
+    assert not ignores("crm.users", LOGIN)
+
+
+def test_an_update_that_does_not_say_what_it_changed_is_not_hidden_by_columns() -> None:
+    silent = Mutation({"table_name": "users", "action": "UPDATE"})
+    assert not ignores({"table": "users", "columns": ["seen"]}, silent)
+    assert ignores("users", silent)
+
+
+def test_changes_are_grouped_by_table_and_column() -> None:
+    groups = changes_by_table([SESSION, LOGIN, RENAMED, ADDED])
+    assert [group.table for group in groups] == ["users", "sessions"]
+    users = groups[0]
+    assert users.counts == {"table": "users", "inserted": 1, "updated": 2, "deleted": 0}
+    assert users.columns == {"seen": [(1, 2), (1, 2)], "count": [(1, 2)], "name": [("a", "b")]}
+    assert users.whole_rows == [ADDED]
+    assert users.suggestion == "users"
+    assert TableChanges("users", [LOGIN]).suggestion == {"table": "users", "columns": ["count", "seen"]}
+
+
+# How rules change
+
+
+def test_rules_are_added_and_joined() -> None:
+    rules: list[Any] = ["sessions"]
+    rules = with_columns(rules, "users", ["seen"])
+    rules = with_columns(rules, "users", ["count", "seen"])
+    assert rules == ["sessions", {"table": "users", "columns": ["seen", "count"]}]
+    assert with_columns(rules, "sessions", ["token"]) == rules
+    assert with_table(rules, "users") == ["sessions", "users"]
+    assert with_table(rules, "sessions") == rules
+    rules = with_column_everywhere(rules, "updated_at", ["users", "tasks", "sessions"])
+    assert rules == [
+        "sessions",
+        {"table": "users", "columns": ["seen", "count", "updated_at"]},
+        {"table": "tasks", "columns": ["updated_at"]},
+    ]
+
+
+def test_rules_are_taken_back() -> None:
+    rules = ["a", {"table": "b", "columns": ["x", "y"], "why": "noise"}, 7, {"odd": 1}]
+    assert without_rule(rules, "a") == rules[1:]
+    assert without_rule(rules, "b", ["x"]) == [
+        "a",
+        {"table": "b", "columns": ["y"], "why": "noise"},
+        7,
+        {"odd": 1},
+    ]
+    assert without_rule(rules, "b", ["x", "y"]) == ["a", 7, {"odd": 1}]
+    assert without_rule(rules, "c") == rules
+
+
+@pytest.mark.parametrize(
+    ("now", "old", "new", "result"),
+    [
+        (["a", "z"], ["a"], ["a", "b"], ["a", "z", "b"]),
+        (["a", "z"], ["a"], [], ["z"]),
+        (["z"], ["a"], ["a", "b"], ["z", "a", "b"]),
+        (
+            [{"table": "u", "columns": ["x", "q"]}],
+            [{"table": "u", "columns": ["x"]}],
+            [{"table": "u", "columns": ["y"]}],
+            [{"table": "u", "columns": ["q", "y"]}],
+        ),
+        ([{"table": "u", "columns": ["x"]}], [{"table": "u", "columns": ["x"]}], ["u"], ["u"]),
+    ],
+)
+def test_choices_are_made_again_in_a_file_that_changed(
+    now: list[Any], old: list[Any], new: list[Any], result: list[Any]
+) -> None:
+    assert with_changes_between(now, old, new) == result
+
+
+# What happened between two looks
+
+
+def test_only_what_came_since_is_recorded() -> None:
+    assert changes_between([LOGIN], [LOGIN, SESSION], {}) == [SESSION]
+    assert changes_between([], [LOGIN], {}) == [LOGIN]
+    assert changes_between([LOGIN, SESSION], [LOGIN, SESSION], {}) == []
+
+
+def test_a_row_that_changed_before_is_told_as_it_changed_meanwhile() -> None:
+    later = update("users", {"id": 1, "seen": 1, "count": 1}, {"id": 1, "seen": 3, "count": 2})
+    (step,) = changes_between([LOGIN], [later], {})
+    assert (step.action, step.columns, step.before["seen"], step.after["seen"]) == ("UPDATE", ["seen"], 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "action"),
+    [
+        ([insert("t", {"id": 1, "a": 1})], [insert("t", {"id": 1, "a": 2})], "UPDATE"),
+        ([insert("t", {"id": 1})], [], "DELETE"),
+        ([delete("t", {"id": 1})], [], "INSERT"),
+        ([update("t", {"id": 1, "a": 1}, {"id": 1, "a": 2})], [], "UPDATE"),
+        ([update("t", {"id": 1, "a": 1}, {"id": 1, "a": 2})], [delete("t", {"id": 1, "a": 1})], "DELETE"),
+        ([delete("t", {"id": 1, "a": 1})], [update("t", {"id": 1, "a": 1}, {"id": 1, "a": 2})], "INSERT"),
+    ],
+)
+def test_each_way_that_a_row_can_go_on(earlier: list[Mutation], later: list[Mutation], action: str) -> None:
+    assert [step.action for step in changes_between(earlier, later, {})] == [action]
+
+
+def test_rows_are_told_apart_by_the_keys_of_their_table() -> None:
+    first, second = insert("t", {"a": 1, "b": 1}), insert("t", {"a": 1, "b": 2})
+    assert changes_between([first], [first, second], {"t": ["b"]}) == [second]
+    assert [step.action for step in changes_between([first], [second], {"t": ["a"]})] == ["UPDATE"]
+
+
+# The edit of a config
+
+
+def edited(text: str, rules: list[Any], listener: str = "db", dataset: str = "base") -> str:
+    """The text after the edit; it is checked that another reader of YAML sees the rules and nothing else."""
+    edit = edit_rules(text, "plato-config.yml", dataset, listener, rules)
+    before, after = yaml.safe_load(text), yaml.safe_load(edit.text)
+    assert after["datasets"][dataset]["listeners"][listener].get(KEY) in (rules, rules or None)
+    for place in (f"{dataset}/{listener}", *edit.shared):
+        name, part = place.split("/")
+        for config in (before, after):
+            config["datasets"][name]["listeners"][part] = {
+                **config["datasets"][name]["listeners"][part],
+                KEY: None,
+            }
+    assert before == after
+    assert yaml_load(edit.text) == yaml.safe_load(edit.text)
+    return edit.text
+
+
+def config(listener: str) -> str:
+    """A config whose listener has these lines."""
+    body = "".join(f"        {line}\n" if line else "\n" for line in listener.splitlines())
+    return f"service: s\ndatasets:\n  base:\n    listeners:\n      db:\n{body}    services: {{}}  # the end\n"
+
+
+LISTENERS = {
+    "no key": (
+        "type: db\nport: 1",
+        "type: db\nport: 1\naudit_ignore_tables:\n  - a\n  - table: b\n    columns: [c]",
+    ),
+    "no key, block text last": (
+        "sql: |\n  x\n  y",
+        "sql: |\n  x\n  y\naudit_ignore_tables:\n  - a\n  - table: b\n    columns: [c]",
+    ),
+    "empty value": (
+        "audit_ignore_tables:  # none\nport: 1",
+        "audit_ignore_tables:  # none\n  - a\n  - table: b\n    columns: [c]\nport: 1",
+    ),
+    "null": (
+        "audit_ignore_tables: ~  # none\nport: 1",
+        "audit_ignore_tables:  # none\n  - a\n  - table: b\n    columns: [c]\nport: 1",
+    ),
+    "empty list": (
+        "audit_ignore_tables: []  # none\nport: 1",
+        "audit_ignore_tables:  # none\n  - a\n  - table: b\n    columns: [c]\nport: 1",
+    ),
+    "lists are not indented here": (
+        "seed:\n- x\naudit_ignore_tables: []",
+        "seed:\n- x\naudit_ignore_tables:\n- a\n- table: b\n  columns: [c]",
+    ),
+    "empty list of two lines": (
+        "audit_ignore_tables: [  # none\n  ]",
+        "audit_ignore_tables: [a, {table: b, columns: [c]}  # none\n  ]",
+    ),
+    "one line": (
+        "audit_ignore_tables: [ x, a ]  # why",
+        "audit_ignore_tables: [ a, {table: b, columns: [c]} ]  # why",
+    ),
+    "several lines": (
+        "audit_ignore_tables: [\n  x,  # old\n  a,  # keep\n]",
+        "audit_ignore_tables: [\n  # old\n  a,\n  {table: b, columns: [c]},  # keep\n]",
+    ),
+    "block": (
+        "audit_ignore_tables:\n    # first\n    - x  # old\n    # second\n    - a  # keep\n"
+        "    # - comment\nport: 1",
+        "audit_ignore_tables:\n    # first\n    # second\n    - a  # keep\n"
+        "    - table: b\n      columns: [c]\n"
+        "    # - comment\nport: 1",
+    ),
+    "a column more": (
+        "audit_ignore_tables:\n  - a\n  - {columns: [], table: b}",
+        "audit_ignore_tables:\n  - a\n  - {table: b, columns: [c]}",
+    ),
+    "quoted key": (
+        "\"audit_ignore_tables\":\n  - 'a'",
+        "\"audit_ignore_tables\":\n  - 'a'\n  - table: b\n    columns: [c]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), LISTENERS.values(), ids=LISTENERS)
+def test_the_edit_is_small(before: str, after: str) -> None:
+    rules = ["a", {"table": "b", "columns": ["c"]}]
+    if "columns: []," in before:
+        rules = ["a", {"columns": ["c"], "table": "b"}]
+        after = after.replace("{table: b, columns: [c]}", "{columns: [c], table: b}")
+    assert edited(config(before), rules) == config(after)
+
+
+def test_columns_are_added_inside_their_own_list() -> None:
+    text = config(
+        f"{KEY}:\n  - table: users  # a\n    columns:\n      - seen  # b\n      # c\n"
+        "    why: noise\n  - other"
+    )
+    rules = [{"table": "users", "columns": ["seen", "count"], "why": "noise"}, "other"]
+    assert edited(text, rules) == text.replace("- seen  # b\n", "- seen  # b\n              - count\n")
+    flow = config(f"{KEY}: [{{table: users, columns: [seen]}}, other]")
+    assert edited(flow, [{"table": "users", "columns": ["seen", "count"]}, "other"]) == flow.replace(
+        "[seen]", "[seen, count]"
+    )
+
+
+def test_all_rules_can_be_taken_out() -> None:
+    text = config(f"{KEY}:  # noise\n  # why\n  - a\n  - b\nport: 1")
+    assert edited(text, []) == config(f"{KEY}: []  # noise\n  # why\nport: 1")
+    assert edited(config(f"{KEY}: [a, b]"), []) == config(f"{KEY}: []")
+
+
+def test_equal_rules_change_nothing() -> None:
+    for body in (f"{KEY}: [a,   'b' ]", f"{KEY}:\n  - a\n  - 'b'"):
+        assert edited(config(body), ["a", "b"]) == config(body)
+    assert edited(config("port: 1"), []) == config("port: 1")
+
+
+def test_line_ends_and_a_missing_last_one_stay() -> None:
+    text = config(f"{KEY}:\n  - a\nport: 1").replace("\n", "\r\n")
+    assert edited(text, ["a", "b"]) == text.replace("- a\r\n", "- a\r\n          - b\r\n")
+    last = "datasets:\n  base:\n    listeners:\n      db:\n        audit_ignore_tables:\n          - a"
+    assert edited(last, ["a", "b"]) == last + "\n          - b"
+    assert edited(last[: last.index("audit")] + "port: 1", ["b"]).endswith(
+        "port: 1\n        audit_ignore_tables:\n          - b"
+    )
+    assert edited("\ufeff" + last, ["a", "b"]) == "\ufeff" + last + "\n          - b"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("{type: db}", "{type: db, audit_ignore_tables: [a]}"),
+        ("{}", "{audit_ignore_tables: [a]}"),
+        ("{type: db, }", "{type: db, audit_ignore_tables: [a] }"),
+        ("{audit_ignore_tables: , port: 1}", "{audit_ignore_tables: [a] , port: 1}"),
+        ("{audit_ignore_tables: null}", "{audit_ignore_tables: [a]}"),
+        ("{audit_ignore_tables: [b], x: 1}", "{audit_ignore_tables: [a], x: 1}"),
+    ],
+)
+def test_a_listener_on_one_line(before: str, after: str) -> None:
+    text = f"datasets: {{base: {{listeners: {{db: {before}}}}}}}\n"
+    assert edited(text, ["a"]) == text.replace(before, after)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["user's", 'say "hi"', "tab\u20acle \U0001f600", "back\\slash", "a, b", "[x]", "yes", "12", "2024-01-01",
+     "a: b",
+     "# no", "", " ", "crm.users", "- x", "x\ny", "~", "é", "\u2028", "a\tb", "%s {}"],
+)  # fmt: skip
+def test_names_of_every_kind_come_back_the_same(name: str) -> None:
+    for body in ("port: 1", f"{KEY}: [a]", f"{KEY}:\n  - a"):
+        edited(config(body), ["a", name, {"table": name, "columns": [name, "x"]}])
+
+
+def test_readable_names_stay_readable() -> None:
+    assert '- "Größe 😀"\n' in edited(config(f"{KEY}:\n  - a"), ["a", "Größe 😀"])
+
+
+def test_the_example_simulator() -> None:
+    """Its listener is an anchor that another dataset merges: they change together, and the edit says so."""
+    rules = ["sessions", {"table": "users", "columns": ["login_count", "last_login_at"]}, "activity"]
+    text = edited(EXAMPLE, rules)
+    added = (
+        "          - table: users\n            columns: [login_count, last_login_at]\n          - activity\n"
+    )
+    assert text == EXAMPLE.replace("          - sessions\n", "          - sessions\n" + added)
+    assert edit_rules(EXAMPLE, "c", "base", "db", rules).shared == ["empty/db"]
+
+
+def test_a_listener_that_merges_another_gets_a_list_of_its_own() -> None:
+    edit = edit_rules(EXAMPLE, "c", "empty", "db", ["sessions", "activity"])
+    assert edit.shared == []
+    assert edited(EXAMPLE, ["sessions", "activity"], dataset="empty").startswith(EXAMPLE.rstrip("\n"))
+    only = "x: &x {type: db}\ndatasets:\n  base:\n    listeners:\n      db:\n        <<: *x\n"
+    assert edited(only, ["a"]) == only + "        audit_ignore_tables:\n          - a\n"
+
+
+def test_an_alias_is_followed_to_where_the_list_stands() -> None:
+    text = (
+        "datasets:\n  base:\n    listeners:\n      db: &db\n        port: 1\n"
+        "        audit_ignore_tables: &rules\n          - a\n"
+        "      other: {port: 2, audit_ignore_tables: *rules}\n"
+        "  more:\n    listeners:\n      db: *db\n"
+    )
+    edit = edit_rules(text, "c", "base", "other", ["a", "b"])
+    assert edit.text == text.replace("          - a\n", "          - a\n          - b\n")
+    assert sorted(edit.shared) == ["base/db", "more/db"]
+    assert edit_rules(text, "c", "more", "db", ["b"]).shared == ["base/db", "base/other"]
+    assert edit_rules(text, "c", "more", "db", []).text == text.replace(
+        "&rules\n          - a\n", "&rules []\n"
+    )
+    aside = "x: &r [a]\ndatasets: {base: {listeners: {db: {audit_ignore_tables: *r}}}}\n"
+    assert edit_rules(aside, "c", "base", "db", ["a", "b"]).text == aside.replace("[a]", "[a, b]")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        config(f"{KEY}: yes please"),
+        config(f"{KEY}: [&one a, b]\nother: *one"),
+        "datasets: {base: {listeners: {other: {}}}}",
+        "datasets: {base: {listeners: {db: }}}",
+        "datasets: [1]",
+        "",
+    ],
+)
+def test_what_cannot_be_edited_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        edit_rules(text, "plato-config.yml", "base", "db", ["b"])
+
+
+# Documents of every style, edited in every way
+
+NAMES = st.sampled_from(["a", "b", "users", "Ünïcode", "with space", "x,y", "yes", "'", "t-1"])
+COLUMNS = st.lists(NAMES, min_size=1, max_size=3, unique=True)
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("table"), NAMES, COLUMNS),
+        st.tuples(st.just("columns"), NAMES, COLUMNS),
+        st.tuples(st.just("remove"), NAMES, COLUMNS),
+        st.tuples(st.just("remove columns"), NAMES, COLUMNS),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def quoted(name: str, draw: Any) -> str:
+    styles = ['"' + name + '"', "'" + name.replace("'", "''") + "'"]
+    if name not in ("yes", "x,y", "'"):
+        styles.append(name)
+    return str(draw(st.sampled_from(styles)))
+
+
+@st.composite
+def documents(draw: Any) -> str:
+    """A config with a listener whose rules are written in some style, among comments and other listeners."""
+    comment = st.sampled_from(["", "  # noise", " #"])
+    line_comment = st.sampled_from(["", "# why\n", "\n", "  # - x\n"])
+    rules = []
+    for name in draw(st.lists(NAMES, max_size=4, unique=True)):
+        columns = draw(st.one_of(st.none(), COLUMNS))
+        rules.append((name, columns))
+    offset = " " * draw(st.sampled_from([0, 2, 4]))
+    style = draw(st.sampled_from(["absent", "null", "block", "flow", "lines"]))
+    margin = " " * 8
+    out = ""
+    if style == "null":
+        out = f"{margin}{KEY}:{draw(st.sampled_from(['', ' null', ' ~', ' []', ' [ ]']))}{draw(comment)}\n"
+    elif style in ("flow", "lines"):
+        items = [
+            quoted(name, draw)
+            if columns is None
+            else f"{{table: {quoted(name, draw)}, columns: [{', '.join(quoted(c, draw) for c in columns)}]}}"
+            for name, columns in rules
+        ]
+        if style == "flow":
+            out = f"{margin}{KEY}: [{', '.join(items)}]{draw(comment)}\n"
+        else:
+            body = "".join(f"{margin}  {item},{draw(comment)}\n" for item in items)
+            out = f"{margin}{KEY}: [{draw(comment)}\n{body}{margin}  ]\n"
+    elif style == "block" and rules:
+        out = f"{margin}{KEY}:{draw(st.sampled_from(['', ' &rules']))}{draw(comment)}\n"
+        for name, columns in rules:
+            out += draw(line_comment)
+            dash = f"{margin}{offset}- "
+            if columns is None:
+                out += f"{dash}{quoted(name, draw)}{draw(comment)}\n"
+                continue
+            out += f"{dash}table: {quoted(name, draw)}{draw(comment)}\n"
+            listed = [quoted(column, draw) for column in columns]
+            if draw(st.booleans()):
+                out += f"{margin}{offset}  columns: [{', '.join(listed)}]{draw(comment)}\n"
+            else:
+                inner = "".join(f"{margin}{offset}    - {column}{draw(comment)}\n" for column in listed)
+                out += f"{margin}{offset}  columns:\n{inner}"
+        out += draw(line_comment)
+    before = f"{margin}type: db\n{margin}port: 1{draw(comment)}\n" if draw(st.booleans()) or not out else ""
+    after = f"{margin}seed:\n{margin}{offset}- x\n" if draw(st.booleans()) else ""
+    anchor = draw(st.sampled_from(["", " &db"]))
+    more = "  empty:\n    listeners:\n      db:\n        <<: *db\n        port: 2\n" if anchor else ""
+    head = f"# head\nservice: s\ndatasets:\n  base:\n    listeners:\n      db:{anchor}\n"
+    text = f"{head}{before}{out}{after}{more}"
+    if draw(st.booleans()):
+        text = text.rstrip("\n")
+    return text.replace("\n", "\r\n") if draw(st.booleans()) else text
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents(), CHANGES)
+def test_any_edit_of_any_document(text: str, changes: list[tuple[str, str, list[str]]]) -> None:
+    listener = yaml.safe_load(text)["datasets"]["base"]["listeners"]["db"]
+    rules = listener.get(KEY) or []
+    for word, table, columns in changes:
+        if word == "table":
+            rules = with_table(rules, table)
+        elif word == "columns":
+            rules = with_columns(rules, table, columns)
+        else:
+            rules = without_rule(rules, table, columns if word == "remove columns" else None)
+    result = edited(text, rules)
+    assert result.startswith(text[: text.index("\n", text.index("db:")) + 1])
+    assert (result.count("\r\n") == result.count("\n")) is ("\r\n" in text)
+    for mark in ("seed:", "  empty:"):
+        if KEY in text and mark in text:
+            assert result.endswith(text[text.index(mark) :])
+    kept = {line.strip() for line in text.splitlines() if line.strip().startswith("#")}
+    assert kept <= {line.strip() for line in result.splitlines()}
+
+
+# The file
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    config_path = tmp_path / "plato-config.yml"
+    config_path.write_text(EXAMPLE)
+    config_path.chmod(0o640)
+    return config_path
+
+
+def test_saving_keeps_mode_and_symbolic_link(path: Path) -> None:
+    link = path.with_name("link.yml")
+    link.symlink_to(path.name)
+    file = RulesFile(str(link), "base", "db")
+    assert file.entries == ["sessions"]
+    file.save(["sessions", "activity"])
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert yaml.safe_load(path.read_text())["datasets"]["base"]["listeners"]["db"][KEY] == [
+        "sessions",
+        "activity",
+    ]
+    assert file.entries == ["sessions", "activity"]
+    assert list(path.parent.glob("*.tmp")) == []
+
+
+def test_a_file_that_changed_meanwhile_is_not_overwritten(path: Path) -> None:
+    file = RulesFile(str(path), "base", "db")
+    path.write_text(EXAMPLE + "# mine\n")
+    with pytest.raises(ConflictError, match="was changed"):
+        file.save(["activity"])
+    assert path.read_text() == EXAMPLE + "# mine\n"
+    file.read()
+    file.save(["sessions", "activity"])
+    assert path.read_text().endswith("# mine\n")
+
+
+def test_a_file_that_may_not_be_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.chmod(0o444)
+    file = RulesFile(str(path), "base", "db")
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        file.save(["activity"])
+    assert path.read_text() == EXAMPLE
+
+
+def test_files_that_cannot_be_read(path: Path) -> None:
+    for data in (b"\xff", b"a: [", b"datasets: {}"):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError):
+            RulesFile(str(path), "base", "db")
+    path.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        RulesFile(str(path), "base", "db")
+
+
+def test_the_diff_shows_no_password(path: Path) -> None:
+    path.write_text(
+        EXAMPLE.replace("        truncate_tables: true\n", "        db_password: hunter2 hunter2\n").replace(
+            "        db_password: taskboard\n", ""
+        )
+    )
+    diff = RulesFile(str(path), "base", "db").diff(["activity"])
+    assert "-          - sessions\n+          - activity" in diff
+    assert "db_password: ***" in diff
+    assert "hunter2" not in diff
+
+
+def test_secrets_are_hidden_wherever_they_stand() -> None:
+    shown = without_secrets(EXAMPLE + "more:\n  api_key: |\n    onesecret\n    twosecret\n  x: 1\n")
+    for secret in ("demo-password", "not-the-password", "db_password: taskboard", "onesecret", "twosecret"):
+        assert secret not in shown
+    assert "db_user: taskboard" in shown
+    assert shown.endswith("more:\n  api_key: ***\n  x: 1\n")
+
+
+def test_the_block_to_copy_is_what_the_file_would_hold() -> None:
+    rules = ["sessions", {"table": "users", "columns": ["a", "b c"]}, "x, y"]
+    assert yaml.safe_load(rules_block(rules)) == {KEY: rules}
+    assert yaml.safe_load(rules_block([])) == {KEY: []}

@@ -1,0 +1,690 @@
+"""audit-ui from outside: the command and its processes, and the page in a real browser.
+
+The sandbox is the example simulator's, with PostgreSQL and the worker in the VM; the application runs here
+and reaches its database through the gateway, as the page does.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from conftest import BLANK, SIMULATOR, Desk, altered, ending, eventually, missing, part
+from localplato import LocalPlato
+from test_local_worker import has_namespaces, has_postgresql
+from test_simulator import Browser as Person
+from test_simulator import address, start_app
+
+from plato_sandbox import (
+    AuditTable,
+    DatabaseError,
+    Sandbox,
+    Settings,
+    SqliteDatabase,
+    Tunnel,
+    gateway_connection,
+    open_database,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KEY = "audit_ignore_tables"
+SERVE = ("audit-ui", "--no-browser")
+UP_SECONDS = 60.0
+# An ordinary user's VM knows one user and calls it root; PostgreSQL refuses to run as root.
+RUN_DATABASE = """
+cd /home/plato && cp -r worktree/taskboard/db files || exit
+export PATH=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -1):$PATH
+export PGUSER=taskboard PGPASSWORD=taskboard PGDATABASE=taskboard PGDATA=/home/plato/cluster
+export TASKBOARD_LISTEN=127.0.0.1
+as=; [ "$(id -u)" != 0 ] || as="unshare --user --map-user=1000 --map-group=1000"
+setsid $as sh files/start.sh >database.log 2>&1 </dev/null &
+for i in $(seq 600); do
+    psql -h 127.0.0.1 -c 'SELECT 1' >/dev/null 2>&1 && exit; sleep 0.1
+done
+tail database.log; exit 1
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _packages() -> None:
+    for name in ("streamlit", "psycopg2"):
+        try:
+            __import__(name)
+        except ImportError:
+            missing(f"{name} is not installed; it is in the test group of pyproject.toml")
+
+
+def audit_processes(desk: Desk) -> list[int]:
+    """The pids of the page's servers that a desk has running, and of their children."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(f"HOME={desk.home}") + b"\0" in environment and (
+            b"audit-server" in command or b"streamlit" in command
+        ):
+            found.append(int(process.name))
+    return found
+
+
+class Serving:
+    """`audit-ui` under way."""
+
+    def __init__(self, desk: Desk, *arguments: str, **options: Any) -> None:
+        self.desk = desk
+        self.process = desk.begin(*SERVE, *arguments, **options)
+        assert self.process.stdout is not None
+        self.lines: list[str] = []
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if "http://" in line:
+                break
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", "".join(self.lines))
+        if found is None:
+            pytest.fail(f"no address: {self.lines} {ending(self.process)}")
+        self.url, self.port = found[0], int(found[1])
+
+    def get(self, path: str) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read()
+        finally:
+            connection.close()
+
+    def end(self, number: int = signal.SIGINT) -> Any:
+        self.process.send_signal(number)
+        return ending(self.process)
+
+
+def nothing_serves(desk: Desk, port: int) -> None:
+    """No process of the page is left, and nothing listens on its port."""
+    eventually(lambda: not audit_processes(desk))
+    eventually(lambda: not listens(port))
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+# The command, without a look at the page
+
+
+# With --direct the databases are looked for here; that nothing is there, only the page would notice.
+
+
+def test_the_address_is_printed_and_ctrl_c_ends_it_in_order(desk: Desk) -> None:
+    serving = Serving(desk, "--direct")
+    assert "".join(serving.lines) == f"The page is at {serving.url} (Ctrl-C ends it)\n"
+    assert serving.get("/_stcore/health") == b"ok"
+    assert b"streamlit" in serving.get("/").lower()
+    assert audit_processes(desk)
+    result = serving.end()
+    assert (result.code, result.out) == (0, "")
+    nothing_serves(desk, serving.port)
+
+
+def test_it_listens_on_loopback_only(desk: Desk) -> None:
+    serving = Serving(desk, "--direct")
+    listening = [
+        line.split()[1]
+        for name in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(name).read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and line.split()[1].endswith(f":{serving.port:04X}")
+    ]
+    assert listening == [f"0100007F:{serving.port:04X}"]
+
+
+def test_json_is_one_document_at_the_start(desk: Desk) -> None:
+    process = desk.begin("audit-ui", "--direct", "--json")
+    assert process.stdout is not None
+    text = ""
+    for line in process.stdout:
+        text += line
+        if line == "}\n":
+            break
+    document = json.loads(text)
+    assert document == {
+        "url": f"http://127.0.0.1:{document['port']}",
+        "port": document["port"],
+        "listeners": ["db"],
+        "config": str(desk.work / "plato-config.yml"),
+    }
+    process.send_signal(signal.SIGINT)
+    result = ending(process)
+    assert (result.code, result.out) == (0, "")
+    nothing_serves(desk, document["port"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nothing_is_left_however_it_ends(desk: Desk, number: int) -> None:
+    serving = Serving(desk, "--direct")
+    result = serving.end(number)
+    assert result.code == (-9 if number == signal.SIGKILL else 128 + number)
+    nothing_serves(desk, serving.port)
+
+
+def test_a_page_that_dies_is_told(desk: Desk) -> None:
+    serving = Serving(desk, "--direct")
+    for pid in audit_processes(desk):
+        os.kill(pid, signal.SIGKILL)
+    result = ending(serving.process)
+    assert result.code == 1
+    assert "server ended" in result.err
+
+
+def test_a_port_in_use_leads_to_the_next_one(desk: Desk) -> None:
+    first = Serving(desk, "--direct")
+    second = Serving(desk, "--direct", "--port", str(first.port))
+    assert first.port < second.port < first.port + 50
+    assert second.get("/_stcore/health") == b"ok"
+    assert desk.run(*SERVE, "--direct", "--port", "70000").code == 1
+
+
+def test_the_browser_is_opened_where_there_is_a_screen(desk: Desk) -> None:
+    programs = desk.place / "programs"
+    programs.mkdir()
+    opener = programs / ("open" if sys.platform == "darwin" else "xdg-open")
+    opener.write_text(f'#!/bin/sh\necho noise; echo "$1" > {desk.place}/opened.part\n'
+                      f"mv {desk.place}/opened.part {desk.place}/opened\n")  # fmt: skip
+    opener.chmod(0o755)
+    screen = {"PATH": f"{programs}:{os.environ['PATH']}", "DISPLAY": ":9"}
+    process = desk.begin("audit-ui", "--direct", environment=screen)
+    opened = desk.place / "opened"
+    eventually(opened.exists, UP_SECONDS)
+    process.send_signal(signal.SIGINT)
+    assert f"at {opened.read_text().strip()} (" in ending(process).out
+    opened.unlink()
+    for arguments, environment in ((("--no-browser",), screen), ((), {**screen, "DISPLAY": ""})):
+        quiet = desk.begin("audit-ui", "--direct", *arguments, environment=environment)
+        assert quiet.stdout is not None
+        assert "http://" in quiet.stdout.readline()
+        quiet.send_signal(signal.SIGINT)
+        ending(quiet)
+        assert not opened.exists()
+
+
+# Bad input
+
+
+def with_listeners(desk: Desk, **listeners: Any) -> None:
+    config = {"service": "shop", "datasets": {"base": {"compute": {}, "listeners": listeners}}}
+    (desk.work / "plato-config.yml").write_text(yaml.safe_dump(config))
+
+
+def test_without_a_sandbox(desk: Desk) -> None:
+    assert desk.run(*SERVE, "--json").error["code"] == "no_sandbox"
+
+
+def test_a_dataset_without_databases(desk: Desk) -> None:
+    with_listeners(desk, files={"type": "file", "target_dir": "/data"})
+    result = desk.run(*SERVE, "--direct")
+    assert result.code == 8
+    assert "no `db` listener" in result.err
+
+
+def test_a_listener_that_is_not_there(desk: Desk) -> None:
+    result = desk.run(*SERVE, "--direct", "--listener", "nope")
+    assert result.code == 2
+    assert "'nope'" in result.err
+    assert "db" in result.err
+    assert desk.run(*SERVE, "--direct", "-d", "nope").code == 8
+
+
+def test_a_kind_of_database_that_cannot_be_read_is_named(desk: Desk) -> None:
+    with_listeners(desk, cache={"type": "db", "db_type": "redis", "db_database": "0"})
+    serving = Serving(desk, "--direct")
+    serving.end()
+    reader = open_database(AuditTable("cache", {"db_type": "redis", "db_database": "0"}), None, None)
+    with pytest.raises(DatabaseError, match="redis"):
+        reader.tables()
+
+
+@pytest.mark.parametrize(
+    ("gone", "package"), [("streamlit", "streamlit"), ("psycopg2", "psycopg2-binary"), ("pymysql", "pymysql")]
+)
+def test_a_missing_package_is_one_line_with_the_command(desk: Desk, gone: str, package: str) -> None:
+    kind = "mysql" if gone == "pymysql" else "postgresql"
+    with_listeners(desk, db={"type": "db", "db_type": kind, "db_database": "x"})
+    code = f"import sys; sys.modules[{gone!r}] = None"
+    result = desk.run(command=altered(code, *SERVE, "--direct"))
+    assert result.code == 1
+    (line,) = [line for line in result.err.splitlines() if "needs" in line]
+    assert f"{sys.executable} -m pip install {package}" in line
+    assert result.out == ""
+
+
+def test_a_sandbox_whose_gateway_is_down(desk: Desk, plato: LocalPlato) -> None:
+    desk.good("start", "-c")
+    plato.fault("gateway_down", times=-1)
+    result = desk.run(*SERVE)
+    assert result.code == 6
+    gateway = f"{desk.environment['PLATO_GATEWAY_HOST']}:{plato.gateway_port}"
+    assert f"Error: {gateway} could not be reached" in result.err
+    assert result.out == ""
+    assert audit_processes(desk) == []
+
+
+def test_a_database_url_needs_neither_sandbox_nor_config(desk: Desk) -> None:
+    (desk.work / "plato-config.yml").unlink()
+    path = desk.work / "data.db"
+    sqlite3.connect(path).close()
+    serving = Serving(desk, "--database-url", f"sqlite:///{path}")
+    assert serving.end().code == 0
+    result = desk.run(*SERVE, "--database-url", "nonsense")
+    assert result.code == 2
+
+
+def test_a_password_in_an_address_is_taken_and_warned_about(desk: Desk) -> None:
+    serving = Serving(desk, "--database-url", "postgresql://me:hunter2-word@127.0.0.1:1/x", "--verbose")
+    commands = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in audit_processes(desk))
+    environments = b"".join(Path(f"/proc/{pid}/environ").read_bytes() for pid in audit_processes(desk))
+    assert b"hunter2" not in commands + environments
+    result = serving.end()
+    assert "PGPASSWORD" in result.err
+    assert "hunter2" not in result.err + result.out
+    assert "Warning" in result.err
+
+
+# With a sandbox
+
+
+class Scene:
+    """The example simulator in a sandbox, its database and worker running."""
+
+    def __init__(self, desk: Desk, plato: LocalPlato) -> None:
+        self.desk = desk
+        self.plato = plato
+        self.settings = Settings.from_environment(desk.environment)
+        self.tunnel = Tunnel(self.settings, f"{desk.state['job_id']}--5432")
+
+    @property
+    def config(self) -> Path:
+        return self.desk.work / "plato-config.yml"
+
+    @property
+    def rules(self) -> Any:
+        config = yaml.safe_load(self.config.read_text())
+        return config["datasets"]["base"]["listeners"]["db"][KEY]
+
+    def begin_anew(self) -> None:
+        """The example's config, a worker with its rules, and a database without changes."""
+        shutil.copy(SIMULATOR / "plato-config.yml", self.config)
+        self.restart()
+
+    def restart(self) -> None:
+        self.desk.good("start-worker", "--wait")
+        self.desk.good("reset")
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[Scene]:
+    has_postgresql()
+    place = tmp_path_factory.mktemp("stage")
+    with LocalPlato(place / "plato", ca_from=certificates) as plato:
+        has_namespaces(plato)
+        desk = Desk(place / "desk", {**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "60"})
+        shutil.rmtree(desk.work)
+        shutil.copytree(SIMULATOR, desk.work)
+        desk.good("start", "-c")
+        desk.good("sync")
+        made = desk.ssh(RUN_DATABASE)
+        assert made.code == 0, made
+        yield Scene(desk, plato)
+        desk.clear()
+
+
+@pytest.fixture
+def scene(stage: Scene) -> Scene:
+    stage.begin_anew()
+    return stage
+
+
+@pytest.fixture
+def person(scene: Scene) -> Iterator[Person]:
+    """Someone at the application, which is here and has its database in the VM."""
+    service = start_app(scene.tunnel.port)
+    try:
+        yield Person(address(service))
+    finally:
+        service.stop()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    program = part("chromium", "chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing("playwright is not installed; it is in the test group of pyproject.toml")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    """The page in a browser, and every address that the browser asked for."""
+
+    def __init__(self, chromium: Any, url: str) -> None:
+        self.browser = chromium.new_context()
+        self.tab = self.browser.new_page()
+        self.tab.set_default_timeout(40_000)
+        self.asked: list[str] = []
+        self.tab.on("request", lambda request: self.asked.append(request.url))
+        self.tab.goto(url)
+        self.heading("Rules").wait_for()
+
+    def heading(self, name: str) -> Any:
+        return self.tab.get_by_role("heading", name=name, exact=True)
+
+    def card(self, table: str) -> Any:
+        """What changed in a table."""
+        head = self.tab.locator(".pa-head").filter(has_text=re.compile(rf"^{table}\b"))
+        return self.tab.locator('[data-testid="stVerticalBlock"]').filter(has=head).last
+
+    def take(self, table: str, label: str) -> None:
+        """Take a rule for a table, and wait until its changes are gone from the page."""
+        card = self.card(table)
+        card.get_by_role("button", name=label).click()
+        card.wait_for(state="detached")
+
+    def click(self, label: str) -> None:
+        self.tab.get_by_role("button", name=label, exact=True).click()
+
+    def see(self, words: str) -> None:
+        self.tab.get_by_text(words).first.wait_for()
+
+    @property
+    def outside(self) -> list[str]:
+        """Addresses of other machines."""
+        own = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")
+        return [url for url in self.asked if not url.startswith(own)]
+
+    def close(self) -> None:
+        self.browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Any) -> Iterator[Callable[[str], Page]]:
+    pages: list[Page] = []
+
+    def open_it(url: str) -> Page:
+        pages.append(Page(chromium, url))
+        return pages[-1]
+
+    yield open_it
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture
+def serving(scene: Scene) -> Iterator[Serving]:
+    """audit-ui for the scene's sandbox, with a trap for whatever would go to another machine."""
+    trapped: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+
+        def catch() -> None:
+            while True:
+                try:
+                    trapped.append(trap.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=catch, daemon=True).start()
+        proxy = f"http://127.0.0.1:{trap.getsockname()[1]}"
+        names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY")
+        environment = dict.fromkeys(names, proxy)
+        own = f"{scene.settings.gateway_host},127.0.0.1,localhost"
+        environment.update(NO_PROXY=own, no_proxy=own)
+        serving = Serving(scene.desk, environment=environment)
+        yield serving
+        assert serving.end().code == 0
+        nothing_serves(scene.desk, serving.port)
+        trap.shutdown(socket.SHUT_RDWR)
+    assert trapped == []
+
+
+@pytest.mark.timeout(400)
+def test_a_login_is_noise_after_two_clicks(
+    scene: Scene, person: Person, serving: Serving, open_page: Callable[[str], Page]
+) -> None:
+    """The whole job: what a login changes, two rules, saved; the next login changes nothing."""
+    desk = scene.desk
+    person.log_in()
+    refused = desk.run("state", "-v")
+    assert refused.code == 8
+    assert "users (1 updated)" in refused.err
+    assert "activity (1 inserted)" in refused.err
+
+    page = open_page(serving.url)
+    page.see("login_count")
+    page.take("users", "Ignore these 2 columns")
+    page.take("activity", "Ignore the whole table")
+    page.see("The rules hide every change")
+    assert scene.rules == ["sessions"]
+    page.click("Save to plato-config.yml")
+    page.see("Saved.")
+    assert scene.rules == [
+        "sessions",
+        {"table": "users", "columns": ["login_count", "last_login_at"]},
+        "activity",
+    ]
+    before = (SIMULATOR / "plato-config.yml").read_text().splitlines()
+    assert [line for line in scene.config.read_text().splitlines() if line in before] == before
+    assert page.outside == []
+
+    scene.restart()
+    person.cookies.clear()
+    person.log_in()
+    passed = desk.good("state", "-v")
+    assert "No mutations" in passed.out
+
+
+@pytest.mark.timeout(400)
+def test_recording_and_looking_into_tables(
+    scene: Scene, person: Person, serving: Serving, open_page: Callable[[str], Page]
+) -> None:
+    person.log_in()
+    page = open_page(serving.url)
+    page.click("Record")
+    page.see("Recording.")
+    person.add_task("Water the plants")
+    page.click("Stop and show what happened")
+    page.see("Only what happened during the recording")
+    page.card("tasks").get_by_text("Water the plants").wait_for()
+    page.click("Show all changes")
+    page.card("users").wait_for()
+    page.tab.get_by_role("button", name="Show all changes").wait_for(state="detached")
+
+    look = page.tab.get_by_role("combobox", name="Look into")
+    look.press("ArrowDown")
+    look.press_sequentially("tasks")
+    page.tab.get_by_role("option", name="tasks").wait_for()
+    look.press("Enter")
+    page.click("Count the rows")
+    page.see("table, 10 rows")
+    page.click("Show example values")
+    page.tab.get_by_role("button", name="Show example values").wait_for(state="detached")
+    page.tab.get_by_role("textbox", name="Search").fill("token_hash")
+    page.tab.get_by_role("textbox", name="Search").press("Enter")
+    page.see("1 tables and views")
+
+
+@pytest.mark.timeout(400)
+def test_two_people_look_at_the_same_time(
+    scene: Scene, person: Person, serving: Serving, open_page: Callable[[str], Page]
+) -> None:
+    """Each has choices of their own; the file that one has saved is not overwritten by the other."""
+    person.log_in()
+    first, second = open_page(serving.url), open_page(serving.url)
+    first.take("users", "Ignore the whole table")
+    second.take("activity", "Ignore the whole table")
+    first.click("Save to plato-config.yml")
+    first.see("Saved.")
+    second.click("Save to plato-config.yml")
+    second.see("was changed by something else")
+    assert scene.rules == ["sessions", "users"]
+    second.click("Load the file again")
+    second.tab.get_by_text("was changed by something else").wait_for(state="detached")
+    second.click("Save to plato-config.yml")
+    second.see("Saved.")
+    assert scene.rules == ["sessions", "users", "activity"]
+
+
+@pytest.mark.timeout(400)
+def test_troubles_are_told_on_the_page(scene: Scene, open_page: Callable[[str], Page]) -> None:
+    """A wrong password, and a database that does not answer: in words, beside what still works."""
+    text = scene.config.read_text()
+    scene.config.write_text(text.replace("db_password: taskboard", "db_password: not-the-word"))
+    serving = Serving(scene.desk)
+    page = open_page(serving.url)
+    page.see("password authentication failed")
+    page.see("No changes since the last reset")
+    assert "not-the-word" not in page.tab.content()
+    serving.end()
+    scene.config.write_text(text.replace("db_port: 5432", "db_port: 5999"))
+    serving = Serving(scene.desk)
+    page = open_page(serving.url)
+    page.see("it does not answer on port 5999 of the VM")
+    serving.end()
+
+
+@pytest.mark.timeout(400)
+def test_no_password_is_anywhere_but_in_the_pipe(scene: Scene, open_page: Callable[[str], Page]) -> None:
+    word = "taskboard-word-of-its-own"
+    reader = open_database(scene_listener(scene), scene.tunnel, None)
+    assert reader.tables()
+    alter_password(scene, "taskboard", word)
+    try:
+        text = scene.config.read_text().replace("db_password: taskboard", f"db_password: {word}")
+        scene.config.write_text(text)
+        serving = Serving(scene.desk, "--verbose")
+        page = open_page(serving.url)
+        page.see("5 tables and views")
+        page.tab.get_by_role("button", name="Remove").click()
+        page.see("What saving changes in the file")
+        page.tab.get_by_text("The rules as YAML, to copy").click()
+        seen = page.tab.content() + page.tab.inner_text("body") + page.tab.url
+        pids = [serving.process.pid, *audit_processes(scene.desk)]
+        files = [Path(f"/proc/{pid}/{name}") for pid in pids for name in ("cmdline", "environ")]
+        held = b"".join(path.read_bytes() for path in files)
+        result = serving.end()
+        printed = "".join([*serving.lines, result.out, result.err])
+        for told in (seen, held.decode("utf-8", "replace"), printed):
+            assert word not in told
+        for path in scene.desk.home.rglob("*"):
+            assert not path.is_file() or word.encode() not in path.read_bytes(), path
+    finally:
+        alter_password(scene, word, "taskboard")
+
+
+def alter_password(scene: Scene, old: str, new: str) -> None:
+    statement = f"ALTER USER taskboard PASSWORD '{new}'"
+    made = scene.desk.ssh(f'PGPASSWORD={old} psql -h 127.0.0.1 -U taskboard -c "{statement}"')
+    assert made.code == 0, made
+
+
+def scene_listener(scene: Scene) -> AuditTable:
+    config = yaml.safe_load(scene.config.read_text())
+    return AuditTable("db", config["datasets"]["base"]["listeners"]["db"])
+
+
+# Tunnels and SQLite on the VM
+
+
+def test_a_tunnel_says_why_it_cannot_open(scene: Scene) -> None:
+    reader = open_database(scene_listener(scene), scene.tunnel, None)
+    scene.plato.fault("gateway_down", times=-1)
+    try:
+        with pytest.raises(DatabaseError, match=re.escape(scene.settings.gateway_host)):
+            reader.tables()
+    finally:
+        scene.plato.clear_faults()
+    assert len(reader.tables()) == 6
+    gone = Tunnel(scene.settings, "no-such-job--5432")
+    with pytest.raises(DatabaseError, match="no-such-job"):
+        open_database(scene_listener(scene), gone, None).tables()
+    gone.close()
+
+
+def test_a_tunnel_carries_many_connections_and_ends_with_them(scene: Scene) -> None:
+    reader = open_database(scene_listener(scene), scene.tunnel, None)
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(len(reader.tables()))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [6] * 8
+    eventually(lambda: scene.plato.gateway()["open"] == 0)
+
+
+def test_a_connection_that_is_cut_is_an_error_and_not_a_wait(scene: Scene) -> None:
+    reader = open_database(scene_listener(scene), scene.tunnel, None)
+    scene.plato.fault("gateway_reset", after_bytes=1500, times=1)
+    try:
+        with pytest.raises(DatabaseError, match="does not answer"):
+            reader.tables()
+    finally:
+        scene.plato.clear_faults()
+    assert len(reader.tables()) == 6
+
+
+def test_a_file_of_sqlite_on_the_vm(desk: Desk) -> None:
+    """Read by the VM's own Python over SSH: an absolute path, and one in the worktree."""
+    part("ssh", "openssh-client")
+    desk.good(*BLANK)
+    program = (
+        "import os, sqlite3; os.makedirs('/home/plato/worktree/myapp'); "
+        "c = sqlite3.connect('/home/plato/worktree/myapp/it is.db'); "
+        "c.execute('CREATE TABLE \\\"odd ''name\\\" (id INTEGER PRIMARY KEY, a TEXT)'); "
+        "c.execute('INSERT INTO \\\"odd ''name\\\" VALUES (3, \\\"x\\\")'); c.commit()"
+    ).replace("''", "it")
+    made = desk.ssh(f'python3 -c "{program}"')
+    assert made.code == 0, made
+    sandbox = Sandbox(str(desk.work), settings=Settings.from_environment(desk.environment))
+    sandbox.load()
+    for path in ("/home/plato/worktree/myapp/it is.db", "it is.db"):
+        reader = SqliteDatabase(AuditTable("file", {"db_type": "sqlite", "db_database": path}), sandbox)
+        (table,) = reader.tables()
+        assert (table.name, table.rows, table.column_names()) == ("odd itname", 3, ["id", "a"])
+        assert reader.count(table) == 1
+        assert reader.examples(table) == [["3", "x"]]
+    missing_file = SqliteDatabase(AuditTable("file", {"db_type": "sqlite", "db_database": "/no.db"}), sandbox)
+    with pytest.raises(DatabaseError, match=r"there is no file /no\.db"):
+        missing_file.tables()
+
+
+def test_the_gateway_gives_a_connection_to_any_port(scene: Scene) -> None:
+    stream = gateway_connection(scene.settings, f"{scene.desk.state['job_id']}--5432")
+    stream.sendall(b"\0\0\0\x08\x04\xd2\x16\x2f")  # PostgreSQL's question for TLS
+    assert stream.recv(1) in (b"S", b"N")
+    stream.close()
+
+
+def test_the_hidden_command_is_refused_by_hand(desk: Desk) -> None:
+    for arguments in (("audit-server",), ("audit-server", "8501")):
+        result = desk.run(*arguments)
+        assert result.code == 2
+        assert "audit-ui" in result.err
