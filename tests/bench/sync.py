@@ -14,6 +14,7 @@ import platform
 import random
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -278,6 +279,7 @@ def main() -> int:
     scale = 10 if options.quick else 1
     repeats = options.repeats or (1 if options.quick else 3)
     before = os.getloadavg()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything it started ends
     releases = tuple(release for release in RELEASES if release not in options.without)
     with (
         tempfile.TemporaryDirectory(prefix="bench") as name,
