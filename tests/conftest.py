@@ -47,6 +47,18 @@ def missing(reason: str) -> None:
     pytest.skip(reason)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the long tests to `run.py --all`; keep those together that share an expensive fixture."""
+    whole = bool(os.environ.get("PLATO_TESTS_ALL"))
+    for item in items:
+        if "long" in item.keywords and not whole:
+            item.add_marker(pytest.mark.skip(reason="a long test; run.py --all runs it"))
+        for name in ("passing", "failing"):
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 def altered(code: str, *arguments: str) -> list[str]:
     """A command that runs the product after a change by `code` to its module, which is named `product`."""
     program = (

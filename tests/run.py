@@ -3,7 +3,8 @@
 
     python3 tests/run.py [PYTEST ARGUMENTS]   a virtual environment with the `test` group, then pytest
     python3 tests/run.py --all                the same; on Debian, as root, it first installs the system's
-                                              parts, and a test that would skip for a missing part fails
+                                              parts, a test that would skip for a missing part fails, and
+                                              the long tests run too
     python3 tests/run.py --check              linter, formatter's check and type checker
 
 The virtual environment is .venv-test in the repository, made anew when pyproject.toml changes; where the
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
         return check(python)
     environment = {**os.environ, "PLATO_TESTS_ALL": "1" if everything else ""}
     if not any(argument.startswith("-n") for argument in rest):
-        rest = ["-n", str(min(4, os.cpu_count() or 1) * 2), *rest]
+        rest = ["-n", str(min(4, os.cpu_count() or 1) * 2), "--dist", "loadgroup", *rest]
     return subprocess.run([python, "-m", "pytest", *rest], cwd=ROOT, env=environment, check=False).returncode
 
 

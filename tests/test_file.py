@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 SOURCE = PRODUCT.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 RULE = "# " + "-" * 106
-OPTIONAL_PACKAGES = {"playwright", "psycopg2", "pymysql", "streamlit"}  # each imported where it is needed, and its absence is told
+OPTIONAL_PACKAGES = {
+    "playwright",
+    "psycopg2",
+    "pymysql",
+    "streamlit",
+}  # each imported where it is needed, and its absence is told
 
 
 # ---------------------------------------------------------------------------

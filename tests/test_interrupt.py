@@ -302,6 +302,7 @@ def recover(desk: Desk, plato: LocalPlato) -> None:
     assert all(view["closed"] for view in plato.sessions() if view["session_id"] == session)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remainder", range(4))
 def test_killed_at_every_effect_of_start(
     new_desk: Callable[..., Desk], plato: LocalPlato, remainder: int
@@ -322,6 +323,7 @@ def test_killed_at_every_effect_of_start(
     assert living(plato) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remainder", range(2))
 def test_killed_at_every_effect_of_stop(
     new_desk: Callable[..., Desk], plato: LocalPlato, remainder: int

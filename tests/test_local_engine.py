@@ -320,6 +320,7 @@ class Browser:
         return self.open("/login", email="admin@example.com", password="demo-password")
 
 
+@pytest.mark.long
 def test_the_example_simulator_from_its_build_to_a_vm_of_its_snapshot(
     compose: None, visitor: Desk, visitors: Closing
 ) -> None:

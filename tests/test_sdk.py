@@ -27,6 +27,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test of all installs the SDK
 
 SDK = "plato-sdk-v2==2.0.40"
 NEEDS = ("playwright",)  # the SDK imports it without saying that it needs it
+pytestmark = pytest.mark.long
 
 
 def sdk_place() -> Path:

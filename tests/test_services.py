@@ -161,7 +161,7 @@ def vm(module_vm: Vm) -> Iterator[Vm]:
 def empty(vm: Vm) -> None:
     remove = (
         f"rm -rf {TARGET} /home/plato/worktree/.plato-sync /home/plato/.gitconfig;"
-        " [ ! -S /run/docker-user.sock ] || mv /run/docker-user.sock /run/docker.sock"
+        " [ -S /run/docker.sock ] || mv /run/docker-user.sock /run/docker.sock"
     )
     vm.execute(remove)
     for path in vm.work.iterdir():
@@ -1245,7 +1245,7 @@ def test_a_vm_without_docker(
 
 def test_the_user_s_own_docker_socket_is_used(docker: Vm) -> None:
     docker.good()
-    docker.execute("mv /run/docker.sock /run/docker-user.sock")
+    docker.execute("rm -f /run/docker-user.sock; mv /run/docker.sock /run/docker-user.sock")
     docker.good("--force-recreate")
 
 

@@ -16,6 +16,7 @@ from conftest import SIMULATOR, Desk, eventually, living, missing, nothing_left
 if TYPE_CHECKING:
     from localplato import LocalPlato
 
+pytestmark = pytest.mark.long
 LOOP_SECONDS = 300.0
 
 

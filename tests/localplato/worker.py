@@ -36,6 +36,7 @@ class Worker:
         self.up_at = sessions.clock.now() + sessions.worker_seconds
         self.problem = "The worker is starting"
         self.up = False
+        self.resumed = False
         self.stopped = threading.Event()
         self.lock = threading.Lock()
         self.databases: dict[str, Database] = {}
@@ -109,8 +110,8 @@ class Worker:
     # -- working --
 
     def wait_until_up(self) -> None:
-        """Give a worker that is on its way up some time to arrive, as the databases of its VM do."""
-        if self.fault is None:
+        """Give a worker that came with its VM's artifact some time to arrive, as the VM's databases do."""
+        if self.resumed and self.fault is None:
             self.sessions.wait_until(lambda: self.up or self.stopped.is_set(), RESET_WAIT_SECONDS)
 
     def check(self) -> None:
@@ -181,7 +182,7 @@ def resume(sessions: Sessions) -> None:
 
     def start_again(job: Job, machine: Machine) -> None:
         if job.kept.get("worker") and job.dataset is not None:
-            start(sessions, job, job.dataset)
+            start(sessions, job, job.dataset).resumed = True
 
     sessions.on_machine.append(start_again)
 
@@ -260,7 +261,7 @@ def state_of(sessions: Sessions, job: Job, merged: bool, since: list[int]) -> di
 def reset(call: Call) -> dict[str, Any]:
     """Put every job's databases back to what they were when its worker came up.
 
-    A VM without a worker has nothing to reset, which is fine; a worker on its way up is waited for.
+    A VM without a worker has nothing to reset, which is fine; one that came with an artifact is waited for.
     """
     session = call.session(living=True)
 
