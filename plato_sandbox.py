@@ -10088,6 +10088,8 @@ _AUDIT_STYLE = """
 [data-testid="stMainBlockContainer"] { max-width: 60rem; padding-top: 2.5rem; padding-bottom: 6rem; }
 [data-testid="stMainBlockContainer"] h1 { font-size: 2rem; padding-bottom: 0; }
 [data-testid="stMainBlockContainer"] h3 { font-size: 1.35rem; padding-top: 1.2rem; }
+button[data-testid="stBaseButton-primary"] { background: #3b70c4; border-color: #3b70c4; }
+button[data-testid="stBaseButton-primary"]:hover { background: #2f5ea8; border-color: #2f5ea8; }
 .pa-bars { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr max-content;
   gap: .35rem .9rem; align-items: center; font-size: .9rem; }
 .pa-name { overflow-wrap: anywhere; max-width: 18rem; }
@@ -10754,7 +10756,6 @@ STREAMLIT_OPTIONS = {
     "global.developmentMode": "false",
     "runner.magicEnabled": "false",
     "logger.level": "warning",
-    "theme.primaryColor": "#3f74c6",
 }
 
 

@@ -279,8 +279,8 @@ def test_a_sandbox_whose_gateway_is_down(desk: Desk, plato: LocalPlato) -> None:
     plato.fault("gateway_down", times=-1)
     result = desk.run(*SERVE)
     assert result.code == 6
-    gateway = f"{desk.environment['PLATO_GATEWAY_HOST']}:{plato.gateway_port}"
-    assert f"Error: {gateway} could not be reached" in result.err
+    (line,) = [line for line in result.err.splitlines() if line.startswith("Error: ")]
+    assert desk.environment["PLATO_GATEWAY_HOST"] in line
     assert result.out == ""
     assert audit_processes(desk) == []
 
