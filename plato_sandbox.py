@@ -1401,9 +1401,37 @@ def yaml_dump(value: Any) -> str:
     return "".join(out)
 
 
-def yaml_word(value: str) -> str:
-    """A text as it stands in block style, in quotes where it needs them."""
-    return _yaml_write_double_quoted(value) if "\n" in value else _yaml_write_scalar(value, 0)
+def yaml_inline(value: Any) -> str:
+    """A value on one line, as people write it: name, "odd, name", [a, b], {table: a, columns: [b]}."""
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{yaml_inline(key)}: {yaml_inline(part)}" for key, part in value.items()) + "}"
+        )
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(yaml_inline, value)) + "]"
+    if not isinstance(value, str):
+        return _yaml_write_scalar(value, 0)
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.$-]*", value) and not _yaml_means_more(value):
+        return value
+    readable = (
+        char if char.isprintable() and char not in '"\\' else _yaml_write_double_quoted(char)[1:-1]
+        for char in value
+    )
+    return '"' + "".join(readable) + '"'
+
+
+def yaml_items(margin: str, values: Sequence[Any]) -> list[str]:
+    """The lines of a block list, as people write it; a mapping's fields stand on lines of their own."""
+    lines: list[str] = []
+    for value in values:
+        if not isinstance(value, dict) or not value:
+            lines.append(f"{margin}- {yaml_inline(value)}")
+            continue
+        lead = "- "
+        for key, part in value.items():
+            lines.append(f"{margin}{lead}{yaml_inline(key)}: {yaml_inline(part)}")
+            lead = "  "
+    return lines
 
 
 def _yaml_write_block(out: list[str], value: Any, indent: int, parents: tuple[int, ...]) -> None:
@@ -7260,6 +7288,7 @@ def git_store_path(home: str, session_id: str) -> str:
 # worker: what the Plato worker recorded: mutations, what they sum up to, the rules that would ignore them
 # ----------------------------------------------------------------------------------------------------------
 
+RULES_KEY = "audit_ignore_tables"
 WORKER_SECONDS = 240.0
 WORKER_POLL_SECONDS = 2.0
 SHOWN_MUTATIONS = 50
@@ -7402,16 +7431,11 @@ def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     )
 
 
-def rules_text(rules: Sequence[Any]) -> str:
-    """Entries of `audit_ignore_tables` as a person would write them."""
-    lines = ["audit_ignore_tables:"]
-    for rule in rules:
-        if isinstance(rule, dict):
-            lines += [f"  - table: {yaml_word(rule['table'])}", "    columns:"]
-            lines += [f"      - {yaml_word(name)}" for name in rule["columns"]]
-        else:
-            lines.append(f"  - {yaml_word(rule)}")
-    return "\n".join(lines)
+def rules_text(entries: Sequence[Any]) -> str:
+    """The rules as YAML to copy, as a person would write them and the edit of a config writes them."""
+    if not entries:
+        return f"{RULES_KEY}: []"
+    return "\n".join([f"{RULES_KEY}:", *yaml_items("  ", entries)])
 
 
 # Emptying the audit tables where the API cannot: by the database's own client, in its container. The script
@@ -8919,8 +8943,6 @@ REPORT_PAGE = """\
 # of those columns alone. Everything about them is plain data in, plain data out; below it come the edit of
 # the file, the databases, the tunnels to them, and the page that shows it all.
 
-RULES_KEY = "audit_ignore_tables"
-
 
 def rule_target(entry: Any) -> tuple[str, list[str] | None] | None:
     """The table of an ignore rule and its columns, None for the whole table; None for what is no rule."""
@@ -9166,7 +9188,7 @@ class YamlEditor:
             return
         margin = " " * (mapping.column - 1)
         head = f"{margin}{key}:" + ("" if values else " []")
-        items = self._block_items(margin + " " * self._list_offset(mapping), values)
+        items = yaml_items(margin + " " * self._list_offset(mapping), values)
         self._insert_lines(self._next_line(mapping.end), [head, *items])
 
     def _fill(self, mapping: YamlNode, value: YamlNode, values: Sequence[Any]) -> None:
@@ -9180,26 +9202,13 @@ class YamlEditor:
         start = len(self.text[: value.start].rstrip(" ")) if old else value.start
         self._replace(start, value.end, "")
         margin = " " * (mapping.column - 1 + self._list_offset(mapping))
-        self._insert_lines(self._next_line(value.end), self._block_items(margin, values))
+        self._insert_lines(self._next_line(value.end), yaml_items(margin, values))
 
     def _list_offset(self, mapping: YamlNode) -> int:
         """How far this file indents the lists of such a mapping."""
         own = (value for _, value in mapping.pairs() if mapping.start < value.start < mapping.end)
         lists = (value for value in own if value.kind == "sequence" and not self._is_flow(value))
         return next((value.column - mapping.column for value in lists), 2)
-
-    @staticmethod
-    def _block_items(margin: str, values: Sequence[Any]) -> list[str]:
-        lines: list[str] = []
-        for value in values:
-            if not isinstance(value, dict) or not value:
-                lines.append(f"{margin}- {yaml_inline(value)}")
-                continue
-            lead = "- "
-            for key, part in value.items():
-                lines.append(f"{margin}{lead}{yaml_inline(key)}: {yaml_inline(part)}")
-                lead = "  "
-        return lines
 
     def _edit_list(self, node: YamlNode, values: Sequence[Any]) -> None:
         old = [item.plain() for item in node.items()]
@@ -9238,7 +9247,7 @@ class YamlEditor:
                 self._change(item, before, after)
         margin = " " * (node.column - 1)
         if added:
-            self._insert_lines(last, self._block_items(margin, added))
+            self._insert_lines(last, yaml_items(margin, added))
         elif all(after is _GONE for after in targets):
             at = self._behind_key(node)
             self._replace(at, at, " []")
@@ -9329,25 +9338,6 @@ def _aligned(old: Sequence[Any], new: Sequence[Any]) -> tuple[list[Any], Sequenc
         else:
             targets.append(_GONE)
     return targets, new[position:]
-
-
-def yaml_inline(value: Any) -> str:
-    """A value on one line, as people write it: name, "odd, name", [a, b], {table: a, columns: [b]}."""
-    if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{yaml_inline(key)}: {yaml_inline(part)}" for key, part in value.items()) + "}"
-        )
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(yaml_inline, value)) + "]"
-    if not isinstance(value, str):
-        return _yaml_write_scalar(value, 0)
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.$-]*", value) and not _yaml_means_more(value):
-        return value
-    readable = (
-        char if char.isprintable() and char not in '"\\' else _yaml_write_double_quoted(char)[1:-1]
-        for char in value
-    )
-    return '"' + "".join(readable) + '"'
 
 
 class RulesEdit:
@@ -10214,14 +10204,6 @@ def rule_trouble(entry: Any, tables: Sequence[Table]) -> str:
     return f"no such column: {', '.join(missing)}" if missing else ""
 
 
-def rules_block(entries: Sequence[Any]) -> str:
-    """The rules as YAML to copy, as the edit of a config would write them."""
-    if not entries:
-        return f"{RULES_KEY}: []\n"
-    lines = YamlEditor._block_items("  ", entries)
-    return "\n".join([f"{RULES_KEY}:", *lines]) + "\n"
-
-
 def open_databases(plan: AuditPlan, settings: Settings, sandbox: SandboxBase | None) -> list[Database]:
     """The databases of a plan's listeners, with the tunnels to them, which last as long as this process."""
     found = []
@@ -10639,7 +10621,7 @@ class AuditPage:
             self._show_rule(number, entry, mutations)
         self._show_saving()
         with st.expander("The rules as YAML, to copy"):
-            st.code(rules_block(self.entries), language="yaml")
+            st.code(rules_text(self.entries), language="yaml")
 
     def _show_rule(self, number: int, entry: Any, mutations: Sequence[Mutation]) -> None:
         st = self.st

@@ -23,7 +23,7 @@ from plato_sandbox import (
     edit_rules,
     ignores,
     remaining,
-    rules_block,
+    rules_text,
     with_changes_between,
     with_column_everywhere,
     with_columns,
@@ -582,5 +582,5 @@ def test_secrets_are_hidden_wherever_they_stand() -> None:
 
 def test_the_block_to_copy_is_what_the_file_would_hold() -> None:
     rules = ["sessions", {"table": "users", "columns": ["a", "b c"]}, "x, y"]
-    assert yaml.safe_load(rules_block(rules)) == {KEY: rules}
-    assert yaml.safe_load(rules_block([])) == {KEY: []}
+    assert yaml.safe_load(rules_text(rules)) == {KEY: rules}
+    assert yaml.safe_load(rules_text([])) == {KEY: []}
