@@ -27,7 +27,7 @@ def make_of(plato: LocalPlato, desk: Desk) -> dict[str, Any]:
     """The body of the `make` that created the desk's sandbox, its alias checked and taken out."""
     (session,) = [item for item in plato.sessions() if item["session_id"] == desk.state["session_id"]]
     (job,) = session["jobs"]
-    bodies = [body for body in sent(plato, "/sessions/make") if body["envs"][0]["alias"] == job["alias"]]
+    bodies = [body for body in sent(plato, "/sessions/make") if body["envs"][0].get("alias") == job["alias"]]
     (body,) = bodies
     alias = body["envs"][0].pop("alias")
     assert re.fullmatch(r"sandbox-[0-9a-f]{8}", alias)
