@@ -3797,10 +3797,14 @@ class SshShell:
             sent=True,
         )
 
-    def close(self) -> None:
-        """End the connection, at once."""
+    def end(self) -> None:
+        """End the connection, at once; whoever still reads from it is told that it broke."""
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """End the connection, and forget it."""
+        self.end()
         self._complaint.result()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
@@ -9513,6 +9517,7 @@ class RulesFile:
 
 
 AUDIT_CONNECT_SECONDS = 10
+AUDIT_FRESH_SECONDS = 10.0
 AUDIT_LIST_SECONDS = 20.0
 AUDIT_COUNT_SECONDS = 30.0
 AUDIT_EXAMPLE_SECONDS = 5.0
@@ -9542,6 +9547,21 @@ class DatabaseError(SandboxError):
     code = "database"
 
 
+class Early:
+    """Work that is begun at once, so that whoever asks for it soon does not wait; later, it is done anew."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._began = time.monotonic()
+        self._first: Aside | None = Aside(work)
+
+    def __call__(self) -> Any:
+        first, self._first = self._first, None
+        if first is not None and time.monotonic() - self._began < AUDIT_FRESH_SECONDS:
+            return first.result()
+        return self._work()
+
+
 AUDIT_PACKAGES = {"postgresql": ("psycopg2", "psycopg2-binary"), "mysql": ("pymysql", "pymysql")}
 
 
@@ -9554,6 +9574,7 @@ class Database:
         self.listener = listener
         self.tunnel = tunnel
         self.options = options
+        self.early: Early | None = None  # its tables, on their way
         self.host = "127.0.0.1" if tunnel else listener.host
         self.port = tunnel.port if tunnel else listener.port
 
@@ -9568,6 +9589,9 @@ class Database:
     def examples(self, table: Table) -> list[Sequence[str | None]]:
         """A few rows as texts, long values cut off, binary ones as their length."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """End what is under way."""
 
     def failure(self, words: str) -> DatabaseError:
         """An error in the database's own words, or in those of the tunnel that could not reach it."""
@@ -9841,6 +9865,7 @@ class SqliteDatabase(Database):
     def __init__(self, listener: AuditTable, sandbox: SandboxBase | None) -> None:
         super().__init__(listener)
         self.sandbox = sandbox
+        self._shells: list[SshShell] = []
 
     def _ask(self, what: str, table: str, seconds: float) -> Any:
         import json
@@ -9874,11 +9899,17 @@ class SqliteDatabase(Database):
     def _run_there(self, command: Sequence[str], seconds: float) -> Outcome:
         sandbox: Any = self.sandbox
         shell = SshShell(sandbox.state, sandbox.reporter)
+        self._shells.append(shell)
         try:
             shell.wait_until_ready(REQUEST_SECONDS)
             return shell.run(shell_words(["python3", *command]), seconds=seconds + AUDIT_CONNECT_SECONDS)
         finally:
+            self._shells.remove(shell)
             shell.close()
+
+    def close(self) -> None:
+        for shell in self._shells:
+            shell.end()
 
     def tables(self) -> list[Table]:
         found = []
@@ -10272,7 +10303,7 @@ class AuditPage:
             self._read_file()
         slow: dict[str, Callable[[], Any]] = {}
         if "tables" not in memory:
-            slow["tables"] = self.database.tables
+            slow["tables"] = self.database.early or self.database.tables
         if self.read_changes is not None and "changes" not in self.st.session_state:
             slow["changes"] = self.read_changes
         if slow:
@@ -13441,11 +13472,18 @@ def run_audit_server(arguments: Sequence[str]) -> int:
         sandbox.load()
         names = [str(entry["name"]) for entry in plan.listeners]
         reader = functools.partial(audit_changes, plan.directory, names)
-    page = functools.partial(AuditPage, plan, open_databases(plan, settings, sandbox), reader)
+    databases = open_databases(plan, settings, sandbox)
+    for database in databases:
+        database.early = Early(database.tables)
+    page = functools.partial(AuditPage, plan, databases, reader)
     module = types.ModuleType(AUDIT_PAGE)
     module.show = lambda: page().show()  # type: ignore[attr-defined]
     sys.modules[AUDIT_PAGE] = module
-    serve_audit_page(int(arguments[0]))
+    try:
+        serve_audit_page(int(arguments[0]))
+    finally:
+        for database in databases:
+            database.close()
     return 0
 
 

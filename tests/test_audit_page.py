@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import SIMULATOR, missing
+from conftest import SIMULATOR, eventually, missing
 
 import plato_sandbox
 from plato_sandbox import (
@@ -16,6 +16,7 @@ from plato_sandbox import (
     AuditTable,
     Database,
     DatabaseError,
+    Early,
     Mutation,
     Table,
     TimedOutError,
@@ -382,6 +383,21 @@ def test_names_from_a_database_are_text_and_nothing_else(stage: Stage, choose: s
     html = "\n".join(str(part.proto.body) for part in page.get("html"))
     assert "<script" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_work_begun_early_is_used_once_and_only_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def work() -> int:
+        done.append(len(done))
+        return done[-1]
+
+    early = Early(work)
+    assert (early(), early()) == (0, 1)
+    stale = Early(work)
+    eventually(lambda: len(done) == 3)
+    monkeypatch.setattr(plato_sandbox, "AUDIT_FRESH_SECONDS", 0.0)
+    assert stale() == 3
 
 
 # Pictures and words

@@ -405,9 +405,14 @@ class Page:
 
     def take(self, table: str, label: str) -> None:
         """Take a rule for a table, and wait until its changes are gone from the page."""
+        self.settle()
         card = self.card(table)
         card.get_by_role("button", name=label).click()
         card.wait_for(state="detached")
+
+    def settle(self) -> None:
+        """Wait until nothing of the page is being drawn."""
+        self.tab.locator('[data-test-script-state="notRunning"]').wait_for()
 
     def click(self, label: str) -> None:
         self.tab.get_by_role("button", name=label, exact=True).click()
