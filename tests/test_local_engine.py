@@ -365,12 +365,12 @@ def answers(url: str) -> bool:
 # ---------------------------------------------------------------------------
 
 KEEPING = """
-mkdir -p /home/plato/work/deep && cd /home/plato/work
+mkdir -p /home/plato/code/deep && cd /home/plato/code
 echo text > 'a name' && ln -s 'a name' link && ln 'a name' other && chmod 640 'a name'
 truncate -s 5000000 sparse && mkfifo pipe && chmod 700 deep && touch deep/.hidden && echo secret > /root/note
 """
 LOOK = """
-cd /home/plato/work && ls -A . deep && cat link /root/note && stat -c '%n %a %h %s %F' 'a name' sparse pipe
+cd /home/plato/code && ls -A . deep && cat link /root/note && stat -c '%n %a %h %s %F' 'a name' sparse pipe
 """
 SEEN = [
     *(".:", "a name", "deep", "link", "other", "pipe", "sparse", "", "deep:", ".hidden", "text", "secret"),
@@ -384,7 +384,7 @@ def test_a_vm_of_a_snapshot_has_its_files(new_plato: Callable[..., LocalPlato], 
     session_id, _ = client.start()
     client.output(session_id, KEEPING)
     artifact = client.snapshot(session_id)
-    client.output(session_id, "rm -r /home/plato/work")  # what comes later is not in it
+    client.output(session_id, "rm -r /home/plato/code")  # what comes later is not in it
     second = client.again(artifact)
     assert client.output(second, LOOK).splitlines() == SEEN
     # From the one that was started from it, and still of the first.
