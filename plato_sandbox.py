@@ -9593,20 +9593,23 @@ class Database:
     def close(self) -> None:
         """End what is under way."""
 
-    def failure(self, words: str) -> DatabaseError:
-        """An error in the database's own words, or in those of the tunnel that could not reach it."""
-        if self.tunnel is not None and self.tunnel.problem:
+    def failure(self, words: str, stage: str = "statement") -> DatabaseError:
+        """An error in the database's own words.
+
+        stage: "reach" when it did not answer, for which a tunnel may know the reason; "login" when it did not
+        let us in; "statement" for all that comes later.
+        """
+        if stage == "reach" and self.tunnel is not None and self.tunnel.problem:
             return DatabaseError(self.tunnel.problem, hint=f"See what the VM is doing: {PROGRAM} status")
         told = printable(words.strip().replace("\n", " ")).rstrip(".")
         found = re.search(r"(?:FATAL|ERROR): +(.*)", told)
-        said = found[1] if found else told
-        hint = None
-        if re.search(r"password|denied|role .* does not exist|authentication", said, re.IGNORECASE):
-            hint = "Correct db_user and db_password of the listener in the config."
-        elif re.search(r"refused|closed|reset|lost|timeout|timed out|broken|connect", said, re.IGNORECASE):
+        said, hint = found[1] if found else told, None
+        if stage == "reach":
             where = f"port {self.listener.port} of " + ("the VM" if self.tunnel else self.listener.host)
             said = f"it does not answer on {where}"
             hint = f"If its container does not run, start it: {PROGRAM} start-services"
+        elif stage == "login":
+            hint = "Correct what the config says of the listener: db_user, db_password and db_database."
         return DatabaseError(f"The database of {self.listener.name!r} could not be read: {said}.", hint=hint)
 
     def too_slow(self, seconds: float) -> TimedOutError:
@@ -9642,7 +9645,10 @@ class PostgresDatabase(Database):
                 return list(cursor.fetchall())
         except driver.errors.QueryCanceled:
             raise self.too_slow(seconds) from None
-        except (driver.Error, UnicodeError) as error:
+        except driver.Error as error:
+            stage = "statement" if error.pgcode else "login" if "FATAL: " in str(error) else "reach"
+            raise self.failure(str(error), stage) from None
+        except UnicodeError as error:
             raise self.failure(str(error)) from None
         finally:
             if connection is not None:
@@ -9748,13 +9754,18 @@ class MysqlDatabase(Database):
                 cursor.execute(statement, parameters)
                 return list(cursor.fetchall())
         except driver.err.MySQLError as error:
-            number, words = error.args[0] if error.args else 0, str(error.args[-1] if error.args else error)
-            raise self.too_slow(seconds) if number in _MYSQL_TOO_SLOW else self.failure(words) from None
+            number, *_, words = (*error.args, 0, str(error)) if len(error.args) < 2 else error.args
+            if number in _MYSQL_TOO_SLOW:
+                raise self.too_slow(seconds) from None
+            stage = "reach" if number in _MYSQL_AWAY else "login" if connection is None else "statement"
+            raise self.failure(str(words), stage) from None
         except RuntimeError as error:  # a way to log in that needs another package
             if "cryptography" not in str(error):
                 raise
             raise missing_packages(["cryptography"]) from None
-        except (OSError, UnicodeError) as error:
+        except OSError as error:
+            raise self.failure(str(error), "reach") from None
+        except UnicodeError as error:
             raise self.failure(str(error)) from None
         finally:
             if connection is not None and connection.open:
@@ -9790,6 +9801,7 @@ class MysqlDatabase(Database):
 
 
 _MYSQL_TOO_SLOW = (1317, 1969, 3024)
+_MYSQL_AWAY = (0, 2003, 2006, 2013, 2055)
 _MYSQL_TABLES = """
 SELECT table_name, table_type, table_rows FROM information_schema.tables
 WHERE table_schema = %s ORDER BY table_name
@@ -10455,7 +10467,7 @@ class AuditPage:
     def _show_choices(self, group: TableChanges) -> None:
         """The buttons under a table's changes, that of the suggested rule first."""
         table, names = group.table, list(group.columns)
-        words = f"Ignore `{names[0]}`" if len(names) == 1 else f"Ignore these {len(names)} columns"
+        words = f"Ignore {_markdown(names[0])}" if len(names) == 1 else f"Ignore these {len(names)} columns"
         buttons: list[tuple[str, str, tuple[Any, ...]]] = [
             ("Ignore the whole table", f"table {table}", (with_table, table))
         ]
@@ -10887,14 +10899,14 @@ def serve_audit_page(port: int) -> None:
     import threading
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    threading.Thread(target=_import_quietly, args=(("pandas", "pyarrow"),), daemon=True).start()
+    _import_quietly(("pandas", "pyarrow"))
     streamlit = import_package("streamlit.web.cli", "streamlit")
     options = [f"--{name}={value}" for name, value in {**STREAMLIT_OPTIONS, "server.port": port}.items()]
     streamlit.main(["run", own_file(), *options], prog_name="streamlit", standalone_mode=False)
 
 
 def _import_quietly(modules: Sequence[str]) -> None:
-    """Load what the first page will need while nobody waits for it."""
+    """Load what the first page will need before anybody can ask for it."""
     import importlib
 
     for module in modules:
