@@ -10275,6 +10275,7 @@ class AuditPage:
         self.read_changes = read_changes
         self.database = databases[0]
         self.listener = self.database.listener
+        self.suffix = ""  # of the keys of widgets that each listener has its own of
         self.memory: dict[str, Any] = {}
         self.st: Any = None
 
@@ -10298,8 +10299,10 @@ class AuditPage:
         names = [str(entry["name"]) for entry in self.plan.listeners]
         number = 0
         if len(names) > 1:
-            number = names.index(st.segmented_control("Listener", names, default=names[0]) or names[0])
+            chosen = st.radio("Listener", range(len(names)), format_func=names.__getitem__, horizontal=True)
+            number = int(chosen or 0)
         self.database = self.databases[number]
+        self.suffix = f" {number}" if number else ""
         self.listener = self.database.listener
         self.memory = st.session_state.setdefault(f"listener {number}", {})
         words = self.database.words or self.listener.kind
@@ -10496,11 +10499,12 @@ class AuditPage:
         several = len({table.schema for table in found}) > 1
         chosen = self._list_tables(tables, several)
         names = [table_title(table, several) for table in tables]
+        key = "look" + self.suffix
         if chosen is not None:
-            st.session_state["look"] = names[chosen]
-        elif st.session_state.get("look") not in names:
-            st.session_state.pop("look", None)
-        name = st.selectbox("Look into", names, index=None, key="look", placeholder="Choose a table")
+            st.session_state[key] = names[chosen]
+        elif st.session_state.get(key) not in names:
+            st.session_state.pop(key, None)
+        name = st.selectbox("Look into", names, index=None, key=key, placeholder="Choose a table")
         if name in names:
             self._show_table(tables[names.index(name)])
         self._show_common_columns(found)
@@ -10510,10 +10514,14 @@ class AuditPage:
         schemas = sorted({table.schema for table in found})
         chosen = None
         left, right = st.columns([2, 1], vertical_alignment="bottom") if len(schemas) > 1 else (st, st)
-        words = left.text_input("Search", key="search", placeholder="Part of a table's or a column's name")
+        words = left.text_input(
+            "Search", key="search" + self.suffix, placeholder="Part of a table's or a column's name"
+        )
         if len(schemas) > 1:
             start = schemas.index(self.listener.schema) + 1 if self.listener.schema in schemas else 0
-            chosen = right.selectbox("Schema", ["all schemas", *schemas], index=start, key="schema")
+            chosen = right.selectbox(
+                "Schema", ["all schemas", *schemas], index=start, key="schema" + self.suffix
+            )
         needle = (words or "").strip().lower()
         return [
             table
@@ -10544,7 +10552,7 @@ class AuditPage:
             on_select="rerun",
             selection_mode="single-row",
             column_config={"Rows, about": self.st.column_config.NumberColumn(format="localized")},
-            key=f"list {len(tables)} {tables[0].name}",
+            key=f"list {len(tables)} {tables[0].name}" + self.suffix,
         )
         more = len(tables) - len(rows)
         about = f"{len(tables):,} tables and views" + (f", the first {len(rows):,} shown" if more else "")
@@ -10608,12 +10616,16 @@ class AuditPage:
                 shown = ["NULL" if value is None else printable(value) for value in list(values)[:3]]
                 row["Examples"] = " · ".join(shown) if examples else "(no rows)"
             rows.append(row)
-        self.st.dataframe(rows, hide_index=True, height=min(300, 38 + 35 * len(rows)), key="columns of it")
+        self.st.dataframe(
+            rows, hide_index=True, height=min(300, 38 + 35 * len(rows)), key="shown columns" + self.suffix
+        )
 
     def _show_column_choice(self, table: Table) -> None:
         st = self.st
         chosen = st.multiselect(
-            "Ignore only some of its columns", table.column_names(), key=f"some {table.schema} {table.name}"
+            "Ignore only some of its columns",
+            table.column_names(),
+            key=f"some {table.schema} {table.name}" + self.suffix,
         )
         with st.container(horizontal=True):
             if chosen:
@@ -10645,7 +10657,9 @@ class AuditPage:
             return
         with st.expander("Ignore a column in every table that has it"):
             words = {name: f"{printable(name)} ({len(having[name])} tables)" for name in common}
-            chosen = st.selectbox("Column", common, index=None, format_func=words.get, key="common")
+            chosen = st.selectbox(
+                "Column", common, index=None, format_func=words.get, key="common" + self.suffix
+            )
             if chosen:
                 args = (with_column_everywhere, chosen, sorted(set(having[chosen])))
                 label = f"Ignore it in {len(having[chosen])} tables"

@@ -279,7 +279,7 @@ def test_a_table_that_is_gone(server: Server) -> None:
     table = server.table("lost_connection_password")
     server.run("DROP TABLE lost_connection_password")
     for look in (server.reader().count, server.reader().examples):
-        with pytest.raises(DatabaseError, match="lost_connection_password.* (not|n't) exist") as raised:
+        with pytest.raises(DatabaseError, match=r"lost_connection_password.*(not|n't) exist") as raised:
             look(table)
         assert raised.value.hint is None
 

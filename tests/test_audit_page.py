@@ -109,24 +109,26 @@ class Stage:
         self.reads = 0
         self.has_sandbox = True
         self.path: str | None = str(self.config)
+        self.others: dict[str, Shelf] = {}
 
     def read(self) -> dict[str, list[Mutation]]:
         self.reads += 1
         if isinstance(self.changes, Exception):
             raise self.changes
-        return {"db": list(self.changes)}
+        return {"db": list(self.changes), **{name: [] for name in self.others}}
 
     def show(self) -> None:
         fields = {"db_type": "postgresql", "db_database": "taskboard"}
         plan = AuditPlan(
-            [{"name": "db", "fields": fields}],
+            [{"name": name, "fields": fields} for name in ("db", *self.others)],
             config=self.path,
             service="taskboard",
             dataset="base",
             directory=None,
             url="https://app.example/",
         )
-        AuditPage(plan, [self.database], self.read if self.has_sandbox else None).show()
+        databases = [self.database, *self.others.values()]
+        AuditPage(plan, databases, self.read if self.has_sandbox else None).show()
 
     def open(self) -> Any:
         """The page in a new browser, so to say."""
@@ -398,6 +400,36 @@ def test_work_begun_early_is_used_once_and_only_while_it_is_fresh(monkeypatch: p
     eventually(lambda: len(done) == 3)
     monkeypatch.setattr(plato_sandbox, "AUDIT_FRESH_SECONDS", 0.0)
     assert stale() == 3
+
+
+def test_each_listener_has_its_own_tables_changes_and_choices(stage: Stage) -> None:
+    text_of_config = stage.config.read_text().replace("  empty:\n", "      other: *listener\n\n  empty:\n")
+    stage.config.write_text(text_of_config)
+    stage.others["other"] = Shelf(users=["id", "only_here"], extra=["id"])
+    stage.others["other"].listener.name = "other"
+    page = click(stage.open(), "table activity")
+    page.selectbox(key="look").set_value("users").run()
+    page.radio[0].set_value(1).run()
+    assert not page.exception
+    assert "No changes since the last reset" in text(page)
+    assert list(page.dataframe[0].value["Table"]) == ["users", "extra"]
+    page.selectbox(key="look 1").set_value("users").run()
+    assert list(page.dataframe[1].value["Column"]) == ["id", "only_here"]
+    assert "save" not in keys(page)
+    page.radio[0].set_value(0).run()
+    assert numbers(page) == ["2", "1", "1"]
+    assert "save" in keys(page)
+    assert stage.database.looks == stage.others["other"].looks == ["tables"]
+
+
+@pytest.mark.parametrize("name", ["of it", "rules", "0", " "])
+def test_names_of_tables_do_not_get_in_the_way_of_the_page_itself(stage: Stage, name: str) -> None:
+    stage.changes = [update(name, {"a": 1}, {"a": 2})]
+    stage.database.found = [Shelf.table(name, ["a"])]
+    page = stage.open()
+    page.selectbox(key="look").set_value(name).run()
+    click(click(page, f"columns {name}"), "save")
+    assert stage.rules == ["sessions", {"table": name, "columns": ["a"]}]
 
 
 # Pictures and words
