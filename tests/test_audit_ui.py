@@ -506,6 +506,7 @@ def test_a_login_is_noise_after_two_clicks(
     assert "No mutations" in passed.out
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_recording_and_looking_into_tables(
     scene: Scene, person: Person, serving: Serving, open_page: Callable[[str], Page]
@@ -536,6 +537,7 @@ def test_recording_and_looking_into_tables(
     page.see("1 tables and views")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_two_people_look_at_the_same_time(
     scene: Scene, person: Person, serving: Serving, open_page: Callable[[str], Page]
@@ -557,6 +559,7 @@ def test_two_people_look_at_the_same_time(
     assert scene.rules == ["sessions", "users", "activity"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_troubles_are_told_on_the_page(scene: Scene, open_page: Callable[[str], Page]) -> None:
     """A wrong password, and a database that does not answer: in words, beside what still works."""
