@@ -295,6 +295,22 @@ def test_a_database_url_needs_neither_sandbox_nor_config(desk: Desk) -> None:
     assert result.code == 2
 
 
+def test_a_database_url_goes_with_the_rules_of_the_config_that_is_here(desk: Desk) -> None:
+    address_of_it = ("--database-url", f"sqlite:///{desk.work}/data.db")
+    process = desk.begin(*SERVE, "--json", *address_of_it)
+    assert process.stdout is not None
+    document = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+    assert document["listeners"] == ["db"]
+    assert document["config"] == str(desk.work / "plato-config.yml")
+    process.send_signal(signal.SIGINT)
+    assert ending(process).code == 0
+    listener = {"type": "db", "db_type": "sqlite", "db_database": "data.db"}
+    with_listeners(desk, one=listener, two=listener)
+    several = desk.run(*SERVE, *address_of_it)
+    assert several.code == 2
+    assert "--listener one or --listener two" in several.err
+
+
 def test_a_password_in_an_address_is_taken_and_warned_about(desk: Desk) -> None:
     serving = Serving(desk, "--database-url", "postgresql://me:hunter2-word@127.0.0.1:1/x", "--verbose")
     commands = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in audit_processes(desk))
