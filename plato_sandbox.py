@@ -7552,6 +7552,13 @@ VISIBLE_TEXTS = """elements => elements.filter(element => {
   const box = element.getBoundingClientRect();
   return box.width > 0 && box.height > 0 && getComputedStyle(element).visibility === "visible";
 }).map(element => element.innerText || "")"""
+OBSTACLE = """element => {
+  if (element.matches(":disabled, [aria-disabled=true]")) return "the element is not enabled";
+  const box = element.getBoundingClientRect();
+  const above = element.getRootNode().elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+  if (!above || element.contains(above) || above.contains(element)) return "";
+  return "it is covered by " + above.cloneNode(false).outerHTML.slice(0, 200);
+}"""
 HIDDEN = "***"
 
 
@@ -8155,9 +8162,9 @@ class FlowPage:
         count = await locator.count()
         if not count:
             return count_words(0)
-        visible = await locator.first.is_visible()
-        if visible:
-            return f"{count_words(count)}, visible"
+        if await locator.first.is_visible():
+            obstacle = await locator.first.evaluate(OBSTACLE)
+            return obstacle or f"{count_words(count)}, visible"
         return f"{count_words(count)}, but {'the first' if count > 1 else 'it'} is not visible"
 
     async def text(self) -> str:

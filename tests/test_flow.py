@@ -357,6 +357,18 @@ FAILING: dict[str, tuple[list[dict[str, Any]], int, str, str]] = {
         "#under that can be clicked",
         'covered by <div id="veil"',
     ),
+    "click, covered, no time to see it": (
+        [COVERED, step("click", selector="#under", timeout=1)],
+        2,
+        "#under that can be clicked",
+        'covered by <div id="veil"',
+    ),
+    "click, disabled, no time to see it": (
+        [COVERED, step("click", selector="#off", timeout=1)],
+        2,
+        "#off that can be clicked",
+        "not enabled",
+    ),
     "click, disabled": (
         [COVERED, step("click", selector="#off", **FAST)],
         2,
