@@ -59,6 +59,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.xdist_group(name))
 
 
+@pytest.fixture
+def soaking(request: pytest.FixtureRequest) -> bool:
+    """Whether all is to be tried (`run.py -m soak`); else a test with the mark `soak` tries a sample."""
+    return "soak" in str(request.config.option.markexpr)
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
+    """Count what was tried, by its name in the plural; the sums of all tests are printed at the end."""
+    return lambda name, number: record_property(f"tried {name}", number)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    sums: dict[str, int] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, number in report.user_properties:
+                    sums[name] = sums.get(name, 0) + number
+    tried = {name[6:]: number for name, number in sums.items() if name.startswith("tried ")}
+    if tried:
+        terminalreporter.section("tried")
+        for name, number in sorted(tried.items()):
+            terminalreporter.write_line(f"{number:>10,} {name}")
+
+
 def altered(code: str, *arguments: str) -> list[str]:
     """A command that runs the product after a change by `code` to its module, which is named `product`."""
     program = (

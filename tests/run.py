@@ -5,6 +5,8 @@
     python3 tests/run.py --all                the same; on Debian, as root, it first installs the system's
                                               parts, a test that would skip for a missing part fails, and
                                               the long tests run too
+    python3 tests/run.py -m soak              every fault, crash point and race instead of a sample, long
+                                              fuzzing, and how many of each there were
     python3 tests/run.py --check              linter, formatter's check and type checker
 
 The virtual environment is .venv-test in the repository, made anew when pyproject.toml changes; where the
