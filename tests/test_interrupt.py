@@ -312,7 +312,7 @@ def test_killed_at_every_effect_of_start(
     number = remainder + 1
     while True:
         hook = [sys.executable, "-c", KILL_AT_EVENT, str(number), str(desk.place)]
-        done = desk.run(command=[*hook, *desk.command("start", "--from-config")[1:]])
+        done = desk.run(command=[*hook, *desk.words("start", "--from-config")])
         recover(desk, plato)
         if done.code == 0:
             break
@@ -333,7 +333,7 @@ def test_killed_at_every_effect_of_stop(
     while True:
         desk.good("start", "--from-config")
         hook = [sys.executable, "-c", KILL_AT_EVENT, str(number), str(desk.place)]
-        done = desk.run(command=[*hook, *desk.command("stop")[1:]])
+        done = desk.run(command=[*hook, *desk.words("stop")])
         if desk.state_file.exists():
             desk.good("stop")
         eventually(lambda: not heartbeats(desk))
@@ -394,7 +394,7 @@ def test_signal_at_any_line_of_start(
     number, step = 1 + SIGNAL_STEP * remainder, SIGNAL_STEP * 4
     while True:
         hook = [sys.executable, "-c", SIGNAL_AT_LINE, "command_start", *map(str, (number, *bounds))]
-        done = desk.run(command=[*hook, *desk.command("start", "--from-config", "--json")[1:]])
+        done = desk.run(command=[*hook, *desk.words("start", "--from-config", "--json")])
         if done.code == 0:
             break
         assert done.code == 128 + signal.SIGTERM, (number, done.err)
@@ -415,7 +415,7 @@ def test_second_signal_at_any_line_of_the_cleanup(desk: Desk, plato: LocalPlato,
     """The first SIGTERM comes when the VM is to be reset, the second at some line of closing it."""
     bounds = section_lines(desk.product, "processes", "output")
     hook = [sys.executable, "-c", SIGNAL_AT_LINE, "reset", *map(str, (number, *bounds))]
-    done = desk.run(command=[*hook, *desk.command("start", "--from-config", "--json")[1:]])
+    done = desk.run(command=[*hook, *desk.words("start", "--from-config", "--json")])
     assert done.code == 128 + signal.SIGTERM
     if desk.state_file.exists():
         desk.good(*named_command(desk, done.error["hint"]))
@@ -471,7 +471,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_signal_while_the_heartbeat_begins(desk: Desk, plato: LocalPlato) -> None:
     """The child has its task but no lock yet: it must not come to life when everything is removed."""
     done = desk.run(
-        command=[sys.executable, "-c", SIGNAL_IN_SELECT, *desk.command("start", "--from-config")[1:]]
+        command=[sys.executable, "-c", SIGNAL_IN_SELECT, *desk.words("start", "--from-config")]
     )
     assert done.code == 128 + signal.SIGTERM
     nothing_left(desk, plato)
