@@ -32,6 +32,7 @@ SYSTEM_PACKAGES = {
     "/usr/bin/git": "git",
     "/usr/bin/unshare": "util-linux",
     "/usr/bin/tmux": "tmux",
+    "/usr/bin/strace": "strace",
     "/usr/sbin/runuser": "util-linux",
     "/usr/share/postgresql-common": "postgresql-common",
     "/usr/lib/postgresql": "postgresql",

@@ -267,85 +267,6 @@ def test_killed_while_start_waits(desk: Desk, plato: LocalPlato, step: tuple[str
     nothing_left(desk, plato)
 
 
-KILL_AT_EVENT = """
-import os, runpy, signal, sys
-
-limit, place, product = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-effects = {"os.rename", "os.remove", "os.mkdir", "subprocess.Popen", "socket.connect", "http.client.send"}
-seen = 0
-
-def look(event, arguments):
-    global seen
-    written = event == "open" and str(arguments[0]).startswith(place) and arguments[2] & os.O_CREAT
-    if event in effects or written:
-        seen += 1
-        if seen == limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.argv = sys.argv[3:]
-sys.addaudithook(look)
-runpy.run_path(product, run_name="__main__")
-"""
-
-
-def recover(desk: Desk, plato: LocalPlato) -> None:
-    """Whatever a killed command left, `status` and `stop` understand it, and a new `start` can follow."""
-    session = desk.state.get("session_id") if desk.state_file.exists() else None
-    known = desk.state_file.exists()
-    status = desk.run("status", "--json")
-    assert status.code == (0 if session else 3), status.out
-    assert status.document
-    stopped = desk.run("stop")
-    assert stopped.code == (0 if known else 3), stopped.err
-    eventually(lambda: not heartbeats(desk))
-    assert desk.leftovers() == []
-    assert all(view["closed"] for view in plato.sessions() if view["session_id"] == session)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("remainder", range(4))
-def test_killed_at_every_effect_of_start(
-    new_desk: Callable[..., Desk], plato: LocalPlato, remainder: int
-) -> None:
-    """Killed before the n-th file, process, connection or request, for every n until `start` succeeds."""
-    desk = new_desk(plato.environment)
-    number = remainder + 1
-    while True:
-        hook = [sys.executable, "-c", KILL_AT_EVENT, str(number), str(desk.place)]
-        done = desk.run(command=[*hook, *desk.words("start", "--from-config")])
-        recover(desk, plato)
-        if done.code == 0:
-            break
-        assert done.code == -signal.SIGKILL, done.err
-        number += 4
-    assert number > 25
-    plato.advance(130)
-    assert living(plato) == []
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("remainder", range(2))
-def test_killed_at_every_effect_of_stop(
-    new_desk: Callable[..., Desk], plato: LocalPlato, remainder: int
-) -> None:
-    desk = new_desk(plato.environment)
-    number = remainder + 1
-    while True:
-        desk.good("start", "--from-config")
-        hook = [sys.executable, "-c", KILL_AT_EVENT, str(number), str(desk.place)]
-        done = desk.run(command=[*hook, *desk.words("stop")])
-        if desk.state_file.exists():
-            desk.good("stop")
-        eventually(lambda: not heartbeats(desk))
-        assert desk.leftovers() == []
-        assert living(plato) == []
-        if done.code == 0:
-            break
-        assert done.code == -signal.SIGKILL, done.err
-        number += 2
-    assert number > 10
-
-
 SIGNAL_AT_LINE = """
 import os, runpy, signal, sys
 
@@ -470,8 +391,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_signal_while_the_heartbeat_begins(desk: Desk, plato: LocalPlato) -> None:
     """The child has its task but no lock yet: it must not come to life when everything is removed."""
-    done = desk.run(
-        command=[sys.executable, "-c", SIGNAL_IN_SELECT, *desk.words("start", "--from-config")]
-    )
+    done = desk.run(command=[sys.executable, "-c", SIGNAL_IN_SELECT, *desk.words("start", "--from-config")])
     assert done.code == 128 + signal.SIGTERM
     nothing_left(desk, plato)
