@@ -26,7 +26,7 @@ Environment
     PLATO_GATEWAY_HOST                  the SSH gateway (gateway.plato.so)
     PLATO_GATEWAY_PORT                  its port (443)
     PLATO_HOME                          SSH files and heartbeat records (~/.plato)
-    PLATO_HEARTBEAT_INTERVAL_SECONDS    time between two heartbeats (30)
+    PLATO_HEARTBEAT_INTERVAL_SECONDS    time between two heartbeats (15)
     PLATO_BROWSER                       the Chrome or Chromium that `flow` opens (one that is found)
     PLATO_SANDBOX_COMMAND               how a wrapper calls this tool, for the commands in its hints
     PGPASSWORD, MYSQL_PWD               the password that an --database-url leaves out
@@ -116,7 +116,7 @@ CONFIG_NAMES = ("plato-config.yml", "plato-config.yaml")
 DEFAULT_BASE_URL = "https://plato.so"
 DEFAULT_GATEWAY_HOST = "gateway.plato.so"
 DEFAULT_GATEWAY_PORT = 443
-DEFAULT_HEARTBEAT_SECONDS = 30.0
+DEFAULT_HEARTBEAT_SECONDS = 15.0  # with 30, an outage of 90 seconds could end a VM
 
 DEFAULT_CPUS = 2
 DEFAULT_MEMORY_MB = 1024
@@ -149,9 +149,12 @@ SHORTEST_SECRET = 4  # hiding what is shorter would make nonsense of other words
 
 HEARTBEAT_START_SECONDS = 20.0
 BEAT_SECONDS = 10.0
-BEAT_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
+BEAT_RETRY_SECONDS = (1.0, 2.0, 3.0)  # the last one again and again, while the VM may still live
+BEAT_RETRY_AFTER_SECONDS = 10.0  # the most that a failed beat waits because the server asks for it
+BEAT_URGENT_SECONDS = 150.0  # the server ends a VM 120 seconds after its last beat
 BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
 BEAT_LOG_EVENTS = 100
+WAKE_SECONDS = 15.0
 UNHEALTHY_BEATS = 2  # a last good beat older than this many intervals is worth a warning
 
 TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "timeout"})
@@ -3950,13 +3953,19 @@ def try_beat(api: PlatoApi, session_id: str, job_id: str | None) -> BeatOutcome:
         api.transport.close()
 
 
-def next_beat_delay(interval: float, failures: int, elapsed: float, retry_after: float | None) -> float:
-    """Seconds from now to the next beat: the rest of the interval, or a retry that comes no later than it."""
+def next_beat_delay(
+    interval: float, failures: int, elapsed: float, retry_after: float | None, silence: float
+) -> float:
+    """Seconds from now to the next beat: the rest of the interval, or a retry that comes no later than it.
+
+    silence: seconds since the last good beat. Retries stay dense while the VM may live, so that an API which
+    answers for 15 seconds in any 120 is met; after that, the interval is enough.
+    """
     regular = max(0.0, interval - elapsed)
-    if not failures:
+    if not failures or (failures > len(BEAT_RETRY_SECONDS) and silence > BEAT_URGENT_SECONDS):
         return regular
-    retry = BEAT_RETRY_SECONDS[failures - 1] if failures <= len(BEAT_RETRY_SECONDS) else interval
-    return min(regular, max(retry, retry_after or 0.0))
+    retry = BEAT_RETRY_SECONDS[min(failures, len(BEAT_RETRY_SECONDS)) - 1]
+    return min(regular, max(retry, min(retry_after or 0.0, BEAT_RETRY_AFTER_SECONDS)))
 
 
 class Heartbeat:
@@ -3987,8 +3996,9 @@ class Heartbeat:
                 self.record.write(f"ended: {ending}", ended=ending)
                 return ending
             now = time.time()
+            elapsed, silence = max(0.0, now - began), now - self.last_ok
             wait_until(
-                now + next_beat_delay(self.interval, self.failures, max(0.0, now - began), self.retry_after)
+                now + next_beat_delay(self.interval, self.failures, elapsed, self.retry_after, silence)
             )
 
     def beat(self) -> str | None:
@@ -4039,7 +4049,7 @@ class Heartbeat:
 def wait_until(moment: float) -> None:
     """Sleep until a time of the wall clock; a computer that slept meanwhile wakes this at once.
 
-    The monotonic clock stands still while a computer sleeps, so the wait is cut into slices.
+    The monotonic clock stands still while a computer sleeps, so a long wait is cut into slices.
     """
     started, mark = time.time(), time.monotonic()
     total = moment - started
@@ -4048,7 +4058,7 @@ def wait_until(moment: float) -> None:
         left = min(moment - now, total - (time.monotonic() - mark))
         if left <= 0:
             return
-        time.sleep(min(left, 5.0))
+        time.sleep(min(left, WAKE_SECONDS))
 
 
 def heartbeat_child() -> int:

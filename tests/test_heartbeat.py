@@ -91,7 +91,7 @@ def test_only_the_interpreter_that_runs_is_needed(desk: Desk, plato: LocalPlato,
     assert is_running(pid)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("0.1", 0.1), ("2", 2.0), ("", 30.0)])
+@pytest.mark.parametrize(("text", "seconds"), [("0.1", 0.1), ("2", 2.0), ("", 15.0)])
 def test_interval_comes_from_the_environment(desk: Desk, text: str, seconds: float) -> None:
     desk.environment["PLATO_HEARTBEAT_INTERVAL_SECONDS"] = text
     start(desk)
@@ -529,24 +529,25 @@ def test_judge_beat_of_anything(answer: dict[str, Any]) -> None:
     assert len(outcome.words) <= 200
 
 
-DELAYS = {  # interval, failures, elapsed, Retry-After -> seconds
-    "regular": ((30, 0, 0.25, None), 29.75),
-    "regular after a slow beat": ((5, 0, 7, None), 0),
-    "first failure": ((30, 1, 0, None), 1),
-    "second": ((30, 2, 0, None), 2),
-    "third": ((30, 3, 0, None), 4),
-    "fourth": ((30, 4, 0, None), 8),
-    "then the interval": ((30, 5, 0, None), 30),
-    "never later than the regular one": ((3, 3, 0.5, None), 2.5),
-    "no later for a failure that took long": ((30, 4, 25, None), 5),
-    "Retry-After": ((30, 1, 0, 7.0), 7),
-    "Retry-After of a minute": ((30, 1, 0, 60.0), 30),
-    "Retry-After in the past": ((30, 1, 0, 0.0), 1),
+DELAYS = {  # interval, failures, elapsed, Retry-After, seconds since the last good beat -> seconds
+    "regular": ((30, 0, 0.25, None, 0), 29.75),
+    "regular after a slow beat": ((5, 0, 7, None, 0), 0),
+    "first failure": ((30, 1, 0, None, 30), 1),
+    "second": ((30, 2, 0, None, 31), 2),
+    "third": ((30, 3, 0, None, 33), 3),
+    "then as often": ((30, 40, 0, None, 140), 3),
+    "until the VM must have ended": ((30, 41, 0, None, 151), 30),
+    "first failures after a sleep": ((30, 2, 0, None, 9999), 2),
+    "never later than the regular one": ((3, 3, 0.5, None, 6), 2.5),
+    "no later for a failure that took long": ((30, 4, 28, None, 60), 2),
+    "Retry-After": ((30, 1, 0, 7.0, 30), 7),
+    "Retry-After of a minute": ((30, 1, 0, 60.0, 30), 10),
+    "Retry-After in the past": ((30, 1, 0, 0.0, 30), 1),
 }
 
 
 @pytest.mark.parametrize(("arguments", "delay"), DELAYS.values(), ids=DELAYS)
-def test_next_beat_delay(arguments: tuple[float, int, float, float | None], delay: float) -> None:
+def test_next_beat_delay(arguments: tuple[float, int, float, float | None, float], delay: float) -> None:
     assert product.next_beat_delay(*arguments) == delay
 
 
@@ -555,11 +556,12 @@ def test_next_beat_delay(arguments: tuple[float, int, float, float | None], dela
     failures=st.integers(0, 10_000),
     elapsed=st.floats(0, 1e6),
     retry_after=st.none() | st.floats(0, 1e9),
+    silence=st.floats(0, 1e6),
 )
 def test_next_beat_is_never_later_than_the_regular_one(
-    interval: float, failures: int, elapsed: float, retry_after: float | None
+    interval: float, failures: int, elapsed: float, retry_after: float | None, silence: float
 ) -> None:
-    delay = product.next_beat_delay(interval, failures, elapsed, retry_after)
+    delay = product.next_beat_delay(interval, failures, elapsed, retry_after, silence)
     assert 0 <= delay <= max(0.0, interval - elapsed)
     assert failures or delay == max(0.0, interval - elapsed)
 
@@ -591,7 +593,7 @@ class Watch:
 
 @pytest.mark.parametrize(
     ("watch", "longest"),
-    [(Watch(), 30.0), (Watch(3.0, asleep_for=7200.0), 5.0), (Watch(3.0, wall_jump=-7200.0), 30.0)],
+    [(Watch(), 30.0), (Watch(3.0, asleep_for=7200.0), 15.0), (Watch(3.0, wall_jump=-7200.0), 30.0)],
     ids=["awake", "asleep for two hours", "the wall clock is set back"],
 )
 def test_wait_until(monkeypatch: pytest.MonkeyPatch, watch: Watch, longest: float) -> None:
