@@ -283,7 +283,7 @@ class Reporter:
     """What operations tell while they work. This one is silent; the command line has one that prints."""
 
     def step(self, text: str, limit: float | None = None) -> None:
-        """A new thing is being waited for, at most `limit` seconds if given."""
+        """A new thing is being waited for, at most `limit` seconds if given; 0: until the user ends it."""
 
     def detail(self, text: str) -> None:
         """What is known of the step under way, in a word or two."""
@@ -6255,7 +6255,7 @@ class Syncer:
                 if latest.get("sent") or latest.get("removed") or not total["syncs"]:
                     total = {key: value + latest.get(key, 1) for key, value in total.items()}
                     told(latest)
-                self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)")
+                self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
                 self._wait_for_change(seen)
         except Interrupted as interruption:
             if interruption.number != signal.SIGINT or not report:
@@ -6297,6 +6297,7 @@ class Syncer:
         """Return when the tree is another one and still for a moment. A large one is looked at less often."""
         current = previous = seen
         while current == seen or current != previous:
+            self.sandbox.check_still_there()
             began = time.monotonic()
             previous, current = current, self._snapshot()
             time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
@@ -11199,6 +11200,18 @@ class Sandbox(SandboxBase):
         self.state = state
         return state
 
+    def check_still_there(self) -> None:
+        """NoSandboxError when .sandbox.yaml does not name this sandbox any more; unreadable is no reason."""
+        try:
+            state = load_state(self.directory)
+        except SandboxError:
+            return
+        if state is None or state.get("session_id") != self.state.get("session_id"):
+            raise NoSandboxError(
+                f"The sandbox of {shown_path(self.directory)} was stopped or replaced meanwhile.",
+                hint=f"See what is there now: {PROGRAM} status",
+            )
+
     def _check_base_url(self, state: Mapping[str, Any]) -> None:
         theirs = state.get("base_url") or DEFAULT_BASE_URL
         if theirs == self.settings.base_url or ("base_url" not in state and not self._is_ours(state)):
@@ -12432,6 +12445,9 @@ class Output(Reporter):
 
     def step(self, text: str, limit: float | None = None) -> None:
         self.finish()
+        if limit == 0 and not self._live:
+            self.note(text)  # a log needs no more of it
+            return
         with self._lock:
             self._step, self._detail, self._limit, self._began = text, "", limit, time.monotonic()
         if self.quiet:

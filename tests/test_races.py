@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -343,6 +344,80 @@ def test_start_replace_during_start(
     under_way("start", "/reset")
     assert desk.run(*BLANK, "--replace").code == 5
     assert len(plato.requests("POST", "/make")) == 1
+
+
+def test_stop_during_sync(desk: Desk, plato: LocalPlato) -> None:
+    """`stop` does not wait for a `sync`; that one ends, says why, and leaves nothing."""
+    desk.good("start", "--from-config")
+    (desk.work / "big").mkdir()
+    (desk.work / "big" / "noise").write_bytes(os.urandom(300_000))
+    plato.fault("latency", path="*/execute", seconds=1.5, times=-1)
+    sync = desk.begin("sync", "big", "--via", "api", "--json")
+    plato.wait_for_request("POST", "/execute", count=2)
+    desk.good("stop")
+    result = ending(sync)
+    assert result.code == 3
+    assert "gone" in result.error["message"]
+    nothing_left(desk, plato)
+
+
+def test_stop_during_sync_that_watches(desk: Desk, plato: LocalPlato) -> None:
+    part("sshd", "openssh-server")
+    desk.good("start", "--from-config")
+    (desk.work / "source").mkdir()
+    (desk.work / "source" / "file").write_text("one")
+    sync = desk.begin("sync", "source", "--watch")
+    assert sync.stderr is not None
+    assert any("Ctrl-C" in line for line in iter(sync.stderr.readline, ""))
+    desk.good("stop")
+    result = ending(sync)
+    assert result.code == 3
+    assert "stopped" in result.err
+    assert result.err.count("Watching") == 0  # said once, and read above
+    nothing_left(desk, plato)
+
+
+AT_ONCE: list[tuple[str, ...]] = [
+    ("start", "--from-config"),
+    ("start", "--from-config", "--replace"),
+    BLANK,
+    ("status",),
+    ("sync", "source"),
+    ("reset",),
+    ("state",),
+    ("stop",),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(4))
+def test_any_commands_at_once(
+    desk: Desk, plato: LocalPlato, seed: int, soaking: bool, tally: Callable[[str, int], None]
+) -> None:
+    """Whatever runs at once in a directory and its copies: at the end one VM that is known, or none."""
+    chance = random.Random(seed)
+    (desk.work / "source").mkdir()
+    rounds = 30 if soaking else 2
+    for number in range(rounds):
+        (desk.work / "source" / "file").write_text(str(number))
+        chosen = [chance.choice(AT_ONCE) for _ in range(6)]
+        results = [ending(process) for process in [desk.begin(*words, "--json") for words in chosen]]
+        for words, result in zip(chosen, results):
+            assert result.document
+            assert result.code in (0, 3, 5, 9) or (words[0] == "sync" and result.code == 6), (words, result)
+            assert "Traceback" not in result.err
+        if desk.state_file.exists():
+            assert living(plato) == [desk.state["job_id"]]
+            assert heartbeats(desk) == [desk.state["heartbeat_pid"]]
+            assert desk.good("status", "--json").document["session_id"] == desk.state["session_id"]
+        else:
+            assert living(plato) == []
+            eventually(lambda: not heartbeats(desk))
+            assert desk.leftovers() == []
+    desk.run("stop")
+    nothing_left(desk, plato)
+    tally("races", rounds)
 
 
 # -- processes that are not ours --
