@@ -2603,6 +2603,7 @@ def parse_state(text: str, path: str) -> dict[str, Any]:
 _TEXT_KEYS = (
     *("session_id", "job_id", "public_url", "url", "mode", "service", "dataset", "base_url", "created_at"),
     *("plato_config_path", "ssh_host", "ssh_config_path", "ssh_private_key_path", "expires_at"),
+    "directory",
 )
 
 
@@ -11197,8 +11198,25 @@ class Sandbox(SandboxBase):
                 hint=f"Start one: {PROGRAM} start --from-config (or --simulator, --artifact-id, --blank)",
             )
         self._check_base_url(state)
+        if not self.state:
+            self._tell_of_copy(state)
         self.state = state
         return state
+
+    def _tell_of_copy(self, state: Mapping[str, Any]) -> None:
+        """Warn when the directory is a copy of another one that still has the same sandbox."""
+        theirs = state.get("directory")
+        try:
+            if not theirs or os.path.samefile(theirs, self.directory):
+                return
+            other = load_state(theirs)
+        except (OSError, SandboxError):
+            return
+        if other and other.get("session_id") == state.get("session_id"):
+            self.reporter.warn(
+                f"{shown_path(self.directory)} is a copy of {shown_path(theirs)}: both have the same sandbox,"
+                " and `stop` ends it for both."
+            )
 
     def check_still_there(self) -> None:
         """NoSandboxError when .sandbox.yaml does not name this sandbox any more; unreadable is no reason."""
@@ -11952,7 +11970,9 @@ class Starter:
         record without a session, so that `status` tells what is known; else a session for `_undo` to close.
         """
         now = time.time()
-        intent: dict[str, Any] = {**self.plan.state, "created_at": utc_text(now), "starting": True}
+        place = os.path.abspath(self.sandbox.directory)
+        intent: dict[str, Any] = {**self.plan.state, "directory": place, "starting": True}
+        intent["created_at"] = utc_text(now)
         intent["expires_at"] = utc_text(now + self.plan.lifetime)
         if self.settings.base_url != DEFAULT_BASE_URL:
             intent["base_url"] = self.settings.base_url

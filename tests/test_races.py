@@ -312,13 +312,30 @@ def test_copied_directory(desk: Desk, plato: LocalPlato) -> None:
     desk.good(*BLANK)
     copy = desk.place / "copy"
     shutil.copytree(desk.work, copy)
-    assert desk.good("status", "--json", directory=copy).document["vm_running"] is True
+    status = desk.good("status", "--json", directory=copy)
+    assert status.document["vm_running"] is True
+    words = f"{copy} is a copy of {desk.work}: both have the same sandbox"
+    assert status.err.count(words) == 1
+    assert "copy" not in desk.good("status").err
     assert desk.run(*BLANK, directory=copy).code == 5
-    desk.good("stop", directory=copy)
+    assert words in desk.good("stop", directory=copy).err
     assert not (copy / ".sandbox.yaml").exists()
     assert living(plato) == []
     assert desk.run("status").code == 3
     desk.good("stop")
+    nothing_left(desk, plato)
+
+
+def test_moved_directory(desk: Desk, plato: LocalPlato) -> None:
+    """What has moved is no copy, nor what is reached by another path; the heartbeat follows by itself or anew."""
+    desk.good(*BLANK)
+    link = desk.place / "link"
+    link.symlink_to(desk.work)
+    assert desk.good("status", directory=link).err == ""
+    moved = desk.place / "moved"
+    desk.work.rename(moved)
+    assert "copy" not in desk.good("status", directory=moved).err
+    desk.good("stop", directory=moved)
     nothing_left(desk, plato)
 
 

@@ -23,7 +23,12 @@ SPECIFIED = {
     *("session_id", "job_id", "public_url", "url", "mode", "service", "ssh_host", "ssh_config_path"),
     *("heartbeat_pid", "created_at"),
 }
-OURS = {"ssh_private_key_path", "base_url", "expires_at"}  # on the real Plato there is no base_url
+OURS = {
+    "ssh_private_key_path",
+    "base_url",
+    "expires_at",
+    "directory",
+}  # on the real Plato there is no base_url
 SIZES = {"cpus", "memory", "disk"}
 KEYS = {
     "config": (["-c"], {"dataset", "plato_config_path", *SIZES}),
@@ -78,7 +83,11 @@ def sdk_text(state: dict[str, Any]) -> str:
 
 def as_sdk_file(desk: Desk, **changes: Any) -> dict[str, Any]:
     """Rewrite the desk's record as `plato` 2.0.x would have written it."""
-    ours = {name: value for name, value in desk.state.items() if name not in ("base_url", "expires_at")}
+    ours = {
+        name: value
+        for name, value in desk.state.items()
+        if name not in ("base_url", "expires_at", "directory")
+    }
     state = {**dict.fromkeys(FOREIGN), **ours, **changes}
     desk.state_file.write_text(sdk_text(state))
     return state
