@@ -327,7 +327,7 @@ def test_copied_directory(desk: Desk, plato: LocalPlato) -> None:
 
 
 def test_moved_directory(desk: Desk, plato: LocalPlato) -> None:
-    """What has moved is no copy, nor what is reached by another path; the heartbeat follows by itself or anew."""
+    """What has moved is no copy, nor what is reached by another path; `stop` works there."""
     desk.good(*BLANK)
     link = desk.place / "link"
     link.symlink_to(desk.work)
