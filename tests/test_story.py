@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import SIMULATOR, Desk, eventually, living, missing, nothing_left
+from test_audit_ui import Page, Serving, chromium, open_page  # noqa: F401  (two are fixtures)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from localplato import LocalPlato
 
 pytestmark = pytest.mark.long
@@ -147,3 +150,48 @@ def test_the_audit_tables_are_emptied_in_their_container_where_the_api_cannot(
     document = desk.good("clear-audit", "--json", "--verbose").document
     assert document == {"cleared": True, "via": "database", "listeners": ["db"]}
     assert summary(desk) == {}
+
+
+@pytest.mark.timeout(600)
+def test_what_a_login_changes_becomes_noise(
+    simulator: Desk,
+    plato: LocalPlato,
+    open_page: Callable[[str], Page],  # noqa: F811
+) -> None:
+    """A login flow, what it changed, two clicks in the page, saved: the next login changes nothing."""
+    desk = simulator
+    desk.good("start", "-c")
+    desk.good("start-services", timeout=LOOP_SECONDS)
+    desk.good("start-worker", "--wait", timeout=LOOP_SECONDS)
+    desk.good("flow", "-f", "login", timeout=LOOP_SECONDS)
+    refused = desk.run("state", "-v")
+    assert refused.code == 8
+    assert "activity (1 inserted); users (1 updated)" in refused.err
+
+    serving = Serving(desk)
+    page = open_page(serving.url)
+    page.see("login_count")
+    page.take("users", "Ignore these 2 columns")
+    page.take("activity", "Ignore the whole table")
+    page.click("Save to plato-config.yml")
+    page.see("Saved.")
+    assert serving.end().code == 0
+
+    desk.good("start-worker", "--wait", timeout=LOOP_SECONDS)
+    desk.good("reset")
+    passed = desk.good("flow", "-f", "login", "--verify-no-mutations", "--json", timeout=LOOP_SECONDS)
+    assert passed.document["mutations"] == []
+    assert "No mutations" in desk.good("state", "-v").out
+
+    # An artifact has the flows of its config: they run where there are no local files.
+    artifact_id = desk.good("snapshot", "--wait", "--json", timeout=LOOP_SECONDS).document["artifact_id"]
+    desk.good("stop")
+    elsewhere = desk.place / "elsewhere"
+    elsewhere.mkdir()
+    desk.good("start", "-a", artifact_id, directory=elsewhere, timeout=LOOP_SECONDS)
+    ran = desk.good("flow", "-f", "login", "--json", directory=elsewhere, timeout=LOOP_SECONDS).document
+    assert ran["source"] == "api"
+    listed = desk.good("flow", "--list", "--api", "--json", directory=elsewhere).document["flows"]
+    assert [flow["name"] for flow in listed] == ["login", "wrong_password", "add_task"]
+    desk.good("stop", directory=elsewhere)
+    nothing_left(desk, plato)
