@@ -2264,6 +2264,14 @@ def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subpro
         ) from None
 
 
+def point_at_nothing(*descriptors: int) -> None:
+    """Make file descriptors lead to /dev/null."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
 def find_program(name: str) -> str | None:
     """The absolute path of a program on PATH, or None."""
     import shutil
@@ -3426,6 +3434,18 @@ class SandboxBase:
         self.api = PlatoApi(self.settings, self.reporter)
         self.state: dict[str, Any] = {}
 
+    def check_still_there(self) -> None:
+        """NoSandboxError when .sandbox.yaml does not name this sandbox any more; unreadable is no reason."""
+        try:
+            state = load_state(self.directory)
+        except SandboxError:
+            return
+        if state is None or state.get("session_id") != self.state.get("session_id"):
+            raise NoSandboxError(
+                f"The sandbox of {shown_path(self.directory)} was stopped or replaced meanwhile.",
+                hint=f"See what is there now: {PROGRAM} status",
+            )
+
 
 def quoted(part: str) -> str:
     """One part of a URL path; ids are opaque, so anything may be in them."""
@@ -3458,6 +3478,17 @@ def vm_status(details: Mapping[str, Any], job_id: str | None) -> tuple[str | Non
 # ----------------------------------------------------------------------------------------------------------
 
 
+# What OpenSSH itself offers, but AES-GCM first: nearly every processor has it built in, so a large tree costs
+# both ends less.
+SSH_CIPHERS = (
+    "aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,"
+    "aes128-ctr,aes192-ctr,aes256-ctr"
+)
+SSH_KEPT_SECONDS = 300  # without use
+SSH_EXIT_SECONDS = 5.0
+SOCKET_PATH_BYTES = 86  # of the 104 that some systems allow; ssh adds 17 while it makes one
+
+
 class SshFiles:
     """The SSH files of one sandbox under PLATO_HOME. `~/.ssh` is never read or written."""
 
@@ -3468,14 +3499,29 @@ class SshFiles:
         self.key = os.path.join(home, f"ssh_{self.name}_key")
         self.public_key = self.key + ".pub"
         self.known_hosts = os.path.join(home, f"known_hosts_{self.name}")
+        self.socket = os.path.join(home, f"ssh_{self.name}.sock")
 
     def all(self) -> tuple[str, ...]:
         return self.config, self.key, self.public_key, self.known_hosts
 
     def remove(self) -> None:
-        for path in (*self.all(), self.known_hosts + ".old"):
+        self._hang_up()
+        for path in (*self.all(), self.socket, self.known_hosts + ".old"):
             _unlink_quietly(path)
         remove_temporaries(self.config)
+
+    def _hang_up(self) -> None:
+        """End the connection that ssh keeps for later ones, if there is one."""
+        import subprocess
+
+        if not os.path.exists(self.socket):
+            return
+        quiet = subprocess.DEVNULL
+        command = ["ssh", "-F", self.config, "-O", "exit", self.host]
+        try:
+            launch(command, Reporter(), stdin=quiet, stdout=quiet, stderr=quiet).wait(SSH_EXIT_SECONDS)
+        except (SandboxError, subprocess.TimeoutExpired):
+            pass  # it ends by itself with the VM
 
 
 class KeyMaking:
@@ -3533,6 +3579,8 @@ def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str)
         "    ConnectTimeout 30",
         "    ServerAliveInterval 15",
         "    ServerAliveCountMax 4",
+        f"    Ciphers {SSH_CIPHERS}",
+        *_shared_connection(files),
         f"    ProxyCommand {shell_words(stream).replace('%', '%%')}",
     ]
     if any(mark in line for line in lines for mark in "\n\r\0"):  # what follows it would be an option
@@ -3541,6 +3589,17 @@ def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str)
             hint="Move PLATO_HOME, this file or Python to a path without one.",
         )
     return "\n".join(lines) + "\n"
+
+
+def _shared_connection(files: SshFiles) -> list[str]:
+    """The lines that make later connections use the first one, which stays open for a while."""
+    if len(os.fsencode(files.socket)) > SOCKET_PATH_BYTES:
+        return []
+    return [
+        "    ControlMaster auto",
+        f"    ControlPath {ssh_quoted(files.socket)}",
+        f"    ControlPersist {SSH_KEPT_SECONDS}",
+    ]
 
 
 def ssh_quoted(path: str) -> str:
@@ -3619,17 +3678,37 @@ def gateway_stream(host: str, port: int, target: str, ca_file: str | None) -> No
     ca_file: certificates to verify it with instead of the system's.
     """
     deadline = time.monotonic() + REQUEST_SECONDS
+    silent = _speak_through_ssh()
     try:
         stream = secure(connect(host, port, deadline), f"{target}.{host}", deadline, ca_file)
     except NetworkError as error:
         error.hint = error.hint or f"If the VM has ended, `{PROGRAM} status` in its directory says so."
         raise
+    if silent:
+        point_at_nothing(2)  # this may outlive the terminal
     try:
         _relay(stream, 0, 1)
     except OSError:
         return  # either side hung up, which is how these connections end
     finally:
         stream.close()
+
+
+def _speak_through_ssh() -> bool:
+    """Use the standard error of ssh, the parent, where it took this process's away; whether that was so.
+
+    It does where the connection is kept for later ones, and why there is none would never be seen.
+    """
+    try:
+        if not os.path.samestat(os.fstat(2), os.stat(os.devnull)):
+            return False
+        path = f"/proc/{os.getppid()}/fd/2" if os.path.isdir("/proc/self/fd") else "/dev/tty"
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    os.dup2(handle, 2)
+    os.close(handle)
+    return True
 
 
 def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
@@ -3677,13 +3756,6 @@ def _write_all(sink: int, data: bytes) -> None:
     while view:
         view = view[os.write(sink, view) :]
 
-
-# What OpenSSH itself offers, but AES-GCM first: nearly every processor has it built in, so a large tree costs
-# both ends less.
-SSH_CIPHERS = (
-    "aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,"
-    "aes128-ctr,aes192-ctr,aes256-ctr"
-)
 
 # Runs on the VM: reads a length and so many bytes of a script, runs it, tells how it ended; again and again.
 # What a script prints stands between two lines with a word that nothing else holds, whatever a login shell
@@ -4078,18 +4150,10 @@ def heartbeat_child() -> int:
         record.truth = {"session_id": task["session_id"], "pid": pid, "start_mark": process_start_mark(pid)}
         record.write(interval=task["interval"], started=time.time(), failures=0, beats=0)
     print("ready" if taken else "busy", flush=True)
-    _leave_streams()
+    point_at_nothing(0, 1, 2)  # so that no pipe or terminal is held open
     if taken:
         Heartbeat(task, record).run()
     return 0
-
-
-def _leave_streams() -> None:
-    """Point the three standard streams at nothing, so that no pipe or terminal is held open."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nothing, stream)
-    os.close(nothing)
 
 
 def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str, reporter: Reporter) -> int:
@@ -11218,18 +11282,6 @@ class Sandbox(SandboxBase):
                 " and `stop` ends it for both."
             )
 
-    def check_still_there(self) -> None:
-        """NoSandboxError when .sandbox.yaml does not name this sandbox any more; unreadable is no reason."""
-        try:
-            state = load_state(self.directory)
-        except SandboxError:
-            return
-        if state is None or state.get("session_id") != self.state.get("session_id"):
-            raise NoSandboxError(
-                f"The sandbox of {shown_path(self.directory)} was stopped or replaced meanwhile.",
-                hint=f"See what is there now: {PROGRAM} status",
-            )
-
     def _check_base_url(self, state: Mapping[str, Any]) -> None:
         theirs = state.get("base_url") or DEFAULT_BASE_URL
         if theirs == self.settings.base_url or ("base_url" not in state and not self._is_ours(state)):
@@ -12551,12 +12603,10 @@ class Output(Reporter):
 
 def forget_stream(stream: TextIO) -> None:
     """Point a stream that cannot be written at nothing, or the interpreter would complain at its end."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nothing, stream.fileno())
+        point_at_nothing(stream.fileno())
     except (OSError, ValueError):
         pass  # it is closed
-    os.close(nothing)
 
 
 def terminal_columns(stream: TextIO) -> int:

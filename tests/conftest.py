@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,10 +131,11 @@ class Desk:
 
     def __init__(self, place: Path, environment: Mapping[str, str]) -> None:
         self.place = place
-        self.home = place / "home"
+        # A short path, as homes have, since the path of a socket is limited.
+        self.home = Path(tempfile.mkdtemp(prefix="home-"))
+        weakref.finalize(self, shutil.rmtree, self.home, ignore_errors=True)
         self.work = place / "work"
-        self.home.mkdir(parents=True)
-        self.work.mkdir()
+        self.work.mkdir(parents=True)
         shutil.copy(SIMULATOR / "plato-config.yml", self.work)
         self.environment = {
             "PATH": os.environ["PATH"],
@@ -244,6 +247,14 @@ class Desk:
         ]
         return self.run(command=words)
 
+    def hang_up(self) -> None:
+        """End the connection that ssh keeps for later ones, if there is one."""
+        state = self.state
+        words = ["ssh", "-F", state["ssh_config_path"], "-O", "exit", state["ssh_host"]]
+        self.run(command=words)
+        name = state["ssh_host"].replace("sandbox-", "ssh_") + ".sock"
+        eventually(lambda: not (self.plato_home / name).exists())
+
     def heartbeat_record(self) -> dict[str, Any]:
         """The first line of the heartbeat's record of the sandbox in the working directory."""
         name = self.state["session_id"].split("-")[0]
@@ -289,6 +300,23 @@ def heartbeats(desk: Desk) -> list[int]:
         if b"heartbeat-child" in command and os.fsencode(f"HOME={desk.home}") + b"\0" in environment:
             found.append(int(process.name))
     return sorted(found)
+
+
+def ssh_processes(desk: Desk) -> dict[int, str]:
+    """The ssh clients of a desk and their ways to the gateway, by pid."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        kept = command.startswith(
+            os.fsencode(f"ssh: {desk.plato_home}/")
+        )  # its title lies over its environment
+        ours = os.fsencode(f"HOME={desk.home}") + b"\0" in environment
+        if kept or (ours and (b"gateway-stream" in command or command.startswith(b"ssh"))):
+            found[int(process.name)] = command.replace(b"\0", b" ").decode()
+    return found
 
 
 def living(plato: LocalPlato) -> list[str]:

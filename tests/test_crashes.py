@@ -30,13 +30,13 @@ SYSTEM_CALLS = """
 KILL_AT_EFFECT = """
 import os, runpy, signal, sys
 
-limit, place, product = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+limit, places, product = int(sys.argv[1]), tuple(sys.argv[2].split(":")), sys.argv[3]
 effects = {"os.rename", "os.remove", "os.mkdir", "subprocess.Popen", "socket.connect", "http.client.send"}
 seen = 0
 
 def look(event, arguments):
     global seen
-    written = event == "open" and str(arguments[0]).startswith(place) and arguments[2] & os.O_CREAT
+    written = event == "open" and str(arguments[0]).startswith(places) and arguments[2] & os.O_CREAT
     if event in effects or written:
         seen += 1
         if seen == limit:
@@ -58,7 +58,8 @@ def killed_at(desk: Desk, killer: str, number: int, *arguments: str) -> Result:
         words = [part("strace", "strace"), "-qq", "-o", "/dev/null", "-e", f"trace={calls}"]
         words += ["-e", f"inject={calls}:signal=KILL:when={number}", *desk.command(*arguments)]
     else:
-        words = [sys.executable, "-c", KILL_AT_EFFECT, str(number), str(desk.place), *desk.words(*arguments)]
+        places = f"{desk.work}:{desk.home}"
+        words = [sys.executable, "-c", KILL_AT_EFFECT, str(number), places, *desk.words(*arguments)]
     return desk.run(command=words)
 
 

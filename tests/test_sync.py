@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import pytest
-from conftest import Desk, Result, altered, eventually, part, sent
+from conftest import Desk, Result, altered, eventually, part, sent, ssh_processes
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
@@ -886,6 +886,7 @@ def test_ssh_breaks(own_vm: Vm, source: Path, target: str, after: int) -> None:
 @pytest.mark.parametrize("after", [None, 3000, 100_000], ids=["at once", "early", "late"])
 def test_auto_goes_on_through_the_api(own_vm: Vm, source: Path, target: str, after: Optional[int]) -> None:
     change = prepare_change(own_vm, source, target)
+    own_vm.desk.hang_up()
     if after is None:
         own_vm.plato.fault("gateway_down", times=-1)
     else:
@@ -894,6 +895,17 @@ def test_auto_goes_on_through_the_api(own_vm: Vm, source: Path, target: str, aft
     assert result.code == 0
     assert result.document["via"] == "api"
     assert "through the API" in result.err
+    assert read_tree(own_vm.place(target)) == change.new
+
+
+@pytest.mark.parametrize("via", ["ssh", "auto"])
+def test_connection_that_was_kept_breaks(own_vm: Vm, source: Path, target: str, via: str) -> None:
+    """What ssh kept open is cut: the next `sync` makes a new connection."""
+    change = prepare_change(own_vm, source, target)
+    own_vm.desk.good("sync", str(source), "--remote-path", target, "--via", "ssh", "--dry-run")
+    [stream] = [pid for pid, words in ssh_processes(own_vm.desk).items() if "gateway-stream" in words]
+    os.kill(stream, signal.SIGKILL)
+    assert good_sync(own_vm, source, target, "--via", via)["via"] == "ssh"
     assert read_tree(own_vm.place(target)) == change.new
 
 
