@@ -263,6 +263,10 @@ class Desk:
         )
         return record
 
+    def paths(self) -> list[Path]:
+        """Everything that the user has."""
+        return [*self.place.rglob("*"), *self.home.rglob("*")]
+
     def leftovers(self) -> list[str]:
         """Files that a stopped sandbox must not leave behind."""
         files = list(self.plato_home.iterdir()) if self.plato_home.is_dir() else []

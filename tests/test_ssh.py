@@ -529,9 +529,9 @@ def test_hostile_job_id(desk: Desk, plato: LocalPlato, job_id: str) -> None:
 )
 def test_hostile_session_id(desk: Desk, plato: LocalPlato, session_id: str) -> None:
     play_along(plato, session_id, "job-1")
-    before = sorted(path for path in desk.place.rglob("*") if desk.plato_home not in path.parents)
+    before = sorted(path for path in desk.paths() if desk.plato_home not in path.parents)
     assert_no_injection(desk, plato)
-    after = sorted(path for path in desk.place.rglob("*") if desk.plato_home not in path.parents)
+    after = sorted(path for path in desk.paths() if desk.plato_home not in path.parents)
     assert [path for path in after if path != desk.plato_home] == before
 
 

@@ -130,7 +130,7 @@ def test_no_key_in_any_file(visitor: Desk) -> None:
     visitor.good("start", "-c")
     visitor.run("start", "-c")
     key = visitor.environment["PLATO_API_KEY"].encode()
-    files = [path for path in visitor.place.rglob("*") if path.is_file()]
+    files = [path for path in visitor.paths() if path.is_file()]
     assert {".sandbox.yaml", "plato-config.yml"} < {path.name for path in files}
     assert [path for path in files if key in path.read_bytes()] == []
     visitor.good("stop")
