@@ -353,6 +353,10 @@ class Settings:
         self.gateway_host = gateway_host
         self.gateway_port = gateway_port
         self.home = os.path.abspath(os.path.expanduser(home))
+        if os.path.expanduser(home).startswith("~"):  # it would be a directory of that name, right here
+            raise UsageError(
+                "This user has no home directory.", hint="Set PLATO_HOME to a directory for the SSH files."
+            )
         self.heartbeat_seconds = heartbeat_seconds
         self.ca_file = os.path.abspath(ca_file) if ca_file else None
         self.browser = browser

@@ -319,3 +319,49 @@ def test_snapshot(
     assert begun.state["artifact_id"] not in (None, "")
     still_there(begun, begun.state["session_id"])
     tally("crash points", count)
+
+
+# -- a disk that is full --
+
+ON_A_SMALL_DISK = """
+place=$1 pages=$2; shift 2
+mount -t tmpfs -o size=1m,mode=700 none "$place" && mkdir "$place/work" "$place/home" && cd "$place/work" || exit 99
+head -c 2m /dev/zero >../filler 2>/dev/null
+truncate -s -$((pages * 4096)) ../filler
+PLATO_HOME=$place/home "$@"
+code=$?
+[ ! -e .sandbox.yaml ] || echo "record kept" >&2
+for file in ../home/* .sandbox.yaml.*; do [ ! -e "$file" ] || echo "left: $file" >&2; done
+exit $code
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("remainder", range(3))
+def test_start_on_a_full_disk(
+    desk: Desk, plato: LocalPlato, remainder: int, soaking: bool, tally: Callable[[str, int], None]
+) -> None:
+    """Whatever is the first that finds no room: no VM lives that is not on record, and the words say why."""
+    disk = desk.place / "disk"
+    disk.mkdir()
+    count, pages = 0, remainder
+    while True:
+        words = [part("unshare", "util-linux"), "--user", "--map-root-user", "--mount", "sh", "-c"]
+        words += [ON_A_SMALL_DISK, "sh", str(disk), str(pages), *desk.command(*BLANK, "--json")]
+        result = desk.run(command=words)
+        count += 1
+        if result.code == 0:
+            assert "record kept" in result.err
+            assert result.document["job_id"] in living(plato)
+            break
+        assert result.code == 1, result
+        assert "No space left on device" in result.error["message"], result
+        assert "record kept" not in result.err
+        assert "left:" not in result.err
+        assert living(plato) == []
+        eventually(lambda: not heartbeats(desk))
+        pages += 3 if soaking else 6
+        assert pages < 60
+    assert count > 1
+    desk.good("stop", "--session-id", result.document["session_id"])
+    tally("full disks", count)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 import yaml
-from conftest import PRODUCT, Desk, Result, eventually, is_running, living, part, sent
+from conftest import PRODUCT, Desk, Result, altered, eventually, is_running, living, part, sent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -883,6 +883,20 @@ def test_plato_home_on_a_read_only_file_system(visitor: Desk, shared_plato: Loca
         assert "PLATO_HOME" in result.error["hint"]
     assert list((visitor.place / "other").iterdir()) == []
     assert len(shared_plato.requests()) == before
+
+
+def test_a_user_without_a_home(visitor: Desk, shared_plato: LocalPlato) -> None:
+    """Neither HOME nor an account, as in some containers: nothing is made in a directory named ~."""
+    before = len(shared_plato.requests())
+    code = "import os.path; os.path.expanduser = lambda path: path  # what it does for a user without a home"
+    result = visitor.run(command=altered(code, "start", *BLANK, "--json"))
+    assert result.code == 2
+    assert "PLATO_HOME" in result.error["hint"]
+    assert [path.name for path in visitor.work.iterdir()] == ["plato-config.yml"]
+    assert len(shared_plato.requests()) == before
+    visitor.environment["PLATO_HOME"] = str(visitor.place / "elsewhere")
+    visitor.good(command=altered(code, "start", *BLANK))
+    visitor.good("stop")
 
 
 def test_stop_in_a_read_only_directory(visitor: Desk, shared_plato: LocalPlato) -> None:
