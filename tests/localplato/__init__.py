@@ -152,9 +152,12 @@ class LocalPlato:
         """Move the server's clock on; what is due then has happened afterwards."""
         self.admin("POST", "advance", {"seconds": seconds})
 
-    def requests(self, method: str | None = None, path: str | None = None) -> list[dict[str, Any]]:
-        """The requests so far, oldest first: of that method, and whose path contains that text."""
-        return matching(self.admin("GET", "requests")["requests"], method, path)
+    def requests(
+        self, method: str | None = None, path: str | None = None, since: int = 0
+    ) -> list[dict[str, Any]]:
+        """The requests so far, oldest first: of that method, whose path contains that text, and whose
+        `number` is beyond `since`."""
+        return matching(self.admin("GET", "requests", since=since)["requests"], method, path)
 
     def sessions(self) -> list[dict[str, Any]]:
         return list(self.admin("GET", "sessions")["sessions"])

@@ -79,10 +79,12 @@ def get_status(service: Service, parameters: dict[str, str]) -> AdminAnswer:
 
 
 def get_requests(service: Service, parameters: dict[str, str]) -> AdminAnswer:
+    """All that are kept, or those after the one with the number `since`."""
+    since = int(parameters.get("since", 0))
     with service.sessions.lock:
         return 200, {
             "version": service.sessions.version,
-            "requests": [dict(entry) for entry in service.requests],
+            "requests": [dict(entry) for entry in service.requests if entry["number"] > since],
         }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from . import admin, artifacts, network, worker  # noqa: F401 - their endpoints bind themselves
 from .contract import Contract, Endpoint, Report
 from .endpoints import HANDLERS, ApiError, Call, Settings
-from .faults import Fault, Faults
+from .faults import Fault, Faults, edited
 from .gateway import Gateway
 from .hub import Hub
 from .relay import reset_when_closed
@@ -480,6 +480,22 @@ def fault_redirect(handler: Handler, fault: Fault, request: Request) -> None:
     handler.send(Answer(status, b"", {"location": fault.url, **fault.headers}))
 
 
+def fault_edit(handler: Handler, fault: Fault, request: Request) -> None:
+    answer = handler.act(request)
+    try:
+        answer = json_answer(answer.status, edited(json.loads(answer.body), fault.edits), **answer.headers)
+    except LookupError as error:
+        answer = json_answer(500, {"detail": f"the fault does not fit this answer: {error}"})
+        handler.server.service.settle(request, status=500, fault="edit, which does not fit")
+    handler.send(answer)
+
+
+def fault_copy(handler: Handler, fault: Fault, request: Request) -> None:
+    answer = handler.act(request)
+    handler.server.service.settle(request, answer=answer.body.decode())
+    handler.send(answer)
+
+
 FAULTY = {
     "status": fault_status,
     "reset_before_acting": fault_reset,
@@ -491,4 +507,6 @@ FAULTY = {
     "html": fault_html,
     "drip": fault_drip,
     "redirect": fault_redirect,
+    "edit": fault_edit,
+    "copy": fault_copy,
 }
