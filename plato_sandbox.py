@@ -234,12 +234,12 @@ class ApiError(SandboxError):
 
 
 class NetworkError(ApiError):
-    """No answer came. sent: whether the server may have received the request."""
+    """No whole answer came. sent: whether the server may have received the request; body: what came."""
 
     code = "network"
 
-    def __init__(self, message: str, *, hint: str | None = None, sent: bool) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(self, message: str, *, hint: str | None = None, sent: bool, body: bytes = b"") -> None:
+        super().__init__(message, hint=hint, body=body)
         self.sent = sent
 
 
@@ -3126,10 +3126,13 @@ class Transport:
         where = target.partition("?")[0]
         stream: Any = connection.sock
         stream.deadline = deadline
+        body = b""
         try:
             connection.request(method, target, payload, headers)
             response = connection.getresponse()
             body = response.read(MAX_ANSWER_BYTES + 1)
+            if response.length and len(body) <= MAX_ANSWER_BYTES:  # bytes that were announced and never came
+                raise ConnectionError("the answer was cut off")
             if response.will_close or len(body) > MAX_ANSWER_BYTES:
                 self.close()
         except (TimeoutError, socket.timeout):  # two classes until Python 3.10
@@ -3145,6 +3148,7 @@ class Transport:
                 f"The connection to {self._host} broke during {method} {where}: {reason(error)}.",
                 hint="Run the command again; if it keeps failing, check the network.",
                 sent=True,
+                body=body,
             ) from None
         except BaseException:  # interrupted halfway: what is left on this connection is nobody's answer
             self.close()
@@ -12074,6 +12078,7 @@ class Starter:
             raise ApiError("Plato's answer to the request that creates a VM names no session.")
         except NetworkError as error:
             if error.sent:
+                self._record_what_the_answer_names(error)
                 raise lost_answer(error) from None
             raise
         except ApiError as error:
