@@ -11595,21 +11595,19 @@ class Sandbox(SandboxBase):
         try:
             answer = self.api.snapshot(state["session_id"], checkpoint)
         except ApiError as error:
-            lost = isinstance(error, NetworkError) and error.sent
-            if lost or error.status is None or error.status in (408, 502, 504):
-                raise UnknownOutcomeError(
-                    f"Plato may have made an artifact, but its answer was lost: {error.message}",
-                    hint="The sandbox runs on; take another snapshot if you need one.",
-                ) from None
+            lost = error.sent if isinstance(error, NetworkError) else error.status in (None, 408, 502, 504)
+            if lost:
+                raise lost_snapshot(f"its answer was lost: {error.message}") from None
             raise self._gone_or(error) from None
         job = job_of(answer, state.get("job_id"))
-        artifact_id = as_text(job.get("artifact_id"))
-        if artifact_id is None or job.get("success") is False:
-            said = as_text(job.get("error")) or "no reason was given"
+        artifact_id, said = as_text(job.get("artifact_id")), as_text(job.get("error"))
+        if job.get("success") is False or (said and not artifact_id):
             raise SandboxError(
-                f"The snapshot could not be created: {printable(said).rstrip('.')}.",
+                f"The snapshot could not be created: {printable(said or 'no reason was given').rstrip('.')}.",
                 hint="The sandbox runs on; try again.",
             )
+        if artifact_id is None:
+            raise lost_snapshot("its answer names none.")
         return artifact_id
 
     def _wait_for_artifact(self, artifact_id: str, seconds: float) -> str:
@@ -11951,6 +11949,13 @@ def gone_error(why: str | None) -> NoSandboxError:
     return NoSandboxError(
         f"The VM is gone{': ' + printable(why) if why else ''}.",
         hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
+    )
+
+
+def lost_snapshot(why: str) -> UnknownOutcomeError:
+    return UnknownOutcomeError(
+        f"Plato may have made an artifact, but {why}",
+        hint="The sandbox runs on; take another snapshot if you need one.",
     )
 
 
