@@ -11799,13 +11799,13 @@ class Sandbox(SandboxBase):
         """Close a session and be sure of it; True when it was gone already. Raises when it may still run."""
         try:
             answer = self.api.close(session_id)
+            if answer.get("success") is not False:
+                return False
+            details = self.api.session_details(session_id)
         except ApiError as error:
             if error.status in (404, 410):
                 return True
             raise
-        if answer.get("success") is not False:
-            return False
-        details = self.api.session_details(session_id)
         word, _ = vm_status(details, self.state.get("job_id"))
         if word is not None and word.lower() in TERMINAL_STATUSES:
             return True
