@@ -11732,7 +11732,10 @@ class Sandbox(SandboxBase):
         state = self.state
         address = state.get("url") or state.get("public_url")
         if not address:
-            answer = job_of(self.api.public_url(state["session_id"]), state.get("job_id"))
+            try:
+                answer = job_of(self.api.public_url(state["session_id"]), state.get("job_id"))
+            except ApiError as error:
+                raise self._gone_or(error) from None
             address = with_router_target(as_text(answer.get("url")), state.get("service"))
         if not address:
             raise SandboxError("Plato knows no address of this sandbox, so there is no page for a browser.")
