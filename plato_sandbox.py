@@ -3352,8 +3352,14 @@ class PlatoApi:
         return self.transport.request("GET", f"/api/v2/jobs/{quoted(job_id)}/flows")
 
     def artifact_flows(self, artifact_id: str) -> Any:
-        """GET /api/v1/simulator/{artifact_id}/flows. What it returns is not specified."""
-        return self.transport.request("GET", f"/api/v1/simulator/{quoted(artifact_id)}/flows")
+        """GET /api/v1/simulator/{artifact_id}/flows: {"data": {"flows": TEXT}} or the flows file itself."""
+        try:
+            return self.transport.request("GET", f"/api/v1/simulator/{quoted(artifact_id)}/flows")
+        except ApiError as error:
+            text = error.body.decode("utf-8", "replace") if error.status is None and error.body else ""
+            if not re.search(r"^flows:", text, re.MULTILINE):
+                raise
+            return text
 
     def add_ssh_key(self, session_id: str, public_key: str, username: str) -> dict[str, Any]:
         """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
@@ -7758,30 +7764,30 @@ def local_flows_path(sandbox: SandboxBase) -> str | None:
 def fetch_flows(sandbox: SandboxBase) -> FlowSet:
     """The flows that Plato has for the sandbox's job, or else for its artifact."""
     job_id, artifact_id = sandbox.state.get("job_id"), sandbox.state.get("artifact_id")
-    answer: Any = None
+    found: Any = None
     sandbox.reporter.step("Fetching the flows")
     for identity, ask in ((job_id, sandbox.api.job_flows), (artifact_id, sandbox.api.artifact_flows)):
-        if not identity or has_flows(answer):
+        if not identity or found:
             continue
         try:
-            answer = ask(identity)
+            found = flows_in(ask(identity))
         except ApiError as error:
             if error.status not in (404, 405, 501):
                 raise
-    if not has_flows(answer):
+    if not found:
         raise ConfigError(
             "Plato has no flows for this sandbox.",
             hint=f"Name a flows file in {CONFIG_NAMES[0]} (`metadata.flows_path`) and use --local.",
         )
-    if isinstance(answer, str):
-        return parse_flows(answer, "the flows that Plato has", placed=False)
-    listed = answer["flows"] if isinstance(answer, dict) else answer
-    return parse_flows(yaml_dump({"flows": listed}), "the flows that Plato has", placed=False)
+    text = found if isinstance(found, str) else yaml_dump({"flows": found})
+    return parse_flows(text, "the flows that Plato has", placed=False)
 
 
-def has_flows(answer: Any) -> bool:
-    """Whether an answer holds any: a list of flows, an object with one, or the text of a flows file."""
-    return bool(answer.get("flows") if isinstance(answer, dict) else answer)
+def flows_in(answer: Any) -> Any:
+    """The flows in an answer: a list of them or the text of a flows file, bare or under `flows` or `data`."""
+    if not isinstance(answer, dict):
+        return answer
+    return flows_in(answer["data"]) if isinstance(answer.get("data"), dict) else answer.get("flows")
 
 
 # What a flow changed
@@ -11686,10 +11692,15 @@ class Sandbox(SandboxBase):
         a sandbox, the local config's. ConfigError lists what is wrong with them.
         """
         state = load_state(self.directory)
-        if source != "api" and not state and local_flows_path(self):
+        if source == "api" or state or not local_flows_path(self):
+            self.load()
+        return self._found_flows(source)
+
+    def _found_flows(self, source: str | None) -> FlowSet:
+        try:
             return find_flows(self, source)
-        self.load()
-        return find_flows(self, source)
+        except ApiError as error:
+            raise self._gone_or(error) from None
 
     def flow(
         self,
@@ -11725,7 +11736,7 @@ class Sandbox(SandboxBase):
     def _flows_of_sandbox(self, source: str | None) -> FlowSet:
         self._load_for_use()
         self.revive_heartbeat()
-        return find_flows(self, source)
+        return self._found_flows(source)
 
     def _page_address(self) -> str:
         """The address of the sandbox's page; asked again where `start` could not find it out."""

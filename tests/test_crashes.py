@@ -325,7 +325,8 @@ def test_snapshot(
 
 ON_A_SMALL_DISK = """
 place=$1 pages=$2; shift 2
-mount -t tmpfs -o size=1m,mode=700 none "$place" && mkdir "$place/work" "$place/home" && cd "$place/work" || exit 99
+mount -t tmpfs -o size=1m,mode=700 none "$place" || exit 99
+mkdir "$place/work" "$place/home" && cd "$place/work" || exit 99
 head -c 2m /dev/zero >../filler 2>/dev/null
 truncate -s -$((pages * 4096)) ../filler
 PLATO_HOME=$place/home "$@"

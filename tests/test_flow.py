@@ -1156,12 +1156,20 @@ def test_flows_of_an_artifact(desk: Desk, plato: LocalPlato) -> None:
         "status", status=404, method="GET", path="/api/v2/jobs/*/flows", body={"detail": "x"}, times=-1
     )
     flows = [flow("login", step("wait", duration=1))]
-    text = json.dumps(yaml.safe_dump({"flows": flows}))
-    for nth, body in enumerate((flows, {"flows": flows}, text), 1):
+    text = yaml.safe_dump({"flows": flows})
+    bodies = (
+        flows,
+        {"flows": flows},
+        {"data": {"flows": text}},
+        {"data": {"flows": flows}},
+        json.dumps(text),
+        text,
+    )
+    for nth, body in enumerate(bodies, 1):
         path = "/api/v1/simulator/art_1/flows"
         headers = {"Content-Type": "application/json"}
         plato.fault("status", status=200, method="GET", path=path, body=body, nth=nth, headers=headers)
-    for _ in range(3):
+    for _ in bodies:
         listed = desk.good("flow", "--list", "--json").document
         assert [item["name"] for item in listed["flows"]] == ["login"]
         assert listed["source"] == "api"

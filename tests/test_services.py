@@ -993,7 +993,9 @@ def session_processes(vm: Vm) -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             environment, line = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
-            if (mark in environment or store in environment) and not re.search(b"heartbeat-child|gateway-stream", line):
+            if (mark in environment or store in environment) and not re.search(
+                b"heartbeat-child|gateway-stream", line
+            ):
                 found.append(line.replace(b"\0", b" ").decode(errors="replace"))
     return found
 
