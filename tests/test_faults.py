@@ -254,8 +254,8 @@ OTHERS = (
         "clear-audit", "*/cleanup", "gone", {1, 3}, "404: the databases are tried, and there is no way here"
     ),
     Other("flow*", "*/public_url", "fields", {PLAIN, 1}, "1: Plato names no address"),
-    Other("flow*", "*/flows", "gone", {3, 8}, "404: Plato has no flows for it"),
-    Other("flow*", "*/flows", "refusal", {6, 8}, "405, 501: Plato has no flows for it"),
+    Other("flow*", "*/flows", "gone", {0, 3, 8}, "404: those of the artifact, or none"),
+    Other("flow*", "*/flows", "refusal", {0, 6, 8}, "405, 501: the same"),
     Other("flow*", "*/flows", "garbage fields", {PLAIN, 6, 8}, "flows that cannot be used are told as such"),
     Other("sync*", "*/execute", "fields", {PLAIN, 1, 6, 7}, "it says what a command on the VM did"),
     Other("*without a repository", "*/repo", "refusal garbage", {PLAIN, 6}, "409: it is there"),
@@ -350,7 +350,6 @@ SCENES = (
     Scene(
         "flow --list --api of the artifact",
         ("flow", "--list", "--api"),
-        plain=8,
         given=(given("status", "GET", "*/jobs/*/flows", status=404),),
         only="*/simulator/*",
     ),
