@@ -155,7 +155,7 @@ BEAT_URGENT_SECONDS = 150.0  # the server ends a VM 120 seconds after its last b
 BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
 BEAT_LOG_EVENTS = 100
 WAKE_SECONDS = 15.0
-UNHEALTHY_BEATS = 2  # a last good beat older than this many intervals is worth a warning
+UNHEALTHY_BEATS = 4  # a last good beat older than this many intervals is worth a warning
 
 TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "timeout"})
 
