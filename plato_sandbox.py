@@ -2641,6 +2641,8 @@ def save_state(directory: str, state: Mapping[str, Any]) -> None:
     """Write .sandbox.yaml so that a crash leaves the old file or the new one, readable by the owner only."""
     kept = {key: value for key, value in state.items() if value is not None}
     text = STATE_FIRST_LINE + yaml_dump(kept) + STATE_LAST_LINE
+    if state.get("ssh_host") and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", state["ssh_host"]):
+        raise damaged_state(path, "its ssh_host is not the name of a host", text)
     try:
         write_whole(state_path(directory), text)
     except OSError as error:
@@ -3788,7 +3790,7 @@ done
 class SshShell:
     """A shell on the VM that runs scripts one after another over one SSH connection."""
 
-    def __init__(self, state: Mapping[str, Any], reporter: Reporter) -> None:
+    def __init__(self, state: Mapping[str, Any], settings: Settings, reporter: Reporter) -> None:
         import secrets
         import subprocess
 
@@ -3797,7 +3799,7 @@ class SshShell:
         loop = shell_words(["exec", "sh", "-c", _SHELL_LOOP.replace("WORD", word)])
         command = [
             "ssh",
-            *("-T", "-F", state["ssh_config_path"], "-o", "BatchMode=yes"),
+            *("-T", "-F", trusted_ssh_config(state, settings), "-o", "BatchMode=yes"),
             *("-c", SSH_CIPHERS),
             state["ssh_host"],
             loop,
@@ -3822,6 +3824,21 @@ class SshShell:
         seconds: the longest wait for its end once it has its input. NetworkError when the connection breaks.
         """
         import binascii
+def trusted_ssh_config(state: Mapping[str, Any], settings: Settings) -> str:
+    """The SSH config of a sandbox; SandboxError for one that lies where no client writes them.
+
+    Such a file can name commands to run here, and the record may have come with somebody's repository.
+    """
+    path = os.path.normpath(os.path.expanduser(str(state["ssh_config_path"])))
+    if os.path.dirname(path) not in (settings.home, os.path.abspath(os.path.expanduser("~/.plato"))):
+        raise SandboxError(
+            f"{STATE_FILE} names {shown_path(path)} as its SSH config, which is not in"
+            f" {shown_path(settings.home)}, so it was not used.",
+            hint="Set PLATO_HOME to where it is if it is yours; start the sandbox anew if not.",
+        )
+    return path
+
+
 
         body = script.encode()
         whole = self._write(b"%d\n" % len(body) + body)
@@ -5819,7 +5836,7 @@ class SshWay:
     def __init__(self, sandbox: SandboxBase, seconds: float) -> None:
         self._seconds = seconds
         self._reporter = sandbox.reporter
-        self._shell = SshShell(sandbox.state, sandbox.reporter)
+        self._shell = SshShell(sandbox.state, sandbox.settings, sandbox.reporter)
 
     def ready(self) -> None:
         """Wait until the VM answers."""
@@ -10007,7 +10024,7 @@ class SqliteDatabase(Database):
 
     def _run_there(self, command: Sequence[str], seconds: float) -> Outcome:
         sandbox: Any = self.sandbox
-        shell = SshShell(sandbox.state, sandbox.reporter)
+        shell = SshShell(sandbox.state, sandbox.settings, sandbox.reporter)
         self._shells.append(shell)
         try:
             shell.wait_until_ready(REQUEST_SECONDS)
