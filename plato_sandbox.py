@@ -2097,9 +2097,9 @@ def configured_flows_path(config_path: str, dataset: str) -> str | None:
         return None
     if not isinstance(node.value, str) or not node.value.strip():
         raise unusable_flows(source, [str(node.error("`metadata.flows_path` must be the path of a file"))])
-    path = os.path.normpath(os.path.join(os.path.dirname(config_path), node.value))
+    where = f"{source}:{node.line}:{node.column}"
+    path = flows_file(config_path, node.value, where)
     if not os.path.isfile(path):
-        where = f"{source}:{node.line}:{node.column}"
         raise ConfigError(f"{where}: the flows file {shown_path(from_here(path))} is not there.")
     return path
 
@@ -2109,6 +2109,21 @@ class FlowsChecker(ConfigChecker):
 
     def __init__(self, source: str, placed: bool) -> None:
         super().__init__(source)
+def flows_file(config_path: str, name: str, where: str) -> str:
+    """The absolute path of a config's flows file; ConfigError unless it lies in the config's directory.
+
+    Its text leaves this machine with a snapshot, so a config must not be able to name any file at all.
+    """
+    folder = os.path.dirname(os.path.abspath(config_path))
+    path = os.path.normpath(os.path.join(folder, name))
+    top, real = os.path.realpath(folder), os.path.realpath(path)
+    if os.path.isabs(name) or not is_inside(name) or os.path.commonpath([top, real]) != top:
+        raise ConfigError(
+            f"{where}: `metadata.flows_path` is {name!r}; it must lie in the directory of the config."
+        )
+    return path
+
+
         self.placed = placed
 
     def flows(self, root: YamlNode | None) -> list[Flow]:
@@ -2725,7 +2740,8 @@ def _sync_directory(path: str) -> None:
 def make_home(home: str) -> None:
     """Create PLATO_HOME (0700) if needed and check that files can be written there.
 
-    `~/.plato` becomes 0700 whoever made it; another directory that is there already keeps its mode.
+    `~/.plato` becomes 0700 whoever made it; another directory that is there already keeps its mode, but must
+    not be one in which everyone can replace files.
     """
     try:
         os.makedirs(home, mode=0o700, exist_ok=True)
@@ -2736,12 +2752,14 @@ def make_home(home: str) -> None:
     except OSError as error:
         raise SandboxError(
             f"{shown_path(home)} cannot be used for SSH files and heartbeat records: {reason(error)}.",
-            hint="Make it a directory you can write to, or set PLATO_HOME to another one.",
+            hint="Make it a directory that only you can write to, or set PLATO_HOME to another one.",
         ) from None
 
 
 def short_id(session_id: str) -> str:
     """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name.
+
+    import stat
 
     Session ids are UUIDs today. The first part of another kind of id is used only where it looks random
     ("abc123-def456"), else the whole id: "session-1" and "session-2" must not share their files.
@@ -2749,6 +2767,9 @@ def short_id(session_id: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9-]", "", session_id).strip("-")
     first = safe.split("-", 1)[0]
     random = re.fullmatch(r"[0-9a-f]{8}|(?=.*\d)[0-9a-f]{6,}", first, re.IGNORECASE)
+        mode = os.stat(home).st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError("everyone can write to it, so an SSH config in it could be anyone's")
     return (first if random else safe)[:64] or "unknown"
 
 
@@ -3547,8 +3568,8 @@ class KeyMaking:
         import subprocess
 
         self.files = files
-        _unlink_quietly(files.key)
-        _unlink_quietly(files.public_key)
+        for path in (files.key, files.public_key, files.known_hosts):  # links among them are not followed
+            _unlink_quietly(path)
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
         quiet = subprocess.DEVNULL
         self._process = launch(command, reporter, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE)
@@ -6531,6 +6552,7 @@ def tree_to_push(config: Config, *, gitignore: bool) -> LocalTree:
         for path, entry in everything.entries.items():
             if any(path == name or path.startswith(name + b"/") for name in missing):
                 tree.entries[path] = entry
+        inside = "./-" if inside == "-" else inside  # which means standard input to Compose
     files = sorted(path for path, entry in tree.entries.items() if entry.kind != "d")
     check_before_sending(tree, RemoteTree(), files)
     if tree.unreadable:
@@ -6653,7 +6675,7 @@ class GitStore:
                 "git cannot be found on this machine.",
                 hint="Install git, or bring the code over without it: start-services --via sync",
             )
-        self.is_old = os.path.isfile(os.path.join(path, "HEAD"))
+        self.is_old = os.path.isfile(os.path.join(path, "HEAD")) and not os.path.islink(path)
         if not self.is_old:
             self._make()
 
@@ -6683,6 +6705,7 @@ class GitStore:
             "GIT_CONFIG_NOSYSTEM": "1",
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_TERMINAL_PROMPT": "0",
+        _unlink_quietly(self.path)  # a link is not followed
             "GIT_ALLOW_PROTOCOL": "http:https",
             "HOME": self.path,  # a git that does not know GIT_CONFIG_GLOBAL looks here
             "XDG_CONFIG_HOME": self.path,
@@ -11611,7 +11634,7 @@ class Sandbox(SandboxBase):
         }
         flows = as_text(as_dict(config.content.get("metadata")).get("flows_path"))
         if flows:
-            fields["flows"] = read_config(os.path.join(os.path.dirname(config.path), flows))
+            fields["flows"] = read_config(flows_file(config.path, flows, shown_path(from_here(config.path))))
         return {name: value for name, value in fields.items() if value is not None}
 
     def _take_snapshot(self, state: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
