@@ -2270,7 +2270,10 @@ def is_inside(name: str) -> bool:
 
 
 def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a child process. SandboxError names a program that cannot be run."""
+    """Start a child process, without the secrets of the environment unless `env` has them.
+
+    SandboxError names a program that cannot be run.
+    """
     import subprocess
 
     reporter.trace("run: " + shell_words(command))
@@ -2279,6 +2282,8 @@ def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subpro
     except OSError as error:
         raise SandboxError(
             f"{command[0]} could not be run: {reason(error)}.",
+    if "env" not in options:
+        options["env"] = child_environment(os.environ)
             hint="Check that it is installed and that PATH finds it.",
         ) from None
 
@@ -2296,6 +2301,12 @@ def find_program(name: str) -> str | None:
     import shutil
 
     return shutil.which(name)
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child process that has no use for the API key and the databases' passwords."""
+    secret = ("PLATO_API_KEY", "PGPASSWORD", "MYSQL_PWD")
+    return {name: value for name, value in environment.items() if name not in secret}
+
+
 
 
 def shell_words(words: Sequence[str]) -> str:
@@ -4223,7 +4234,7 @@ def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str
         "record": heartbeat_path(settings.home, state["session_id"]),
         "ca_file": settings.ca_file,
     }
-    environment = {name: value for name, value in os.environ.items() if name != "PLATO_API_KEY"}
+    environment = child_environment(os.environ)
     if environment.get("SSL_CERT_DIR"):  # the child's working directory is another one
         environment["SSL_CERT_DIR"] = os.path.abspath(environment["SSL_CERT_DIR"])
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
@@ -6596,7 +6607,8 @@ class GiteaRepository:
 
     def hide(self, text: str) -> str:
         """A text without the password, whichever way it was written in it."""
-        for secret in (self.password, quoted(self.password)):
+        misread = self.password.encode().decode("latin-1")  # as git takes a text without a charset
+        for secret in (self.password, quoted(self.password), misread):
             if len(secret) >= SHORTEST_SECRET:
                 text = text.replace(secret, "***")
         return text
@@ -6687,11 +6699,16 @@ class GitStore:
         self.is_old = False
         self.run("init", "--quiet", "--bare", "--template=", self.path)
 
-    def run(self, *arguments: str, stdin: Iterable[bytes] = ()) -> str:
+    def run(self, *arguments: str, stdin: Iterable[bytes] = (), credentials: Mapping[str, str] = {}) -> str:
         """Run git on this repository; what it prints, or the error that its failure means."""
         command = ["git", f"--git-dir={self.path}", *_GIT_SETTINGS, *arguments]
         outcome = run_program(
-            command, self.reporter, seconds=GIT_SECONDS, stdin=stdin, env=self._environment(), cwd="/"
+            command,
+            self.reporter,
+            seconds=GIT_SECONDS,
+            stdin=stdin,
+            env={**self._environment(), **credentials},
+            cwd="/",
         )
         if outcome.code:
             raise git_error(outcome, self.repository)
@@ -6713,13 +6730,13 @@ class GitStore:
         }
         if self.ca_file:
             own["GIT_SSL_CAINFO"] = self.ca_file
-        return {**kept, **own, **self.repository.environment()}
+        return {**child_environment(kept), **own}
 
     def _remotely(self, *arguments: str) -> str:
         """The same for what needs the network: once more when the connection broke."""
         for attempt in range(GIT_TRIES):
             try:
-                return self.run(*arguments)
+                return self.run(*arguments, credentials=self.repository.environment())
             except NetworkError as error:
                 delay = retry_delay(error, attempt)
                 if delay is None or attempt + 1 == GIT_TRIES:
@@ -6874,7 +6891,7 @@ _CLONE_BODY = r"""
 command -v git >/dev/null 2>&1 || fail 69 git
 new=$upload/new; mkdir "$upload" "$new" "$new/tree" || fail 77 "$upload"
 made "$target"; cd -- "$target" || quit 77 "$target"
-export GITEA_USERNAME GITEA_PASSWORD GIT_TERMINAL_PROMPT=0 GIT_CONFIG_NOSYSTEM=1
+export GIT_TERMINAL_PROMPT=0 GIT_CONFIG_NOSYSTEM=1
 g() { git --git-dir="$repo" --work-tree="$target" -c safe.directory='*' -c core.hooksPath=/dev/null \
   -c http.followRedirects=false -c credential.helper= -c credential.helper="$helper" \
   -c core.autocrlf=false -c core.fileMode=true -c core.quotePath=true -c core.fsmonitor=false "$@"; }
@@ -6885,7 +6902,8 @@ if [ ! -d "$repo" ]; then
   words=$(git -c init.defaultBranch=main init -q --bare --template= "$repo" 2>&1) || quit 74 "$words"
   g config core.bare false
 fi
-words=$(g fetch -q --no-tags --depth=1 "$url" "+refs/heads/$branch:refs/remotes/origin/$branch" 2>&1) ||
+words=$(export GITEA_USERNAME GITEA_PASSWORD
+  g fetch -q --no-tags --depth=1 "$url" "+refs/heads/$branch:refs/remotes/origin/$branch" 2>&1) ||
   quit 80 "$words"
 unset GITEA_USERNAME GITEA_PASSWORD
 [ "$(g rev-parse "refs/remotes/origin/$branch")" = "$commit" ] || quit 76 branch
@@ -6964,7 +6982,7 @@ def clone_failure(outcome: Outcome, target: str, repository: GiteaRepository) ->
     if outcome.code == 0:
         return None
     lines = [line for line in outcome.stderr.decode("utf-8", "replace").split("\n") if line.strip()]
-    words = repository.hide(printable("; ".join(lines)))[-600:].rstrip(".")
+    words = printable(repository.hide("; ".join(lines)))[-600:].rstrip(".")
     if outcome.code == 80:
         return git_error(Outcome(1, b"", outcome.stderr), repository)
     if outcome.code == 69:
@@ -7579,15 +7597,16 @@ _CLEAR_AUDIT_BODY = r"""
 if [ -z "$DOCKER_HOST" ] && [ -S /var/run/docker-user.sock ]; then
   DOCKER_HOST=unix:///var/run/docker-user.sock; export DOCKER_HOST
 fi
-export PGPASSWORD="$password" MYSQL_PWD="$password"
+PGPASSWORD=$password; MYSQL_PWD=$password
 container=; inner=$port
 if command -v docker >/dev/null 2>&1; then
   found=$(docker ps --format '{{.ID}} {{.Ports}}' 2>/dev/null | grep -- ":$port->" | head -n 1)
   container=${found%% *}
   inner=$(printf %s "$found" | sed -n "s|.*:$port->\([0-9]*\)/.*|\1|p")
 fi
-client() { if [ -n "$container" ]; then docker exec -i -e PGPASSWORD -e MYSQL_PWD "$container" "$@"
-  else "$@"; fi; }
+client() { (export PGPASSWORD MYSQL_PWD
+  if [ -n "$container" ]; then docker exec -i -e PGPASSWORD -e MYSQL_PWD "$container" "$@"
+  else "$@"; fi); }
 where=127.0.0.1; [ -n "$container" ] || where=$host
 case $kind in
 postgresql) printf '%s\n' "$statement" | client psql -X -q -v ON_ERROR_STOP=1 \
@@ -8505,14 +8524,18 @@ class FlowRun:
         except Error as error:
             raise self._launch_error(str(error)) from None
         self.browser["version"] = self._browser.version
+        key = os.environ.pop("PLATO_API_KEY", None)  # its driver takes this environment as it is
 
     def _launch_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
             "headless": not self.options.headed,
+        finally:
+            if key is not None:
+                os.environ["PLATO_API_KEY"] = key
             "slow_mo": self.options.slowmo,
             "traces_dir": self._trace_place,
             # The browser runs pages that nobody here wrote; it has no use for the key.
-            "env": {name: value for name, value in os.environ.items() if name != "PLATO_API_KEY"},
+            "env": child_environment(os.environ),
         }
         if self.options.browser == "chromium":
             options["args"] = [self._marker]
@@ -10947,9 +10970,7 @@ class AuditServer:
         command = [os.path.abspath(sys.executable), own_file(), "audit-server", str(port)]
         pipe = subprocess.PIPE
         # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-        self._process = launch(
-            command, reporter, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        self._process = launch(command, reporter, env=environment, start_new_session=True, **streams)
         self._words: list[str] = []
         self._listening = Aside(functools.partial(self._listen, reporter))
         stdin: Any = self._process.stdin
@@ -10957,7 +10978,11 @@ class AuditServer:
 
     def _listen(self, reporter: Reporter) -> None:
         stdout: Any = self._process.stdout
+        environment = child_environment(os.environ)
+        if "PLATO_API_KEY" in os.environ:  # the page asks Plato what changed; the passwords are in the plan
+            environment["PLATO_API_KEY"] = os.environ["PLATO_API_KEY"]
         for line in stdout:
+        streams = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.STDOUT}
             text = line.decode("utf-8", "replace").rstrip()
             self._words = [*self._words[-20:], text]
             reporter.trace(printable(text))
