@@ -168,7 +168,8 @@ TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "timeout"})
 class SandboxError(Exception):
     """Anything that went wrong and is understood.
 
-    message: one or two plain sentences; hint: what to do next, or None.
+    message: one or two plain sentences; hint: what to do next, or None. Both become one line each, whatever
+    text of others is in them, unless lines are put together on purpose and set afterwards.
     exit_code and code (a stable word for programs) belong to the class.
     """
 
@@ -176,9 +177,12 @@ class SandboxError(Exception):
     code = "failed"
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = hint and printable(hint)
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class UsageError(SandboxError):
@@ -526,7 +530,7 @@ class YamlError(SandboxError):
 
     def __init__(self, message: str, source: str, line: int, column: int) -> None:
         super().__init__(f"{source}:{line}:{column}: {message}")
-        self.message = message
+        self.message = printable(message)
         self.source = source
         self.line = line
         self.column = column
@@ -1565,8 +1569,9 @@ class ConfigError(CheckFailedError):
     code = "config_invalid"
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
-        super().__init__("\n".join([message, *problems]), hint=hint)
-        self.problems = list(problems)
+        super().__init__(message, hint=hint)
+        self.problems = [printable(problem) for problem in problems]
+        self.message = "\n".join([self.message, *self.problems])
 
 
 class Field:
@@ -2104,11 +2109,6 @@ def configured_flows_path(config_path: str, dataset: str) -> str | None:
     return path
 
 
-class FlowsChecker(ConfigChecker):
-    """Walks the nodes of a flows file and collects problems and warnings, each with its place."""
-
-    def __init__(self, source: str, placed: bool) -> None:
-        super().__init__(source)
 def flows_file(config_path: str, name: str, where: str) -> str:
     """The absolute path of a config's flows file; ConfigError unless it lies in the config's directory.
 
@@ -2124,6 +2124,11 @@ def flows_file(config_path: str, name: str, where: str) -> str:
     return path
 
 
+class FlowsChecker(ConfigChecker):
+    """Walks the nodes of a flows file and collects problems and warnings, each with its place."""
+
+    def __init__(self, source: str, placed: bool) -> None:
+        super().__init__(source)
         self.placed = placed
 
     def flows(self, root: YamlNode | None) -> list[Flow]:
@@ -2277,13 +2282,13 @@ def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subpro
     import subprocess
 
     reporter.trace("run: " + shell_words(command))
+    if "env" not in options:
+        options["env"] = child_environment(os.environ)
     try:
         return subprocess.Popen(list(command), **options)
     except OSError as error:
         raise SandboxError(
             f"{command[0]} could not be run: {reason(error)}.",
-    if "env" not in options:
-        options["env"] = child_environment(os.environ)
             hint="Check that it is installed and that PATH finds it.",
         ) from None
 
@@ -2296,17 +2301,17 @@ def point_at_nothing(*descriptors: int) -> None:
     os.close(nothing)
 
 
-def find_program(name: str) -> str | None:
-    """The absolute path of a program on PATH, or None."""
-    import shutil
-
-    return shutil.which(name)
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a child process that has no use for the API key and the databases' passwords."""
     secret = ("PLATO_API_KEY", "PGPASSWORD", "MYSQL_PWD")
     return {name: value for name, value in environment.items() if name not in secret}
 
 
+def find_program(name: str) -> str | None:
+    """The absolute path of a program on PATH, or None."""
+    import shutil
+
+    return shutil.which(name)
 
 
 def shell_words(words: Sequence[str]) -> str:
@@ -2635,6 +2640,8 @@ def parse_state(text: str, path: str) -> dict[str, Any]:
     wrong = [key for key in _TEXT_KEYS if not isinstance(state.get(key), (str, type(None)))]
     if wrong:
         raise damaged_state(path, f"its {wrong[0]} is not a text", text)
+    if state.get("ssh_host") and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", state["ssh_host"]):
+        raise damaged_state(path, "its ssh_host is not the name of a host", text)
     return state
 
 
@@ -2667,8 +2674,6 @@ def save_state(directory: str, state: Mapping[str, Any]) -> None:
     """Write .sandbox.yaml so that a crash leaves the old file or the new one, readable by the owner only."""
     kept = {key: value for key, value in state.items() if value is not None}
     text = STATE_FIRST_LINE + yaml_dump(kept) + STATE_LAST_LINE
-    if state.get("ssh_host") and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", state["ssh_host"]):
-        raise damaged_state(path, "its ssh_host is not the name of a host", text)
     try:
         write_whole(state_path(directory), text)
     except OSError as error:
@@ -2754,12 +2759,17 @@ def make_home(home: str) -> None:
     `~/.plato` becomes 0700 whoever made it; another directory that is there already keeps its mode, but must
     not be one in which everyone can replace files.
     """
+    import stat
+
     try:
         os.makedirs(home, mode=0o700, exist_ok=True)
         if home == os.path.expanduser("~/.plato") and os.stat(home).st_uid == os.getuid():
             os.chmod(home, 0o700)
         if not os.access(home, os.W_OK | os.X_OK):
             raise PermissionError("it is not writable")
+        mode = os.stat(home).st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError("everyone can write to it, so an SSH config in it could be anyone's")
     except OSError as error:
         raise SandboxError(
             f"{shown_path(home)} cannot be used for SSH files and heartbeat records: {reason(error)}.",
@@ -2770,17 +2780,12 @@ def make_home(home: str) -> None:
 def short_id(session_id: str) -> str:
     """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name.
 
-    import stat
-
     Session ids are UUIDs today. The first part of another kind of id is used only where it looks random
     ("abc123-def456"), else the whole id: "session-1" and "session-2" must not share their files.
     """
     safe = re.sub(r"[^A-Za-z0-9-]", "", session_id).strip("-")
     first = safe.split("-", 1)[0]
     random = re.fullmatch(r"[0-9a-f]{8}|(?=.*\d)[0-9a-f]{6,}", first, re.IGNORECASE)
-        mode = os.stat(home).st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise PermissionError("everyone can write to it, so an SSH config in it could be anyone's")
     return (first if random else safe)[:64] or "unknown"
 
 
@@ -3819,6 +3824,21 @@ done
 """
 
 
+def trusted_ssh_config(state: Mapping[str, Any], settings: Settings) -> str:
+    """The SSH config of a sandbox; SandboxError for one that lies where no client writes them.
+
+    Such a file can name commands to run here, and the record may have come with somebody's repository.
+    """
+    path = os.path.normpath(os.path.expanduser(str(state["ssh_config_path"])))
+    if os.path.dirname(path) not in (settings.home, os.path.abspath(os.path.expanduser("~/.plato"))):
+        raise SandboxError(
+            f"{STATE_FILE} names {shown_path(path)} as its SSH config, which is not in"
+            f" {shown_path(settings.home)}, so it was not used.",
+            hint="Set PLATO_HOME to where it is if it is yours; start the sandbox anew if not.",
+        )
+    return path
+
+
 class SshShell:
     """A shell on the VM that runs scripts one after another over one SSH connection."""
 
@@ -3856,21 +3876,6 @@ class SshShell:
         seconds: the longest wait for its end once it has its input. NetworkError when the connection breaks.
         """
         import binascii
-def trusted_ssh_config(state: Mapping[str, Any], settings: Settings) -> str:
-    """The SSH config of a sandbox; SandboxError for one that lies where no client writes them.
-
-    Such a file can name commands to run here, and the record may have come with somebody's repository.
-    """
-    path = os.path.normpath(os.path.expanduser(str(state["ssh_config_path"])))
-    if os.path.dirname(path) not in (settings.home, os.path.abspath(os.path.expanduser("~/.plato"))):
-        raise SandboxError(
-            f"{STATE_FILE} names {shown_path(path)} as its SSH config, which is not in"
-            f" {shown_path(settings.home)}, so it was not used.",
-            hint="Set PLATO_HOME to where it is if it is yours; start the sandbox anew if not.",
-        )
-    return path
-
-
 
         body = script.encode()
         whole = self._write(b"%d\n" % len(body) + body)
@@ -6547,6 +6552,7 @@ def plan_services(config: Config) -> list[ComposeService]:
             problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
         required = [text for text in part.get("required_healthy_containers") or [] if text != "all"]
         seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
+        inside = "./-" if inside == "-" else inside  # which means standard input to Compose
         planned.append(ComposeService(str(name), inside, required, float(seconds)))
     if problems:
         raise unusable_config(shown_path(from_here(config.path)), problems)
@@ -6563,7 +6569,6 @@ def tree_to_push(config: Config, *, gitignore: bool) -> LocalTree:
         for path, entry in everything.entries.items():
             if any(path == name or path.startswith(name + b"/") for name in missing):
                 tree.entries[path] = entry
-        inside = "./-" if inside == "-" else inside  # which means standard input to Compose
     files = sorted(path for path, entry in tree.entries.items() if entry.kind != "d")
     check_before_sending(tree, RemoteTree(), files)
     if tree.unreadable:
@@ -6665,9 +6670,13 @@ def plain_clone_url(url: str, settings: Settings) -> str:
     """A clone URL without user and password; ApiError for one that git must not be given."""
     import urllib.parse
 
-    parts = urllib.parse.urlsplit(url)
     allowed = ("https", "http") if settings.base_url.startswith("http:") else ("https",)
-    if parts.scheme not in allowed or not parts.hostname or not url.isprintable() or " " in url:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fits = parts.scheme in allowed and bool(parts.hostname) and url.isprintable() and " " not in url
+    except ValueError:  # brackets that hold no address
+        fits = False
+    if not fits:
         raise ApiError(f"Plato names no usable clone URL for the repository ({printable(url)[:100]!r}).")
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
@@ -6696,6 +6705,7 @@ class GitStore:
         import shutil
 
         shutil.rmtree(self.path, ignore_errors=True)
+        _unlink_quietly(self.path)  # a link is not followed
         self.is_old = False
         self.run("init", "--quiet", "--bare", "--template=", self.path)
 
@@ -6722,7 +6732,6 @@ class GitStore:
             "GIT_CONFIG_NOSYSTEM": "1",
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_TERMINAL_PROMPT": "0",
-        _unlink_quietly(self.path)  # a link is not followed
             "GIT_ALLOW_PROTOCOL": "http:https",
             "HOME": self.path,  # a git that does not know GIT_CONFIG_GLOBAL looks here
             "XDG_CONFIG_HOME": self.path,
@@ -7273,16 +7282,19 @@ class ComposeRun:
 
     def _failure(self, service: ComposeService, words: str, failed: Sequence[Container]) -> SandboxError:
         """The error, with the last log lines of the first container that is to blame."""
+        tail: list[str] = []
         if failed:
-            name = failed[0].service
+            name = printable(failed[0].service)
             try:
                 outcome = self._run(service, _LOGS_BODY, name=failed[0].name, lines=LOG_LINES)
                 lines = outcome.stdout.decode("utf-8", "replace").splitlines()
             except SandboxError as error:
                 lines = [error.message]
             tail = [f"  {name} | {printable(line)[:300]}" for line in lines if line.strip()]
-            words = "\n".join([words, *(tail or [f"  {name} | (it wrote nothing)"])])
-        return SandboxError(words, hint="Correct what is wrong there, then run this again.")
+            tail = tail or [f"  {name} | (it wrote nothing)"]
+        failure = SandboxError(words, hint="Correct what is wrong there, then run this again.")
+        failure.message = "\n".join([failure.message, *tail])
+        return failure
 
 
 class ServiceOptions:
@@ -7576,11 +7588,11 @@ def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
     summary = summarize(mutations)
     tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in summary["tables"])
-    return CheckFailedError(
-        f"There are {counted(len(mutations), 'mutation')}: {tables}.",
-        hint="If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n"
-        + rules_text(ignore_rules(mutations)),
+    error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {tables}.")
+    error.hint = "If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n" + rules_text(
+        ignore_rules(mutations)
     )
+    return error
 
 
 def rules_text(entries: Sequence[Any]) -> str:
@@ -8512,10 +8524,14 @@ class FlowRun:
                 f"Flows need Playwright, which this Python does not have: {install_hint('', sys.executable)}"
             ) from None
         self._error = Error
+        key = os.environ.pop("PLATO_API_KEY", None)  # its driver takes this environment as it is
         try:
             self._playwright = await async_playwright().start()
         except Exception as error:  # noqa: BLE001  (its driver failed in any way)
             raise SandboxError(f"Playwright could not be started: {failure_words(str(error))}.") from None
+        finally:
+            if key is not None:
+                os.environ["PLATO_API_KEY"] = key
         kind = getattr(self._playwright, self.options.browser)
         if self._executable is None and self.options.browser == "chromium":
             self._executable = None if os.path.exists(kind.executable_path) else installed_browser()
@@ -8524,14 +8540,10 @@ class FlowRun:
         except Error as error:
             raise self._launch_error(str(error)) from None
         self.browser["version"] = self._browser.version
-        key = os.environ.pop("PLATO_API_KEY", None)  # its driver takes this environment as it is
 
     def _launch_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
             "headless": not self.options.headed,
-        finally:
-            if key is not None:
-                os.environ["PLATO_API_KEY"] = key
             "slow_mo": self.options.slowmo,
             "traces_dir": self._trace_place,
             # The browser runs pages that nobody here wrote; it has no use for the key.
@@ -10968,7 +10980,11 @@ class AuditServer:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         command = [os.path.abspath(sys.executable), own_file(), "audit-server", str(port)]
+        environment = child_environment(os.environ)
+        if "PLATO_API_KEY" in os.environ:  # the page asks Plato what changed; the passwords are in the plan
+            environment["PLATO_API_KEY"] = os.environ["PLATO_API_KEY"]
         pipe = subprocess.PIPE
+        streams = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.STDOUT}
         # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
         self._process = launch(command, reporter, env=environment, start_new_session=True, **streams)
         self._words: list[str] = []
@@ -10978,11 +10994,7 @@ class AuditServer:
 
     def _listen(self, reporter: Reporter) -> None:
         stdout: Any = self._process.stdout
-        environment = child_environment(os.environ)
-        if "PLATO_API_KEY" in os.environ:  # the page asks Plato what changed; the passwords are in the plan
-            environment["PLATO_API_KEY"] = os.environ["PLATO_API_KEY"]
         for line in stdout:
-        streams = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.STDOUT}
             text = line.decode("utf-8", "replace").rstrip()
             self._words = [*self._words[-20:], text]
             reporter.trace(printable(text))
@@ -12541,7 +12553,7 @@ class Output(Reporter):
     def line(self, text: str = "") -> None:
         """A line of the result."""
         self.finish()
-        self.stdout.write(self._hide("\n".join(map(printable, text.split("\n")))) + "\n")
+        self.stdout.write(self._hide(printable(text)) + "\n")
 
     def field(self, label: str, value: object, style: str = "plain", suffix: str = "") -> None:
         """`  Label:       value`, as the specification shows it; the value coloured on a terminal."""
@@ -12549,7 +12561,7 @@ class Output(Reporter):
         if self._colour and _COLOURS[style]:
             text = f"{_COLOURS[style]}{text}\033[0m"
         self.finish()
-        self.stdout.write(f"  {label + ':':<13}{text}{printable(suffix)}\n")
+        self.stdout.write(f"  {self._hide(printable(label)) + ':':<13}{text}{printable(suffix)}\n")
 
     def document(self, value: Mapping[str, Any]) -> None:
         """The one JSON document of --json."""
@@ -12614,7 +12626,8 @@ class Output(Reporter):
             self.note(text)  # a log needs no more of it
             return
         with self._lock:
-            self._step, self._detail, self._limit, self._began = text, "", limit, time.monotonic()
+            self._step, self._detail, self._limit = self._hide(printable(text)), "", limit
+            self._began = time.monotonic()
         if self.quiet:
             return
         self._draw()
@@ -12631,14 +12644,14 @@ class Output(Reporter):
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self._say(text)
+            self._say(printable(text))
 
     def warn(self, text: str) -> None:
-        self._say(f"Warning: {self.told(text)}")
+        self._say(f"Warning: {self.told(printable(text))}")
 
     def trace(self, text: str) -> None:
         if self.verbose:
-            self._say(f"  {text}")
+            self._say(f"  {printable(text)}")
 
     def finish(self) -> None:
         """The step under way is over: on a terminal it becomes a line that stays."""
@@ -12749,7 +12762,8 @@ def start_and_show(options: argparse.Namespace, output: Output) -> int:
     output.line("Sandbox started successfully!")
     show_sandbox(state, output)
     output.field("Heartbeat", f"running (PID: {state['heartbeat_pid']})", "good")
-    output.line(f"\nState saved to {STATE_FILE}")
+    output.line()
+    output.line(f"State saved to {STATE_FILE}")
     return 0
 
 
@@ -13069,7 +13083,8 @@ def command_start_worker(options: argparse.Namespace, output: Output) -> int:
     output.field("Dataset", done["dataset"])
     output.field("Status", done["status"])
     if not done["ready"]:
-        output.line(output.told(f"\nIt takes minutes to come up; see whether it has: {PROGRAM} state"))
+        output.line()
+        output.line(output.told(f"It takes minutes to come up; see whether it has: {PROGRAM} state"))
     return 0
 
 
@@ -13586,7 +13601,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if output.verbose:
             import traceback
 
-            output.trace(traceback.format_exc())
+            for line in traceback.format_exc().splitlines():
+                output.trace(line)
         words = f"This is a mistake in {PROGRAM} {__version__} ({type(error).__name__}: {error})."
         return fail(output, SandboxError(words, hint="Please report it; --verbose shows where."), "internal")
 
