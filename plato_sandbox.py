@@ -2999,6 +2999,9 @@ def _tunnel(sock: socket.socket, host: str, port: int, proxy: str, deadline: flo
         raise NetworkError(message, hint=hint, sent=False)
 
 
+STRICT_VERIFY_CODES = range(80, 95)  # OpenSSL's, for what it looks at only when it is to be strict
+
+
 @functools.lru_cache(maxsize=1)
 def tls_context(ca_file: str | None) -> ssl.SSLContext:
     """The TLS context of this process: verification on, the CAs of that file or those of the system."""
@@ -3027,9 +3030,15 @@ def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None)
         raise
     except ssl.SSLCertVerificationError as error:
         sock.close()
+        hint = "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
+        if error.verify_code in STRICT_VERIFY_CODES:
+            hint = (
+                "Python 3.13 and newer refuse certificates that do not follow RFC 5280 in all points."
+                " Have the CA's made anew by whoever runs it, or run this with Python 3.12 or older."
+            )
         raise NetworkError(
             f"The certificate of {name} could not be verified: {error.verify_message}.",
-            hint="Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones.",
+            hint=hint,
             sent=False,
         ) from None
     except (OSError, ValueError) as error:  # ValueError: no certificate can be for such a name
@@ -3934,12 +3943,13 @@ class SshShell:
     def _broken(self) -> NetworkError:
         self._process.wait()
         lines = self._complaint.result().decode("utf-8", "replace").strip().splitlines()
+        hint = f"Run the command again; see what the VM is doing: {PROGRAM} status"
+        for line, after in zip(lines, [*lines[1:], ""]):
+            if line.startswith("Error: "):  # of the gateway stream, which knows more than ssh does
+                lines, hint = [line[len("Error: ") :]], after or hint
+                break
         words = f": {printable(lines[-1]).rstrip('.')}" if lines else ""
-        return NetworkError(
-            f"The SSH connection to the VM broke{words}.",
-            hint=f"Run the command again; see what the VM is doing: {PROGRAM} status",
-            sent=True,
-        )
+        return NetworkError(f"The SSH connection to the VM broke{words}.", hint=hint, sent=True)
 
     def end(self) -> None:
         """End the connection, at once; whoever still reads from it is told that it broke."""
