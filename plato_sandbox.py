@@ -3896,7 +3896,10 @@ class SshShell:
         self._read_through(b"\n" + self._word + b"\n", deadline)
         stdout = self._read_through(b"\n" + self._word + b" ", deadline)
         code, _, words = self._read_through(b"\n", deadline).partition(b" ")
-        return Outcome(int(code), stdout, binascii.a2b_base64(words))
+        try:
+            return Outcome(int(code), stdout, binascii.a2b_base64(words))
+        except ValueError:
+            raise NetworkError("The VM's answer over SSH cannot be understood.", sent=True) from None
 
     def _write(self, data: bytes) -> bool:
         """Whether the other side still reads."""
@@ -4028,13 +4031,19 @@ class HeartbeatRecord:
         for _ in range(3):  # a reader may meet a write halfway
             try:
                 with open(path, encoding="utf-8") as file:
-                    truth = json.loads(file.readline())
-                return truth if isinstance(truth, dict) else {}
+                    truth = as_dict(json.loads(file.readline(65536)))
+                return {key: value for key, value in truth.items() if cls._makes_sense(key, value)}
             except OSError:
                 return {}
-            except ValueError:
+            except (ValueError, RecursionError):
                 time.sleep(0.02)
         return {}
+
+    @staticmethod
+    def _makes_sense(key: str, value: Any) -> bool:
+        if key in ("session_id", "start_mark", "last_error", "ended"):
+            return isinstance(value, str)
+        return type(value) in ((int,) if key == "pid" else (int, float)) and 0 <= value < 1e10
 
 
 def heartbeat_path(home: str, session_id: str) -> str:
@@ -7122,7 +7131,7 @@ def parse_containers(text: str) -> list[Container]:
     for line in text.splitlines():
         try:
             value = json.loads(line) if line.strip() else []
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         entries += value if isinstance(value, list) else [value]
     return sorted((Container(as_dict(entry)) for entry in entries), key=lambda found: found.name)
@@ -7134,15 +7143,15 @@ class ComposeLook:
     def __init__(self, outcome: Outcome) -> None:
         import binascii
 
-        code, _, rest = outcome.stdout.decode("utf-8", "replace").partition("\n")
-        output, _, listing = rest.partition("\n")
-        self.code = int(code) if code.strip().isdigit() else None
+        code, _, rest = outcome.stdout.partition(b"\n")
+        output, _, listing = rest.partition(b"\n")
+        self.code = int(code) if re.fullmatch(rb"\d{1,3}", code.strip()) else None
         try:
             lines = binascii.a2b_base64(output).decode("utf-8", "replace").splitlines()
         except binascii.Error:
             lines = []
         self.output = [line.strip() for line in lines if line.strip()]
-        self.containers = parse_containers(listing)
+        self.containers = parse_containers(listing.decode("utf-8", "replace"))
 
     def of(self, names: Sequence[str]) -> list[Container]:
         """The containers with one of these names or service names."""
@@ -7425,7 +7434,8 @@ class ServiceStarter:
         failure = clone_failure(outcome, self.target, repository)
         if failure is not None:
             raise failure
-        return int(outcome.stdout.split()[-1])
+        count = (outcome.stdout.split() or [b""])[-1]
+        return int(count) if re.fullmatch(rb"\d{1,9}", count) else 0
 
     def _start(self, service: ComposeService) -> dict[str, Any]:
         words = f"Starting {service.name} ({service.file})"
@@ -10070,7 +10080,12 @@ class SqliteDatabase(Database):
         if outcome.code:
             words_said = outcome.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
             raise self.failure(words_said[-1])
-        answer = json.loads(outcome.stdout.decode("utf-8", "replace"))
+        try:
+            answer = as_dict(json.loads(outcome.stdout.decode("utf-8", "replace")))
+        except (ValueError, RecursionError):
+            answer = {}
+        if not {"slow", "error", "found"} & set(answer):
+            raise self.failure("what was read there cannot be understood")
         if answer.get("slow"):
             raise self.too_slow(seconds)
         if "error" in answer:
@@ -12840,8 +12855,9 @@ def show_heartbeat(health: Mapping[str, Any], now: float, output: Output) -> Non
     if health["ended"]:
         output.field("Ended", health["ended"], "bad")
     if health["last_error"]:
-        ago = duration_text(now - seconds_of(health["last_error_at"]))
-        output.field("Last error", health["last_error"], "warn", f" ({ago} ago)")
+        at = health["last_error_at"]
+        ago = f" ({duration_text(now - seconds_of(at))} ago)" if at else ""
+        output.field("Last error", health["last_error"], "warn", ago)
 
 
 def seconds_of(text: str) -> float:

@@ -1,0 +1,445 @@
+"""Targets for coverage-guided fuzzing with atheris: `python3 tests/fuzz.py TARGET [OPTIONS] CORPUS`.
+
+A target is called with bytes of any kind; whatever leaves it but an error of the product is a finding.
+`corpus` gives the texts that the search begins with, made of our own files and answers.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+if __name__ == "__main__":
+    atheris: Any = importlib.import_module("atheris")
+    with atheris.instrument_imports(include=["plato_sandbox"]):
+        product: Any = importlib.import_module("plato_sandbox")
+else:
+    product = importlib.import_module("plato_sandbox")
+
+from test_yaml import exact, oracle_load  # noqa: E402  (after the instrumentation)
+
+CONFIG = """service: taskboard
+datasets:
+  base:
+    compute: &compute {cpus: 2, memory: 2048, disk: 10240, app_port: 8080, plato_messaging_port: 7000}
+    metadata: {name: T, flows_path: flows.yml, variables: [{name: a, value: b}]}
+    services: {main: {type: docker-compose, file: c.yml, required_healthy_containers: [db]}}
+    listeners:
+      db:
+        type: db
+        db_type: postgresql
+        db_host: 127.0.0.1
+        db_port: 5432
+        db_user: u
+        db_password: p
+        db_database: d
+        audit_ignore_tables:
+          # noise
+          - sessions
+          - table: users
+            columns: [login_count, last_login_at]
+      files: {type: file, target_dir: /x, watch_enabled: true, watch_patterns: ['*.txt']}
+  empty: {compute: *compute}
+"""
+JOB = "545bdce1-5555-494c-9eee-690227f67f20"
+ROWS = {"before": {"id": 1, "n": 3}, "after": {"id": 1, "n": 4}}
+MUTATIONS = [
+    {"table_name": "users", "action": "UPDATE", **ROWS},
+    {"table": "s", "operation": "insert", "row_data": {"id": 7}, "changed_columns": ["id"]},
+    {"table_name": "t", "schema_name": "p", "action": "DELETE", "old_data": {"id": None}},
+]
+STATE = {"db": {"mutations": MUTATIONS, "audit_log_count": 3}, "mutations": MUTATIONS}
+FLOW = {
+    "name": "login",
+    "description": "d",
+    "steps": [
+        {"type": "navigate", "url": "/login", "timeout": 1000},
+        {"type": "fill", "selector": "#password", "value": "v", "retries": 2},
+        {"type": "verify", "verify_type": "element_count", "selector": "li", "count": 3},
+        {"type": "verify_text", "text": "x", "contains": False, "should_exist": False},
+        {"type": "screenshot", "filename": "a/b.png", "full_page": True},
+        {"type": "wait", "duration": 5},
+        {"type": "switch_page", "page_index": 0},
+    ],
+}
+ANSWERS: list[Any] = [
+    {"session_id": "s", "envs": [{"job_id": JOB, "success": True, "simulator": "x"}]},
+    {"ready": False, "status": "pending", "results": {JOB: {"ready": True, "status": "running"}}},
+    {"jobs": [{"job_id": JOB, "status": "running", "status_reason": "r"}], "envs": [{"public_id": JOB}]},
+    {"success": True, "results": {JOB: {"success": False, "gone": True, "errors": ["x"], "error": "e"}}},
+    {"results": {JOB: {"success": True, "exit_code": 0, "stdout": "o", "stderr": "e", "timed_out": False}}},
+    {"results": {JOB: {"success": True, "artifact_id": "a", "url": "https://x.test/?a=b#c"}}},
+    {"results": {JOB: {"success": True, "state": STATE}}, "status": "ready"},
+    {"results": {JOB: {"success": False, "state": {"error": "not up", "errors": {"db": "x"}}}}},
+    {"username": "u", "password": "p", "clone_url": "https://u@g.test/x.git", "default_branch": "main"},
+    [{"id": 3, "name": "taskboard", "has_repo": True}],
+    {"detail": [{"loc": ["body", "x"], "msg": "m", "type": "t"}]},
+    {"flows": [FLOW]},
+    [FLOW],
+]
+RECORD = {"session_id": "s", "pid": 12, "start_mark": "1 2", "interval": 30.0, "beats": 3, "last_ok": 1.7e9}
+RECORD.update(last_error="e", last_error_at=1.7e9, failures=2, ended="the VM is gone", started=1.7e9)
+RULES = (
+    b"# c\n*.py[co]\n!keep\n/build/\na/**/b\n**/x\n\\#y\n[!a-z]*\n[[:alpha:]]?\ndoc/*.txt\nt \\ \n\0a/b/x.pyc"
+)
+LISTING = [
+    *(b"plato-sync-1", b"here", b"0123abcd", b"0", b"fa/b", b"da", b"", b"d 755 4096 1.0 a", b""),
+    *(b"f 644 3 1700000000.5000000000 a/b", b"", b"l 777 1 1.0 link", b"a/b", b"x 0 0 0 .git", b"", b""),
+    *(b"ab" * 32 + b"  ./a/b", b"", b"end", b""),
+]
+
+
+def json_of(data: bytes) -> Any:
+    """The JSON in the data, or None where there is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def harmless(text: str) -> None:
+    assert all(char.isprintable() or char == "\n" for char in text), ascii(text)
+
+
+def told(show: Callable[[Any], Any]) -> None:
+    """Let something be shown on a terminal of ours: all of it must be harmless."""
+    stream = io.StringIO()
+    output = product.Output(stream, stream, {})
+    show(output)
+    harmless(stream.getvalue())
+
+
+# -- the targets --
+
+
+def fuzz_yaml(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    try:
+        value = product.yaml_load(text)
+    except product.YamlError as error:
+        harmless(str(error))
+        return
+    try:
+        theirs = oracle_load(text)
+    except Exception:  # noqa: BLE001  (what PyYAML cannot read is no witness)
+        theirs = value
+    assert exact(value) == exact(theirs), (value, theirs)
+    try:
+        written = product.yaml_dump(value)
+    except product.SandboxError:  # a key that takes more room as it is written than as it was read
+        return
+    assert sorted_exact(product.yaml_load(written)) == sorted_exact(value)
+
+
+def sorted_exact(value: Any) -> Any:
+    """As `exact`, but the order of keys does not count: the writer sorts them."""
+    if isinstance(value, dict):
+        pairs = [[exact(key), sorted_exact(item)] for key, item in value.items()]
+        return ["dict", *sorted(pairs, key=repr)]
+    if isinstance(value, list):
+        return ["list", *map(sorted_exact, value)]
+    return exact(value)
+
+
+def fuzz_config(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    product.read_config = lambda path: text
+    try:
+        config = product.load_config("/nowhere/plato-config.yml", "base")
+        json.dumps(config.for_setup(), allow_nan=False)
+        product.named_files(config.content)
+        product.tree_to_push  # noqa: B018  (needs a directory; what it takes from the config is above)
+        for table in product.audit_tables(config.content):
+            table.script()
+        product._plan_from_config(config)
+        product.plan_services(config)
+    except product.SandboxError as error:
+        harmless(error.message)
+    try:
+        product.configured_flows_path("/nowhere/plato-config.yml", "base")
+    except product.SandboxError as error:
+        harmless(error.message)
+
+
+def fuzz_flows(data: bytes) -> None:
+    text = data[1:].decode("utf-8", "replace")
+    try:
+        known = product.parse_flows(text, "flows.yml", path="flows.yml", placed=data[:1] < b"\x80")
+    except product.SandboxError as error:
+        harmless(error.message)
+        return
+    told(lambda output: product.show_flows(known, output))
+    for flow in known.flows:
+        product.file_name(flow.name, 0, [])
+        for step in flow.steps:
+            record = product.step_record(step)
+            harmless(product.printable(product.step_words(record)))
+            product.expectation(step)
+            product.report_step(record, None)
+            if step.type == "fill":
+                product.looks_secret(step)
+            if step.type == "screenshot":
+                name = os.path.normpath(os.path.join("/folder", step.values["filename"]))
+                assert name.startswith("/folder/"), name
+
+
+def fuzz_ignore(data: bytes) -> None:
+    text, _, path = data.partition(b"\0")
+    path = path.replace(b"\0", b"").strip(b"/") or b"a"
+    rules = product.IgnoreRules(text)
+    tree = product.IgnoreTree()
+    tree.add(b"", rules)
+    tree.add(path.partition(b"/")[0], rules)
+    for is_directory in (False, True):
+        rules.decide(path, path.rpartition(b"/")[2], is_directory)
+        tree.ignores(path, is_directory)
+        tree.ignores_at_all(path, is_directory)
+    tree.takes_back(path)
+
+
+class Answering:
+    """Stands for the API: every request is answered with the same."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.settings = product.Settings(api_key="key-of-the-tests", home="/nowhere")
+        self.transport = self
+        self.reporter = product.Reporter()
+
+    def another(self) -> Answering:
+        return self
+
+    def close(self, *_: Any) -> Any:
+        return self.checked(dict)
+
+    def checked(self, kind: type) -> Any:
+        if not isinstance(self.answer, kind):
+            raise product.ApiError("not what was asked for")
+        return self.answer
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name in ("job_flows", "artifact_flows"):
+            return lambda *_, **__: self.answer
+        return lambda *_, **__: self.checked(list if name == "gitea_simulators" else dict)
+
+
+def fuzz_answers(data: bytes) -> None:
+    status, body = (data[0] % 6) * 100 + data[-1] % 100 if data else 200, data[1:]
+    answer = product.Answer(status, {"Retry-After": body[:30].decode("latin-1"), "Location": str(body)}, body)
+    harmless(product.error_for_answer("GET", "/api", answer).message)
+    value = json_of(body)
+    if not isinstance(value, (dict, list, str)):
+        return
+    sandbox = product.Sandbox("/")
+    sandbox.api = Answering(value)
+    sandbox.settings = sandbox.api.settings
+    sandbox.state = {"session_id": "s", "job_id": JOB, "service": "taskboard", "artifact_id": "a"}
+    product.load_state = lambda directory: {**sandbox.state, "base_url": sandbox.settings.base_url}
+    sandbox.revive_heartbeat = sandbox._check_alive
+    sandbox._record = lambda **_: None
+    starter = product.Starter(sandbox, product.plan_start("/", blank=True, service="x"))
+    for work in (
+        lambda: told(lambda output: product.show_sandbox(sandbox.status(), output)),
+        lambda: told(lambda output: output.document(sandbox.reset())),
+        lambda: told(lambda output: shown_state(sandbox, output)),
+        lambda: sandbox.snapshot(config=False),
+        lambda: sandbox.clear_audit(),
+        lambda: sandbox.close_session("s"),
+        lambda: sandbox._artifact_status("a"),
+        lambda: sandbox._worker_trouble(),
+        lambda: starter._is_ready("s", JOB, 1),
+        lambda: product.with_router_target(starter._public_url("s", JOB), "x"),
+        lambda: starter._add_key("s", JOB, "key", "root"),
+        lambda: starter._make(),
+        lambda: product.judge_beat(sandbox.api.checked(dict), JOB),
+        lambda: product.execute_outcome(sandbox.api.checked(dict), JOB, 1.0),
+        lambda: told(lambda output: product.show_flows(product.fetch_flows(sandbox), output)),
+        lambda: product.find_repository(sandbox.api, "taskboard"),
+        lambda: product._credential(sandbox.api.checked(dict), "password"),
+        lambda: product.plain_clone_url(str(value), sandbox.settings),
+    ):
+        try:
+            work()
+        except product.SandboxError as error:
+            harmless(error.message)
+
+
+def shown_state(sandbox: Any, output: Any) -> None:
+    report = sandbox.read_state()
+    product.show_state(report["summary"], sandbox.mutations(report), output)
+
+
+class Ended:
+    """A process that has ended, after it said something."""
+
+    stdout = open(os.devnull, "rb")  # noqa: SIM115  (for as long as the process lives)
+
+    def __init__(self, words: bytes) -> None:
+        self.words = words
+
+    def wait(self) -> int:
+        return 255
+
+    def result(self) -> bytes:
+        return self.words
+
+
+def fuzz_listings(data: bytes) -> None:
+    """What the VM sends back: the answer of a look, of a shell, of git and of Docker Compose."""
+    local = {b"a": product.Entry("d", 0o755), b"a/b": product.Entry("f", 0o644, 3, 5)}
+    tree = product.LocalTree(b"/nowhere")
+    tree.entries.update(local)
+    for packed in (data, gzip.compress(data, 0)):
+        try:
+            remote = product.parse_look(packed, local)
+            plan = product.plan_sync(tree, remote, delete_extra=True, force=len(data) % 2 == 0, single=False)
+            harmless(product.listed_paths(plan.removed))
+        except product.SandboxError as error:
+            harmless(error.message)
+    shell = product.SshShell.__new__(product.SshShell)
+    shell._word, shell._buffer = b"WORD", bytearray(data)
+    shell._process = shell._complaint = Ended(data)
+    shell._write = lambda piece: True
+    try:
+        shell.run("true", seconds=5.0)
+    except product.SandboxError as error:
+        harmless(error.message)
+    outcome = product.Outcome(data[0] if data else 1, data, data)
+    look = product.ComposeLook(outcome)
+    harmless(product.printable(look.words + "".join(look.complaints)))
+    for container in look.containers:
+        container.told()
+    repository = product.GiteaRepository("https://g.test/x", "main", "user", "password-1")
+    for failure in (
+        product.clone_failure(outcome, "/x", repository),
+        product.git_error(outcome, repository),
+        product.SyncTarget("/x/y", "s", 5.0).failure(outcome),
+    ):
+        harmless(failure.message if failure else "")
+
+
+def fuzz_mutations(data: bytes) -> None:
+    value = json_of(data)
+    if not isinstance(value, dict):
+        return
+    found = product.mutations_of(value)
+    rules = product.ignore_rules(found)
+    harmless(product.rules_text(rules))
+    assert product.yaml_load(product.rules_text(rules))["audit_ignore_tables"] == rules
+    told(lambda output: product.show_state(product.summarize(found), found, output))
+    harmless(product.mutations_found(found).hint or "")
+    entries = product.as_list(value.get("rules"))
+    product.remaining(found, entries)
+    groups = product.changes_by_table(found)
+    product.changes_picture(groups, [*rules, *entries])
+    for group in groups:
+        product.changes_table(group)
+    product.changes_between(found[:1], found, {})
+    product.new_mutations(found[:1], found)
+    assert not product.remaining(found, rules) or any(m.action == "UPDATE" or m.table == "?" for m in found)
+
+
+def fuzz_edit(data: bytes) -> None:
+    head, _, rest = data.partition(b"\0")
+    text = rest.decode("utf-8", "replace")
+    names = [name for name in head.decode("utf-8", "replace").split(",") if name]
+    entries: list[Any] = [{"table": n[1:], "columns": [n[1:], "x"]} if n[:1] == "{" else n for n in names]
+    entries = [entry for entry in entries if entry != {"table": "", "columns": ["", "x"]}]
+    try:
+        edit = product.edit_rules(text, "plato-config.yml", "base", "db", entries)
+    except product.SandboxError as error:
+        harmless(error.message)
+        return
+    before, after = product.yaml_load(text), product.yaml_load(edit.text)
+    assert (after["datasets"]["base"]["listeners"]["db"].get("audit_ignore_tables") or []) == entries
+    product.without_secrets(edit.text)
+    if not edit.shared:
+        after["datasets"]["base"]["listeners"]["db"].pop("audit_ignore_tables", None)
+        before["datasets"]["base"]["listeners"]["db"].pop("audit_ignore_tables", None)
+        assert exact(before) == exact(after)
+
+
+def fuzz_state(data: bytes) -> None:
+    text, _, record = data.partition(b"\0")
+    settings = product.Settings(home="/nowhere")
+    try:
+        state = product.parse_state(text.decode("utf-8", "replace"), "/nowhere/.sandbox.yaml")
+        told(lambda output: product.show_sandbox(state, output))
+        files = product.SshFiles(settings.home, state.get("session_id") or "")
+        assert all(os.path.dirname(path) == settings.home for path in files.all())
+        told(lambda output: output.line(product.ssh_command(state, shown=True) or ""))
+        product.repair_ssh_config(state, settings, product.Reporter())
+        product.other_heartbeat_alive(state)
+        product.unfinished_start(state)
+        product.default_target(state)
+    except product.SandboxError as error:
+        harmless(error.message)
+        state = {"session_id": "s"}
+    truth = json_of(record)
+    if isinstance(truth, dict):
+        kept = {
+            key: value for key, value in truth.items() if product.HeartbeatRecord._makes_sense(key, value)
+        }
+        product.HeartbeatRecord.read = lambda path: kept
+        health = product.heartbeat_health(settings, state, time.time())
+        told(lambda output: product.show_heartbeat(health, time.time(), output))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    name[5:]: function for name, function in globals().items() if name.startswith("fuzz_")
+}
+
+
+def corpus(name: str) -> list[bytes]:
+    """What the search of a target begins with."""
+    simulator = ROOT / "tests" / "simulator"
+    files = {path.name: path.read_bytes() for path in simulator.glob("*.yml")}
+    answers = [json.dumps(answer).encode() for answer in ANSWERS]
+    state = product.STATE_FIRST_LINE + product.yaml_dump(
+        {"session_id": "5e55-1", "mode": "blank", "job_id": JOB}
+    )
+    flows = [json.dumps({"flows": [FLOW]}).encode(), product.yaml_dump({"flows": [FLOW]}).encode()]
+    return {
+        "yaml": [path.read_bytes() for path in sorted((ROOT / "tests" / "data" / "yaml").iterdir())],
+        "config": [CONFIG.encode(), files["plato-config.yml"]],
+        "flows": [sign + text for sign in (b"\0", b"\xff") for text in (*flows, files["flows.yml"])],
+        "ignore": [RULES, *(line + b"\0a/b/c" for line in RULES.split(b"\n"))],
+        "answers": [b"2" + answer + b"0" for answer in answers] + [b"\2" + answer for answer in answers],
+        "listings": [
+            b"\0".join(LISTING),
+            b"\nWORD\nout\nWORD 0 ZQ==\n",
+            b'0\nQ3JlYXRlZA==\n{"Name":"n","Service":"s","State":"running","Health":"","ExitCode":0}\n',
+            b'-\n\n[{"Name":"n","Service":"s","State":"exited","ExitCode":"3"}]',
+            b"\x50remote: x\nfatal: unable to access 'https://g.test/': 403",
+        ],
+        "mutations": [json.dumps({**STATE, "rules": ["s", {"table": "p.t", "columns": ["n"]}]}).encode()],
+        "edit": [
+            b"a,b,{users\0" + CONFIG.encode(),
+            b"sessions\0" + files["plato-config.yml"],
+            b"\0" + CONFIG.encode(),
+        ],
+        "state": [
+            (state + product.STATE_LAST_LINE).encode() + b"\0" + json.dumps(RECORD).encode(),
+            b"session_id: abc123-d\nssh_host: sandbox-1\nssh_config_path: ~/.plato/x\nheartbeat_pid: 5\n\0{}",
+        ],
+    }[name]
+
+
+def main() -> None:
+    name = sys.argv.pop(1)
+    atheris.Setup(sys.argv, TARGETS[name])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
