@@ -363,7 +363,7 @@ def fuzz_edit(data: bytes) -> None:
     before, after = product.yaml_load(text), product.yaml_load(edit.text)
     assert (after["datasets"]["base"]["listeners"]["db"].get("audit_ignore_tables") or []) == entries
     product.without_secrets(edit.text)
-    if not edit.shared:
+    if not edit.shared and "*" not in text:  # an alias may be anywhere
         after["datasets"]["base"]["listeners"]["db"].pop("audit_ignore_tables", None)
         before["datasets"]["base"]["listeners"]["db"].pop("audit_ignore_tables", None)
         assert exact(before) == exact(after)
@@ -414,7 +414,7 @@ def corpus(name: str) -> list[bytes]:
         "config": [CONFIG.encode(), files["plato-config.yml"]],
         "flows": [sign + text for sign in (b"\0", b"\xff") for text in (*flows, files["flows.yml"])],
         "ignore": [RULES, *(line + b"\0a/b/c" for line in RULES.split(b"\n"))],
-        "answers": [b"2" + answer + b"0" for answer in answers] + [b"\2" + answer for answer in answers],
+        "answers": [sign + answer for sign in (b"2", b"\4") for answer in answers],
         "listings": [
             b"\0".join(LISTING),
             b"\nWORD\nout\nWORD 0 ZQ==\n",

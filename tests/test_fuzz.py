@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fuzz
 import pytest
 from conftest import ROOT, missing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,3 +84,81 @@ for text in [*fuzz.corpus({target!r}), b'session_id: "\\\\e[35m"\\n']:
         assert re.search(rb"^(AssertionError|ZeroDivisionError)", done.stderr, re.MULTILINE), done.stderr[
             -500:
         ]
+
+
+# Answers of the right shape but for one thing in them, which a search by bytes seldom makes
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(
+        ["", "\x1b[2J", "x\ny", "\u202e", "-1", "ready", "running", "2" * 400, "\ud800", [], {}]
+    )
+    | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FORMS = {
+    "answers": [*fuzz.ANSWERS, *({"results": {fuzz.JOB: {"state": fuzz.STATE}}},)],
+    "mutations": [fuzz.STATE],
+    "state": [fuzz.RECORD],
+    "flows": [{"flows": [fuzz.FLOW]}],
+}
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every part of a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(place for key, part in inner for place in places(part, (*at, key)))]
+
+
+@st.composite
+def altered_forms(draw: Any, target: str) -> Any:
+    """A known form with up to three of its parts taken away, or something else in their stead."""
+    value = copy.deepcopy(draw(st.sampled_from(FORMS[target])))
+    for _ in range(draw(st.integers(1, 3))):
+        *way, last = draw(st.sampled_from(places(value)[1:] or [(None,)]))
+        part = value
+        for key in way:
+            part = part[key]
+        if last is None or draw(st.booleans()):
+            if isinstance(part, (dict, list)) and last is not None:
+                part.pop(last)
+        else:
+            part[last] = draw(ANYTHING)
+    return value
+
+
+@pytest.fixture
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the targets put in the place of files is taken back."""
+    for owner, name in (
+        (fuzz.product, "load_state"),
+        (fuzz.product, "read_config"),
+        (fuzz.product.HeartbeatRecord, "read"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("target", FORMS)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_form_with_something_else_in_it(target: str, data: st.DataObject) -> None:
+    text = json.dumps(data.draw(altered_forms(target))).encode()
+    before = {"answers": b"2", "mutations": b"", "state": b"session_id: a-1\n\0", "flows": b"\xff"}
+    fuzz.TARGETS[target](before[target] + text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_listing_with_something_else_in_it(data: st.DataObject) -> None:
+    fields = list(fuzz.LISTING)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(fields) - 1))
+        fields[at : at + data.draw(st.integers(0, 2))] = data.draw(
+            st.lists(st.binary(max_size=12) | st.sampled_from(fuzz.LISTING), max_size=2)
+        )
+    fuzz.TARGETS["listings"](b"\0".join(fields))
