@@ -151,6 +151,13 @@ class Desk:
         return Path(self.environment.get("PLATO_HOME", self.home / ".plato"))
 
     @property
+    def settings(self) -> Any:
+        """The Settings of a desk's commands, for operations in the process of the tests itself."""
+        from plato_sandbox import Settings
+
+        return Settings.from_environment({**self.environment, "PLATO_HOME": str(self.plato_home)})
+
+    @property
     def state_file(self) -> Path:
         return self.work / ".sandbox.yaml"
 

@@ -31,7 +31,6 @@ from plato_sandbox import (
     AuditTable,
     DatabaseError,
     Sandbox,
-    Settings,
     SqliteDatabase,
     Tunnel,
     gateway_connection,
@@ -331,7 +330,7 @@ class Scene:
     def __init__(self, desk: Desk, plato: LocalPlato) -> None:
         self.desk = desk
         self.plato = plato
-        self.settings = Settings.from_environment(desk.environment)
+        self.settings = desk.settings
         self.tunnel = Tunnel(self.settings, f"{desk.state['job_id']}--5432")
 
     @property
@@ -689,7 +688,7 @@ def test_a_file_of_sqlite_on_the_vm(desk: Desk) -> None:
     ).replace("''", "it")
     made = desk.ssh(f'python3 -c "{program}"')
     assert made.code == 0, made
-    sandbox = Sandbox(str(desk.work), settings=Settings.from_environment(desk.environment))
+    sandbox = Sandbox(str(desk.work), settings=desk.settings)
     sandbox.load()
     for path in ("/home/plato/worktree/myapp/it is.db", "it is.db"):
         reader = SqliteDatabase(AuditTable("file", {"db_type": "sqlite", "db_database": path}), sandbox)

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from localplato import LocalPlato
 
-from plato_sandbox import Sandbox, Settings
+from plato_sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,7 +82,7 @@ class Vm(NamedTuple):
 
     def execute(self, command: str, code: Optional[int] = 0) -> str:
         """Run a command on the VM as root, over the API."""
-        sandbox = Sandbox(str(self.desk.work), settings=Settings.from_environment(self.desk.environment))
+        sandbox = Sandbox(str(self.desk.work), settings=self.desk.settings)
         state = sandbox.load()
         answer = sandbox.api.execute(state["session_id"], command, 60)["results"][state["job_id"]]
         sandbox.api.transport.close()

@@ -33,7 +33,6 @@ from plato_sandbox import (
     Reporter,
     Sandbox,
     SandboxError,
-    Settings,
     UsageError,
     normal_target,
     parse_look,
@@ -62,7 +61,7 @@ class Vm(NamedTuple):
 
     def execute(self, command: str) -> str:
         """Run a command on the VM as root, over the API."""
-        sandbox = Sandbox(str(self.desk.work), settings=Settings.from_environment(self.desk.environment))
+        sandbox = Sandbox(str(self.desk.work), settings=self.desk.settings)
         state = sandbox.load()
         answer = sandbox.api.execute(state["session_id"], command, 30)["results"][state["job_id"]]
         sandbox.api.transport.close()
@@ -356,7 +355,7 @@ def test_tree_is_what_the_plan_says(
     source.mkdir()
     target = f"/home/plato/worktree/property-{number}-{os.getpid()}"
     place = vm.place(target)
-    sandbox = closing(Sandbox(str(vm.desk.work), settings=Settings.from_environment(vm.desk.environment)))
+    sandbox = closing(Sandbox(str(vm.desk.work), settings=vm.desk.settings))
     manifest: dict[bytes, str] = {}
     for edits, vm_edits, via in rounds:
         for edit in edits:
@@ -1122,7 +1121,7 @@ def test_a_sync_that_another_one_overtakes_looks_again(
         return plan(*arguments, **options)
 
     monkeypatch.setattr(plato_sandbox, "plan_sync", overtaken)
-    settings_ = Settings.from_environment(vm.desk.environment)
+    settings_ = vm.desk.settings
     sandbox = closing(Sandbox(str(tmp_path / "one"), settings=settings_))
     assert sandbox.sync(remote_path=target, via=via)["via"] == via
     found = read_tree(vm.place(target))
@@ -1166,7 +1165,7 @@ def test_files_that_change_while_they_are_read(
 
     monkeypatch.setattr(plato_sandbox, "tar_header", meddling)
     reporter = Listener()
-    settings_ = Settings.from_environment(vm.desk.environment)
+    settings_ = vm.desk.settings
     sandbox = closing(Sandbox(str(vm.desk.work), settings=settings_, reporter=reporter))
     sandbox.sync(str(source), remote_path=target, via=via)
     assert read_tree(vm.place(target)) == read_tree(source)
@@ -1191,7 +1190,7 @@ def test_a_file_that_never_stops_changing_is_named(
 
     monkeypatch.setattr(plato_sandbox, "tar_header", meddling)
     reporter = Listener()
-    settings_ = Settings.from_environment(vm.desk.environment)
+    settings_ = vm.desk.settings
     sandbox = closing(Sandbox(str(vm.desk.work), settings=settings_, reporter=reporter))
     sandbox.sync(str(source), remote_path=target, via="api")
     assert any("moving" in text for text in reporter.warnings)
