@@ -2757,7 +2757,7 @@ def make_home(home: str) -> None:
     """Create PLATO_HOME (0700) if needed and check that files can be written there.
 
     `~/.plato` becomes 0700 whoever made it; another directory that is there already keeps its mode, but must
-    not be one in which everyone can replace files.
+    not be one in which everyone can make files.
     """
     import stat
 
@@ -2767,8 +2767,7 @@ def make_home(home: str) -> None:
             os.chmod(home, 0o700)
         if not os.access(home, os.W_OK | os.X_OK):
             raise PermissionError("it is not writable")
-        mode = os.stat(home).st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        if os.stat(home).st_mode & stat.S_IWOTH:
             raise PermissionError("everyone can write to it, so an SSH config in it could be anyone's")
     except OSError as error:
         raise SandboxError(

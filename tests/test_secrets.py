@@ -144,7 +144,7 @@ USERS = {
 
 def needs(words: list[bytes], what: str) -> bool:
     """Whether a process uses a secret; the command itself is given all of them by the tests."""
-    own = words[1:] and words[1].endswith(b"/plato_sandbox.py")
+    own = any(word.endswith(b"/plato_sandbox.py") for word in words)
     if own and "command line" not in what:
         return not {b"heartbeat-child", b"gateway-stream"} & set(words)
     what = "Gitea's password" if what == "Gitea's user" else what
@@ -159,15 +159,14 @@ def nothing_told(stage: Stage, results: list[Result]) -> None:
 
 def nothing_written(stage: Stage, *more: Path) -> None:
     """No file of the desk, of the VMs or elsewhere holds a canary, nor any file inside an archive."""
-    for place in (stage.desk.place, *stage.vms, *more):
-        files = {
-            name: data
-            for name, data in texts_below(place).items()
-            if Path(name).name not in WRITTEN_BY_THE_USER and not name.startswith("docker/")
-        }
-        assert files
-        for what, canary in stage.canaries.items():
-            assert [name for name, data in files.items() if canary in data] == [], what
+    files: dict[str, bytes] = {}
+    for place in (stage.desk.work, stage.desk.home, *stage.vms, *more):
+        for name, data in texts_below(place).items():
+            if Path(name).name not in WRITTEN_BY_THE_USER and not name.startswith("docker/"):
+                files[f"{place}/{name}"] = data
+    assert files
+    for what, canary in stage.canaries.items():
+        assert [name for name, data in files.items() if canary in data] == [], what
 
 
 class Login(BaseHTTPRequestHandler):
