@@ -3291,7 +3291,7 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     """The seconds of a Retry-After header, given in seconds or as a date; None when it says nothing."""
     if not value:
         return None
-    if re.fullmatch(r"\s*\d{1,9}\s*", value):
+    if re.fullmatch(r"[ \t]*\d{1,9}[ \t]*", value):
         return float(value)
     import email.utils
 

@@ -184,6 +184,7 @@ NOW = 1_700_000_000.0
         ("-3", None),
         ("1.5", None),
         ("soon", None),
+        ("1\x1e", None),
         ("9" * 400, None),
         ("\N{ARABIC-INDIC DIGIT THREE}", 3.0),
         (email.utils.formatdate(NOW + 90, usegmt=True), 90.0),
