@@ -654,6 +654,7 @@ def test_a_tunnel_says_why_it_cannot_open(scene: Scene) -> None:
 
 
 def test_a_tunnel_carries_many_connections_and_ends_with_them(scene: Scene) -> None:
+    scene.desk.hang_up()
     reader = open_database(scene_listener(scene), scene.tunnel, None)
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(len(reader.tables()))) for _ in range(8)]
