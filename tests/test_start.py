@@ -801,9 +801,9 @@ def test_plato_home_is_made(visitor: Desk) -> None:
 def test_a_shared_directory_as_plato_home_keeps_its_mode(visitor: Desk) -> None:
     home = visitor.place / "shared"
     home.mkdir()
-    home.chmod(0o1777)
+    home.chmod(0o2770)
     visitor.good("start", *BLANK, environment={"PLATO_HOME": str(home)})
-    assert stat.S_IMODE(home.stat().st_mode) == 0o1777
+    assert stat.S_IMODE(home.stat().st_mode) == 0o2770
     assert {stat.S_IMODE(path.stat().st_mode) for path in home.iterdir() if path.suffix != ".pub"} == {0o600}
     visitor.good("stop", environment={"PLATO_HOME": str(home)})
 
