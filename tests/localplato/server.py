@@ -102,6 +102,7 @@ class Service:
             "status": None,
             "body": None,
             "fault": None,
+            "settled": None,
         }
         with self.sessions.lock:
             self.request_count += 1
@@ -113,7 +114,9 @@ class Service:
         return entry
 
     def settle(self, request: Request, **changes: Any) -> None:
-        """Complete the record of a request."""
+        """Complete the record of a request; `settled` is the time when its status was known."""
+        if "status" in changes:
+            changes["settled"] = time.time()
         with self.sessions.lock:
             request.entry.update(changes)
             self.sessions.touch()

@@ -1,0 +1,1 @@
+"""Benchmarks: each script asks one question; README.md says which, and how it is called."""
