@@ -273,19 +273,19 @@ def median_seconds(results: Results, name: str) -> float | None:
 
 
 def times_table(results: Results, bases: Sequence[str], title: str = "") -> str:
-    """Median, minimum and maximum, the ratio to each of the bases, and the peak memory of any run."""
+    """Median, minimum and maximum, the ratio to each of the bases, and the peak memory where it is known."""
+    measured = any(one.megabytes for runs in results.values() for one in runs)
+    heads = [title, "median", "minimum", "maximum", *(f"to {base}" for base in bases)]
     rows = []
     for name, runs in results.items():
-        if not runs:
-            rows.append([name, "failed", *["-"] * (3 + len(bases))])
-            continue
         seconds = [one.seconds for one in runs]
-        texts = [seconds_text(value) for value in (statistics.median(seconds), min(seconds), max(seconds))]
-        memory = max(one.megabytes for one in runs)
-        ratios = [ratio(results, name, base) for base in bases]
-        rows.append([name, *texts, *ratios, f"{memory:.0f} MB" if memory else "-"])
-    heads = [title, "median", "minimum", "maximum", *(f"to {base}" for base in bases), "peak memory"]
-    return markdown(heads, rows)
+        cells = [name, "failed", *["-"] * (len(heads) - 2)]
+        if runs:
+            values = (statistics.median(seconds), min(seconds), max(seconds))
+            cells = [name, *map(seconds_text, values), *(ratio(results, name, base) for base in bases)]
+        memory = max((one.megabytes for one in runs), default=0.0)
+        rows.append([*cells, *([f"{memory:.0f} MB" if memory else "-"] if measured else [])])
+    return markdown([*heads, *(["peak memory"] if measured else [])], rows)
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

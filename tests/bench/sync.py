@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
@@ -28,19 +25,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from localplato import LocalPlato  # noqa: E402
 
+from bench import shared  # noqa: E402
+from bench.shared import LIFETIME_SECONDS, RELEASES, Measured, install, make_openssl, measure  # noqa: E402
+
 OLD_SDK = "SDK 2.0.40"
-RELEASES = ("2.0.40", "2.187.0")
-MISSING_PARTS = {"2.0.40": ["playwright"]}  # imported at its start, and not among its requirements
 REQUEST_SECONDS = 0.05
 COMMAND_SECONDS = 0.15
-LIFETIME_SECONDS = "36000"  # of the SDKs' VMs; their default is shorter than a run
-
-
-class Measured(NamedTuple):
-    """Seconds, and the largest resident memory of any process of the command, in MB."""
-
-    seconds: float
-    megabytes: float
 
 
 class Desk(NamedTuple):
@@ -51,6 +41,9 @@ class Desk(NamedTuple):
     start: list[str]
     sync: list[str]
     stop: list[str]
+
+    def measure(self, command: list[str]) -> Measured:
+        return measure(command, self.work, self.environment)
 
 
 def make_tree(root: Path, files: int, size: int) -> None:
@@ -83,58 +76,12 @@ def touch(root: Path, count: int) -> None:
             file.write(b"x")
 
 
-def measure(command: list[str], desk: Desk) -> Measured:
-    """Run a command; RuntimeError with its words when it fails."""
-    with tempfile.TemporaryFile() as words:
-        began = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=desk.work, env=desk.environment, stdin=subprocess.DEVNULL, stdout=words, stderr=words
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        words.seek(0)
-        said = words.read().decode(errors="replace")
-    if process.returncode or "rror:" in said:
-        raise RuntimeError(" ".join(said.split())[-300:])
-    return Measured(seconds, usage.ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20))
-
-
 def make_desk(place: Path, plato: LocalPlato, program: list[str], start: list[str], sync: list[str]) -> Desk:
     work, home = place / "work", place / "home"
     work.mkdir(parents=True)
     home.mkdir()
     environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(home), **plato.environment}
     return Desk(work, environment, [*program, *start], [*program, *sync], [*program, "stop"])
-
-
-def make_openssl(place: Path) -> Path:
-    """An `openssl` for the newest SDK's way to the gateway, whose port it does not let be set: always 443."""
-    path = place / "openssl"
-    path.write_text(
-        """#!/bin/sh
-for word; do
-  shift
-  if [ "$word" = "$PLATO_GATEWAY_HOST:443" ]; then word=$PLATO_GATEWAY_HOST:$PLATO_GATEWAY_PORT; fi
-  set -- "$@" "$word"
-done
-exec openssl "$@"
-"""
-    )
-    path.chmod(0o755)
-    return path
-
-
-def install(release: str, cache: Path) -> list[str]:
-    """The command line of an SDK release, installed on first use."""
-    place = cache / release
-    program = place / "bin" / "plato"
-    if not program.exists():
-        print(f"installing plato-sdk-v2 {release} into {place}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        packages = [f"plato-sdk-v2=={release}", *MISSING_PARTS.get(release, [])]
-        subprocess.run([str(place / "bin" / "pip"), "install", "-q", *packages], check=True)
-    return [str(program), "sandbox"]
 
 
 class Contest:
@@ -146,7 +93,7 @@ class Contest:
         self.plato = plato
         self.repeats = repeats
         self.place = place
-        ours = [sys.executable, str(ROOT / "plato_sandbox.py")]
+        ours = [sys.executable, str(shared.PRODUCT)]
         blank = ["start", "--blank", "--service", "bench"]
         self.desks = {
             "ours, API": make_desk(place / "api", plato, ours, blank, ["sync", "--via", "api"]),
@@ -167,7 +114,7 @@ class Contest:
     def start(self) -> None:
         for name, desk in list(self.desks.items()):
             try:
-                measure(desk.start, desk)
+                desk.measure(desk.start)
             except RuntimeError as error:
                 print(f"{name}: it could not start a sandbox here: {error}", file=sys.stderr)
                 del self.desks[name]
@@ -203,14 +150,14 @@ class Contest:
         clear(desk.work)
         shutil.copytree(tree, desk.work, dirs_exist_ok=True)
         if again and name != OLD_SDK:  # it begins anew each time anyway
-            measure(desk.sync, desk)
+            desk.measure(desk.sync)
         measured = []
         for _ in range(1 if name == OLD_SDK else self.repeats):
             if not again:
                 self.empty_vm()
             elif before is not None:
                 before(desk.work)
-            measured.append(measure(desk.sync, desk))
+            measured.append(desk.measure(desk.sync))
         return Measured(
             statistics.median(one.seconds for one in measured), max(one.megabytes for one in measured)
         )
@@ -235,7 +182,7 @@ class Contest:
         measured = []
         for _ in range(self.repeats):
             self.empty_vm()
-            measured.append(measure(["sh", "-c", line], desk).seconds)
+            measured.append(desk.measure(["sh", "-c", line]).seconds)
         return Measured(statistics.median(measured), 0.0)
 
 
@@ -250,11 +197,8 @@ def clear(work: Path) -> None:
 def table(results: dict[str, dict[str, object]]) -> str:
     """The results in Markdown: seconds, the ratio to our better way, and megabytes."""
     names = list(dict.fromkeys(name for row in results.values() for name in row))
-    lines = ["| case | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for case, row in results.items():
-        cells = [cell(row.get(name), row) for name in names]
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [[case, *(cell(row.get(name), row) for name in names)] for case, row in results.items()]
+    return shared.markdown(["case", *names], rows)
 
 
 def cell(value: object, row: dict[str, object]) -> str:
@@ -279,7 +223,7 @@ def main() -> int:
     scale = 10 if options.quick else 1
     repeats = options.repeats or (1 if options.quick else 3)
     before = os.getloadavg()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything it started ends
+    shared.end_in_order()
     releases = tuple(release for release in RELEASES if release not in options.without)
     with (
         tempfile.TemporaryDirectory(prefix="bench") as name,
@@ -312,9 +256,7 @@ def main() -> int:
             contest.run(f"nothing changed in {very_many} files", huge, None, again=True, without=too_slow)
         finally:
             contest.stop()
-        print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()},", end=" ")
-        print(f"{time.strftime('%Y-%m-%d')}, median of {repeats} (SDK 2.0.40: one run);", end=" ")
-        print(f"load average {before[0]:.1f} before, {os.getloadavg()[0]:.1f} after\n")
+        print(shared.machine_line(f"median of {repeats} (SDK 2.0.40: one run)", before))
         print(table(contest.results))
     return 0
 

@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Compares our way through the gateway with others: `python3 tests/bench/ssh.py [--megabytes N]`.
+
+The same OpenSSH client, config and VM by three ways: our ProxyCommand, `openssl s_client` as ProxyCommand to
+the same gateway (which verifies the certificate too), and a direct TCP connection to an sshd that listens
+inside the VM. The VM of a local Plato has a network of its own, so for that `ssh` itself runs in it, by
+nsenter; where VMs have no namespaces, the direct way is left out. Measured are the time to the first byte of
+a command, alone and over a connection that is there already, and the throughput both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from localplato import LocalPlato  # noqa: E402
+
+from bench import shared  # noqa: E402
+from bench.shared import Contestants, Desk, Measured  # noqa: E402
+
+OURS = "our ProxyCommand"
+OPENSSL = "`openssl s_client`"
+DIRECT = "direct"
+ALONE = ["-o", "ControlMaster=no", "-o", "ControlPath=none"]
+SSHD_PORT = 2222
+WAIT_SECONDS = 20.0
+
+
+class Way:
+    """One way to the VM: the words of `ssh` before its host, all with the config that `start` wrote."""
+
+    def __init__(self, desk: Desk, prefix: list[str], config: str, host: str, options: list[str]) -> None:
+        self.desk = desk
+        self.start = [*prefix, "ssh", "-F", config]
+        self.host = host
+        self.options = options
+        self.sharing: list[str] = []
+
+    def command(self, line: str, *, alone: bool) -> list[str]:
+        return [*self.start, *(ALONE if alone else self.sharing), *self.options, self.host, line]
+
+    def first_byte(self, *, alone: bool) -> Measured:
+        """Seconds until a command on the VM has been heard."""
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            self.command("echo", alone=alone),
+            env=self.desk.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+        assert process.stdout is not None
+        found = process.stdout.read(1)
+        seconds = time.perf_counter() - began
+        if not found:
+            raise RuntimeError(" ".join(process.communicate()[1].decode(errors="replace").split()))
+        process.stdout.close()
+        process.wait()
+        return Measured(seconds)
+
+    def share(self, place: Path) -> None:
+        """Open the connection that later ones are to use: ours as its config says, another the same way."""
+        if self.options or self.start[0] != "ssh":
+            self.sharing = ["-o", f"ControlPath={place}"]
+        self.first_byte(alone=False)
+
+    def hang_up(self) -> None:
+        words = [*self.start, *self.sharing, "-O", "exit", self.host]
+        subprocess.run(words, env=self.desk.environment, capture_output=True, check=False)
+
+    def upload(self, path: Path) -> Measured:
+        return self.transfer("cat > /dev/null", path, Path(os.devnull))
+
+    def download(self, size: int) -> Measured:
+        return self.transfer(f"head -c {size} /dev/zero", Path(os.devnull), Path(os.devnull))
+
+    def transfer(self, line: str, source: Path, sink: Path) -> Measured:
+        with open(source, "rb") as stdin, open(sink, "wb") as stdout:
+            began = time.perf_counter()
+            done = subprocess.run(
+                self.command(line, alone=True),
+                env=self.desk.environment,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+            seconds = time.perf_counter() - began
+        if done.returncode:
+            raise RuntimeError(" ".join(done.stderr.decode(errors="replace").split()))
+        return Measured(seconds)
+
+
+def openssl_proxy(desk: Desk, job_id: str) -> list[str]:
+    """The option of `ssh` that has openssl carry the connection."""
+    host, port = (desk.environment[name] for name in ("PLATO_GATEWAY_HOST", "PLATO_GATEWAY_PORT"))
+    name = f"{job_id}--22.{host}"
+    words = ["openssl", "s_client", "-quiet", "-verify_quiet", "-connect", f"{host}:{port}"]
+    words += ["-servername", name, "-verify_return_error", "-verify_hostname", name]
+    words += ["-CAfile", desk.environment["SSL_CERT_FILE"]]
+    return ["-o", f"ProxyCommand={shlex.join(words)} 2>/dev/null"]
+
+
+def direct_prefix(plato: LocalPlato, way: Way) -> list[str] | None:
+    """Start an sshd in the VM, with the VM's own settings; the words that put a command into its network."""
+    (machine,) = plato.machines()
+    pid = machine["pid"]
+    if shutil.which("nsenter") is None or pid is None or same_network(pid):
+        return None
+    found = way.command(
+        "sshd=$(command -v sshd || echo /usr/sbin/sshd); "
+        f"$sshd -f /run/plato/sshd_config -p {SSHD_PORT} -o ListenAddress=127.0.0.1",
+        alone=True,
+    )
+    subprocess.run(found, env=way.desk.environment, stdin=subprocess.DEVNULL, check=True)
+    user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+    return ["nsenter", *user, "--net", "--target", str(pid), "--"]
+
+
+def same_network(pid: int) -> bool:
+    return os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net")
+
+
+def make_ways(plato: LocalPlato, desk: Desk) -> dict[str, Way]:
+    state: dict[str, Any] = json.loads(desk.output("start", "--blank", "--service", "bench", "--json"))
+    config, host = state["ssh_config_path"], state["ssh_host"]
+    ours = Way(desk, [], config, host, [])
+    ways = {OURS: ours, OPENSSL: Way(desk, [], config, host, openssl_proxy(desk, state["job_id"]))}
+    prefix = direct_prefix(plato, ours)
+    if prefix is None:
+        print("The direct way is left out: the VM has no network of its own here.", file=sys.stderr)
+        return ways
+    to_sshd = ["-o", "ProxyCommand=none", "-o", "HostName=127.0.0.1", "-p", str(SSHD_PORT)]
+    ways[DIRECT] = Way(desk, prefix, config, host, to_sshd)
+    return ways
+
+
+def contest(ways: dict[str, Way], act: Callable[[Way], Measured]) -> Contestants:
+    def contestant(way: Way) -> Callable[[], Measured]:
+        return lambda: act(way)
+
+    return {name: contestant(way) for name, way in ways.items()}
+
+
+def make_noise(path: Path, size: int) -> None:
+    with open(path, "wb") as file:
+        for _ in range(size >> 20):
+            file.write(os.urandom(1 << 20))
+
+
+def throughput_table(size: int, results: dict[str, shared.Results]) -> str:
+    rows = []
+    for way in (OURS, OPENSSL, DIRECT):
+        for name, found in results.items():
+            seconds = [one.seconds for one in found.get(way, [])]
+            if seconds:
+                rates = [size / (1 << 20) / one for one in seconds]
+                shares = [share(found, way, other) for other in (OPENSSL, DIRECT)]
+                rows.append([f"{way}, {name}", shared.spread(rates, "{:.0f} MB/s"), *shares])
+    return shared.markdown(["throughput", "median", f"of {OPENSSL}", f"of {DIRECT}"], rows)
+
+
+def share(results: shared.Results, way: str, other: str) -> str:
+    """The median of each turn's throughput as a part of another way's in the same turn."""
+    pairs = zip(results[way], results.get(other, []))
+    parts = [theirs.seconds / mine.seconds for mine, theirs in pairs]
+    return f"{statistics.median(parts):.0%}" if parts else "-"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--megabytes", type=int, default=0, help="to send and to receive (default: 200)")
+
+
+def main() -> int:
+    options = shared.options_of(__doc__, add_options)
+    before = os.getloadavg()
+    size = (options.megabytes or (20 if options.quick else 200)) << 20
+    runs = options.runs
+    patience = shared.SERVER_PATIENCE_SECONDS
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as name,  # a short path, as that of a socket is limited
+        LocalPlato(Path(name) / "plato", heartbeat_seconds=patience) as plato,
+    ):
+        place = Path(name)
+        desk = shared.our_desk(place / "d", plato)
+        ways: dict[str, Way] = {}
+        try:
+            ways = make_ways(plato, desk)
+            alone = shared.interleave(contest(ways, lambda way: way.first_byte(alone=True)), runs)
+            for number, way in enumerate(ways.values()):
+                way.share(place / f"s{number}")
+            later = shared.interleave(contest(ways, lambda way: way.first_byte(alone=False)), runs)
+            noise = place / "noise"
+            make_noise(noise, size)
+            up = shared.interleave(contest(ways, lambda way: way.upload(noise)), runs)
+            down = shared.interleave(contest(ways, lambda way: way.download(size)), runs)
+        finally:
+            for way in ways.values():
+                way.hang_up()
+            desk.quietly("stop")
+    print(shared.machine_line(f"medians of {runs} runs by turns, {size >> 20} MB each way", before))
+    bases = [base for base in (OPENSSL, DIRECT) if base in ways]
+    print(shared.times_table(alone, bases, "first byte, a connection of its own") + "\n")
+    print(shared.times_table(later, bases, "first byte, over one that is there") + "\n")
+    print(throughput_table(size, {"up": up, "down": down}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
