@@ -350,10 +350,13 @@ def test_a_session_from_make_to_close(new_plato: Callable[..., LocalPlato]) -> N
 
     with ThreadPoolExecutor(1) as pool:
         poll = pool.submit(client.call, "GET", f"{path}/wait_for_ready?timeout=30")
-        plato.wait_for_request("GET", "wait_for_ready", count=2)
+        entries = plato.wait_for_request("GET", "wait_for_ready", count=2)
         assert not poll.done()
+        assert [entry["settled"] is None for entry in entries] == [False, True]
         plato.advance(1000)
         ready = poll.result(SERVER_LIMIT)
+    (entry,) = plato.requests("GET", "wait_for_ready", since=entries[0]["number"])
+    assert entry["time"] <= entry["settled"]
     assert (ready["ready"], ready["status"], ready["results"][job_id]["status"]) == (True, "ready", "running")
 
     (machine,) = plato.machines()
