@@ -190,7 +190,7 @@ def test_a_heartbeat_holds_no_more_after_thousands_of_beats(
     pid = desk.state["heartbeat_pid"]
     chance = random.Random(seed)
     wanted = 2_500 if soaking else 60
-    record = eventually(lambda: (truth := desk.heartbeat_record())["beats"] > wanted / 10 and truth)
+    record = eventually(lambda: (truth := desk.heartbeat_record())["beats"] > wanted / 10 and truth, 300)
     early = held(pid)
     faults = 0
     while (beats := record["beats"]) < wanted:
