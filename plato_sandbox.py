@@ -8590,6 +8590,9 @@ class FlowRun:
         """Close the browser and end Playwright; a driver that does not answer is given up."""
         import asyncio
 
+        kill_marked(
+            self._marker, self.reporter
+        )  # nothing of it is kept, and asked politely it takes its time
         for thing, how in ((self._browser, "close"), (self._playwright, "stop")):
             if thing is None:
                 continue
@@ -8605,6 +8608,8 @@ class FlowRun:
                 await quietly(self._page.context.close(), FLOW_CLOSE_SECONDS)
 
     async def _run_flow(self, flow: Flow) -> None:
+        import asyncio
+
         opening = FlowStep(0, {"type": "navigate", "url": self.address, "timeout": 30000}, "")
         result: dict[str, Any] = {
             "name": flow.name,
@@ -8621,9 +8626,8 @@ class FlowRun:
         context = await self._browser.new_context(viewport=self.options.viewport)
         devtools = self.options.browser == "chromium"
         self._page = page = FlowPage(context, self.address, self.screenshots, self.mask, devtools)
-        if self.options.tracing != "off":
-            await context.tracing.start(snapshots=True)
-        await page.open()
+        tracing = [context.tracing.start(snapshots=True)] if self.options.tracing != "off" else []
+        await asyncio.gather(page.open(), *tracing)
         result["passed"] = True
         for step, record in zip((opening, *flow.steps), result["steps"]):
             if result["passed"]:
@@ -8887,19 +8891,24 @@ def file_name(name: str, number: int, results: Sequence[Mapping[str, Any]]) -> s
 
 def end_marked(marker: str, reporter: Reporter) -> None:
     """Wait until the browser of a run has gone, and end it if it does not go by itself."""
-    import signal
-
     deadline = time.monotonic() + FLOW_CLOSE_SECONDS / 2
     while True:
-        left = [pid for pid in process_ids() if marker in process_command(pid)]
-        if not left:
+        if not any(is_marked(pid, marker) for pid in process_ids()):
             return
         if time.monotonic() > deadline:
-            break
+            kill_marked(marker, reporter)
+            return
         time.sleep(0.05)
-    for pid in left:
-        reporter.trace(f"ending the browser, PID {pid}")
-        signal_process(pid, functools.partial(is_marked, pid, marker), signal.SIGKILL)
+
+
+def kill_marked(marker: str, reporter: Reporter) -> None:
+    """End the browser of a run, now."""
+    import signal
+
+    for pid in process_ids():
+        if is_marked(pid, marker):
+            reporter.trace(f"ending the browser, PID {pid}")
+            signal_process(pid, functools.partial(is_marked, pid, marker), signal.SIGKILL)
 
 
 def is_marked(pid: int, marker: str) -> bool:
