@@ -8590,9 +8590,7 @@ class FlowRun:
         """Close the browser and end Playwright; a driver that does not answer is given up."""
         import asyncio
 
-        kill_marked(
-            self._marker, self.reporter
-        )  # nothing of it is kept, and asked politely it takes its time
+        kill_marked(self._marker, self.reporter)  # nothing of it is kept, and asked politely it takes long
         for thing, how in ((self._browser, "close"), (self._playwright, "stop")):
             if thing is None:
                 continue
