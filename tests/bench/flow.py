@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Compares `flow` with a hand-written Playwright script of its steps: `python3 tests/bench/flow.py [RUNS]`.
 
-Both log in to the example simulator, by turns, each in a process of its own. Prints the medians, their ratio
-and how long after its start (Playwright's own import and start left out) `flow` opens its browser. Run it in
-the environment of the tests (tests/run.py makes it); needs PostgreSQL and Chrome or Chromium.
+Both log in to the example simulator, by turns, each in a process of its own; ours as a script, which Python
+compiles at every run, and as a module, whose bytecode it keeps. Prints the medians, their ratios, and how
+long after its start (Playwright's own import and start left out) `flow` opens its browser. Run it in the
+environment of the tests (tests/run.py makes it); needs PostgreSQL and Chrome or Chromium.
 """
 
 from __future__ import annotations
@@ -90,19 +91,23 @@ def measure(place: Path, url: str, runs: int) -> None:
     shutil.copy(SIMULATOR / "flows.yml", place)
     shutil.copy(SIMULATOR / "plato-config.yml", place)
     os.environ["PLATO_BROWSER"] = browser()
-    ours = [sys.executable, str(PRODUCT), "flow", "--base-url", url]
-    by_hand = [sys.executable, "-c", BY_HAND, url, browser()]
-    times: dict[str, list[float]] = {"by hand": [], "flow": []}
+    os.environ["PYTHONPATH"] = str(ROOT)
+    contestants = {
+        "by hand": [sys.executable, "-c", BY_HAND, url, browser()],
+        "script": [sys.executable, str(PRODUCT), "flow", "--base-url", url],
+        "module": [sys.executable, "-m", "plato_sandbox", "flow", "--base-url", url],
+    }
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(runs + 1):
-        for name, command in (("by hand", by_hand), ("flow", ours)):
+        for name, command in contestants.items():
             seconds = seconds_of(command, place)
             if number:  # the first of each warms the caches up
                 times[name].append(seconds)
     middle = {name: statistics.median(found) for name, found in times.items()}
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {runs} runs")
     for name, found in times.items():
-        print(f"{name:<8} {middle[name]:.2f} s  ({min(found):.2f} to {max(found):.2f})")
-    print(f"ratio    {middle['flow'] / middle['by hand']:.2f}")
+        ratio = middle[name] / middle["by hand"]
+        print(f"{name:<8} {middle[name]:.2f} s  ({min(found):.2f} to {max(found):.2f})  {ratio:.2f}x")
     starts = [until_playwright(place, url) for _ in range(min(runs, 5))]
     print(f"to the call of Playwright: {statistics.median(starts):.2f} s")
 
