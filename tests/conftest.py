@@ -57,9 +57,9 @@ def missing(reason: str) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the long tests to `run.py --all`; keep those together that share an expensive fixture."""
-    whole = bool(os.environ.get("PLATO_TESTS_ALL"))
+    whole = bool(os.environ.get("PLATO_TESTS_ALL")) or "soak" in str(config.option.markexpr)
     for item in items:
         if "long" in item.keywords and not whole:
             item.add_marker(pytest.mark.skip(reason="a long test; run.py --all runs it"))

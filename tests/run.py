@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         return check(python)
     environment = {**os.environ, "PLATO_TESTS_ALL": "1" if everything else ""}
     if not any(argument.startswith("-n") for argument in rest):
-        rest = ["-n", str(min(4, os.cpu_count() or 1) * 2), "--dist", "loadgroup", *rest]
+        rest = ["-n", str(min(4, os.cpu_count() or 1) * 5 // 2), "--dist", "loadgroup", *rest]
     return subprocess.run([python, "-m", "pytest", *rest], cwd=ROOT, env=environment, check=False).returncode
 
 

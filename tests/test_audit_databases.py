@@ -284,6 +284,7 @@ def test_a_table_that_is_gone(server: Server) -> None:
         assert raised.value.hint is None
 
 
+@pytest.mark.long
 def test_many_tables_are_listed_in_few_statements(server: Server) -> None:
     """The sizes are what the server believes: in PostgreSQL, here, what its catalogue is told to believe."""
     script = [f"CREATE TABLE t{number} (id int PRIMARY KEY, a int, b int, c int)" for number in range(MANY)]

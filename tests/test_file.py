@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -78,6 +79,7 @@ def test_nothing_happens_at_import() -> None:
     assert done.stdout == "[]\n[]\n"
 
 
+@functools.cache
 def banners() -> list[tuple[int, str]]:
     """The sections by their three-line banners: line number and name."""
     lines = SOURCE.splitlines()

@@ -300,6 +300,7 @@ def test_text_of_the_server(
 STATE_TEXTS = ("job_id", "mode", "service", "dataset", "url", "created_at", "artifact_id", "simulator")
 
 
+@pytest.mark.long
 @pytest.mark.soak
 def test_text_of_the_record(sandbox: tuple[Desk, LocalPlato], shown: Shower) -> None:
     desk, _ = sandbox
@@ -861,6 +862,7 @@ def test_links_in_the_home_do_not_lead_out(desk: Desk, plato: LocalPlato) -> Non
     assert desk.leftovers() == []
 
 
+@pytest.mark.long
 def test_a_link_instead_of_the_store_of_git(sandbox: tuple[Desk, LocalPlato]) -> None:
     desk, plato = sandbox
     part("git", "git")

@@ -214,6 +214,7 @@ def test_vms_share_no_container_network_or_change_of_an_image(docker: None, visi
     assert Path("/proc/net/dev").read_text().count(":") == before
 
 
+@pytest.mark.long
 def test_an_engine_that_ended_starts_again(docker: None, visitors: Closing) -> None:
     session_id, _ = visitors.start()
     visitors.output(session_id, "docker run -d --name one --restart unless-stopped busybox sleep 1000")

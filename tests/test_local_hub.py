@@ -245,6 +245,7 @@ def test_a_compressed_and_chunked_request(git: Git) -> None:
     connection.close()
 
 
+@pytest.mark.long
 def test_a_big_push_is_not_held_in_memory(git: Git, plato: LocalPlato) -> None:
     url = git.url("taskboard")
     with open(git.place / "big", "wb") as file:

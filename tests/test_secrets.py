@@ -281,6 +281,7 @@ def test_what_gitea_repeats_is_hidden(stage: Stage) -> None:
     assert watch.unneeded() == set()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_password_of_a_flow_is_nowhere(stage: Stage, login_page: str) -> None:
     """Neither after success nor after failure, with a trace of everything and a page that repeats it."""

@@ -585,6 +585,8 @@ def test_a_project_that_does_not_exist(member: Browser, project: str) -> None:
 
 
 def test_the_activity_names_the_newest_first(member: Browser) -> None:
+    for number in range(8):
+        member.add_task(f"An earlier one, {number}")
     member.add_task("Seen in the activity")
     member.press(member.task("Seen in the activity").one(".delete"))
     lines = [item.text() for item in member.page.document.one("#activity").select("li")]
