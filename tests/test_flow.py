@@ -1103,6 +1103,7 @@ def serve_page(desk: Desk, plato: LocalPlato) -> None:
     eventually(answers)
 
 
+@pytest.mark.long
 def test_flow_of_a_sandbox(desk: Desk, plato: LocalPlato) -> None:
     """Against its address, with its local flows; then with those that Plato has."""
     browser()

@@ -563,6 +563,7 @@ class Nasty(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.long
 def test_text_of_pages_and_names_of_flows(sandbox: tuple[Desk, LocalPlato]) -> None:
     """A page, names of flows and names of pictures: harmless text, and no file outside of the folders."""
     browser()

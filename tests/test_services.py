@@ -987,18 +987,18 @@ def test_no_git_on_the_vm(vm: Vm) -> None:
 # ---------------------------------------------------------------------------
 
 
-def session_processes(vm: Vm) -> list[str]:
-    """The command lines of processes of this desk, but for heartbeats."""
-    found = []
+def session_processes(vm: Vm) -> dict[int, str]:
+    """The processes of this desk by pid, but for heartbeats and the connection that ssh keeps."""
+    found = {}
     mark = os.fsencode(f"HOME={vm.desk.home}") + b"\0"
     store = os.fsencode(f"HOME={vm.desk.plato_home}/git_")
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             environment, line = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
             if (mark in environment or store in environment) and not re.search(
-                b"heartbeat-child|gateway-stream", line
+                b"heartbeat-child|gateway-stream|^ssh: ", line
             ):
-                found.append(line.replace(b"\0", b" ").decode(errors="replace"))
+                found[int(process.name)] = line.replace(b"\0", b" ").decode(errors="replace")
     return found
 
 
@@ -1008,12 +1008,13 @@ def test_an_interruption_while_pushing_leaves_nothing(vm: Vm, path: str) -> None
     vm.plato.fault("hang", path=path, times=-1)
     method, part_of_path = "POST" if "receive" in path else "GET", path.lstrip("*")
     since = len(vm.plato.requests(method, part_of_path))
+    before = set(session_processes(vm))
     process = vm.desk.begin("start-services", "--json")
     vm.plato.wait_for_request(method, part_of_path, since + 1)
     process.send_signal(signal.SIGINT)
     result = ending(process)
     assert result.code == 130, result
-    eventually(lambda: session_processes(vm) == [])
+    eventually(lambda: set(session_processes(vm)) <= before)
     vm.plato.clear_faults()
     vm.good()
     assert vm.pushed() == read(vm.tree) == read(vm.work)
@@ -1037,13 +1038,14 @@ def gated() -> str:
 def test_an_interruption_during_up_ends_it_there_too(docker: Vm) -> None:
     vm = docker
     write(vm.work, {"docker-compose.yml": gated(), "gate/.keep": ""})
+    before = set(session_processes(vm))
     process = vm.desk.begin("start-services", "--json")
     eventually(lambda: (vm.tree / "gate/here").exists())
     assert "compose" in vm.execute("ps -eo args")
     process.send_signal(signal.SIGINT)
     assert ending(process).code == 130
     eventually(lambda: "docker compose" not in vm.execute("ps -eo args"))
-    eventually(lambda: session_processes(vm) == [])
+    eventually(lambda: set(session_processes(vm)) <= before)
     (vm.tree / "gate/go").touch()
     report = vm.good()
     assert [one["state"] for one in report["services"][0]["containers"]] == ["running", "exited"]
