@@ -300,17 +300,22 @@ def end_heartbeat(record: Path) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def heartbeats(desk: Desk) -> list[int]:
-    """The pids of the heartbeats that a desk has running, found by what they are and not by any record."""
-    found = []
+def processes_of(desk: Desk) -> dict[int, bytes]:
+    """The processes that have a desk's home in their environment: pid and command line."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         except OSError:
             continue
-        if b"heartbeat-child" in command and os.fsencode(f"HOME={desk.home}") + b"\0" in environment:
-            found.append(int(process.name))
-    return sorted(found)
+        if os.fsencode(f"HOME={desk.home}") + b"\0" in environment:
+            found[int(process.name)] = command
+    return found
+
+
+def heartbeats(desk: Desk) -> list[int]:
+    """The pids of the heartbeats that a desk has running, found by what they are and not by any record."""
+    return sorted(pid for pid, command in processes_of(desk).items() if b"heartbeat-child" in command)
 
 
 def ssh_processes(desk: Desk) -> dict[int, str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import BLANK, SIMULATOR, Desk, altered, ending, eventually, missing, part
+from conftest import BLANK, SIMULATOR, Desk, altered, ending, eventually, missing, part, processes_of
 from localplato import LocalPlato
 from test_local_worker import has_namespaces, has_postgresql
 from test_simulator import Browser as Person
@@ -69,17 +69,8 @@ def _packages() -> None:
 
 def audit_processes(desk: Desk) -> list[int]:
     """The pids of the page's servers that a desk has running, and of their children."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(f"HOME={desk.home}") + b"\0" in environment and (
-            b"audit-server" in command or b"streamlit" in command
-        ):
-            found.append(int(process.name))
-    return found
+    commands = processes_of(desk).items()
+    return [pid for pid, command in commands if b"audit-server" in command or b"streamlit" in command]
 
 
 class Serving:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import ROOT, SIMULATOR, Desk, Result, altered, ending, eventually, missing
+from conftest import ROOT, SIMULATOR, Desk, Result, altered, ending, eventually, missing, processes_of
 from flow_pages import Site
 from localplato import LocalPlato
 from test_simulator import app, database  # noqa: F401  (fixtures)
@@ -73,15 +73,12 @@ def step(kind: str, **values: Any) -> dict[str, Any]:
 
 def browsers_of(desk: Desk) -> list[str]:
     """What still runs of a desk's browsers and their driver, by the home in their environment."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(f"HOME={desk.home}") + b"\0" in environment and b"heartbeat-child" not in command:
-            found.append(command.replace(b"\0", b" ").decode(errors="replace")[:200])
-    return found
+    commands = processes_of(desk).values()
+    return [
+        command.replace(b"\0", b" ").decode(errors="replace")[:200]
+        for command in commands
+        if b"heartbeat-child" not in command
+    ]
 
 
 def texts_below(place: Path) -> dict[str, bytes]:

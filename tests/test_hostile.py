@@ -805,7 +805,8 @@ def test_a_record_cannot_name_an_ssh_config_of_its_own(
     evil = desk.work / "evil.conf"
     evil.write_text(EVIL_CONFIG.format(canary=desk.work / "CANARY"))
     state = desk.state
-    for path in (str(evil), "evil.conf", f"{desk.plato_home}/../../work/evil.conf", "~/../work/evil.conf"):
+    below = os.path.relpath(evil, desk.home)
+    for path in (str(evil), "evil.conf", f"{desk.plato_home}/../{below}", f"~/{below}"):
         desk.state_file.write_text(json.dumps({**state, "ssh_config_path": path}) + "\n")
         result = desk.run(*words, "--json")
         assert canaries(desk, plato) == []
