@@ -67,6 +67,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import http.client
+    import logging
     import socket
     import ssl
     import subprocess
@@ -8536,6 +8537,8 @@ class FlowRun:
 
     async def _open_browser(self) -> None:
         """Start Playwright and open a browser. SandboxError with the commands for what is missing."""
+        import logging
+
         try:
             from playwright.async_api import Error, async_playwright
         except ImportError:
@@ -8543,6 +8546,7 @@ class FlowRun:
                 f"Flows need Playwright, which this Python does not have: {install_hint('', sys.executable)}"
             ) from None
         self._error = Error
+        logging.getLogger("playwright").addFilter(self._hear)
         key = os.environ.pop("PLATO_API_KEY", None)  # its driver takes this environment as it is
         try:
             self._playwright = await async_playwright().start()
@@ -8559,6 +8563,12 @@ class FlowRun:
         except Error as error:
             raise self._launch_error(str(error)) from None
         self.browser["version"] = self._browser.version
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        """What Playwright logs is a detail: a traceback for each answer of a page that has just gone."""
+        error = f": {record.exc_info[1]}" if record.exc_info else ""
+        self.reporter.trace(self.mask(f"Playwright: {record.getMessage()}{error}"))
+        return False
 
     def _launch_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -11608,11 +11618,11 @@ class Sandbox(SandboxBase):
         self.reporter.step("Resetting the environment", RESET_SECONDS)
         try:
             answer = self.api.reset(state["session_id"])
-        except ApiError as error:
+            check_reset(answer, state.get("job_id"))
+        except SandboxError as error:
             raise self._gone_or(error) from None
         finally:
             self.api.transport.close()
-        check_reset(answer, state.get("job_id"))
         return answer
 
     def clear_audit(self) -> dict[str, Any]:
@@ -11628,7 +11638,9 @@ class Sandbox(SandboxBase):
         except ApiError as error:
             if error.status != 404:
                 raise self._gone_or(error) from None
-            self._check_alive()
+            gone = self.end_of_vm()
+            if gone is not None:
+                raise gone from None
             return {"via": "database", "listeners": self._clear_databases()}
         finally:
             self.api.transport.close()
@@ -11636,13 +11648,6 @@ class Sandbox(SandboxBase):
             said = as_text(answer.get("error")) or "no reason was given"
             raise SandboxError(f"The audit tables could not be emptied: {printable(said).rstrip('.')}.")
         return {"via": "api", "listeners": []}
-
-    def _check_alive(self) -> None:
-        """Raise NoSandboxError when the session is gone."""
-        try:
-            self.api.session_details(self.state["session_id"])
-        except ApiError as error:
-            raise self._gone_or(error) from None
 
     def _clear_databases(self) -> list[str]:
         tables = audit_tables(self._config(None, None).content)
@@ -11757,8 +11762,14 @@ class Sandbox(SandboxBase):
     # What they share
 
     def _load_for_use(self) -> dict[str, Any]:
-        """The state of a sandbox that is to be used now, with a key to use it."""
+        """The state of a sandbox that is to be used now, with a key to use it.
+
+        ConflictError while its `start` is at work; what one left that was killed is used as far as it got.
+        """
         state = self.load()
+        if state.get("starting"):
+            with DirectoryLock(self.directory, shared=True):
+                pass
         if not state.get("session_id"):
             raise unfinished_start(state)
         self.settings.require_key()
@@ -11786,10 +11797,26 @@ class Sandbox(SandboxBase):
         except (ConflictError, NoSandboxError) as error:
             self.reporter.warn(f"{STATE_FILE} was not updated: {error.message}")
 
-    @staticmethod
-    def _gone_or(error: ApiError) -> SandboxError:
-        """What an error of a session's endpoint means: 404 and 410 say that it is gone."""
-        return gone_error(None) if error.status in (404, 410) else error
+    def _gone_or(self, error: SandboxError) -> SandboxError:
+        """What the failure of a session's request means: that the VM is gone, or the error itself.
+
+        404 and 410 say so. An answer that says only that something did not work leaves it to be asked.
+        """
+        status = error.status if isinstance(error, ApiError) else None
+        if status in (404, 410):
+            return gone_error(None)
+        if status is not None or isinstance(error, (NetworkError, AuthenticationError)):
+            return error
+        return self.end_of_vm() or error
+
+    def end_of_vm(self) -> NoSandboxError | None:
+        """Ask Plato whether the VM is gone; None when it is not, or when nobody can tell."""
+        try:
+            details = self.api.session_details(self.state["session_id"])
+        except SandboxError as error:
+            return gone_error(None) if isinstance(error, ApiError) and error.status in (404, 410) else None
+        word, why = vm_status(details, self.state.get("job_id"))
+        return gone_error(why) if (word or "").lower() in TERMINAL_STATUSES else None
 
     # What a browser sees
 
@@ -12476,18 +12503,11 @@ class FlowSession:
 
     def _refuse_gone(self, failure: Mapping[str, Any] | None) -> None:
         """A page that does not even open may belong to a VM that is gone."""
-        state = self.sandbox.state
         if self.options.base_url or not failure or failure["step"]:
             return
-        try:
-            details = self.sandbox.api.session_details(state["session_id"])
-        except SandboxError as error:
-            if isinstance(error, ApiError) and error.status in (404, 410):
-                raise gone_error(None) from None
-            return
-        word, why = vm_status(details, state.get("job_id"))
-        if (word or "").lower() in TERMINAL_STATUSES:
-            raise gone_error(why)
+        gone = self.sandbox.end_of_vm()
+        if gone is not None:
+            raise gone
 
 
 def flow_failed_error(failed: Sequence[Mapping[str, Any]]) -> FlowFailedError:

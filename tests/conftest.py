@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -280,13 +281,19 @@ class Desk:
         return sorted(path.name for path in [*files, *self.work.glob(".sandbox.yaml*")])
 
     def clear(self) -> None:
-        """End every process that the test left: commands under way and heartbeats, by their own records."""
+        """End every process that the test left: commands under way and heartbeats, with or without a record.
+
+        A heartbeat that lives on would beat at whatever local Plato gets the port of its own one next.
+        """
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
             process.communicate()
         for record in self.plato_home.glob("heartbeat_*.log") if self.plato_home.is_dir() else ():
             end_heartbeat(record)
+        for pid in heartbeats(self):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def end_heartbeat(record: Path) -> None:

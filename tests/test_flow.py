@@ -993,6 +993,23 @@ def test_interruption_leaves_nothing(nobody: Desk, site: Site, number: int, grou
     eventually(lambda: browsers_of(nobody) == [])
 
 
+def test_what_playwright_logs_is_no_output(nobody: Desk, site: Site) -> None:
+    """It logs a traceback when an answer of a page comes after the page has gone, as in an interruption."""
+    write_flows(nobody, flow("login", step("navigate", url="/second")))
+    late = (
+        "import logging\nours = product.FlowRun._close\nasync def close(self):\n"
+        "    try:\n        raise ValueError('response@1 was not bound')\n"
+        "    except ValueError as error:\n"
+        "        logging.getLogger('playwright').error('Error in event listener', exc_info=error)\n"
+        "    await ours(self)\nproduct.FlowRun._close = close"
+    )
+    command = ("flow", "--base-url", site.url, "--output", "out")
+    quiet = ending(nobody.begin_command(altered(late, *command)))
+    assert (quiet.code, "listener" in quiet.err) == (0, False)
+    told = ending(nobody.begin_command(altered(late, *command, "--verbose")))
+    assert "Playwright: Error in event listener: response@1 was not bound" in told.err
+
+
 @pytest.mark.parametrize("moment", ["playwright", "launch", "context"])
 def test_interruption_while_the_browser_opens(nobody: Desk, site: Site, moment: str) -> None:
     """A Ctrl-C in the terminal, so that everything gets it, at a moment chosen in the middle of the start."""
