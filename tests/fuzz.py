@@ -245,7 +245,7 @@ def fuzz_answers(data: bytes) -> None:
     sandbox.settings = sandbox.api.settings
     sandbox.state = {"session_id": "s", "job_id": JOB, "service": "taskboard", "artifact_id": "a"}
     product.load_state = lambda directory: {**sandbox.state, "base_url": sandbox.settings.base_url}
-    sandbox.revive_heartbeat = sandbox._check_alive
+    sandbox.revive_heartbeat = sandbox.end_of_vm
     sandbox._record = lambda **_: None
     starter = product.Starter(sandbox, product.plan_start("/", blank=True, service="x"))
     for work in (

@@ -24,8 +24,9 @@ DEFAULT_BRANCH = "main"
 ACCESS = ("write", "read", "none")
 # What a client must be able to carry: everything but line ends, and a colon in the name, which Basic
 # authentication forbids. A URL or a shell line that is put together carelessly breaks, or runs `id`.
+# A random word follows each, so that nobody takes one Gitea's for another's.
 USERNAME = "dev/ops@local %41#?&'\"\\ é+"
-PASSWORD = "p:/@%25#?&='\"\\`id`$(id) ;ß雪+"  # a random word follows
+PASSWORD = "p:/@%25#?&='\"\\`id`$(id) ;ß雪+"
 # What no configuration of the host or of its user may change.
 GIT_SETTINGS = {
     "safe.directory": "*",
@@ -110,7 +111,10 @@ class Hub:
         self.directory.mkdir(parents=True, exist_ok=True)
         credentials = self.load("credentials.json")
         if credentials is None:
-            credentials = {"username": USERNAME, "password": PASSWORD + secrets.token_urlsafe(12)}
+            credentials = {
+                "username": USERNAME + secrets.token_hex(4),
+                "password": PASSWORD + secrets.token_urlsafe(12),
+            }
             self.save("credentials.json", credentials)
         self.username, self.password = credentials["username"], credentials["password"]
         known = self.load("simulators.json")
