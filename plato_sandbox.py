@@ -61,7 +61,6 @@ import os
 import re
 import sys
 import time
-from bisect import bisect_right
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -621,6 +620,8 @@ class _YamlDocument:
         self.line_starts: list[int] = []
 
     def position(self, offset: int) -> tuple[int, int]:
+        from bisect import bisect_right
+
         if not self.line_starts:
             self.line_starts = [self.origin]
             self.line_starts += (match.end() for match in re.finditer("\n", self.text))
@@ -2933,7 +2934,7 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
     target = _proxy_address(proxy) if proxy else (host, port)
     left = max(0.1, deadline - time.monotonic())
     try:
-        sock = socket.create_connection(target, timeout=left)
+        sock = socket.create_connection((name_on_the_wire(target[0]), target[1]), timeout=left)
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
         raise NetworkError(
             f"The address of {printable(target[0])} could not be found ({reason(error)}).",
@@ -2950,6 +2951,11 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
     if proxy:
         _tunnel(sock, host, port, proxy, deadline)
     return sock
+
+
+def name_on_the_wire(host: str) -> Any:
+    """A host's name for `socket` and `ssl`: ASCII as bytes, for which they load no tables of Unicode."""
+    return host.encode("ascii") if host.isascii() else host
 
 
 def _proxy_address(proxy: str) -> tuple[str, int]:
@@ -3024,7 +3030,7 @@ def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None)
 
     sock.settimeout(max(0.1, deadline - time.monotonic()))
     try:
-        return tls_context(ca_file).wrap_socket(sock, server_hostname=name)
+        return tls_context(ca_file).wrap_socket(sock, server_hostname=name_on_the_wire(name))
     except UsageError:
         sock.close()
         raise
@@ -12888,9 +12894,9 @@ def show_heartbeat(health: Mapping[str, Any], now: float, output: Output) -> Non
 
 def seconds_of(text: str) -> float:
     """The time that `utc_text` wrote, as seconds since 1970."""
-    import calendar
+    from datetime import datetime, timezone
 
-    return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+    return datetime.fromisoformat(text[:19]).replace(tzinfo=timezone.utc).timestamp()
 
 
 def command_stop(options: argparse.Namespace, output: Output) -> int:

@@ -5,7 +5,8 @@ The same OpenSSH client, config and VM by three ways: our ProxyCommand, `openssl
 the same gateway (which verifies the certificate too), and a direct TCP connection to an sshd that listens
 inside the VM. The VM of a local Plato has a network of its own, so for that `ssh` itself runs in it, by
 nsenter; where that cannot be, the direct way is left out. Measured are the time to the first byte of
-a command, alone and over a connection that is there already, and the throughput both ways.
+a command, alone and over a connection that is there already, and the throughput both ways: unhindered,
+where all that encrypts shares the CPUs of this host, and offered at the rate of a line of 1 Gbit/s.
 """
 
 from __future__ import annotations
@@ -37,6 +38,16 @@ OPENSSL = "`openssl s_client`"
 DIRECT = "direct"
 ALONE = ["-o", "ControlMaster=no", "-o", "ControlPath=none"]
 SSHD_PORT = 2222
+LINE_BYTES = 118_000_000  # what TCP carries over a line of 1 Gbit/s, in a second
+# Writes so many bytes at such a rate.
+PACED = """
+import os, sys, time
+size, rate = int(sys.argv[1]), int(sys.argv[2])
+sent, began, data = 0, time.perf_counter(), bytes(1 << 18)
+while sent < size:
+    time.sleep(max(0.0, sent / rate - (time.perf_counter() - began)))
+    sent += os.write(1, data[: size - sent])
+"""
 
 
 class Way:
@@ -82,27 +93,38 @@ class Way:
         words = [*self.start, *self.sharing, "-O", "exit", self.host]
         subprocess.run(words, env=self.desk.environment, capture_output=True, check=False)
 
-    def upload(self, path: Path) -> Measured:
-        return self.transfer("cat > /dev/null", path, Path(os.devnull))
+    def upload(self, size: int) -> Measured:
+        return self.transfer("cat > /dev/null", ["head", "-c", str(size), "/dev/zero"])
 
     def download(self, size: int) -> Measured:
-        return self.transfer(f"head -c {size} /dev/zero", Path(os.devnull), Path(os.devnull))
+        return self.transfer(f"head -c {size} /dev/zero", ["true"])
 
-    def transfer(self, line: str, source: Path, sink: Path) -> Measured:
-        with open(source, "rb") as stdin, open(sink, "wb") as stdout:
-            began = time.perf_counter()
+    def paced_upload(self, size: int) -> Measured:
+        return self.transfer("cat > /dev/null", paced(size))
+
+    def paced_download(self, size: int) -> Measured:
+        return self.transfer(shlex.join(paced(size)), ["true"])
+
+    def transfer(self, line: str, source: list[str]) -> Measured:
+        """Seconds of a command on the VM that gets what another one says here."""
+        began = time.perf_counter()
+        with subprocess.Popen(source, stdout=subprocess.PIPE) as feeding:
             done = subprocess.run(
                 self.command(line, alone=True),
                 env=self.desk.environment,
-                stdin=stdin,
-                stdout=stdout,
+                stdin=feeding.stdout,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 check=False,
             )
             seconds = time.perf_counter() - began
-        if done.returncode:
+        if done.returncode or feeding.returncode:
             raise RuntimeError(" ".join(done.stderr.decode(errors="replace").split()))
         return Measured(seconds)
+
+
+def paced(size: int) -> list[str]:
+    return ["python3", "-I", "-S", "-c", PACED, str(size), str(LINE_BYTES)]
 
 
 def openssl_proxy(desk: Desk, job_id: str) -> list[str]:
@@ -163,19 +185,13 @@ def contest(ways: dict[str, Way], act: Callable[[Way], Measured]) -> Contestants
     return {name: contestant(way) for name, way in ways.items()}
 
 
-def make_noise(path: Path, size: int) -> None:
-    with open(path, "wb") as file:
-        for _ in range(size >> 20):
-            file.write(os.urandom(1 << 20))
-
-
 def throughput_table(size: int, results: dict[str, shared.Results]) -> str:
     rows = []
-    for way in (OURS, OPENSSL, DIRECT):
-        for name, found in results.items():
+    for name, found in results.items():
+        for way in (OURS, OPENSSL, DIRECT):
             seconds = [one.seconds for one in found.get(way, [])]
             if seconds:
-                rates = [size / (1 << 20) / one for one in seconds]
+                rates = [size / 1_000_000 / one for one in seconds]
                 shares = [share(found, way, other) for other in (OPENSSL, DIRECT)]
                 rows.append([f"{way}, {name}", shared.spread(rates, "{:.0f} MB/s"), *shares])
     return shared.markdown(["throughput", "median", f"of {OPENSSL}", f"of {DIRECT}"], rows)
@@ -189,7 +205,7 @@ def share(results: shared.Results, way: str, other: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--megabytes", type=int, default=0, help="to send and to receive (default: 200)")
+    parser.add_argument("--megabytes", type=int, default=0, help="to send and to receive (default: 1000)")
 
 
 def main() -> int:
@@ -205,6 +221,7 @@ def main() -> int:
         place = Path(name)
         desk = shared.our_desk(place / "d", plato)
         ways: dict[str, Way] = {}
+        throughput: dict[str, shared.Results] = {}
         try:
             ways = make_ways(plato, desk)
             alone = shared.interleave(contest(ways, lambda way: way.first_byte(alone=True)), runs)
@@ -212,10 +229,13 @@ def main() -> int:
             for number, way in enumerate(ways.values()):
                 way.share(place / f"s{number}")
             later = shared.interleave(contest(ways, lambda way: way.first_byte(alone=False)), runs)
-            noise = place / "noise"
-            make_noise(noise, size)
-            up = shared.interleave(contest(ways, lambda way: way.upload(noise)), runs)
-            down = shared.interleave(contest(ways, lambda way: way.download(size)), runs)
+            for label, act in {
+                "up": lambda way: way.upload(size),
+                "down": lambda way: way.download(size),
+                "up, offered 118 MB/s": lambda way: way.paced_upload(size),
+                "down, offered 118 MB/s": lambda way: way.paced_download(size),
+            }.items():
+                throughput[label] = shared.interleave(contest(ways, act), runs)
         finally:
             for way in ways.values():
                 way.hang_up()
@@ -224,7 +244,7 @@ def main() -> int:
     bases = [base for base in (OPENSSL, DIRECT) if base in ways]
     print(shared.times_table(alone, bases, "first byte, a connection of its own") + "\n")
     print(shared.times_table(later, bases, "first byte, over one that is there") + "\n")
-    print(throughput_table(size, {"up": up, "down": down}))
+    print(throughput_table(size, throughput))
     return 0
 
 
