@@ -211,7 +211,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main() -> int:
     options = shared.options_of(__doc__, add_options)
     before = os.getloadavg()
-    size = (options.megabytes or (20 if options.quick else 200)) << 20
+    size = (options.megabytes or (20 if options.quick else 1000)) << 20
     runs = options.runs
     patience = shared.SERVER_PATIENCE_SECONDS
     with (
