@@ -7739,7 +7739,13 @@ VISIBLE_TEXTS = """elements => elements.filter(element => {
   const box = element.getBoundingClientRect();
   return box.width > 0 && box.height > 0 && getComputedStyle(element).visibility === "visible";
 }).map(element => element.innerText || "")"""
-OBSTACLE = """element => {
+OBSTACLE = """(element, fills) => {
+  const unfit = /^(button|checkbox|file|image|radio|reset|submit)$/;
+  if (fills && element.matches("input") && unfit.test(element.type))
+    return `an input of type "${element.type}" cannot be filled`;
+  if (fills && !element.matches("input, textarea, select, label") && !element.isContentEditable)
+    return `<${element.localName}> is not a field that can be filled`;
+  if (fills && element.readOnly) return "the element is not editable";
   if (element.matches(":disabled, [aria-disabled=true]")) return "the element is not enabled";
   const box = element.getBoundingClientRect();
   const above = element.getRootNode().elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
@@ -8343,14 +8349,14 @@ class FlowPage:
 
     # What can be seen
 
-    async def describe(self, selector: str) -> str:
+    async def describe(self, selector: str, *, fills: bool = False) -> str:
         """What is to be said of the elements of a selector that did not do as they should."""
         locator = self.page.locator(selector)
         count = await locator.count()
         if not count:
             return count_words(0)
         if await locator.first.is_visible():
-            obstacle = await locator.first.evaluate(OBSTACLE)
+            obstacle = await locator.first.evaluate(OBSTACLE, fills)
             return obstacle or f"{count_words(count)}, visible"
         return f"{count_words(count)}, but {'the first' if count > 1 else 'it'} is not visible"
 
@@ -8699,7 +8705,8 @@ class FlowRun:
     async def _look_closer(self, page: FlowPage, step: FlowStep) -> str:
         """What is to be seen after a time-out that says nothing itself."""
         if "selector" in step.values:
-            said = await quietly(page.describe(step.values["selector"]), FLOW_LOOK_SECONDS)
+            look = page.describe(step.values["selector"], fills=step.type == "fill")
+            said = await quietly(look, FLOW_LOOK_SECONDS)
             return said or "the page did not answer"
         if step.type == "wait_for_url":
             return str(page.page.url)

@@ -379,6 +379,18 @@ FAILING: dict[str, tuple[list[dict[str, Any]], int, str, str]] = {
         "a field #agree",
         'type "checkbox" can',
     ),
+    "fill, checkbox, no time to see it": (
+        [step("navigate", url="/login"), step("fill", selector="#agree", value="x", timeout=1)],
+        2,
+        "a field #agree",
+        'type "checkbox" can',
+    ),
+    "fill, no field, no time to see it": (
+        [step("navigate", url="/login"), step("fill", selector="#go", value="x", timeout=1)],
+        2,
+        "a field #go",
+        "<button> is not a field",
+    ),
     "wait_for_url": (
         [step("wait_for_url", url_contains="/never", **FAST)],
         1,

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+import trustme
 from conftest import eventually, is_running, part
 from localplato import LocalPlato
 from localplato.machine import remove_tree
+from localplato.relay import BUFFER_LIMIT, PlainStream, TlsStream, relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -791,6 +793,42 @@ def test_the_gateway_carries_bytes_and_ends_of_both_directions(plato: LocalPlato
         tunnel.send(b"short")
         tunnel.socket.shutdown(socket.SHUT_WR)
         assert tunnel.receive_all().startswith(b"5 ")
+
+
+def test_the_gateway_does_not_wait_for_what_it_has_read_already() -> None:
+    """A socket that takes nothing, then all at once, must not make the relay forget what TLS still holds."""
+
+    class Stalled(PlainStream):
+        stalls = 1
+
+        def flush(self) -> None:
+            self.stalls -= 1
+            if self.stalls < 0:
+                super().flush()
+
+    authority = trustme.CA()
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("vm.localhost").configure_cert(server)
+    authority.configure_trust(client)
+    near, left = socket.socketpair()
+    right, far = socket.socketpair()
+    for end in (near, left, right, far):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        end.settimeout(30)
+    data = os.urandom(BUFFER_LIMIT + 32768)
+    stream = TlsStream(left, server)
+    greeting = threading.Thread(target=stream.handshake)
+    greeting.start()
+    with client.wrap_socket(near, server_hostname="vm.localhost") as tunnel, far:
+        greeting.join()
+        tunnel.sendall(data)
+        carrying = threading.Thread(target=relay, args=(stream, Stalled(right, far=True)), daemon=True)
+        carrying.start()
+        received = b""
+        while len(received) < len(data):
+            received += far.recv(1 << 16)
+    assert received == data
+    carrying.join()
 
 
 def test_the_gateway_carries_on_after_the_vm_has_ended_its_direction(

@@ -205,8 +205,8 @@ def select_one(connection: socket.socket, timeout: float) -> bool:
 
 
 def move(source: PlainStream, target: PlainStream, count: Callable[[int], None]) -> bool:
-    """Carry what is there from source to target, and the end; whether anything moved."""
-    moved = False
+    """Carry what is there from source to target, and the end; whether anything moved, or can move now."""
+    moved, was_full = False, target.full
     while not source.input_ended and not target.full:
         data = source.receive()
         if data is None:
@@ -219,7 +219,8 @@ def move(source: PlainStream, target: PlainStream, count: Callable[[int], None])
         target.end()
         moved = True
     target.flush()
-    return moved
+    # What TLS has decrypted while the target was full shows in no socket that could be waited for.
+    return moved or (was_full and not target.full)
 
 
 def relay(left: PlainStream, right: PlainStream, count: Callable[[int], None] = lambda length: None) -> None:
