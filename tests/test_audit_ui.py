@@ -191,6 +191,7 @@ def test_a_port_in_use_leads_to_the_next_one(desk: Desk) -> None:
     assert desk.run(*SERVE, "--direct", "--port", "70000").code == 1
 
 
+@pytest.mark.long
 def test_the_browser_is_opened_where_there_is_a_screen(desk: Desk) -> None:
     programs = desk.place / "programs"
     programs.mkdir()

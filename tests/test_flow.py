@@ -679,6 +679,7 @@ Flow broken failed: 0 of 2 steps passed in .*
     assert not (nobody.work / "test-results" / "login" / "trace.zip").exists()
 
 
+@pytest.mark.long
 def test_no_trace_is_kept_of_a_passed_flow_unless_asked(nobody: Desk, site: Site) -> None:
     write_flows(nobody, flow("login", step("verify_url", url=site.url)))
     trace = nobody.work / "test-results" / "login" / "trace.zip"
@@ -834,6 +835,7 @@ def test_password_that_is_a_plain_word(nobody: Desk, site: Site) -> None:
     assert not list(nobody.work.rglob("trace.zip"))
 
 
+@pytest.mark.long
 def test_readable_password_is_covered_in_pictures(nobody: Desk, site: Site) -> None:
     """A field that shows what is typed: its pictures are the same whatever was typed there."""
     pictures = []

@@ -441,6 +441,7 @@ def test_a_snapshot_is_of_one_moment_and_the_vm_goes_on(plato: LocalPlato) -> No
     assert len(counts) < 2 or int(counts[0]) - int(counts[1]) in (0, 1), counts
 
 
+@pytest.mark.long
 def test_a_snapshot_keeps_images_volumes_and_containers(docker: None, visitors: Closing) -> None:
     session_id, _ = visitors.start()
     visitors.output(

@@ -1119,6 +1119,7 @@ def test_services_come_up_in_order_and_stay_over_an_update(docker: Vm) -> None:
     assert not set(vm.execute("docker ps -q --no-trunc").split()) & set(ids)
 
 
+@pytest.mark.long
 def test_build_makes_images_anew(docker: Vm) -> None:
     vm = docker
     file = compose(app={"image": "built:latest", "build": ".", "command": ["sleep", "1000"]})

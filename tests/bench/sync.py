@@ -93,7 +93,7 @@ class Contest:
         self.plato = plato
         self.repeats = repeats
         self.place = place
-        ours = shared.installed_command(place / "installed")
+        ours = [sys.executable, str(shared.PRODUCT)]
         blank = ["start", "--blank", "--service", "bench"]
         self.desks = {
             "ours, API": make_desk(place / "api", plato, ours, blank, ["sync", "--via", "api"]),
