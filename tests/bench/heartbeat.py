@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measures the process that keeps a VM alive: `python3 tests/bench/heartbeat.py [--seconds N]`.
 
-Ours and the newest SDK's, at a local Plato, against an interpreter that only sleeps: memory of one process,
-of a hundred of ours on this host, and what a beat costs in CPU time and wake-ups (voluntary context switches,
-of which waiting for the answer is one). Linux only: all is read from /proc.
+Ours and those of both SDK releases, at a local Plato, against an interpreter that only sleeps: memory of one
+process, of a hundred of ours on this host, and what a beat costs in CPU time and wake-ups (voluntary context
+switches, of which waiting for the answer is one). Linux only: all is read from /proc.
 """
 
 from __future__ import annotations
@@ -37,9 +37,16 @@ INTERVAL = "PLATO_HEARTBEAT_INTERVAL_SECONDS"
 
 
 OURS = "ours"
-THEIRS = f"SDK {shared.NEWEST}"
+# How the program of an SDK's heartbeat says how long it waits: in its own words, and in ours.
+WRITTEN = {
+    "2.0.40": (f"time.sleep({THEIR_SECONDS:g})", "time.sleep({})"),
+    "2.187.0": (f"INTERVAL = {float(shared.BEAT_SECONDS)}", "INTERVAL = {}"),
+}
 FLOOR_NAME = f'`python3 -I -S -c "{FLOOR}"`'
-DEFAULTS = {OURS: product.DEFAULT_HEARTBEAT_SECONDS, THEIRS: THEIR_SECONDS}
+DEFAULTS = {
+    OURS: product.DEFAULT_HEARTBEAT_SECONDS,
+    **{f"SDK {release}": THEIR_SECONDS for release in WRITTEN},
+}
 
 
 class Memory(NamedTuple):
@@ -135,20 +142,20 @@ class Ours:
 
 
 class Theirs:
-    """Starts the SDK's heartbeat again: the program and environment of the one that its `start` started."""
+    """Starts an SDK's heartbeat again: the program and environment of the one that its `start` started."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, release: str) -> None:
         place = Path(f"/proc/{heartbeat_of(desk)}")
         self.command = [os.fsdecode(word) for word in (place / "cmdline").read_bytes().split(b"\0")[:-1]]
         words = [os.fsdecode(word) for word in (place / "environ").read_bytes().split(b"\0")[:-1]]
         pairs = (word.partition("=") for word in words)
         self.environment = {name: value for name, _, value in pairs}
-        self.written = f"INTERVAL = {float(shared.BEAT_SECONDS)}"
+        self.written, self.ours = WRITTEN[release]
         if not any(self.written in word for word in self.command):
             raise RuntimeError("its heartbeat is not the program that it was")
 
     def spawn(self, interval: float) -> int:
-        command = [word.replace(self.written, f"INTERVAL = {interval}") for word in self.command]
+        command = [word.replace(self.written, self.ours.format(interval)) for word in self.command]
         return begin(command, self.environment)
 
 
@@ -268,14 +275,15 @@ def prepare(place: Path, plato: LocalPlato, bench: Bench, desks: dict[str, Desk]
     state = json.loads(desks[OURS].output("start", "--blank", "--service", "bench", "--json"))
     bench.sessions[OURS] = state["session_id"]
     bench.spawners[OURS] = Ours(place, plato, desks[OURS].work / ".sandbox.yaml").spawn
-    if shared.NEWEST not in options.releases:
-        return
-    desk = shared.sdk_desk(place / "sdk", plato, shared.NEWEST, options.cache)
-    if shared.started(THEIRS, desk, *shared.sdk_start(shared.NEWEST)):
-        desks[THEIRS] = desk
-        ids = {session["session_id"] for session in plato.sessions()} - {state["session_id"]}
-        (bench.sessions[THEIRS],) = ids
-        bench.spawners[THEIRS] = Theirs(desk).spawn
+    for release in options.releases:
+        theirs = f"SDK {release}"
+        known = {session["session_id"] for session in plato.sessions()}
+        desk = shared.sdk_desk(place / release, plato, release, options.cache)
+        if shared.started(theirs, desk, *shared.sdk_start(release)):
+            desks[theirs] = desk
+            ids = {session["session_id"] for session in plato.sessions()} - known
+            (bench.sessions[theirs],) = ids
+            bench.spawners[theirs] = Theirs(desk, release).spawn
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
