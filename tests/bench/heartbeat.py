@@ -142,10 +142,14 @@ class Ours:
 
 
 class Theirs:
-    """Starts an SDK's heartbeat again: the program and environment of the one that its `start` started."""
+    """Starts an SDK's heartbeat again: the program and environment of the one that its `start` started.
+
+    That one is ended: 2.0.40's beats every 30 s whatever the environment says, and would be counted.
+    """
 
     def __init__(self, desk: Desk, release: str) -> None:
-        place = Path(f"/proc/{heartbeat_of(desk)}")
+        pid = heartbeat_of(desk)
+        place = Path(f"/proc/{pid}")
         self.command = [os.fsdecode(word) for word in (place / "cmdline").read_bytes().split(b"\0")[:-1]]
         words = [os.fsdecode(word) for word in (place / "environ").read_bytes().split(b"\0")[:-1]]
         pairs = (word.partition("=") for word in words)
@@ -153,6 +157,7 @@ class Theirs:
         self.written, self.ours = WRITTEN[release]
         if not any(self.written in word for word in self.command):
             raise RuntimeError("its heartbeat is not the program that it was")
+        os.kill(pid, signal.SIGTERM)
 
     def spawn(self, interval: float) -> int:
         command = [word.replace(self.written, self.ours.format(interval)) for word in self.command]
