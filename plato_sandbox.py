@@ -3896,7 +3896,7 @@ def wait_for_ssh(state: Mapping[str, Any], settings: Settings, reporter: Reporte
         began = time.monotonic()
         attempt = [*command, "-o", f"ConnectTimeout={patience}", state["ssh_host"], "exit"]
         try:
-            outcome = run_program(attempt, reporter, seconds=max(patience, deadline - began))
+            outcome = run_program(attempt, reporter, seconds=patience + max(5.0, deadline - began))
         except TimedOutError as error:
             return error.message.rstrip(".")
         if outcome.code == 0:
@@ -12479,8 +12479,10 @@ class Starter:
         self.reporter.step("Resetting the environment", RESET_SECONDS)
         try:
             check_reset(self.api.reset(session_id), job_id)
+        except ApiError as error:
+            self._warn_unless_gone(f"{error.message} The VM is as it booted.")
         except SandboxError as error:
-            self._warn_unless_gone(f"{error.message} The VM stays as it booted; try again: {PROGRAM} reset")
+            self.reporter.warn(f"{error.message} The VM is as it booted.")
 
     def _wait_for_ssh(self) -> None:
         self.reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)

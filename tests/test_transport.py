@@ -626,9 +626,7 @@ def test_redirect_to_another_host_is_not_followed(
 
 STEPS = {
     "ready": ("GET", "*/wait_for_ready", BLANK),
-    "reset": ("POST", "*/reset", BLANK),
     "key": ("POST", "*/add_ssh_key", BLANK),
-    "setup": ("POST", "*/setup-sandbox", ("start", "-c")),
 }
 STEP_FAULTS: dict[str, tuple[dict[str, Any], int]] = {
     "401": ({"effect": "status", "status": 401}, 4),
@@ -661,7 +659,7 @@ def test_start_fails_and_leaves_nothing(desk: Desk, plato: LocalPlato, step: str
 
 
 def test_start_waits_out_a_short_trouble_of_every_step(desk: Desk, plato: LocalPlato) -> None:
-    for path in ("*/wait_for_ready", "*/reset", "*/public_url", "*/setup-sandbox"):
+    for path in ("*/wait_for_ready", "*/connect_network", "*/reset", "*/public_url", "*/add_ssh_key"):
         plato.fault("status", path=path, status=503, headers={"Retry-After": "0"})
         plato.fault("reset_before_acting", path=path, nth=2)
     started = run_quick(desk, "start", "-c", "--json")
