@@ -653,13 +653,6 @@ class SshUser:
         return subprocess.run(command, input=data, capture_output=True, timeout=60, check=False)
 
 
-@pytest.fixture
-def ssh_place() -> Iterator[Path]:
-    """A directory with a short path, which only its owner may enter."""
-    with tempfile.TemporaryDirectory(prefix="ssh") as directory:
-        yield Path(directory)
-
-
 def test_ssh_for_both_users(plato: LocalPlato, client: Client, ssh_place: Path) -> None:
     session_id, job_id = client.connect()
     user = SshUser(plato, job_id, ssh_place)
