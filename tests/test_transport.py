@@ -645,11 +645,12 @@ PATIENT = {"500", "html", "list", "reset"}  # while the VM boots, these are wait
 @pytest.mark.parametrize("name", STEP_FAULTS)
 @pytest.mark.parametrize("step", STEPS)
 def test_start_fails_and_leaves_nothing(desk: Desk, plato: LocalPlato, step: str, name: str) -> None:
-    method, path, arguments = STEPS[step]
+    method, path, command = STEPS[step]
     fault, code = STEP_FAULTS[name]
+    arguments: tuple[str, ...] = command
     if step == "ready" and name in PATIENT:
         code = 7
-        arguments = (*arguments, "--timeout", "1")
+        arguments = (*command, "--timeout", "1")
     plato.fault(method=method, path=path, times=-1, **fault)
     result = run_quick(desk, *arguments, "--json")
     assert result.code == code, result
