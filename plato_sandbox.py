@@ -50,8 +50,7 @@ Importers may rely on the names in `__all__`, on the exit codes and on the keys 
 Everything else may change between versions.
 
 Sections, each using only those above it: constants, errors, settings, yaml, config, processes, state,
-transport, api, ssh, heartbeat, sync, services, worker, flow, audit, sandbox, output, commands, parser,
-main.
+transport, api, ssh, heartbeat, sync, services, worker, flow, audit, sandbox, output, commands, main.
 """
 
 from __future__ import annotations
@@ -72,7 +71,9 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
-    from typing import Any, NoReturn, TextIO, TypeVar
+    from typing import Any, NoReturn, TextIO, TypeVar, Union
+
+    Line = Union[str, tuple[Any, ...]]
 
 __version__ = "0.1.0"
 
@@ -107,10 +108,6 @@ __all__ = [
 
 PROGRAM = "plato-sandbox"
 STATE_FILE = ".sandbox.yaml"
-COMMANDS = (
-    *("start", "stop", "status", "sync", "start-services", "start-worker", "state", "reset"),
-    *("snapshot", "clear-audit", "flow", "audit-ui"),
-)
 CONFIG_NAMES = ("plato-config.yml", "plato-config.yaml")
 
 DEFAULT_BASE_URL = "https://plato.so"
@@ -277,6 +274,7 @@ class Interrupted(BaseException):
         self.number = number
         self.message = "Interrupted."
         self.hint: str | None = None
+        self.code = "interrupted"
 
     @property
     def exit_code(self) -> int:
@@ -12763,33 +12761,14 @@ def lost_answer(error: ApiError) -> UnknownOutcomeError:
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRESS_LINE_SECONDS = 10.0  # without a terminal, at most one progress line in this time
-_COLOURS = {"good": "\033[32m", "bad": "\033[31m", "warn": "\033[33m", "plain": ""}
-
-
-def use_colour(stream: TextIO, environment: Mapping[str, str]) -> bool:
-    """Whether a stream is a terminal that wants colours (NO_COLOR, TERM=dumb)."""
-    return bool(stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb")
-
-
-def duration_text(seconds: float) -> str:
-    """A span of time for people: 0.4 s, 12 s, 5 min, 3 min 5 s, 2 h 10 min."""
-    whole = int(seconds)
-    if seconds < 10 and seconds != whole:
-        return f"{max(0.0, seconds):.1f} s"
-    if whole < 120:
-        return f"{max(0, whole)} s"
-    large, small, names = (
-        (whole // 60, whole % 60, ("min", "s"))
-        if whole < 7200
-        else (whole // 3600, whole % 3600 // 60, ("h", "min"))
-    )
-    return f"{large} {names[0]} {small} {names[1]}" if small else f"{large} {names[0]}"
+_COLOURS = {"good": "\033[32m", "bad": "\033[31m", "warn": "\033[33m"}
 
 
 class Output(Reporter):
     """Human text and JSON, progress and errors. What comes from outside is made harmless, secrets are hidden.
 
-    json: stdout gets exactly one JSON document, whatever happens; quiet: no progress and no notes.
+    json: stdout gets exactly one JSON document, whatever happens; quiet: no progress and no notes; program,
+    place: how this user calls the tool, and the `-w DIR` of this call.
     """
 
     def __init__(self, stdout: TextIO, stderr: TextIO, environment: Mapping[str, str]) -> None:
@@ -12797,84 +12776,78 @@ class Output(Reporter):
 
         self.stdout = stdout
         self.stderr = stderr
-        self.json = False
-        self.quiet = False
-        self.verbose = False
+        self.json = self.quiet = self.verbose = False
         self.program = PROGRAM
         self.place = ""
         self._secret = environment.get("PLATO_API_KEY", "").strip()
-        self._colour = use_colour(stdout, environment)
-        self._live = stderr.isatty() and environment.get("TERM") != "dumb"
+        dumb = environment.get("TERM") == "dumb"
+        self._colour = stdout.isatty() and not dumb and not environment.get("NO_COLOR")
+        self._live = stderr.isatty() and not dumb
         self._lock = threading.RLock()
-        self._ticker: threading.Thread | None = None
-        self._wake = threading.Event()
-        self._step = ""
-        self._detail = ""
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._step = self._detail = ""
         self._began = 0.0
         self._limit: float | None = None
         self._last_line = -PROGRESS_LINE_SECONDS
 
-    # Results
-
-    def line(self, text: str = "") -> None:
-        """A line of the result."""
-        self.finish()
-        self.stdout.write(self._hide(printable(text)) + "\n")
-
-    def field(self, label: str, value: object, style: str = "plain", suffix: str = "") -> None:
-        """`  Label:       value`, as the specification shows it; the value coloured on a terminal."""
-        text = self._hide(printable(str(value)))
-        if self._colour and _COLOURS[style]:
-            text = f"{_COLOURS[style]}{text}\033[0m"
-        self.finish()
-        self.stdout.write(f"  {self._hide(printable(label)) + ':':<13}{text}{printable(suffix)}\n")
-
-    def document(self, value: Mapping[str, Any]) -> None:
-        """The one JSON document of --json."""
-        import json
-
-        text = json.dumps(value, ensure_ascii=not self._is_utf8(), indent=2)
-        # A terminal obeys more characters than JSON has to escape.
-        lines = ["".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in t) for t in text.split("\n")]
-        self.finish()
-        self.stdout.write(self._hide("\n".join(lines)) + "\n")
-
-    def _is_utf8(self) -> bool:
-        return (getattr(self.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
-
-    def error(self, error: SandboxError | Interrupted, code: str) -> None:
-        """Tell an error: in words on stderr, and with --json as the document on stdout."""
-        self.finish()
-        if self.json:
-            self.document({"error": self.error_document(error, code)})
-        self._say(f"Error: {self.told(error.message)}")
-        if error.hint:
-            self._say(self.told(error.hint))
-
-    def error_document(self, error: SandboxError | Interrupted, code: str) -> dict[str, Any]:
-        """The `error` object of a --json document."""
-        hint = self.told(error.hint) if error.hint else None
-        message = self.told(error.message)
-        return {"code": code, "message": message, "hint": hint, "exit_code": error.exit_code}
+    def safe(self, text: object) -> str:
+        """A line without the key, and without what a terminal would obey."""
+        line = printable(str(text))
+        return line.replace(self._secret, "***") if len(self._secret) >= SHORTEST_SECRET else line
 
     def told(self, text: str) -> str:
         """Commands in a text as this user types them: the same program, the same directory."""
-        return re.sub(
-            rf"\b{PROGRAM} ({'|'.join(sorted(COMMANDS, reverse=True))}|--help)\b",
-            lambda found: printable(f"{self.program} {found[1]}{self.place}"),
-            text,
-        )
+        command = rf"\b{PROGRAM} ({'|'.join(sorted(COMMANDS, reverse=True))}|--help)\b"
+        return re.sub(command, lambda found: f"{self.program} {found[1]}{self.place}", text)
 
-    def _hide(self, text: str) -> str:
-        return text.replace(self._secret, "***") if len(self._secret) >= SHORTEST_SECRET else text
+    # Results
+
+    def result(self, line: str | tuple[Any, ...]) -> None:
+        """A line of the result: a text, or (label, value, style, more) for `  Label:       value more`.
+
+        The value is coloured on a terminal; without one, there is no line. style and more may be left out.
+        """
+        self.finish()
+        if isinstance(line, str):
+            self.stdout.write(self.safe(self.told(line)) + "\n")
+        elif line[1] not in (None, ""):
+            label, value, style, more = (*line, "", "")[:4]
+            self.stdout.write(
+                f"  {self.safe(label) + ':':<13}{self._coloured(value, style)}{self.safe(more)}\n"
+            )
+
+    def outcome(self, word: str, text: str, style: str) -> None:
+        """`  word    text` as a line of the result, in place of the step under way."""
+        self.finish(told=False)
+        padding = " " * (7 - len(word))
+        self.stdout.write(f"  {self._coloured(word, style)}{padding} {self.safe(text)}\n")
+        self.stdout.flush()
+
+    def _coloured(self, text: object, style: str) -> str:
+        colour = _COLOURS.get(style) if self._colour else None
+        return f"{colour}{self.safe(text)}\033[0m" if colour else self.safe(text)
+
+    def document(self, value: Mapping[str, Any]) -> None:
+        """The one JSON document of --json, in ASCII."""
+        import json
+
+        self.finish()
+        text = json.dumps(value, indent=2).replace("\x7f", "\\u007f")
+        self.stdout.write("\n".join(map(self.safe, text.split("\n"))) + "\n")
+
+    def error(self, error: SandboxError | Interrupted) -> dict[str, Any]:
+        """Tell an error in words on stderr; returns it for the document of --json."""
+        self.finish()
+        message, hint = self.told(error.message), self.told(error.hint) if error.hint else None
+        self._say(f"Error: {message}" + (f"\n{hint}" if hint else ""))
+        return {"error": {"code": error.code, "message": message, "hint": hint, "exit_code": error.exit_code}}
 
     def _say(self, text: str) -> None:
-        safe = self._hide("\n".join(map(printable, text.split("\n"))))
         with self._lock:
             self._erase()
-            self._tell(safe + "\n")
+            self._write("".join(self.safe(line) + "\n" for line in text.split("\n")))
 
-    def _tell(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         """Write to stderr. That nobody is there any more, as after a hangup, must not end the work."""
         try:
             self.stderr.write(text)
@@ -12892,85 +12865,82 @@ class Output(Reporter):
             self.note(text)  # a log needs no more of it
             return
         with self._lock:
-            self._step, self._detail, self._limit = self._hide(printable(text)), "", limit
+            self._step, self._detail, self._limit = self.safe(text), "", limit
             self._began = time.monotonic()
-        if self.quiet:
-            return
-        self._draw()
-        if self._ticker is None:
-            import threading
-
-            self._ticker = threading.Thread(target=self._tick, daemon=True)
-            self._ticker.start()
+        if not self.quiet:
+            self._draw()
+            if self._ticker.ident is None:
+                self._ticker.start()
 
     def detail(self, text: str) -> None:
-        narrow = printable(text).encode("ascii", "backslashreplace").decode()  # one column a character
-        with self._lock:
-            self._detail = narrow[:40]
+        self._detail = self.safe(text).encode("ascii", "backslashreplace").decode()  # one column a character
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self._say(printable(text))
+            self._say(text)
 
     def warn(self, text: str) -> None:
-        self._say(f"Warning: {self.told(printable(text))}")
+        self._say(f"Warning: {self.told(text)}")
 
     def trace(self, text: str) -> None:
         if self.verbose:
-            self._say(f"  {printable(text)}")
+            self._say(f"  {text}")
 
-    def finish(self) -> None:
-        """The step under way is over: on a terminal it becomes a line that stays."""
+    def finish(self, *, told: bool = True) -> None:
+        """The step under way is over: on a terminal it becomes a line that stays, if it is to be told."""
         with self._lock:
             step, self._step = self._step, ""
-            if step and self._live and not self.quiet:
+            if step and not self.quiet:
                 self._erase()
-                self._tell(f"{step}: {duration_text(time.monotonic() - self._began)}\n")
-
-    def drop(self) -> None:
-        """Forget the step under way: what came of it is told otherwise."""
-        with self._lock:
-            self._step = ""
-            self._erase()
-
-    def outcome(self, word: str, text: str, style: str) -> None:
-        """`  word    text` as a line of the result, the word coloured on a terminal."""
-        self.drop()
-        shown = f"{word:<7}"
-        if self._colour and _COLOURS[style]:
-            shown = f"{_COLOURS[style]}{shown}\033[0m"
-        self.stdout.write(f"  {shown} {self._hide(printable(text))}\n")
-        self.stdout.flush()
+                if told and self._live:
+                    self._write(f"{step}: {duration_text(time.monotonic() - self._began)}\n")
 
     def _tick(self) -> None:
-        while not self._wake.wait(1.0 if self._live else PROGRESS_LINE_SECONDS / 10):
+        while True:
+            time.sleep(1.0)
             self._draw()
 
     def _draw(self) -> None:
         with self._lock:
-            if not self._step:
-                return
             now = time.monotonic()
-            if not self._live and now - self._last_line < PROGRESS_LINE_SECONDS:
+            if not self._step or not (self._live or now - self._last_line >= PROGRESS_LINE_SECONDS):
                 return
             self._last_line = now
-            text = self._hide(self._progress_text(now))
+            spent = now - self._began
+            limit = f" of at most {duration_text(self._limit)}" if self._limit else ""
+            clock = f": {duration_text(int(spent))}{limit}" if spent >= 1 else " ..."
+            detail = f" ({self._detail})" if self._detail else ""
             if self._live:
-                self._tell("\r\033[K" + text[: terminal_columns(self.stderr) - 1])
+                self._write(
+                    "\r\033[K" + fitting(self._step, detail, clock, terminal_columns(self.stderr) - 1)
+                )
             else:
-                self._tell(text + "\n")
-
-    def _progress_text(self, now: float) -> str:
-        spent = now - self._began
-        text = f"{self._step} ({self._detail})" if self._detail else self._step
-        if spent < 1:
-            return text + " ..."
-        limit = f" of at most {duration_text(self._limit)}" if self._limit else ""
-        return f"{text}: {duration_text(int(spent))}{limit}"
+                self._write(f"{self._step}{detail}{clock}\n")
 
     def _erase(self) -> None:
         if self._live:
-            self._tell("\r\033[K")
+            self._write("\r\033[K")
+
+
+def fitting(step: str, detail: str, clock: str, columns: int) -> str:
+    """A progress line of at most so many columns: the detail gives way first, the clock never."""
+    room = columns - len(step) - len(clock)
+    if len(detail) > room:
+        detail = detail[: room - 4] + "...)" if room > 12 else ""
+    return (step + detail)[: max(0, columns - len(clock))] + clock
+
+
+def duration_text(seconds: float) -> str:
+    """A span of time for people: 0.4 s, 12 s, 5 min, 3 min 5 s, 2 h 10 min."""
+    if seconds < 10 and seconds % 1:
+        return f"{max(0.0, seconds):.1f} s"
+    whole = max(0, int(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    large, small, names = (*divmod(whole, 60), ("min", "s"))
+    if whole >= 7200:
+        large, small, names = (*divmod(whole // 60, 60), ("h", "min"))
+    return f"{large} {names[0]} {small} {names[1]}" if small else f"{large} {names[0]}"
 
 
 def forget_stream(stream: TextIO) -> None:
@@ -12989,264 +12959,274 @@ def terminal_columns(stream: TextIO) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# commands: one function per command: call the operation, show what came of it
+# commands: each is declared once: what it takes, what it runs, the lines that it shows
 # ----------------------------------------------------------------------------------------------------------
+# A Line of a result is a text, or the label, value, style and more of a field (see `Output.result`).
 
 
-def command_start(options: argparse.Namespace, output: Output) -> int:
+def run_start(sandbox: Sandbox, **options: Any) -> dict[str, Any]:
     try:
-        return start_and_show(options, output)
+        state = Sandbox.start(
+            sandbox.directory, settings=sandbox.settings, reporter=sandbox.reporter, **options
+        ).state
     except Interrupted as interruption:
-        if interruption.hint is None and os.path.exists(state_path(os.path.abspath(options.working_dir))):
-            interruption.hint = f"The sandbox runs all the same; to end it: {PROGRAM} stop"
+        if os.path.exists(state_path(sandbox.directory)):
+            ended = f"The sandbox runs all the same; to end it: {PROGRAM} stop"
+            interruption.hint = interruption.hint or ended
         raise
+    return {**state, "ssh_command": ssh_command(state, shown=False)}
 
 
-def start_and_show(options: argparse.Namespace, output: Output) -> int:
-    sandbox = Sandbox.start(
-        options.working_dir,
-        replace=options.replace,
-        reporter=output,
-        from_config=options.from_config,
-        simulator=options.simulator,
-        artifact_id=options.artifact_id,
-        blank=options.blank,
-        dataset=options.dataset,
-        tag=options.tag,
-        service=options.service,
-        cpus=options.cpus,
-        memory=options.memory,
-        disk=options.disk,
-        timeout=options.timeout,
-        lifetime=options.lifetime,
-        reset=not options.no_reset,
-    )
-    state = sandbox.state
-    if output.json:
-        output.document({**state, "ssh_command": ssh_command(state, shown=False)})
-        return 0
-    output.line("Sandbox started successfully!")
-    show_sandbox(state, output)
-    output.field("Heartbeat", f"running (PID: {state['heartbeat_pid']})", "good")
-    output.line()
-    output.line(f"State saved to {STATE_FILE}")
-    return 0
+def start_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    yield "Sandbox started successfully!"
+    yield from sandbox_lines(report)
+    yield "Heartbeat", f"running (PID: {report['heartbeat_pid']})", "good"
+    yield ""
+    yield f"State saved to {STATE_FILE}"
 
 
-def show_sandbox(state: Mapping[str, Any], output: Output) -> None:
+def sandbox_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     """The lines that `start` and `status` share: where the VM is and how long it may live."""
-    shown = (
-        ("Session ID", state.get("session_id")),
-        ("Job ID", state.get("job_id")),
-        ("Mode", state.get("mode")),
-        ("VM Status", state.get("vm_status")),
-        ("Reason", state.get("vm_status_reason")),
-        ("Simulator", state.get("simulator")),
-        ("Artifact ID", state.get("artifact_id")),
-        ("Service", state.get("service")),
-        ("Dataset", state.get("dataset")),
-        ("Public URL", state.get("url") or state.get("public_url")),
-        ("Created", state.get("created_at")),
-        ("Ends at", state.get("expires_at")),
-        ("SSH", ssh_command(state, shown=True)),
-    )
-    for label, value in shown:
-        if value:
-            style = status_style(state) if label in ("VM Status", "Reason") else "plain"
-            output.field(label, value, style)
+    status = report.get("vm_status")
+    unsure = status in ("unreachable", "unknown", "created", "queued")
+    style = "good" if report.get("vm_running") else "warn" if unsure else "bad"
+    yield "Session ID", report.get("session_id")
+    yield "Job ID", report.get("job_id")
+    yield "Mode", report.get("mode")
+    yield "VM Status", status, style
+    yield "Reason", report.get("vm_status_reason"), style
+    yield "Simulator", report.get("simulator")
+    yield "Artifact ID", report.get("artifact_id")
+    yield "Service", report.get("service")
+    yield "Dataset", report.get("dataset")
+    yield "Public URL", report.get("url") or report.get("public_url")
+    yield "Created", report.get("created_at")
+    yield "Ends at", report.get("expires_at")
+    yield "SSH", ssh_command(report, shown=True)
 
 
-def status_style(report: Mapping[str, Any]) -> str:
-    if report.get("vm_running"):
-        return "good"
-    return "warn" if report.get("vm_status") in ("unreachable", "unknown", "created", "queued") else "bad"
+def run_status(sandbox: Sandbox) -> dict[str, Any]:
+    repair_ssh_config(sandbox.load(), sandbox.settings, sandbox.reporter)
+    return sandbox.status()
 
 
-def command_status(options: argparse.Namespace, output: Output) -> int:
-    sandbox = Sandbox(options.working_dir, reporter=output)
-    state = sandbox.load()
-    repair_ssh_config(state, sandbox.settings, output)
-    report = sandbox.status()
-    error: SandboxError | None = report.pop("error")
-    if output.json:
-        told = {"error": output.error_document(error, error.code)} if error else {}
-        output.document({**report, **told})
-    else:
-        output.line("Sandbox Status")
-        show_sandbox(report, output)
-        show_heartbeat(report["heartbeat"], time.time(), output)
-    if error is None:
-        return 0
-    if not output.json:
-        output.error(error, error.code)
-    return error.exit_code
-
-
-def show_heartbeat(health: Mapping[str, Any], now: float, output: Output) -> None:
-    """The heartbeat's line of the specification, then its last good beat and its last error."""
-    pid = health["pid"]
+def status_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    """With the heartbeat's line of the specification, then its last good beat and its last error."""
+    yield "Sandbox Status"
+    yield from sandbox_lines(report)
+    health = report["heartbeat"]
+    pid, now = health["pid"], time.time()
     if health["state"] in ("ok", "degraded"):
-        output.field("Heartbeat", "running", "good" if health["state"] == "ok" else "warn", f" (PID: {pid})")
+        yield "Heartbeat", "running", "good" if health["state"] == "ok" else "warn", f" (PID: {pid})"
     elif pid:
-        output.field("Heartbeat", "stopped", "bad", f" (PID: {pid} not found)")
+        yield "Heartbeat", "stopped", "bad", f" (PID: {pid} not found)"
     else:
-        output.field("Heartbeat", "never started", "bad")
+        yield "Heartbeat", "never started", "bad"
     if health["last_ok"]:
-        output.field("Last beat", f"{duration_text(now - seconds_of(health['last_ok']))} ago", "plain")
-    if health["ended"]:
-        output.field("Ended", health["ended"], "bad")
-    if health["last_error"]:
-        at = health["last_error_at"]
-        ago = f" ({duration_text(now - seconds_of(at))} ago)" if at else ""
-        output.field("Last error", health["last_error"], "warn", ago)
+        yield "Last beat", f"{duration_text(now - seconds_of(health['last_ok']))} ago"
+    yield "Ended", health["ended"], "bad"
+    at = health["last_error_at"]
+    ago = f" ({duration_text(now - seconds_of(at))} ago)" if at else ""
+    yield "Last error", health["last_error"], "warn", ago
 
 
 def seconds_of(text: str) -> float:
     """The time that `utc_text` wrote, as seconds since 1970."""
     from datetime import datetime, timezone
 
-    return datetime.fromisoformat(text[:19]).replace(tzinfo=timezone.utc).timestamp()
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S+00:00").replace(tzinfo=timezone.utc).timestamp()
 
 
-def command_stop(options: argparse.Namespace, output: Output) -> int:
-    sandbox = Sandbox(options.working_dir, reporter=output)
+def run_stop(sandbox: Sandbox, session_id: str | None = None) -> dict[str, Any]:
     sandbox.settings.require_key()
     try:
-        done = sandbox.stop(options.session_id)
+        return {"stopped": True, **sandbox.stop(session_id)}
     except Interrupted as interruption:
-        which = f" --session-id {options.session_id}" if options.session_id else ""
+        which = f" --session-id {session_id}" if session_id else ""
         interruption.hint = f"The VM may still run, and nothing is lost; go on with: {PROGRAM} stop{which}"
         raise
-    if output.json:
-        output.document({"stopped": True, **done})
-        return 0
-    gone = " It was gone already; what was left of it here is removed." if done["already_gone"] else ""
-    output.line(f"Sandbox stopped successfully.{gone}")
-    return 0
 
 
-def command_sync(options: argparse.Namespace, output: Output) -> int:
-    if options.watch and options.dry_run:
+def stop_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    gone = " It was gone already; what was left of it here is removed." if report["already_gone"] else ""
+    yield f"Sandbox stopped successfully.{gone}"
+
+
+def run_sync(sandbox: Sandbox, path: str = ".", watch: bool = False, **options: Any) -> dict[str, Any]:
+    output: Any = sandbox.reporter
+    if watch and options.get("dry_run"):
         raise UsageError("--watch and --dry-run exclude each other.")
-    confirm = None
-    if options.delete_extra and not options.yes and not options.dry_run:
-        if options.watch or not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise UsageError(
-                "--delete-extra removes files that no sync put on the VM; without a terminal it needs --yes.",
-                hint="See what would go: --delete-extra --dry-run",
-            )
-        confirm = functools.partial(confirm_removals, output)
-    sandbox = Sandbox(options.working_dir, reporter=output)
+
+    def show(report: Mapping[str, Any]) -> None:
+        for line in sync_lines(report):
+            output.note(str(line)) if output.json else output.result(line)
+
     try:
-        report = sandbox.sync(
-            options.path,
-            remote_path=options.remote_path,
-            watch=functools.partial(show_sync, output=output) if options.watch else None,
-            dry_run=options.dry_run,
-            checksum=options.checksum,
-            gitignore=options.gitignore,
-            delete_extra=options.delete_extra,
-            confirm=confirm,
-            force=options.force,
-            keep_going=options.keep_going,
-            via=options.via,
-            timeout=options.timeout,
-        )
+        return sandbox.sync(path, watch=show if watch else None, **options)
     except Interrupted as interruption:
         interruption.hint = f"The tree on the VM is the old one or the new one; go on with: {PROGRAM} sync"
         raise
-    if output.json:
-        output.document(report)
-    elif options.dry_run:
+
+
+def sync_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    """What a sync did, or with --dry-run what it would do, or after --watch what all did together."""
+    if "send" in report:
         for word in ("remove", "send"):
-            for path in report[word]:
-                output.line(f"{word} {printable(path)}")
-    elif options.watch:
-        times = "1 sync" if report["syncs"] == 1 else f"{report['syncs']} syncs"
-        output.line(f"Watched {times}: {sync_words(report)}.")
+            yield from (f"{word} {path}" for path in report[word])
+        return
+    files = counted(report["sent"], "file")
+    done = f"{files} sent, {report['removed']} removed, {report['unchanged']} unchanged"
+    if "syncs" in report:
+        yield f"Watched {counted(report['syncs'], 'sync')}: {done}."
     else:
-        show_sync(report, output)
-    return 1 if report["unreadable"] else 0
+        way = "over SSH" if report["via"] == "ssh" else "through the API"
+        amount = f"{size_text(report['archive_bytes'])} in {duration_text(report['seconds'])}, {way}"
+        yield f"Synced to {report['remote_path']}: {done} ({amount})."
 
 
-def show_sync(report: Mapping[str, Any], output: Output) -> None:
-    """One line of what a sync did; with --json that of a watch is progress."""
-    way = {"ssh": "over SSH", "api": "through the API"}[report["via"]]
-    amount = f"{size_text(report['archive_bytes'])} in {duration_text(report['seconds'])}, {way}"
-    text = f"Synced to {report['remote_path']}: {sync_words(report)} ({amount})."
-    if output.json:
-        output.note(text)
-    else:
-        output.line(text)
+def services_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    yield "Services started successfully!"
+    yield "Branch", report["branch"]
+    if report["commit"]:
+        yield "Commit", report["commit"][:12], "", "" if report["pushed"] else " (unchanged)"
+    yield "VM Path", report["path"]
+    for service in report["services"]:
+        states = (
+            f"{found['service']} {found['health'] or found['state']}" for found in service["containers"]
+        )
+        yield service["name"], ", ".join(states) or "no containers", "good"
+    steps = ", ".join(f"{step['step']} {duration_text(step['seconds'])}" for step in report["steps"])
+    yield "Took", duration_text(report["seconds"]), "", f" ({steps})"
 
 
-def command_flow(options: argparse.Namespace, output: Output) -> int:
-    source = "local" if options.local else "api" if options.api else None
-    sandbox = Sandbox(options.working_dir, reporter=output)
-    if options.list:
-        return show_flows(sandbox.flows(source), output)
-    if options.all and options.flow_name:
+def run_start_worker(
+    sandbox: Sandbox, wait: bool = False, wait_timeout: float = WORKER_SECONDS, **options: Any
+) -> dict[str, Any]:
+    return sandbox.start_worker(wait=wait_timeout if wait else None, **options)
+
+
+def worker_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    yield "Worker started successfully!" if report["ready"] else "The worker is starting."
+    yield "Service", report["service"]
+    yield "Dataset", report["dataset"]
+    yield "Status", report["status"]
+    if not report["ready"]:
+        yield ""
+        yield f"It takes minutes to come up; see whether it has: {PROGRAM} state"
+
+
+def run_state(sandbox: Sandbox, verify_no_mutations: bool = False) -> dict[str, Any]:
+    report = sandbox.read_state()
+    found = mutations_in(report)
+    error = mutations_found(found) if verify_no_mutations and found else None
+    return {**report, "error": error}
+
+
+def state_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    """What changed: each table's counts, then the changes themselves."""
+    yield "Environment State"
+    mutations = mutations_in(report)
+    shown = mutations[:SHOWN_MUTATIONS]
+    if not mutations:
+        yield "  No mutations since the last reset."
+        return
+    for counts in report["summary"]["tables"]:
+        yield counts["table"], counts_text(counts)
+    yield ""
+    width = max(len(mutation.table) for mutation in shown)
+    for mutation in shown:
+        yield f"  {mutation.action:<7} {mutation.table:<{width}}  {mutation.told()}".rstrip()
+    if len(mutations) > SHOWN_MUTATIONS:
+        yield f"  ... and {len(mutations) - SHOWN_MUTATIONS} more; --json has all of them"
+
+
+def mutations_in(report: Mapping[str, Any]) -> list[Mutation]:
+    """The mutations in a SessionStateResponse."""
+    jobs = (as_dict(job) for job in as_dict(report.get("results")).values())
+    return [mutation for job in jobs for mutation in mutations_of(as_dict(job.get("state")))]
+
+
+def run_clear_audit(sandbox: Sandbox) -> dict[str, Any]:
+    return {"cleared": True, **sandbox.clear_audit()}
+
+
+def clear_audit_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    where = f" (in the databases of {', '.join(report['listeners'])})" if report["listeners"] else ""
+    yield f"Audit tables emptied successfully{where}."
+
+
+def run_snapshot(
+    sandbox: Sandbox,
+    include_config: bool = False,
+    wait: bool = False,
+    wait_timeout: float = ARTIFACT_SECONDS,
+    **options: Any,
+) -> dict[str, Any]:
+    if include_config:
+        options["config"] = True
+    return sandbox.snapshot(wait=wait_timeout if wait else None, **options)
+
+
+def snapshot_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    yield "Snapshot created successfully!"
+    yield "Artifact ID", report["artifact_id"]
+    if report["status"] != "ready":
+        yield "Status", report["status"], "", " (its upload goes on; --wait waits for it)"
+
+
+def run_flow(
+    sandbox: Sandbox,
+    flow_name: Sequence[str] = (),
+    list: bool = False,  # noqa: A002  (the name of the option)
+    all: bool = False,  # noqa: A002
+    local: bool = False,
+    api: bool = False,
+    headless: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    source = "local" if local else "api" if api else None
+    if list:
+        return listed_flows(sandbox.flows(source), sandbox.reporter)
+    if all and flow_name:
         raise UsageError("--all and --flow-name exclude each other.")
-    report = sandbox.flow(
-        options.flow_name,
-        told=functools.partial(show_flow_progress, output),
-        every=options.all,
-        source=source,
-        headed=options.headed,
-        slowmo=options.slowmo,
-        browser=options.browser,
-        tracing=options.tracing,
-        unmasked_trace=options.unmasked_trace,
-        output=options.output,
-        keep_open=options.keep_open,
-        base_url=options.base_url,
-        viewport=options.viewport,
-        timeout=options.timeout,
-        verify_no_mutations=options.verify_no_mutations,
-    )
-    error: SandboxError | None = report.pop("error")
-    if output.json:
-        told = {"error": output.error_document(error, error.code)} if error else {}
-        output.document({**report, **told})
-    else:
-        if report["mutations"] is not None:
-            output.field("Mutations", mutation_words(report["mutations"]))
-        output.field("Report", shown_path(from_here(report["report"])))
-    if error is None:
-        return 0
-    if not output.json:
-        output.error(error, error.code)
-    return error.exit_code
+    output: Any = sandbox.reporter
+    told = functools.partial(show_flow_progress, output)
+    return sandbox.flow(flow_name, told=told, every=all, source=source, **options)
 
 
-def show_flows(known: FlowSet, output: Output) -> int:
+def listed_flows(known: FlowSet, reporter: Reporter) -> dict[str, Any]:
     """The flows by name, with how many steps each has and what it is about."""
     for warning in known.warnings:
-        output.warn(warning)
-    if output.json:
-        listed = [
-            {"name": flow.name, "description": flow.description, "steps": len(flow.steps)}
-            for flow in known.flows
-        ]
-        path = known.path and os.path.abspath(known.path)
-        output.document({"source": known.source, "flows_path": path, "flows": listed})
-        return 0
-    width = max((len(flow.name) for flow in known.flows), default=0)
-    for flow in known.flows:
-        steps = f"{len(flow.steps)} step{'s' if len(flow.steps) != 1 else ''}"
-        output.line(f"{flow.name:<{width}}  {steps:>8}  {flow.description}".rstrip())
-    return 0
+        reporter.warn(warning)
+    flows = [
+        {"name": flow.name, "description": flow.description, "steps": len(flow.steps)} for flow in known.flows
+    ]
+    path = known.path and os.path.abspath(known.path)
+    return {"source": known.source, "flows_path": path, "flows": flows}
+
+
+def flow_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    if "report" not in report:  # of --list
+        width = max((len(flow["name"]) for flow in report["flows"]), default=0)
+        for flow in report["flows"]:
+            steps = counted(flow["steps"], "step")
+            yield f"{flow['name']:<{width}}  {steps:>8}  {flow['description']}".rstrip()
+        return
+    if report["mutations"] is not None:
+        yield "Mutations", mutation_words(report["mutations"])
+    yield "Report", shown_path(from_here(report["report"]))
 
 
 def show_flow_progress(output: Output, result: dict[str, Any], step: dict[str, Any] | None) -> None:
     """A line for each step that ended, and for a flow that ended how it went."""
+    output.finish(told=False)
     if output.json:
-        output.drop()
-    elif step is None:
-        show_flow_end(output, result)
+        return
+    if step is None:
+        for line in flow_end_lines(result):
+            output.result(line)
     elif step["number"] == 0 and step["status"] == "passed":
-        output.drop()
-        output.line(f"Flow {result['name']}{': ' if result['description'] else ''}{result['description']}")
+        output.result(f"Flow {result['name']}{': ' if result['description'] else ''}{result['description']}")
     else:
         tries = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
         words = f"{step['number'] or ' ':>2} {step_words(step)} ({duration_words(step['seconds'])}{tries})"
@@ -13254,179 +13234,54 @@ def show_flow_progress(output: Output, result: dict[str, Any], step: dict[str, A
         output.outcome("ok" if good else "FAILED", words, "good" if good else "bad")
 
 
-def show_flow_end(output: Output, result: Mapping[str, Any]) -> None:
+def flow_end_lines(result: Mapping[str, Any]) -> Iterator[Line]:
     """The verdict of a flow; after a failure, all that is known of it."""
-    output.drop()
     count = len(result["steps"]) - 1
     done = sum(step["status"] == "passed" for step in result["steps"][1:])
     seconds = duration_words(result["seconds"])
     if result["passed"]:
-        output.line(f"Flow {result['name']} passed: {count} step{'s' if count != 1 else ''} in {seconds}.")
+        yield f"Flow {result['name']} passed: {counted(count, 'step')} in {seconds}."
     else:
-        output.line(f"Flow {result['name']} failed: {done} of {count} steps passed in {seconds}.")
-    failure = result["failure"]
-    if failure:
-        show_flow_failure(output, failure)
-    if result["trace_command"]:
-        output.field("Trace", result["trace_command"])
+        yield f"Flow {result['name']} failed: {done} of {count} steps passed in {seconds}."
+        yield from failure_lines(result["failure"])
+    yield "Trace", result["trace_command"]
 
 
-def show_flow_failure(output: Output, failure: Mapping[str, Any]) -> None:
-    status = f" (HTTP {failure['http_status']})" if failure["http_status"] else ""
+def failure_lines(failure: Mapping[str, Any]) -> Iterator[Line]:
+    yield "Place", failure["place"]
+    yield "Expected", failure["expected"]
+    yield "Seen", failure["seen"], "bad"
+    yield "Address", failure["url"], "", f" (HTTP {failure['http_status']})" if failure["http_status"] else ""
     lines = (failure["text"] or "").split("\n")
-    for label, value in (
-        ("Place", failure["place"]),
-        ("Expected", failure["expected"]),
-        ("Seen", failure["seen"]),
-        ("Address", f"{failure['url']}{status}"),
-        *(("Page says", line) for line in lines[:1] if line),
-        *(("", line) for line in lines[1:8]),
-        *(("", "...") for _ in lines[8:9]),
-        *(("Also", trouble) for trouble in failure["troubles"][:5]),
-        ("Picture", failure["picture"] and shown_path(from_here(failure["picture"]))),
-    ):
-        if value and label:
-            output.field(label, value, "bad" if label == "Seen" else "plain")
-        elif value:
-            output.line(f"  {'':<13}{value}")
+    yield "Page says", lines[0]
+    yield from (("", line) for line in lines[1:8])
+    yield "", "..." if lines[8:] else None
+    yield from (("Also", trouble) for trouble in failure["troubles"][:5])
+    yield "Picture", failure["picture"] and shown_path(from_here(failure["picture"]))
 
 
-def sync_words(report: Mapping[str, Any]) -> str:
-    files = counted(report["sent"], "file")
-    return f"{files} sent, {report['removed']} removed, {report['unchanged']} unchanged"
-
-
-def confirm_removals(output: Output, paths: Sequence[str]) -> bool:
-    """Show what would go for ever, and ask."""
-    output.finish()
-    for path in paths:
-        output.note(f"  {printable(path)}")
-    output.stderr.write(f"Remove these {len(paths)} from the VM, which no sync put there? [y/N] ")
-    output.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def command_start_services(options: argparse.Namespace, output: Output) -> int:
-    sandbox = Sandbox(options.working_dir, reporter=output)
-    report = sandbox.start_services(
-        dataset=options.dataset,
-        via=options.via,
-        build=options.build,
-        force_recreate=options.force_recreate,
-        gitignore=not options.no_gitignore,
-        timeout=options.timeout,
-    )
-    if output.json:
-        output.document(report)
-        return 0
-    output.line("Services started successfully!")
-    if report["branch"]:
-        output.field("Branch", report["branch"])
-        output.field("Commit", report["commit"][:12], suffix="" if report["pushed"] else " (unchanged)")
-    output.field("VM Path", report["path"])
-    for service in report["services"]:
-        states = [
-            f"{found['service']} {found['health'] or found['state']}" for found in service["containers"]
-        ]
-        output.field(service["name"], ", ".join(states) or "no containers", "good")
-    steps = ", ".join(f"{step['step']} {duration_text(step['seconds'])}" for step in report["steps"])
-    output.field("Took", duration_text(report["seconds"]), suffix=f" ({steps})")
-    return 0
-
-
-def command_start_worker(options: argparse.Namespace, output: Output) -> int:
-    sandbox = Sandbox(options.working_dir, reporter=output)
-    done = sandbox.start_worker(
-        service=options.service,
-        dataset=options.dataset,
-        config_path=options.config_path,
-        wait=options.wait_timeout if options.wait else None,
-    )
-    if output.json:
-        output.document(done)
-        return 0
-    output.line("Worker started successfully!" if done["ready"] else "The worker is starting.")
-    output.field("Service", done["service"])
-    output.field("Dataset", done["dataset"])
-    output.field("Status", done["status"])
-    if not done["ready"]:
-        output.line()
-        output.line(output.told(f"It takes minutes to come up; see whether it has: {PROGRAM} state"))
-    return 0
-
-
-def command_state(options: argparse.Namespace, output: Output) -> int:
-    sandbox = Sandbox(options.working_dir, reporter=output)
-    report = sandbox.read_state()
-    found = sandbox.mutations(report)
-    error = mutations_found(found) if options.verify_no_mutations and found else None
-    if output.json:
-        told = {"error": output.error_document(error, error.code)} if error else {}
-        output.document({**report, **told})
-    else:
-        show_state(report["summary"], found, output)
-        if error:
-            output.error(error, error.code)
-    return error.exit_code if error else 0
-
-
-def show_state(summary: Mapping[str, Any], mutations: Sequence[Mutation], output: Output) -> None:
-    """What changed: each table's counts, then the changes themselves."""
-    output.line("Environment State")
-    if not mutations:
-        output.line("  No mutations since the last reset.")
-        return
-    for counts in summary["tables"]:
-        output.field(counts["table"], counts_text(counts))
-    output.line()
-    width = max(len(mutation.table) for mutation in mutations[:SHOWN_MUTATIONS])
-    for mutation in mutations[:SHOWN_MUTATIONS]:
-        output.line(f"  {mutation.action:<7} {mutation.table:<{width}}  {mutation.told()}".rstrip())
-    if len(mutations) > SHOWN_MUTATIONS:
-        output.line(f"  ... and {len(mutations) - SHOWN_MUTATIONS} more; --json has all of them")
-
-
-def command_reset(options: argparse.Namespace, output: Output) -> int:
-    answer = Sandbox(options.working_dir, reporter=output).reset()
-    if output.json:
-        output.document(answer)
-        return 0
-    output.line("Environment reset successfully.")
-    return 0
-
-
-def command_clear_audit(options: argparse.Namespace, output: Output) -> int:
-    done = Sandbox(options.working_dir, reporter=output).clear_audit()
-    if output.json:
-        output.document({"cleared": True, **done})
-        return 0
-    where = f" (in the databases of {', '.join(done['listeners'])})" if done["listeners"] else ""
-    output.line(f"Audit tables emptied successfully{where}.")
-    return 0
-
-
-def command_audit_ui(options: argparse.Namespace, output: Output) -> int:
+def run_audit_ui(
+    sandbox: Sandbox,
+    port: int | None = None,
+    browser: bool = True,
+    database_url: str | None = None,
+    **options: Any,
+) -> None:
     """Serve the page until Ctrl-C, its ordinary end. With --json, the document comes at the start."""
     import signal
 
-    sandbox = Sandbox(options.working_dir, reporter=output)
+    output: Any = sandbox.reporter
     output.step("Looking for the databases")
-    plan = plan_audit(
-        sandbox,
-        dataset=options.dataset,
-        listener=options.listener,
-        direct=options.direct,
-        url=options.database_url,
-    )
+    plan = plan_audit(sandbox, url=database_url, **options)
     sandbox.api.transport.close()
     check_audit_packages(plan)
     server = None
     try:
         output.step("Starting the page", AUDIT_START_SECONDS)
-        server = AuditServer(plan, free_port(options.port), output)
+        server = AuditServer(plan, free_port(port), output)
         server.wait_until_ready()
         show_audit_address(server, plan, output)
-        if not (options.no_browser or output.json):
+        if browser and not output.json:
             open_browser(server.url, output)
         server.wait()
     except Interrupted as interruption:
@@ -13435,7 +13290,6 @@ def command_audit_ui(options: argparse.Namespace, output: Output) -> int:
     finally:
         if server is not None:
             server.close()
-    return 0
 
 
 def show_audit_address(server: AuditServer, plan: AuditPlan, output: Output) -> None:
@@ -13445,7 +13299,7 @@ def show_audit_address(server: AuditServer, plan: AuditPlan, output: Output) -> 
         output.document({"url": server.url, "port": server.port, "listeners": names, "config": plan.config})
         output.json = False
     else:
-        output.line(f"The page is at {server.url} (Ctrl-C ends it)")
+        output.result(f"The page is at {server.url} (Ctrl-C ends it)")
     output.stdout.flush()
 
 
@@ -13460,379 +13314,305 @@ def open_browser(url: str, output: Output) -> None:
         launch([program, url], output, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
-def command_snapshot(options: argparse.Namespace, output: Output) -> int:
-    config = True if options.include_config else False if options.no_config else None
-    done = Sandbox(options.working_dir, reporter=output).snapshot(
-        description=options.description,
-        config=config,
-        target=options.target,
-        wait=options.wait_timeout if options.wait else None,
-    )
-    if output.json:
-        output.document(done)
-        return 0
-    output.line("Snapshot created successfully!")
-    output.field("Artifact ID", done["artifact_id"])
-    if done["status"] != "ready":
-        output.note("Its upload goes on in the background; --wait waits for it.")
-    return 0
+class Command:
+    """A command. run: called with a Sandbox and the options that were given, returns the report, which is the
+    document of --json (its `error`, if any, ends the command; None is shown already); lines: what people are
+    shown of it; text: the options, one a line (see `add_option`), then what --help adds.
+    """
+
+    def __init__(
+        self, about: str, run: Callable[..., Any], lines: Callable[[Any], Iterable[Line]], text: str = ""
+    ) -> None:
+        self.about = about
+        self.run = run
+        self.lines = lines
+        self.options, _, self.more = text.partition("\n\n")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# parser: the command line; one small function per command sets its options and its handler
-# ----------------------------------------------------------------------------------------------------------
+COMMON_OPTIONS = """\
+-w, --working-dir DIR    directory of the sandbox (default: this one)
+-j, --json               one JSON document on stdout
+-q, --quiet              no progress, only warnings and errors
+    --verbose            show requests and child processes on stderr"""
 
-COMMANDS_HELP = {
-    "start": "Start a new sandbox environment",
-    "stop": "Stop and destroy the sandbox",
-    "status": "Show current sandbox status",
-    "sync": "Sync local code to the sandbox",
-    "flow": "Execute a test flow against the simulator",
-    "start-services": "Push code and start Docker Compose services",
-    "start-worker": "Start or configure the Plato worker",
-    "state": "Show what changed in the environment's databases",
-    "reset": "Put the environment back to its initial state",
-    "snapshot": "Create a snapshot (artifact) of the current state",
-    "clear-audit": "Empty the audit tables that `state` reads",
-    "audit-ui": "Choose ignore rules by looking at the databases, in the browser",
-}
+# What stands below the options is shown as it is: in lines of at most 79 characters.
+COMMANDS = {
+    "start": Command(
+        "Start a new sandbox environment",
+        run_start,
+        start_lines,
+        f"""\
+-c, --from-config        use plato-config.yml in the working directory
+-s, --simulator NAME     NAME, NAME:TAG, NAME:VERSION@DATASET or NAME:ARTIFACT-UUID
+-a, --artifact-id ID     specific artifact id
+-b, --blank              create a blank VM
+-d, --dataset NAME       dataset from config or simulator (default: {DEFAULT_DATASET})
+-t, --tag TAG            artifact tag (default: {DEFAULT_TAG})
+    --service NAME       service name (required for a blank VM)
+    --cpus N             number of CPUs of a blank VM (default: {DEFAULT_CPUS})
+    --memory N           its memory in MB (default: {DEFAULT_MEMORY_MB})
+    --disk N             its disk in MB (default: {DEFAULT_DISK_MB})
+    --timeout SECONDS    how long to wait for the VM to be ready (default: {DEFAULT_READY_SECONDS})
+    --lifetime N         seconds until the VM ends, heartbeats or not (default: {DEFAULT_LIFETIME_SECONDS})
+    --no-reset           skip the initial reset after the VM is ready
+    --replace            stop a live sandbox of this directory first
 
-EXAMPLES = f"""\
-examples:
-  {PROGRAM} start --from-config       a VM for the plato-config.yml in this directory
-  {PROGRAM} status --json             everything about it, for programs
-  {PROGRAM} sync                      bring the VM's files up to date with this directory
-  {PROGRAM} start-services            push the code, clone it on the VM, start Docker Compose
-  {PROGRAM} state --verify-no-mutations
-
-exit codes:
-  0 done  1 failed  2 usage  3 no sandbox, or it is gone  4 authentication  5 conflict
-  6 API or network  7 timed out, or outcome unknown  8 a check said no  9 the worker is not up
-  130/143 interrupted
-"""
-
-START_EXAMPLES = f"""\
 modes (choose one):
   {PROGRAM} start --from-config [--dataset base]
-  {PROGRAM} start --simulator espocrm[:prod-latest | :ARTIFACT-UUID]
+  {PROGRAM} start --simulator espocrm[:prod-latest]
   {PROGRAM} start --artifact-id ID
-  {PROGRAM} start --blank --service myapp [--cpus 4 --memory 2048 --disk 20480]
-"""
+  {PROGRAM} start --blank --service myapp [--cpus 4 --memory 2048]
+""",
+    ),
+    "stop": Command(
+        "Stop and destroy the sandbox",
+        run_stop,
+        stop_lines,
+        "    --session-id ID      stop this session, from any directory",
+    ),
+    "status": Command("Show current sandbox status", run_status, status_lines),
+    "sync": Command(
+        "Sync local code to the sandbox",
+        run_sync,
+        sync_lines,
+        f"""\
+    [PATH]               what to sync (default: the working directory)
+    --remote-path P      where to on the VM (default: {SYNC_ROOT}/<service>)
+-n, --dry-run            show what would be sent and removed, change nothing
+    --gitignore          honour .gitignore files too, not only .platoignore
+-f, --force              also when nearly everything would be removed or replaced
+    --via auto|api|ssh   the way to the VM (default: auto)
+    --watch              go on: send changes as they are made, until Ctrl-C
+-t, --timeout SECONDS    the longest wait for one step on the VM (default: {SYNC_SECONDS:g})
 
-
-SYNC_EPILOG = f"""\
-Only what differs is sent. What an earlier sync put on the VM and is gone here is removed there; what the VM
-made stays, unless --delete-extra is given. .platoignore files (in the syntax of .gitignore) keep files out.
-Always left out: {", ".join(name.decode() for name in EXCLUDED_PATTERNS[:7])},
-{", ".join(name.decode() for name in EXCLUDED_PATTERNS[7:])}, .plato and private keys.
+Only what differs is sent. What an earlier sync put on the VM and is gone here
+is removed there; what the VM made stays. .platoignore files (in the syntax of
+.gitignore) keep files out. Always left out: private keys, .plato,
+{", ".join(name.decode() for name in EXCLUDED_PATTERNS[:7])},
+{", ".join(name.decode() for name in EXCLUDED_PATTERNS[7:])}.
 
 examples:
   {PROGRAM} sync                      this directory
   {PROGRAM} sync ./src --dry-run      what would be done for another one
   {PROGRAM} sync --watch              keep the VM up to date while you edit
-"""
+""",
+    ),
+    "flow": Command(
+        "Execute a test flow against the simulator",
+        run_flow,
+        flow_lines,
+        f"""\
+-f, --flow-name NAME...  flow to execute; may be given more than once (default: login)
+    --all                execute all flows, in the order of the file
+-l, --list               show which flows there are
+    --local              only the flows file of the local config
+  | --api                only the flows that Plato has
+    --base-url URL       begin at this address instead; needs no sandbox
+    --headed             show the browser's window
+  | --headless           do not show it (default)
+    --keep-open          leave the window open at the end, until Ctrl-C
+    --slowmo MS          wait so long after each action of the browser
+-o, --output DIR         for report, pictures and traces (default: {FLOW_OUTPUT})
+    --verify-no-mutations  fail also when the database was changed
+-t, --timeout SECONDS    the longest time for all of it (default: {FLOW_SECONDS:g})
 
-
-SERVICES_EPILOG = f"""\
-The code is what `sync` would bring, without what .gitignore files hide unless plato-config.yml names it.
-It is pushed to a workspace branch in Gitea and cloned on the VM; what services wrote beside it there stays.
-
-examples:
-  {PROGRAM} start-services                   with the sandbox's dataset
-  {PROGRAM} start-services --build           after a change to an image
-  {PROGRAM} start-services --via sync        for an API key without access to a repository
-"""
-
-
-FLOW_EPILOG = f"""\
-Flows come from the file that the config's metadata.flows_path names, else from Plato (--local, --api: only
-from there). Needs Playwright and Chrome or Chromium; what is missing is told with the command that brings it.
-Values of password fields are hidden in all that is shown and written. A failed flow is exit code 8.
+Flows come from the file that the config's metadata.flows_path names, else
+from Plato (--local, --api: only from there). Needs Playwright and Chrome or
+Chromium; what is missing is told with the command that brings it. Values of
+password fields are hidden in all that is shown and written. A failed flow is
+exit code 8.
 
 examples:
   {PROGRAM} flow                      the login flow
   {PROGRAM} flow --list               which flows there are
   {PROGRAM} flow -f checkout --headed --slowmo 500
   {PROGRAM} flow --all --verify-no-mutations
-"""
+""",
+    ),
+    "start-services": Command(
+        "Push code and start Docker Compose services",
+        Sandbox.start_services,
+        services_lines,
+        f"""\
+-d, --dataset NAME       dataset of the config (default: the sandbox's)
+    --via git|sync       how the code gets to the VM: through Gitea, or as `sync` does it (default: git)
+    --no-gitignore       push also what .gitignore files hide
+    --build              build images before starting containers
+    --force-recreate     recreate containers even if nothing changed
+-t, --timeout SECONDS    the longest wait for one `docker compose up` (default: {UP_SECONDS:g})
 
-
-AUDIT_EPILOG = f"""\
-The page shows what changed since the last reset and what is in the databases; rules that are chosen there
-are saved to plato-config.yml. The databases are read only. Needs streamlit, and psycopg2-binary or pymysql.
+The code is what `sync` would bring, without what .gitignore files hide unless
+plato-config.yml names it. It is pushed to a workspace branch in Gitea and
+cloned on the VM; what services wrote beside it there stays.
 
 examples:
-  {PROGRAM} audit-ui                         the databases of the sandbox's dataset
+  {PROGRAM} start-services                 with the sandbox's dataset
+  {PROGRAM} start-services --build         after a change to an image
+  {PROGRAM} start-services --via sync      for a key without a repository
+""",
+    ),
+    "start-worker": Command(
+        "Start or configure the Plato worker",
+        run_start_worker,
+        worker_lines,
+        f"""\
+-s, --service NAME       service name (default: the sandbox's)
+-d, --dataset NAME       dataset name (default: the sandbox's, or {DEFAULT_DATASET})
+    --config-path FILE   path to plato-config.yml
+    --wait               wait until the worker is up
+    --wait-timeout SECONDS  the longest wait of --wait (default: {WORKER_SECONDS:g})""",
+    ),
+    "state": Command(
+        "Show what changed in the environment's databases",
+        run_state,
+        state_lines,
+        "-v, --verify-no-mutations  exit 8 if there are any mutations",
+    ),
+    "reset": Command(
+        "Put the environment back to its initial state",
+        Sandbox.reset,
+        lambda report: ["Environment reset successfully."],
+    ),
+    "snapshot": Command(
+        "Create a snapshot (artifact) of the current state",
+        run_snapshot,
+        snapshot_lines,
+        f"""\
+    --description TEXT   a note that stays with the artifact
+    --include-config     send the config's dataset, flows, ports and logins along (as config sandboxes do)
+  | --no-config          do not send them
+    --target HOST        host of its pages (default: that of the artifact before it)
+    --wait               wait until the artifact is ready
+    --wait-timeout SECONDS  the longest wait of --wait (default: {ARTIFACT_SECONDS:g})""",
+    ),
+    "clear-audit": Command("Empty the audit tables that `state` reads", run_clear_audit, clear_audit_lines),
+    "audit-ui": Command(
+        "Choose ignore rules by looking at the databases, in the browser",
+        run_audit_ui,
+        tuple,
+        f"""\
+-d, --dataset NAME       dataset of the config (default: the sandbox's)
+    --listener NAME      only this `db` listener (default: all of them)
+    --port N             port of the page, or the next free one (default: any)
+    --no-browser         do not open a browser, only print the address
+    --direct             reach db_host from here, not through the gateway
+    --database-url URL   this database, without a sandbox; the password may stay out
+
+The page shows what changed since the last reset and what is in the databases;
+rules that are chosen there are saved to plato-config.yml. The databases are
+read only. Needs streamlit, and psycopg2-binary or pymysql.
+
+examples:
+  {PROGRAM} audit-ui                       the databases of the dataset
   {PROGRAM} audit-ui --no-browser --port 8600
-  {PROGRAM} audit-ui --database-url postgresql://user@host/database      with PGPASSWORD set
+  {PROGRAM} audit-ui --database-url postgresql://user@host/database
+                                           with PGPASSWORD set
+""",
+    ),
+}
+
+EXAMPLES = f"""\
+examples:
+  {PROGRAM} start --from-config       a VM for this directory's config
+  {PROGRAM} status --json             everything about it, for programs
+  {PROGRAM} sync                      bring the VM's files up to date
+  {PROGRAM} start-services            push the code, start Docker Compose
+  {PROGRAM} state --verify-no-mutations
+
+exit codes:
+  0 done  1 failed  2 usage  3 no sandbox, or it is gone  4 authentication
+  5 conflict  6 API or network  7 timed out, or outcome unknown  8 a check said
+  no  9 the worker is not up  130/143 interrupted
 """
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser with the options of one command; the others are only named, which takes half the time."""
+    """The parser with the options of one command; the others are only named, which takes half the time.
+
+    Only options that are given are in its result: what is left out is for the operation to decide.
+    """
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(f"{message[:1].upper()}{message[1:]}.", hint=f"See {self.prog} --help")
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog=PROGRAM,
-        description="Ephemeral cloud VMs for simulator development on Plato.",
-        epilog=EXAMPLES,
-        formatter_class=raw,
-        allow_abbrev=False,
-    )
+    about: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+        "argument_default": argparse.SUPPRESS,
+    }
+    words = "Ephemeral cloud VMs for simulator development on Plato."
+    parser = Parser(prog=PROGRAM, description=words, epilog=EXAMPLES, **about)
     parser.add_argument("--version", action="store_true", help="show the version and a hash of this file")
+    add_options(parser, COMMON_OPTIONS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, (text, describe) in {
-        "start": (START_EXAMPLES, describe_start),
-        "stop": (None, describe_stop),
-        "status": (None, describe_status),
-        "sync": (SYNC_EPILOG, describe_sync),
-        "flow": (FLOW_EPILOG, describe_flow),
-        "start-services": (SERVICES_EPILOG, describe_start_services),
-        "start-worker": (None, describe_start_worker),
-        "state": (None, describe_state),
-        "reset": (None, describe_reset),
-        "snapshot": (None, describe_snapshot),
-        "clear-audit": (None, describe_clear_audit),
-        "audit-ui": (AUDIT_EPILOG, describe_audit_ui),
-    }.items():
-        words = COMMANDS_HELP[name]
-        command = commands.add_parser(
-            name, help=words, description=words + ".", epilog=text, formatter_class=raw, allow_abbrev=False
-        )
+    for name, command in COMMANDS.items():
+        about.update(help=command.about, description=f"{command.about}.", epilog=command.more)
+        part = commands.add_parser(name, **about)
         if name == chosen:
-            describe(command)
-            add_common_options(command)
-            command.set_defaults(parser=command)
+            add_options(part, command.options)
+            add_options(part, COMMON_OPTIONS)
     return parser
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-w", "--working-dir", metavar="DIR", default=".", help="directory of the sandbox (default: this one)"
-    )
-    parser.add_argument("-j", "--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, only warnings and errors")
-    parser.add_argument("--verbose", action="store_true", help="show requests and child processes on stderr")
+def add_options(parser: argparse.ArgumentParser, text: str) -> None:
+    """Options from lines such as `-t, --timeout SECONDS   the longest wait`, which --help breaks anew.
 
-
-def describe_start(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-c", "--from-config", action="store_true", help="use plato-config.yml in the working directory")
-    add(
-        "-s", "--simulator", metavar="NAME", help="NAME, NAME:TAG, NAME:VERSION@DATASET or NAME:ARTIFACT-UUID"
-    )
-    add("-a", "--artifact-id", metavar="ID", help="specific artifact id")
-    add("-b", "--blank", action="store_true", help="create a blank VM")
-    add(
-        "-d",
-        "--dataset",
-        metavar="NAME",
-        help=f"dataset from config or simulator (default: {DEFAULT_DATASET})",
-    )
-    add("-t", "--tag", help=f"artifact tag (default: {DEFAULT_TAG})")
-    add("--service", metavar="NAME", help="service name (required for a blank VM)")
-    add("--cpus", type=int, metavar="N", help=f"number of CPUs of a blank VM (default: {DEFAULT_CPUS})")
-    add("--memory", type=int, metavar="MB", help=f"its memory in MB (default: {DEFAULT_MEMORY_MB})")
-    add("--disk", type=int, metavar="MB", help=f"its disk in MB (default: {DEFAULT_DISK_MB})")
-    add(
-        "--timeout",
-        type=float,
-        default=DEFAULT_READY_SECONDS,
-        metavar="SECONDS",
-        help=f"how long to wait for the VM to be ready (default: {DEFAULT_READY_SECONDS})",
-    )
-    add(
-        "--lifetime",
-        type=int,
-        default=DEFAULT_LIFETIME_SECONDS,
-        metavar="SECONDS",
-        help=f"when the VM ends even with heartbeats (default: {DEFAULT_LIFETIME_SECONDS}, 8 hours)",
-    )
-    add("--no-reset", action="store_true", help="skip the initial reset after the VM is ready")
-    add("--replace", action="store_true", help="stop a live sandbox of this directory first")
-    parser.set_defaults(handler=command_start)
-
-
-def describe_stop(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--session-id", metavar="ID", help="stop this session, from any directory")
-    parser.set_defaults(handler=command_stop)
-
-
-def describe_status(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(handler=command_status)
-
-
-def describe_sync(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("path", nargs="?", default=".", metavar="PATH", help="what to sync (default: the working directory)")
-    add("--remote-path", metavar="P", help=f"where to on the VM (default: {SYNC_ROOT}/<service>)")
-    add("-n", "--dry-run", action="store_true", help="show what would be sent and removed, change nothing")
-    add("--checksum", action="store_true", help="compare contents instead of modification times")
-    add("--gitignore", action="store_true", help="honour .gitignore files too, not only .platoignore")
-    add("--delete-extra", action="store_true", help="also remove what no sync put there (asks first)")
-    add("-y", "--yes", action="store_true", help="do not ask")
-    add("-f", "--force", action="store_true", help="also when nearly everything would be removed or replaced")
-    add("--keep-going", action="store_true", help="sync the rest when something cannot be read (exit 1)")
-    add("--via", choices=("auto", "api", "ssh"), default="auto", help="the way to the VM (default: auto)")
-    add("--watch", action="store_true", help="go on: send changes as they are made, until Ctrl-C")
-    add(
-        "-t",
-        "--timeout",
-        type=float,
-        default=SYNC_SECONDS,
-        metavar="SECONDS",
-        help=f"the longest wait for one step on the VM (default: {SYNC_SECONDS:g})",
-    )
-    parser.set_defaults(handler=command_sync)
-
-
-def describe_start_services(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-d", "--dataset", metavar="NAME", help="dataset of the config (default: the sandbox's)")
-    add(
-        "--via",
-        choices=("git", "sync"),
-        default="git",
-        help="how the code gets to the VM: through Gitea, or as `sync` does it (default: git)",
-    )
-    add("--no-gitignore", action="store_true", help="push also what .gitignore files hide")
-    add("--build", action="store_true", help="build images before starting containers")
-    add("--force-recreate", action="store_true", help="recreate containers even if nothing changed")
-    add(
-        "-t",
-        "--timeout",
-        type=float,
-        default=UP_SECONDS,
-        metavar="SECONDS",
-        help=f"the longest wait for one `docker compose up` (default: {UP_SECONDS:g})",
-    )
-    parser.set_defaults(handler=command_start_services)
-
-
-def describe_start_worker(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-s", "--service", metavar="NAME", help="service name (default: the sandbox's)")
-    add(
-        "-d", "--dataset", metavar="NAME", help=f"dataset name (default: the sandbox's, or {DEFAULT_DATASET})"
-    )
-    add("--config-path", metavar="FILE", help="path to plato-config.yml")
-    add("--wait", action="store_true", help="wait until the worker is up")
-    add_wait_timeout(parser, WORKER_SECONDS)
-    parser.set_defaults(handler=command_start_worker)
-
-
-def add_wait_timeout(parser: argparse.ArgumentParser, seconds: float) -> None:
-    parser.add_argument(
-        "--wait-timeout",
-        type=float,
-        default=seconds,
-        metavar="SECONDS",
-        help=f"the longest wait of --wait (default: {seconds:g})",
-    )
-
-
-def describe_state(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-v", "--verify-no-mutations", action="store_true", help="exit 8 if there are any mutations"
-    )
-    parser.set_defaults(handler=command_state)
-
-
-def describe_reset(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(handler=command_reset)
-
-
-def describe_snapshot(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--description", metavar="TEXT", help="a note that stays with the artifact")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--include-config",
-        action="store_true",
-        help="send the config's dataset, flows, ports and logins along (as config sandboxes do)",
-    )
-    which.add_argument("--no-config", action="store_true", help="do not send them")
-    add("--target", metavar="HOST", help="host of its pages (default: that of the artifact before it)")
-    add("--wait", action="store_true", help="wait until the artifact is ready")
-    add_wait_timeout(parser, ARTIFACT_SECONDS)
-    parser.set_defaults(handler=command_snapshot)
-
-
-def describe_clear_audit(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(handler=command_clear_audit)
-
-
-def describe_flow(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        *("-f", "--flow-name"),
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="flow to execute; may be given more than once (default: login)",
-    )
-    add("--all", action="store_true", help="execute all flows, in the order of the file")
-    add("-l", "--list", action="store_true", help="show which flows there are")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--local", action="store_true", help="only the flows file of the local config")
-    source.add_argument("--api", action="store_true", help="only the flows that Plato has")
-    add("--base-url", metavar="URL", help="begin at this address instead; needs no sandbox")
-    window = parser.add_mutually_exclusive_group()
-    window.add_argument("--headed", action="store_true", help="show the browser's window")
-    window.add_argument("--headless", dest="headed", action="store_false", help="do not show it (default)")
-    add("--keep-open", action="store_true", help="leave the window open at the end, until Ctrl-C")
-    add("--slowmo", type=float, default=0, metavar="MS", help="wait so long after each action of the browser")
-    add("--browser", choices=BROWSERS, default="chromium", help="which kind (default: chromium)")
-    add("--viewport", default="1280x720", metavar="WxH", help="size of the page (default: 1280x720)")
-    add("--tracing", choices=TRACINGS, default="retain-on-failure", help="(default: retain-on-failure)")
-    add("--unmasked-trace", action="store_true", help="leave password values readable in the trace")
-    add("-o", "--output", metavar="DIR", help=f"for report, pictures and traces (default: {FLOW_OUTPUT})")
-    add("--verify-no-mutations", action="store_true", help="fail also when the database was changed")
-    add(
-        "-t",
-        "--timeout",
-        type=float,
-        default=FLOW_SECONDS,
-        metavar="SECONDS",
-        help=f"the longest time for all of it (default: {FLOW_SECONDS:g})",
-    )
-    parser.set_defaults(handler=command_flow)
-
-
-def describe_audit_ui(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-d", "--dataset", metavar="NAME", help="dataset of the config (default: the sandbox's)")
-    add("--listener", metavar="NAME", help="only this `db` listener (default: all of them)")
-    add("--port", type=int, metavar="N", help="port of the page, or the next free one (default: any)")
-    add("--no-browser", action="store_true", help="do not open a browser, only print the address")
-    add("--direct", action="store_true", help="reach db_host from here, not through the gateway")
-    add("--database-url", metavar="URL", help="this database, without a sandbox; the password may stay out")
-    parser.set_defaults(handler=command_audit_ui)
+    `|` before an option: it excludes the one above. `--no-x` sets x to False. N, SECONDS and MS are numbers,
+    a|b a choice, NAME... may be given again and again; without a word behind it, the option takes none.
+    """
+    group: Any = None
+    for line in text.splitlines():
+        match = re.fullmatch(r"(?: {2}(\|) |(-\w), | *)(\S+)(?: (\S+))? {2,}(.*)", line)
+        if match is None:
+            raise AssertionError(line)
+        excludes, short, long, value, words = match.groups()
+        if not excludes:
+            group = parser.add_mutually_exclusive_group()
+        if long.startswith("["):
+            group.add_argument(long[1:-1].lower(), nargs="?", metavar=long[1:-1], help=words)
+            continue
+        names = [short, long] if short else [long]
+        if value is None:
+            off = long.startswith("--no-")
+            dest = long[5:] if off else long[2:]
+            action = "store_false" if off else "store_true"
+            group.add_argument(*names, action=action, dest=dest.replace("-", "_"), help=words)
+        elif value.endswith("..."):
+            group.add_argument(*names, action="append", metavar=value[:-3], help=words)
+        elif "|" in value:
+            group.add_argument(*names, choices=value.split("|"), help=words)
+        else:
+            kind = {"N": int, "SECONDS": float, "MS": float}.get(value, str)
+            group.add_argument(*names, type=kind, metavar=value, help=words)
 
 
 def command_word(arguments: Sequence[str]) -> str | None:
     """The command that is asked for, if any; UsageError for another word, with what was probably meant."""
-    word = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if word is None or word in COMMANDS_HELP:
-        return word
-    meant = closest(word, COMMANDS_HELP)
-    hint = f"Did you mean `{meant}`?" if meant else f"The commands are: {', '.join(COMMANDS_HELP)}."
-    raise UsageError(f"There is no command {word!r}.", hint=hint)
+    words = iter(arguments)
+    for word in words:
+        if word in ("-w", "--working-dir"):
+            next(words, None)
+        elif word in COMMANDS:
+            return word
+        elif not word.startswith("-"):
+            meant = closest(word, COMMANDS)
+            hint = f"Did you mean `{meant}`?" if meant else f"The commands are: {', '.join(COMMANDS)}."
+            raise UsageError(f"There is no command {word!r}.", hint=hint)
+    return None
 
 
-def unknown_word(word: str, options: argparse.Namespace) -> UsageError:
+def unknown_word(word: str, command: str | None) -> UsageError:
     """The error for a word that the command does not take, with the option that was probably meant."""
-    if options.command is None:
+    if command is None:
         return UsageError(f"{word!r} needs a command before it.", hint=f"See {PROGRAM} --help")
-    meant = closest(word.partition("=")[0], re.findall("--[a-z-]+", options.parser.format_help()))
-    hint = f"Did you mean {meant}?" if meant else f"See {PROGRAM} {options.command} --help"
+    meant = closest(
+        word.partition("=")[0], re.findall("--[a-z-]+", COMMANDS[command].options + COMMON_OPTIONS)
+    )
+    hint = f"Did you mean {meant}?" if meant else f"See {PROGRAM} {command} --help"
     what = "option" if word.startswith("-") else "argument"
-    return UsageError(f"`{options.command}` takes no {what} {word!r}.", hint=hint)
+    return UsageError(f"`{command}` takes no {what} {word!r}.", hint=hint)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -13855,29 +13635,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     output = Output(sys.stdout, sys.stderr, os.environ)
     output.program = invocation(sys.argv[0], os.environ)
-    output.json = asks_for_json(arguments)
+    # Asked before parsing, for the errors that parsing finds.
+    output.json = any(re.fullmatch("--json|-[a-z]*j[a-z]*", word) for word in arguments)
     try:
         code = run(arguments, output)
         flush_result()
         return code
-    except SandboxError as error:
-        return fail(output, error, error.code)
-    except Interrupted as interruption:
-        return fail(output, interruption, "interrupted")
+    except (SandboxError, Interrupted) as error:
+        return fail(output, error)
     except KeyboardInterrupt:
         import signal
 
-        return fail(output, Interrupted(signal.SIGINT), "interrupted")
-    except BrokenPipeError:
-        return closed_pipe()
+        return fail(output, Interrupted(signal.SIGINT))
+    except BrokenPipeError:  # whoever read the output has gone, and shells count that as SIGPIPE
+        forget_stream(sys.stdout)
+        return 141
     except Exception as error:  # noqa: BLE001  (a mistake of ours; a traceback helps no user)
         if output.verbose:
             import traceback
 
-            for line in traceback.format_exc().splitlines():
-                output.trace(line)
+            output.trace(traceback.format_exc().rstrip())
         words = f"This is a mistake in {PROGRAM} {__version__} ({type(error).__name__}: {error})."
-        return fail(output, SandboxError(words, hint="Please report it; --verbose shows where."), "internal")
+        mistake = SandboxError(words, hint="Please report it; --verbose shows where.")
+        mistake.code = "internal"
+        return fail(output, mistake)
 
 
 def unfit_host() -> str:
@@ -13901,6 +13682,66 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
+def invocation(program: str, environment: Mapping[str, str]) -> str:
+    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
+    words = ["python3", program] if program.endswith(".py") else [os.path.basename(program) or PROGRAM]
+    return environment.get("PLATO_SANDBOX_COMMAND") or shell_words(words)
+
+
+def run(arguments: Sequence[str], output: Output) -> int:
+    """Parse the command line and run its command; whatever goes wrong is an exception."""
+    if arguments[:1] == ["gateway-stream"]:
+        return run_gateway_stream(arguments[1:])
+    if arguments[:1] == ["audit-server"]:
+        return run_audit_server(arguments[1:])
+    name = command_word(arguments)
+    try:
+        parsed, unknown = build_parser(name).parse_known_args(arguments or ["--help"])
+    except SystemExit as ending:  # --help
+        return int(ending.code or 0)
+    if unknown:
+        raise unknown_word(unknown[0], name)
+    options = vars(parsed)
+    if options.pop("version", False) or name is None:
+        output.result(version_text())
+        return 0
+    for option, value in options.items():
+        if isinstance(value, str) and not value.strip():
+            raise UsageError(f"{'PATH' if option == 'path' else '--' + option.replace('_', '-')} is empty.")
+    del options["command"]
+    output.json, output.quiet, output.verbose = (
+        options.pop(option, False) for option in ("json", "quiet", "verbose")
+    )
+    directory = options.pop("working_dir", ".")
+    output.place = "" if directory == "." else " " + shell_words(["-w", directory])
+    with SignalGuard(output):
+        report = COMMANDS[name].run(Sandbox(directory, reporter=output), **options)
+    return 0 if report is None else show(report, COMMANDS[name], output)
+
+
+def show(report: dict[str, Any], command: Command, output: Output) -> int:
+    """What a command did, in lines or as its document; and how it ends, if it is an error."""
+    error: SandboxError | None = report.pop("error", None)
+    if not output.json:
+        for line in command.lines(report):
+            output.result(line)
+    told = output.error(error) if error else {}
+    if output.json:
+        output.document({**report, **told})
+    return error.exit_code if error else 0
+
+
+def fail(output: Output, error: SandboxError | Interrupted) -> int:
+    told = output.error(error)
+    try:
+        if output.json:
+            output.document(told)
+        sys.stdout.flush()
+    except OSError:  # nobody reads it; the exit code still tells
+        forget_stream(sys.stdout)
+    return error.exit_code
+
+
 def flush_result() -> None:
     """Write the rest of the result; SandboxError when there is no room for it, say."""
     try:
@@ -13913,48 +13754,6 @@ def flush_result() -> None:
             f"The result could not be written to standard output: {reason(error)}.",
             hint=f"What was asked for is done; `{PROGRAM} status` shows how things are.",
         ) from None
-
-
-def asks_for_json(arguments: Sequence[str]) -> bool:
-    """Whether --json is given, also as in `-cj`; asked before parsing, for the errors that parsing finds."""
-    return any(word == "--json" or re.match("-[bcqnyfvl]*j", word) for word in arguments)
-
-
-def invocation(program: str, environment: Mapping[str, str]) -> str:
-    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
-    if environment.get("PLATO_SANDBOX_COMMAND"):
-        return environment["PLATO_SANDBOX_COMMAND"]
-    if program.endswith(".py"):
-        return shell_words(["python3", program])
-    return shell_words([os.path.basename(program) or PROGRAM])
-
-
-def run(arguments: Sequence[str], output: Output) -> int:
-    """Parse the command line and run its command; whatever goes wrong is an exception."""
-    if arguments[:1] == ["gateway-stream"]:
-        return run_gateway_stream(arguments[1:])
-    if arguments[:1] == ["audit-server"]:
-        return run_audit_server(arguments[1:])
-    if arguments == ["--version"]:
-        output.line(version_text())
-        return 0
-    parser = build_parser(command_word(arguments))
-    if not arguments:
-        parser.print_help()
-        return 0
-    try:
-        options, unknown = parser.parse_known_args(arguments)
-    except SystemExit as ending:  # --help
-        return int(ending.code or 0)
-    if unknown:
-        raise unknown_word(unknown[0], options)
-    if options.version or options.command is None:
-        output.line(version_text())
-        return 0
-    output.json, output.quiet, output.verbose = options.json, options.quiet, options.verbose
-    output.place = "" if options.working_dir == "." else " " + shell_words(["-w", options.working_dir])
-    with SignalGuard(output):
-        return int(options.handler(options, output))
 
 
 def run_gateway_stream(arguments: Sequence[str]) -> int:
@@ -14004,21 +13803,6 @@ def version_text() -> str:
     with open(own_file(), "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
     return f"{PROGRAM} {__version__} ({digest[:12]})"
-
-
-def fail(output: Output, error: SandboxError | Interrupted, code: str) -> int:
-    try:
-        output.error(error, code)
-        sys.stdout.flush()
-    except OSError:  # nobody reads it; the exit code still tells
-        forget_stream(sys.stdout)
-    return error.exit_code
-
-
-def closed_pipe() -> int:
-    """Whoever read the output has gone, and shells count that as SIGPIPE."""
-    forget_stream(sys.stdout)
-    return 141
 
 
 if __name__ == "__main__":
