@@ -416,6 +416,13 @@ def plato(new_plato: Callable[..., LocalPlato]) -> LocalPlato:
     return new_plato()
 
 
+@pytest.fixture
+def ssh_place() -> Iterator[Path]:
+    """A directory with a short path, which only its owner may enter."""
+    with tempfile.TemporaryDirectory(prefix="ssh") as directory:
+        yield Path(directory)
+
+
 @pytest.fixture(scope="session")
 def shared_plato(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[LocalPlato]:
     """One local Plato for all tests of a process that script no fault and tell their own VMs from others'."""

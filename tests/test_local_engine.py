@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from conftest import SIMULATOR, Desk, eventually, missing, part
 from localplato.engine import engine_problem
-from test_local_plato import BLANK, COMMAND, NOBODY, SESSIONS, Client, Tunnel
+from test_local_plato import BLANK, COMMAND, NOBODY, SESSIONS, Client, SshUser, Tunnel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -138,16 +139,20 @@ def test_an_engine_starts_when_it_is_used(docker: None, visitors: Closing) -> No
     assert visitors.output(session_id, "docker info --format '{{.Name}}'") == f"vm-{job_id[:8]}\n"
 
 
-def test_both_users_have_it_over_ssh_and_by_execute(docker: None, visitor: Desk) -> None:
-    visitor.good("start", "-c")
-    client = Client(visitor_plato(visitor))
-    state = visitor.state
-    client.output(state["session_id"], "docker run -d --name one busybox sleep 1000")
-    assert visitor.ssh("id -un; docker ps --format '{{.Names}}'").out == "plato\none\n"
-    made = visitor.ssh("docker run -i --rm -v /home/plato/worktree:/mine busybox sh -c 'echo x > /mine/made'")
-    assert made.code == 0, made.err
-    assert client.output(state["session_id"], "cat /home/plato/worktree/made") == "x\n"
-    visitor.good("stop")
+def test_both_users_have_it_over_ssh_and_by_execute(docker: None, visitors: Closing, ssh_place: Path) -> None:
+    session_id, job_id = visitors.connect()
+    user = SshUser(visitors.plato, job_id, ssh_place)
+    visitors.output(session_id, "docker run -d --name one busybox sleep 1000")
+    for name in ("root", "plato"):
+        body = {"public_key": user.public_key, "username": name}
+        assert visitors.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", body)["success"]
+        told = user.run(f"{name}@vm", "id -un; docker ps --format '{{.Names}}'")
+        assert told.stdout.decode() == f"{name}\none\n", told
+    made = user.run(
+        "plato@vm", "docker run -i --rm -v /home/plato/worktree:/mine busybox sh -c 'echo x > /mine/made'"
+    )
+    assert made.returncode == 0, made.stderr
+    assert visitors.output(session_id, "cat /home/plato/worktree/made") == "x\n"
 
 
 def test_images_are_made_once(
@@ -171,18 +176,8 @@ def test_images_are_made_once(
     assert sorted(path.name for path in Path(place).parent.iterdir()) == sorted([Path(place).name, "lock"])
 
 
-def visitor_plato(desk: Desk) -> LocalPlato:
-    """The local Plato of a desk's environment."""
-    from localplato import LocalPlato
-
-    plato = LocalPlato(desk.place)
-    port = int(str(urllib.parse.urlsplit(desk.environment["PLATO_BASE_URL"]).port))
-    plato.information = {"port": port, "environment": desk.environment}
-    return plato
-
-
 def test_compose_builds_runs_and_becomes_healthy(compose: None, visitors: Closing) -> None:
-    session_id, job_id = visitors.start(TASKBOARD)
+    session_id, job_id = visitors.connect(TASKBOARD)
     visitors.output(session_id, f"mkdir app; cd app; printf %s {shlex.quote(HEALTHY)} > docker-compose.yml")
     for user, home in (("plato", "/home/plato"), ("root", "/root")):
         script = "cd /tmp/app && docker compose up -d --wait && docker compose ps --format '{{.Health}}'"
@@ -342,7 +337,9 @@ def test_the_example_simulator_from_its_build_to_a_vm_of_its_snapshot(
     artifact = visitors.snapshot(
         state["session_id"],
         flows=(work / "flows.yml").read_text(),
-        plato_config=(work / "plato-config.yml").read_text(),
+        plato_config=yaml.safe_dump(
+            yaml.safe_load((work / "plato-config.yml").read_text())["datasets"]["base"]
+        ),
     )
     visitor.good("stop")
     session_id = visitors.again(artifact)
@@ -469,7 +466,15 @@ def test_a_snapshot_keeps_images_volumes_and_containers(docker: None, visitors: 
 
 
 FLOWS = "flows:\n- name: login\n  steps:\n  - type: wait\n    duration: 5\n- name: empty\n"
-CONFIG = "service: shop\ndatasets:\n  base: {compute: {cpus: 2}}\n  full: {metadata: {name: Shop}}\n"
+CONFIG = """\
+compute: {cpus: 2}
+metadata: {name: Shop, colour: red}
+listeners:
+  db:
+    {type: db, db_type: postgresql, db_database: shop, db_user: keeper, db_port: 5432, colour: red}
+  cache: {type: db, db_type: redis, db_database: "0"}
+  files: {type: file, target_dir: /data}
+"""
 BODY: dict[str, Any] = {
     "description": "before the sale",
     "override_service": "market",
@@ -526,7 +531,19 @@ def test_what_an_artifact_says(visitors: Closing) -> None:
         {"name": "login", "steps": [{"type": "wait", "duration": 5}]},
         {"name": "empty"},
     ]
-    assert visitors.call("GET", f"/api/v2/jobs/{again}/plato_config") == {"metadata": {"name": "Shop"}}
+    stored = yaml.safe_load(CONFIG)
+    assert visitors.call("GET", f"/api/v2/jobs/{again}/plato_config") == stored
+    assert job_of(visitors, again)["dataset"] == stored
+    database = {
+        "db_type": "postgresql",
+        "db_port": 5432,
+        "db_user": "keeper",
+        "db_password": "",
+        "db_database": "shop",
+        "db_schema": None,
+    }
+    cache = {**database, "db_type": "redis", "db_port": 0, "db_user": "", "db_database": "0"}
+    assert visitors.call("GET", f"/api/v1/simulator/{artifact}/db_config") == [database, cache]
     # What a snapshot of that VM does not say is as it was.
     child = visitors.call("GET", f"{ARTIFACTS}/{visitors.snapshot(made['session_id'])}")
     assert (child["parent_artifact_id"], child["simulator_name"], child["dataset"]) == (
@@ -536,6 +553,83 @@ def test_what_an_artifact_says(visitors: Closing) -> None:
     )
     for name in ("target", "messaging_port", "internal_app_port", "has_flows", "has_plato_config"):
         assert child[name] == told[name], name
+    grandchild = visitors.again(child["artifact_id"])
+    job_id = visitors.details(grandchild)["job_id"]
+    assert visitors.call("GET", f"/api/v2/jobs/{job_id}/plato_config") == stored
+
+
+def job_of(client: Client, job_id: str) -> dict[str, Any]:
+    """A job as the server's admin interface shows it."""
+    jobs = [job for session in client.plato.sessions() for job in session["jobs"]]
+    (found,) = [job for job in jobs if job["job_id"] == job_id]
+    return dict(found)
+
+
+WRONG_CONFIGS = {
+    "the whole file": "service: shop\ndatasets:\n  base: {compute: {}, metadata: {}}\n",
+    "both": "datasets: {}\ncompute: {}\nmetadata: {}\n",
+    "no dataset": "service: shop\n",
+    "a list": "- compute: {}\n",
+    "nothing": "",
+    "no YAML": "compute: [",
+    "a wrong listener": "compute: {}\nlisteners:\n  db: {type: db, db_type: oracle, db_database: x}\n",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
+def test_a_config_that_is_not_one_dataset_is_not_found_again(visitors: Closing, text: str) -> None:
+    session_id, _ = visitors.start()
+    artifact = visitors.snapshot(session_id, plato_config=text)
+    assert visitors.call("GET", f"{ARTIFACTS}/{artifact}")["has_plato_config"] is True
+    config = visitors.call("GET", f"/api/v1/simulator/{artifact}/plato_config")
+    assert config == {"artifact_id": artifact, "plato_config": text}
+    visitors.call("GET", f"/api/v1/simulator/{artifact}/db_config", status=404)
+    job_id = visitors.details(visitors.again(artifact))["job_id"]
+    visitors.call("GET", f"/api/v2/jobs/{job_id}/plato_config", status=404)
+    assert job_of(visitors, job_id)["dataset"] is None
+
+
+def test_a_config_that_is_not_one_dataset_can_be_refused(new_plato: Callable[..., LocalPlato]) -> None:
+    client = Closing(new_plato(wrong_config=422))
+    session_id, _ = client.start()
+    for text in WRONG_CONFIGS.values():
+        refused = client.call("POST", f"{SESSIONS}/{session_id}/snapshot", {"plato_config": text}, status=422)
+        assert {tuple(problem["loc"][:2]) for problem in refused["detail"]} == {("body", "plato_config")}
+    client.snapshot(session_id, plato_config=CONFIG)
+    client.snapshot(session_id)
+
+
+def test_a_config_with_anchors_is_as_yaml_has_it(visitors: Closing) -> None:
+    text = "compute: &one {cpus: 2}\nmetadata: {<<: {name: Shop}}\nlisteners: {}\nservices:\nextra: *one\n"
+    session_id = visitors.again(visitors.snapshot(visitors.start()[0], plato_config=text))
+    job_id = visitors.details(session_id)["job_id"]
+    assert visitors.call("GET", f"/api/v2/jobs/{job_id}/plato_config") == yaml.safe_load(text)
+
+
+def test_a_prefetch_is_taken(visitors: Closing, new_plato: Callable[..., LocalPlato]) -> None:
+    path = "/api/v1/cluster/prefetch"
+    done = visitors.call("POST", path, {"artifact_id": "art_abc123"})
+    assert (done["success"], done["total_instances"]) == (True, len(done["instances_notified"]))
+    visitors.call("POST", path, {"artifact_id": NOBODY}, status=404)
+    visitors.call("POST", path, {"artifact_id": 5}, status=422)
+
+
+def test_a_version_is_found_with_its_dataset(plato: LocalPlato) -> None:
+    client = Closing(plato)
+    session_id, _ = client.start()
+    version = "3f2a91c"
+    made = {
+        dataset: client.snapshot(session_id, override_version=version, override_dataset=dataset)
+        for dataset in ("base", "full")
+    }
+    for artifact in made.values():
+        client.again(artifact)
+    wanted = {"type": "simulator", "simulator": "shop", "version": version}
+    for dataset, artifact in made.items():
+        (found,) = client.make({**wanted, "dataset": dataset})["envs"]
+        assert found["artifact_id"] == artifact
+    (unknown,) = client.make({**wanted, "dataset": "huge"})["envs"]
+    assert "dataset 'huge'" in unknown["error"]
 
 
 def test_artifacts_and_flows_that_are_not_there(visitors: Closing) -> None:
@@ -545,6 +639,8 @@ def test_artifacts_and_flows_that_are_not_there(visitors: Closing) -> None:
         f"{ARTIFACTS}/..%2Ftags.json",
         f"/api/v1/simulator/{NOBODY}/flows",
         f"/api/v1/simulator/{NOBODY}/plato_config",
+        f"/api/v1/simulator/{NOBODY}/db_config",
+        "/api/v1/simulator/art_abc123/db_config",
         "/api/v1/simulator/art_abc123/flows",
         f"/api/v2/jobs/{job_id}/flows",
         f"/api/v2/jobs/{job_id}/plato_config",
@@ -572,13 +668,12 @@ def test_wrong_snapshot_requests(visitors: Closing, body: dict[str, Any], places
     assert {".".join(map(str, problem["loc"][1:])) for problem in answer["detail"]} == places
 
 
-def test_stored_texts_that_are_no_yaml(visitors: Closing) -> None:
+def test_stored_flows_that_are_no_yaml(visitors: Closing) -> None:
     session_id, _ = visitors.start()
-    artifact = visitors.snapshot(session_id, flows="flows: [", plato_config="- no config")
+    artifact = visitors.snapshot(session_id, flows="flows: [")
     second = visitors.again(artifact)
     job_id = visitors.details(second)["job_id"]
     assert "flows" in visitors.call("GET", f"/api/v2/jobs/{job_id}/flows", status=500)["detail"]
-    assert "dataset" in visitors.call("GET", f"/api/v2/jobs/{job_id}/plato_config", status=404)["detail"]
 
 
 def test_an_artifact_is_being_uploaded_for_a_while(new_plato: Callable[..., LocalPlato]) -> None:

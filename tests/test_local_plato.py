@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
 import signal
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 COMMAND = Path(__file__).resolve().parent / "local_plato.py"
 SESSIONS = "/api/v2/sessions"
+VM = "/api/v1/sandbox/public-build/vm"
 BLANK = {"type": "resource", "simulator": "shop", "sim_config": {}}
 NOBODY = "00000000-0000-4000-8000-000000000000"
 SERVER_LIMIT = 20.0
@@ -120,6 +123,12 @@ class Client:
         assert answer["ready"], answer
         return answer["session_id"], answer["envs"][0]["job_id"]
 
+    def connect(self, *environments: dict[str, Any], **fields: Any) -> tuple[str, str]:
+        """A ready session whose VM the gateway reaches: its id and the id of its job."""
+        session_id, job_id = self.start(*environments, **fields)
+        assert self.call("POST", f"{SESSIONS}/{session_id}/connect_network")["success"]
+        return session_id, job_id
+
     def details(self, session_id: str) -> dict[str, Any]:
         job: dict[str, Any] = self.call("GET", f"{SESSIONS}/{session_id}")["jobs"][0]
         return job
@@ -157,7 +166,7 @@ def client(plato: LocalPlato) -> Client:
 # ---------------------------------------------------------------------------
 
 DATASET: dict[str, Any] = {"compute": {}, "metadata": {}}
-SETUP = f"/api/v1/sandbox/public-build/vm/{NOBODY}/setup-sandbox"
+WORKER = f"{VM}/{NOBODY}/start-worker"
 BAD_REQUESTS: list[tuple[str, str, Any, set[tuple[str, str]]]] = [
     ("POST", f"{SESSIONS}/make", {}, {("body.envs", "missing")}),
     ("POST", f"{SESSIONS}/make", [], {("body", "model_attributes_type")}),
@@ -207,10 +216,10 @@ BAD_REQUESTS: list[tuple[str, str, Any, set[tuple[str, str]]]] = [
         {("body.command", "missing"), ("body.timeout", "int_type")},
     ),
     ("POST", f"{SESSIONS}/{NOBODY}/add_ssh_key", {"username": "root"}, {("body.public_key", "missing")}),
-    ("POST", SETUP, {"dataset": "base"}, {("body.plato_dataset_config", "missing")}),
+    ("POST", WORKER, {"dataset": "base"}, {("body.plato_dataset_config", "missing")}),
     (
         "POST",
-        SETUP,
+        WORKER,
         {"dataset": "base", "plato_dataset_config": {"services": {}}, "request_timeout": 59},
         {
             ("body.plato_dataset_config.compute", "missing"),
@@ -220,7 +229,7 @@ BAD_REQUESTS: list[tuple[str, str, Any, set[tuple[str, str]]]] = [
     ),
     (
         "POST",
-        SETUP,
+        WORKER,
         {
             "dataset": "base",
             "plato_dataset_config": {
@@ -275,6 +284,8 @@ def test_wrong_requests_are_refused_with_every_problem(
         ("POST", f"{SESSIONS}/{NOBODY}/close", {}, 404),
         ("GET", f"/api/v2/jobs/{NOBODY}/info", {}, 404),
         ("POST", f"{SESSIONS}/{NOBODY}/connect_network", {}, 404),
+        ("POST", f"{VM}/{NOBODY}/setup-sandbox", {}, 404),
+        ("POST", f"{VM}/{NOBODY}/setup-root-access", {}, 404),
     ],
 )
 def test_authentication_and_routes(
@@ -364,7 +375,6 @@ def test_a_session_from_make_to_close(new_plato: Callable[..., LocalPlato]) -> N
     (machine,) = plato.machines()
     assert machine["alive"]
     assert is_running(machine["pid"])
-    assert client.call("POST", f"{path}/reset", {})["success"]
     assert client.call("POST", f"{path}/close")["success"]
     assert not is_running(machine["pid"])
     assert not Path(machine["directory"]).exists()
@@ -443,7 +453,9 @@ def test_a_vm_that_fails_to_boot_and_one_that_never_gets_ready(plato: LocalPlato
 def test_a_network_is_for_ready_vms_and_says_what_it_is_not(client: Client, plato: LocalPlato) -> None:
     session_id, job_id = client.start()
     answer = client.call("POST", f"{SESSIONS}/{session_id}/connect_network")
-    assert (answer["success"], answer["results"]) == (True, {job_id: {"success": True}})
+    assert (answer["success"], answer["results"]) == (True, {job_id: True})
+    assert ipaddress.ip_network(answer["subnet"]).is_private
+    assert client.call("POST", f"{SESSIONS}/{session_id}/connect_network") == answer
     two = client.make(BLANK, {**BLANK, "alias": "second"})["session_id"]
     problem = client.call("POST", f"{SESSIONS}/{two}/connect_network", status=501)
     assert "no network between VMs" in problem["detail"]
@@ -641,22 +653,13 @@ class SshUser:
         return subprocess.run(command, input=data, capture_output=True, timeout=60, check=False)
 
 
-@pytest.fixture
-def ssh_place() -> Iterator[Path]:
-    """A directory with a short path, which only its owner may enter."""
-    with tempfile.TemporaryDirectory(prefix="ssh") as directory:
-        yield Path(directory)
-
-
 def test_ssh_for_both_users(plato: LocalPlato, client: Client, ssh_place: Path) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.connect()
     user = SshUser(plato, job_id, ssh_place)
     assert user.run("root@vm", "true").returncode == 255
-    root = client.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", {"public_key": user.public_key})
-    assert root["success"]
-    setup = {"dataset": "base", "plato_dataset_config": DATASET, "ssh_public_key": user.public_key}
-    answer = client.call("POST", f"/api/v1/sandbox/public-build/vm/{job_id}/setup-sandbox", setup)
-    assert answer["correlation_id"]
+    for fields in ({}, {"username": "plato"}):
+        body = {"public_key": user.public_key, **fields}
+        assert client.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", body)["success"]
     for name, home in (("root", "/root"), ("plato", "/home/plato")):
         done = user.run(f"{name}@vm", "whoami; pwd; touch made; ls -A; exit 9")
         assert (done.returncode, done.stdout.decode().split()) == (9, [name, home, ".ssh", "made"]), done
@@ -674,10 +677,9 @@ def test_ssh_for_both_users(plato: LocalPlato, client: Client, ssh_place: Path) 
 
 
 def test_ssh_carries_terminals_files_and_ports(plato: LocalPlato, client: Client, ssh_place: Path) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.connect()
     user = SshUser(plato, job_id, ssh_place)
-    access = {"ssh_public_key": user.public_key}
-    client.call("POST", f"/api/v1/sandbox/public-build/vm/{job_id}/setup-root-access", access)
+    client.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", {"public_key": user.public_key})
     assert user.run("-tt", "root@vm", "tty").stdout.startswith(b"/dev/pts/")
     batch = ssh_place / "batch"
     batch.write_text(f"put {user.config} /home/plato/copy\n")
@@ -695,8 +697,23 @@ def test_keys_that_are_none_are_refused(client: Client) -> None:
         answer = client.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", {"public_key": key})
         assert not answer["success"]
         assert answer["results"][job_id]["error"]
-        path = f"/api/v1/sandbox/public-build/vm/{job_id}/setup-root-access"
-        client.call("POST", path, {"ssh_public_key": key}, status=400)
+
+
+def test_what_old_clients_call(new_plato: Callable[..., LocalPlato], ssh_place: Path) -> None:
+    plato = new_plato(old_clients=True)
+    client = Client(plato)
+    _, job_id = client.connect()
+    user = SshUser(plato, job_id, ssh_place)
+    setup = {"dataset": "full", "plato_dataset_config": {**DATASET, "compute": {"app_port": 3210}}}
+    key = {"ssh_public_key": user.public_key}
+    assert client.call("POST", f"{VM}/{job_id}/setup-sandbox", {**setup, **key})["correlation_id"]
+    assert client.call("POST", f"{VM}/{job_id}/setup-root-access", key)["status"] == "success"
+    for name in ("root", "plato"):
+        assert user.run(f"{name}@vm", "whoami").stdout.decode() == f"{name}\n"
+    (job,) = plato.sessions()[0]["jobs"]
+    assert job["app_port"] == 3210
+    for wrong in ("", "ssh-ed25519 AAAA!"):
+        client.call("POST", f"{VM}/{job_id}/setup-root-access", {"ssh_public_key": wrong}, status=400)
 
 
 # ---------------------------------------------------------------------------
@@ -767,6 +784,15 @@ class Tunnel:
             self.tls.unwrap()
         self.flush()
 
+    def is_silent(self) -> bool:
+        """Whether nothing comes within a moment, not even an end."""
+        self.socket.settimeout(0.2)
+        try:
+            self.receive_all()
+        except socket.timeout:
+            return True
+        return False
+
     def receive_all(self) -> bytes:
         parts: list[bytes] = []
         while True:
@@ -780,7 +806,7 @@ class Tunnel:
 
 
 def test_the_gateway_carries_bytes_and_ends_of_both_directions(plato: LocalPlato, client: Client) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.connect()
     client.serve_in_vm(session_id, DIGEST_SERVER, 7000)
     data = os.urandom(1 << 20) * 20
     expected = f"{len(data)} {hashlib.sha256(data).hexdigest()}".encode()
@@ -834,7 +860,7 @@ def test_the_gateway_does_not_wait_for_what_it_has_read_already() -> None:
 def test_the_gateway_carries_on_after_the_vm_has_ended_its_direction(
     plato: LocalPlato, client: Client
 ) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.connect()
     length = 10 << 20
     client.serve_in_vm(session_id, SOURCE_SERVER % length, 7001)
     with Tunnel(plato, f"{job_id}--7001.localhost") as tunnel:
@@ -846,7 +872,7 @@ def test_the_gateway_carries_on_after_the_vm_has_ended_its_direction(
 
 
 def test_two_hundred_connections_at_once(plato: LocalPlato, client: Client) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.connect()
     client.serve_in_vm(session_id, DIGEST_SERVER, 7000)
     name = f"{job_id}--7000.localhost"
     with ThreadPoolExecutor(20) as pool:
@@ -862,7 +888,7 @@ def test_two_hundred_connections_at_once(plato: LocalPlato, client: Client) -> N
 
 
 def test_names_that_lead_nowhere_are_refused(plato: LocalPlato, client: Client) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.connect()
     for name in (
         f"{NOBODY}--22.localhost",
         f"{job_id}.localhost",
@@ -879,7 +905,7 @@ def test_names_that_lead_nowhere_are_refused(plato: LocalPlato, client: Client) 
         Tunnel(plato, f"{job_id}--22.localhost")
     entries = plato.gateway()["connections"]
     assert all(entry["error"] for entry in entries)
-    other = client.start()[1]
+    other = client.connect()[1]
     context = ssl.create_default_context()
     plain = socket.create_connection(("127.0.0.1", plato.gateway_port), timeout=30)
     with plain, pytest.raises(ssl.SSLCertVerificationError):
@@ -887,7 +913,7 @@ def test_names_that_lead_nowhere_are_refused(plato: LocalPlato, client: Client) 
 
 
 def test_an_open_connection_ends_with_its_vm(plato: LocalPlato, client: Client) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.connect()
     with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
         assert tunnel.pump(lambda: tunnel.tls.read(8)).startswith(b"SSH-2.0-")
         client.call("POST", f"{SESSIONS}/{session_id}/close")
@@ -900,7 +926,7 @@ def test_an_open_connection_ends_with_its_vm(plato: LocalPlato, client: Client) 
 
 
 def test_gateway_faults(plato: LocalPlato, client: Client) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.connect()
     client.serve_in_vm(session_id, SOURCE_SERVER % (1 << 20), 7001)
     plato.fault("gateway_down")
     with pytest.raises((ssl.SSLError, OSError)):
@@ -909,6 +935,136 @@ def test_gateway_faults(plato: LocalPlato, client: Client) -> None:
     with Tunnel(plato, f"{job_id}--7001.localhost") as tunnel, pytest.raises((ssl.SSLError, OSError)):
         tunnel.receive_all()
     assert [entry["error"] for entry in plato.gateway()["connections"]][:1] == ["the gateway is down (fault)"]
+
+
+def test_the_gateway_reaches_no_port_before_the_network(
+    new_plato: Callable[..., LocalPlato], ssh_place: Path
+) -> None:
+    """Then the VM is unknown for a while, and what was opened meanwhile does not come alive."""
+    plato = new_plato(gateway_seconds=1000)
+    client = Client(plato)
+    session_id, job_id = client.start(heartbeat_timeout=0, timeout=86_400)
+    path = f"{SESSIONS}/{session_id}"
+    user = SshUser(plato, job_id, ssh_place)
+    assert client.call("POST", f"{path}/add_ssh_key", {"public_key": user.public_key})["success"]
+    client.serve_in_vm(session_id, DIGEST_SERVER, 7000)
+    with contextlib.ExitStack() as stack:
+        tunnels = [stack.enter_context(Tunnel(plato, f"{job_id}--{port}.localhost")) for port in (22, 7000)]
+        client.call("POST", f"{path}/connect_network")
+        tunnels += [stack.enter_context(Tunnel(plato, f"{job_id}--{port}.localhost")) for port in (22, 7000)]
+        timed_out = user.run("-o", "ConnectTimeout=1", "root@vm", "true")
+        assert timed_out.returncode == 255
+        assert b"banner exchange" in timed_out.stderr
+        client.call("POST", f"{path}/connect_network")  # which does not begin the time anew
+        plato.advance(1001)
+        assert user.run("root@vm", "whoami").stdout == b"root\n"
+        with Tunnel(plato, f"{job_id}--7000.localhost") as tunnel:
+            tunnel.send(b"known")
+            tunnel.end()
+            assert tunnel.receive_all().startswith(b"5 ")
+        for silent in tunnels:
+            silent.send(b"anybody there?")
+            assert silent.is_silent()
+        errors = [entry["error"] for entry in plato.gateway()["connections"]]
+        assert (
+            errors[:4]
+            == ["the VM was never connected to the network"] * 2
+            + ["the gateway does not know the VM yet"] * 2
+        )
+    eventually(lambda: plato.gateway()["open"] == 0)
+
+
+def test_a_silent_connection_ends_with_its_vm(plato: LocalPlato, client: Client) -> None:
+    session_id, job_id = client.start()
+    with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
+        client.call("POST", f"{SESSIONS}/{session_id}/close")
+        with contextlib.suppress(ssl.SSLError, ConnectionError):
+            assert tunnel.receive_all() == b""
+    eventually(lambda: plato.gateway()["open"] == 0)
+
+
+def test_a_vm_that_was_never_connected_can_be_a_closed_door(new_plato: Callable[..., LocalPlato]) -> None:
+    plato = new_plato(unconnected="closed", gateway_seconds=1000)
+    client = Client(plato)
+    session_id, job_id = client.start()
+    with Tunnel(plato, f"{job_id}--22.localhost") as tunnel, pytest.raises((ssl.SSLError, OSError)):
+        assert tunnel.receive_all() != b""
+    client.call("POST", f"{SESSIONS}/{session_id}/connect_network")
+    with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
+        assert tunnel.is_silent()
+
+
+def test_every_vm_needs_its_own_network(plato: LocalPlato, client: Client) -> None:
+    session_id, _ = client.connect()
+    (made,) = client.call("POST", f"{SESSIONS}/{session_id}/snapshot", {})["results"].values()
+    artifact = {"type": "artifact", "artifact_id": made["artifact_id"]}
+    eventually(lambda: client.make(artifact)["envs"][0]["success"])
+    again, job_id = client.start(artifact)
+    with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
+        assert tunnel.is_silent()
+    client.call("POST", f"{SESSIONS}/{again}/connect_network")
+    with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
+        assert tunnel.pump(lambda: tunnel.tls.read(8)).startswith(b"SSH-2.0-")
+
+
+@pytest.mark.parametrize("ending", ["in time", "closed"])
+def test_a_network_that_takes_its_time(new_plato: Callable[..., LocalPlato], ending: str) -> None:
+    plato = new_plato(connect_seconds=1000)
+    client = Client(plato)
+    session_id, job_id = client.start(heartbeat_timeout=0, timeout=86_400)
+    path = f"{SESSIONS}/{session_id}/connect_network"
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(client.send, "POST", path)
+        plato.wait_for_request("POST", "connect_network")
+        assert not connecting.done()
+        with Tunnel(plato, f"{job_id}--22.localhost"):
+            eventually(lambda: "never connected" in str([e["error"] for e in plato.gateway()["connections"]]))
+        if ending == "closed":
+            client.call("POST", f"{SESSIONS}/{session_id}/close")
+            assert connecting.result(SERVER_LIMIT).status == 410
+            return
+        plato.advance(1001)
+        assert connecting.result(SERVER_LIMIT).value["success"] is True
+    with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
+        assert tunnel.pump(lambda: tunnel.tls.read(8)).startswith(b"SSH-2.0-")
+    assert client.call("POST", path)["success"], "at once, as it is connected"
+
+
+def test_a_network_that_fails(plato: LocalPlato, client: Client) -> None:
+    session_id, job_id = client.start()
+    body = {"detail": "WireGuard could not be installed"}
+    plato.fault("status", path="*/connect_network", status=500, body=body)
+    path = f"{SESSIONS}/{session_id}/connect_network"
+    assert client.call("POST", path, status=500) == body
+    with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
+        assert tunnel.is_silent()
+    assert client.call("POST", path)["success"]
+
+
+def test_commands_and_keys_can_need_the_network_too(new_plato: Callable[..., LocalPlato]) -> None:
+    plato = new_plato(network_for="everything")
+    client = Client(plato)
+    session_id, job_id = client.start()
+    refused = client.execute(session_id, "true")
+    assert (refused["success"], "network" in refused["stderr"]) == (False, True)
+    key = {"public_key": "ssh-ed25519 " + base64.b64encode(b"\0\0\0\x0bssh-ed25519").decode()}
+    added = client.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", key)
+    assert (added["success"], "network" in added["results"][job_id]["error"]) == (False, True)
+    client.call("POST", f"{SESSIONS}/{session_id}/connect_network")
+    assert client.output(session_id, "echo yes") == "yes\n"
+    assert client.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", key)["success"]
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_reset_without_a_worker(new_plato: Callable[..., LocalPlato], status: int) -> None:
+    client = Client(new_plato(reset_without_worker=status))
+    session_id, job_id = client.start()
+    answer = client.call("POST", f"{SESSIONS}/{session_id}/reset", {}, status=status)
+    if status == 500:
+        assert "The worker is not started" in answer["detail"]
+    else:
+        assert answer["success"] is False
+        assert answer["results"] == {job_id: {"success": False, "message": "The worker is not started"}}
 
 
 # ---------------------------------------------------------------------------
@@ -927,14 +1083,12 @@ def fetch(url: str) -> tuple[int, str]:
 
 
 def test_public_addresses_lead_to_the_application(client: Client) -> None:
-    session_id, job_id = client.start()
+    session_id, job_id = client.start({**BLANK, "sim_config": {"app_port": 3210}})
     path = f"{SESSIONS}/{session_id}/public_url"
     url = client.call("GET", path)["results"][job_id]["url"]
     assert url == client.call("GET", path)["results"][job_id]["url"]
     status, page = fetch(url)
-    assert (status, "port 8080" in page) == (502, True)
-    setup = {"dataset": "base", "plato_dataset_config": {**DATASET, "compute": {"app_port": 3210}}}
-    client.call("POST", f"/api/v1/sandbox/public-build/vm/{job_id}/setup-sandbox", setup)
+    assert (status, "port 3210" in page) == (502, True)
     handler = "http.server.SimpleHTTPRequestHandler"
     server = f"import http.server, os\nos.chdir('/tmp')\nhttp.server.test({handler}, port=3210)"
     client.output(session_id, "echo 'from the VM' > /tmp/page")
@@ -1223,11 +1377,13 @@ def test_an_ordinary_user_has_the_same(ordinary_user: tuple[list[str], Path], ss
         )
 
     plato = LocalPlato(directory / "home")
-    plato.information = json.loads(run("up", "--boot-seconds", "0", "--json").stdout)
+    plato.information = json.loads(
+        run("up", "--boot-seconds", "0", "--gateway-seconds", "0", "--json").stdout
+    )
     try:
         assert plato.information["warnings"] == []
         client = Client(plato)
-        session_id, job_id = client.start({"type": "simulator", "simulator": "espocrm"})
+        session_id, job_id = client.connect({"type": "simulator", "simulator": "espocrm"})
         assert client.output(session_id, "id -u; pwd; ls /home/plato") == "0\n/root\nworktree\n"
         user = SshUser(plato, job_id, ssh_place)
         for name in ("root", "plato"):

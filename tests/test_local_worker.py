@@ -620,7 +620,6 @@ def test_it_comes_up_when_its_time_has_come(new_plato: Callable[..., LocalPlato]
     assert "not started" in house.result()["state"]["error"]
     house.client.call("GET", f"{VM}/{house.job_id}/healthy-worker", status=503)
     house.cleanup(status=404)
-    house.reset()
     house.start_worker({"db": sqlite.listener}, wait=False)
     assert house.result() == {"success": False, "state": {"error": "The worker is starting"}}
     beat = f"{SESSIONS}/{house.session_id}/heartbeat"
@@ -762,6 +761,29 @@ def test_no_password_in_any_command(house: House, postgresql: PostgreSql, mariad
     assert "pass word" not in lines
 
 
+def artifact_of(house: House, **body: Any) -> str:
+    """An artifact of the house's VM, which can be started from."""
+    answer = house.client.call("POST", f"{SESSIONS}/{house.session_id}/snapshot", body)
+    artifact_id = str(answer["results"][house.job_id]["artifact_id"])
+    house.plato.wait_for(
+        lambda _: house.client.call("GET", f"/api/v2/artifacts/{artifact_id}")["status"] == "ready"
+    )
+    return artifact_id
+
+
+def test_an_artifact_without_its_dataset_knows_no_listeners(plato: LocalPlato) -> None:
+    """Whatever the worker of its VM knew: only what the snapshot stores is there again."""
+    house = House(plato)
+    sqlite = Sqlite(house)
+    sqlite.begin(TASKS)
+    dataset = {"compute": {}, "metadata": {}, "listeners": {"db": sqlite.listener}}
+    for body in ({}, {"plato_config": yaml.safe_dump({"service": "shop", "datasets": {"base": dataset}})}):
+        artifact_id = artifact_of(house, **body)
+        session_id, job_id = house.client.start({"type": "artifact", "artifact_id": artifact_id})
+        state = house.client.call("GET", f"{SESSIONS}/{session_id}/state")["results"][job_id]
+        assert state == {"success": False, "state": {"error": "The worker is not started"}}
+
+
 def test_an_artifact_keeps_the_worker(plato: LocalPlato) -> None:
     """Its databases, audit tables included, come with the files; the baseline is what it starts with."""
     house = House(plato)
@@ -769,11 +791,8 @@ def test_an_artifact_keeps_the_worker(plato: LocalPlato) -> None:
     sqlite.begin(TASKS)
     sqlite.sql("DELETE FROM tasks WHERE id = 1")
     assert len(house.changes()) == 1
-    answer = house.client.call("POST", f"{SESSIONS}/{house.session_id}/snapshot", {})
-    artifact_id = answer["results"][house.job_id]["artifact_id"]
-    plato.wait_for(
-        lambda _: house.client.call("GET", f"/api/v2/artifacts/{artifact_id}")["status"] == "ready"
-    )
+    dataset = {"compute": {}, "metadata": {}, "listeners": {"db": sqlite.listener}}
+    artifact_id = artifact_of(house, plato_config=yaml.safe_dump(dataset))
     house.session_id, house.job_id = house.client.start({"type": "artifact", "artifact_id": artifact_id})
     house.wait_until_up()
     assert house.changes() == []

@@ -32,14 +32,15 @@ STOP_SECONDS = 20.0
 class LocalPlato:
     """A server of its own, as a context manager.
 
-    `settings` are the options of `serve`: boot_seconds, heartbeat_seconds, speed, idle_minutes, gateway_host,
-    not_ready_status, hub_scheme, worker_seconds, isolation. `ca_from` is the `certificates` of another
+    `settings` are the options of `serve`, such as boot_seconds, gateway_seconds, not_ready_status, isolation
+    and old_clients; nothing takes time here unless they say so. `ca_from` is the `certificates` of another
     server, to save making a CA.
     """
 
     def __init__(self, home: Path, ca_from: Path | None = None, **settings: Any) -> None:
         self.home = Path(home)
-        at_once = {"boot_seconds": 0.0, "upload_seconds": 0.0, "worker_seconds": 0.0}
+        names = ("boot_seconds", "upload_seconds", "worker_seconds", "gateway_seconds")
+        at_once = dict.fromkeys(names, 0.0)
         self.settings = {**at_once, **settings}
         self.ca_from = ca_from
         self.process: subprocess.Popen[str] | None = None

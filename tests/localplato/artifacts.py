@@ -8,6 +8,7 @@ from typing import Any
 
 from . import snapshots
 from .catalogue import Artifact, UnknownArtifactError
+from .contract import Report, Type
 from .endpoints import ApiError, Call, endpoint, for_each_job
 from .engine import EngineError
 from .machine import MachineError
@@ -15,6 +16,9 @@ from .sessions import Job
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 ARCHIVE_TYPE = "snapshot-store"
+DATASET = Type("model", name="StoredSimConfigDataset")
+DATASET_KEYS = {"compute", "metadata", "services", "listeners"}
+INSTANCE = "worker-local-0"
 MCP_DEFAULTS = {"enabled": False, "port": 3000, "path": "/mcp"}
 
 
@@ -30,6 +34,7 @@ def artifact_named(call: Call) -> Artifact:
 def snapshot(call: Call) -> dict[str, Any]:
     """Make an artifact of every VM of the session. It exists when the answer comes; its upload goes on."""
     session = call.session(living=True)
+    stored = stored_dataset(call)
     if session.jobs and all(job.over for job in session.jobs):
         raise ApiError(410, f"Job is gone: {session.jobs[0].status} ({session.jobs[0].reason})")
 
@@ -42,7 +47,7 @@ def snapshot(call: Call) -> dict[str, Any]:
             return {"success": False, "error": reason}
         sessions, now = call.sessions, call.clock.timestamp()
         try:
-            artifact = snapshots.take(job, machine, call.body, sessions.catalogue, now)
+            artifact = snapshots.take(job, machine, call.body, stored, sessions.catalogue, now)
         except (MachineError, EngineError) as error:
             return {"success": False, "error": f"Snapshot failed: {error}"}
         with sessions.lock:
@@ -51,6 +56,30 @@ def snapshot(call: Call) -> dict[str, Any]:
         return {"success": True, "artifact_id": artifact.artifact_id, "error": None}
 
     return {"results": for_each_job(session, snapshot_job)}
+
+
+def stored_dataset(call: Call) -> dict[str, Any] | None:
+    """The dataset in the `plato_config` of a snapshot, or None when there is none or it is none.
+
+    Real servers store one dataset, flat: the keys of a StoredSimConfigDataset. What they make of anything
+    else is unknown. Here the text is stored, nothing in it is ever found again, and a setting makes it a 422.
+    """
+    text = call.body["plato_config"]
+    if text is None:
+        return None
+    try:
+        value = parsed(text, "plato_config")
+    except ApiError:
+        value = None
+    report = Report()
+    call.contract.check(DATASET, value, ("body", "plato_config"), report)
+    flat = isinstance(value, dict) and "datasets" not in value and not DATASET_KEYS.isdisjoint(value)
+    if flat and not report.problems:
+        return dict(value)
+    if call.settings.wrong_config != 200:
+        report.problem("value_error", ("body", "plato_config"), "Input should be one dataset", text)
+        raise ApiError(call.settings.wrong_config, report.problems)
+    return None
 
 
 @endpoint("GET", "/api/v2/artifacts/{artifact_id}")
@@ -114,9 +143,30 @@ def artifact_flows(call: Call) -> dict[str, Any]:
 
 @endpoint("GET", "/api/v1/simulator/{artifact_id}/plato_config")
 def artifact_config(call: Call) -> dict[str, Any]:
-    """The text of plato-config.yml, or null."""
+    """The text that was stored, one dataset, or null."""
     artifact = artifact_named(call)
     return {"artifact_id": artifact.artifact_id, "plato_config": artifact.plato_config}
+
+
+@endpoint("GET", "/api/v1/simulator/{artifact_id}/db_config")
+def database_config(call: Call) -> list[dict[str, Any]]:
+    """How to reach the databases of the listeners in the stored dataset. Unknown: what it says of a listener
+    that leaves something out; here it is the empty value."""
+    dataset = artifact_named(call).dataset_config
+    if dataset is None:
+        raise ApiError(404, "Artifact has no plato config")
+    return [
+        {
+            "db_type": listener["db_type"],
+            "db_port": listener.get("db_port") or 0,
+            "db_user": listener.get("db_user") or "",
+            "db_password": listener.get("db_password") or "",
+            "db_database": listener["db_database"],
+            "db_schema": listener.get("db_schema"),
+        }
+        for listener in (dataset.get("listeners") or {}).values()
+        if listener.get("type", "db") == "db"
+    ]
 
 
 @endpoint("GET", "/api/v2/jobs/{job_id}/flows")
@@ -134,14 +184,26 @@ def job_flows(call: Call) -> Any:
 
 @endpoint("GET", "/api/v2/jobs/{job_id}/plato_config")
 def job_config(call: Call) -> Any:
-    """The dataset of the job, of the configuration that it was set up with or that its artifact carries."""
-    job = call.job()
-    if job.dataset is not None:
-        return job.dataset
-    if job.artifact is None or job.artifact.plato_config is None:
+    """The dataset that is stored with the artifact that the VM came from."""
+    artifact = call.job().artifact
+    if artifact is None or artifact.dataset_config is None:
         raise ApiError(404, "No plato config found for this job")
-    value = parsed(job.artifact.plato_config, "plato-config.yml")
-    datasets = value.get("datasets") if isinstance(value, dict) else None
-    if not isinstance(datasets, dict) or job.artifact.dataset not in datasets:
-        raise ApiError(404, f"The stored plato-config.yml has no dataset '{job.artifact.dataset}'")
-    return datasets[job.artifact.dataset]
+    return artifact.dataset_config
+
+
+@endpoint("POST", "/api/v1/cluster/prefetch")
+def prefetch(call: Call) -> dict[str, Any]:
+    """Nothing is to be fetched here: every artifact is on this disk, and there is one worker instance."""
+    identifier = call.body["artifact_id"]
+    if identifier is None:
+        raise ApiError(501, "the local Plato fetches by artifact_id only")
+    try:
+        call.sessions.catalogue.artifact(identifier)
+    except UnknownArtifactError as error:
+        raise ApiError(404, str(error)) from error
+    return {
+        "success": True,
+        "message": f"Artifact {identifier} is being fetched",
+        "instances_notified": [INSTANCE],
+        "total_instances": 1,
+    }

@@ -33,8 +33,8 @@ class UnknownArtifactError(Exception):
 class Artifact:
     """A recorded VM. `compute` has cpus, memory (MB) and disk (MB).
 
-    `dataset_config` and `kept` are a job's `dataset` and `kept`; `containers` are as
-    `engine.running_containers` gives them.
+    `plato_config` is a text, and `dataset_config` the dataset that it holds, which becomes a job's `dataset`;
+    `kept` is a job's `kept`; `containers` are as `engine.running_containers` gives them.
     """
 
     artifact_id: str
@@ -181,10 +181,11 @@ class Catalogue:
         if not tags and not known:
             raise UnknownArtifactError(f"Simulator '{name}' not found")
         if version:
-            matching = [a for a in known if a.version == version]
-            if not matching:
+            of_version = [a for a in known if a.version == version]
+            if not of_version:
                 raise UnknownArtifactError(f"Simulator '{name}' has no version '{version}'")
-            found = self.ready(matching[0].artifact_id)
+            matching = [a for a in of_version if a.dataset == dataset] or of_version
+            found = self.ready(matching[-1].artifact_id)
         else:
             wanted = tag_in_name or tag or DEFAULT_TAG
             by_id = {a.artifact_id: a.artifact_id for a in known}

@@ -271,6 +271,13 @@ SETTINGS = {
     "not_ready_status": "status of wait_for_ready when it is not ready in time",
     "hub_scheme": "how Gitea's repositories are reached",
     "worker_seconds": "seconds that a worker takes to come up",
+    "connect_seconds": "seconds that connect_network takes",
+    "gateway_seconds": "seconds after connect_network in which the gateway does not know the VM yet",
+    "unconnected": "what the gateway does with a connection to a VM that was never connected",
+    "network_for": "what needs connect_network: the gateway, or execute and add_ssh_key too",
+    "reset_without_worker": "status of a reset, which fails, where a VM has no running worker",
+    "wrong_config": "status of a snapshot whose plato_config is not one dataset",
+    "old_clients": "have setup-sandbox and setup-root-access, for clients of before SDK 2.7",
     "isolation": "namespaces for VMs, or only the mapping of paths in commands",
     "docker": "a Docker engine for each VM where this host allows it, none, or not even the docker command",
 }
@@ -279,6 +286,11 @@ CHOICES: dict[str, list[Any]] = {
     "not_ready_status": [200, 408],
     "hub_scheme": ["http", "https"],
     "isolation": ["auto", "namespaces", "paths"],
+    "unconnected": ["silent", "closed"],
+    "network_for": ["gateway", "everything"],
+    "reset_without_worker": [200, 500],
+    "wrong_config": [200, 422],
+    "old_clients": [False, True],
     "docker": ["auto", "off", "absent"],
 }
 
@@ -291,7 +303,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default = defaults[name]
         help_text = f"{help_text} (default: {default})"
         choices = CHOICES.get(name)
-        parser.add_argument(option, type=type(default), default=default, choices=choices, help=help_text)
+        reader = truth if isinstance(default, bool) else type(default)
+        parser.add_argument(option, type=reader, default=default, choices=choices, help=help_text)
+
+
+def truth(text: str) -> bool:
+    """`True` or `False`. Raises ValueError."""
+    if text not in ("True", "False"):
+        raise ValueError(text)
+    return text == "True"
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

@@ -20,6 +20,11 @@ from .sessions import WORKER_MISSING, Job, Session, Sessions
 MAXIMUM_POLL_SECONDS = 300.0
 PAGE_LIMIT = 500
 DEFAULT_EXECUTE_SECONDS = 30
+# No client since SDK 2.7 calls these. The server has them only with the setting `old_clients`.
+OLD_ENDPOINTS = (
+    ("POST", "/api/v1/sandbox/public-build/vm/{public_id}/setup-sandbox"),
+    ("POST", "/api/v1/sandbox/public-build/vm/{public_id}/setup-root-access"),
+)
 
 
 class ApiError(Exception):
@@ -46,13 +51,20 @@ class Settings:
     hub_scheme: str = "http"
     docker: str = "auto"
     worker_seconds: float = 5.0
+    connect_seconds: float = 0.0
+    gateway_seconds: float = 1.5
+    unconnected: str = "silent"
+    network_for: str = "gateway"
+    reset_without_worker: int = 200
+    wrong_config: int = 200
+    old_clients: bool = False
 
 
 @dataclass
 class Call:
     """One checked request: the parameters of its path and query, its body with defaults filled in and `raw`.
 
-    `hub` is the server's `hub.Hub`.
+    `hub` is the server's `hub.Hub`, `contract` its `contract.Contract`.
     """
 
     sessions: Sessions
@@ -63,6 +75,7 @@ class Call:
     body: dict[str, Any]
     raw: Any = None
     hub: Any = None
+    contract: Any = None
 
     def session(self, living: bool = False) -> Session:
         """The session that the path names. Raises 404, and 410 for a closed one that should be living."""
@@ -335,6 +348,17 @@ def close(call: Call) -> dict[str, Any]:
 # ---------------------------------------------------------------------------
 
 
+def not_running(job: Job) -> str:
+    return f"VM is not running (status: {job.status})"
+
+
+def unreachable(call: Call, job: Job) -> str | None:
+    """Why a request that works inside a VM cannot, where that needs the network; None when it can."""
+    if call.settings.network_for == "everything" and job.known_at is None:
+        return "VM is not connected to the network"
+    return None
+
+
 @endpoint("POST", "/api/v2/sessions/{session_id}/execute")
 def execute(call: Call) -> dict[str, Any]:
     """Run a command as root on every VM of the session; one that still boots gives a failed result."""
@@ -346,8 +370,9 @@ def execute(call: Call) -> dict[str, Any]:
 
     def execute_on(job: Job) -> dict[str, Any]:
         machine = call.sessions.machine(job.job_id)
-        if machine is None:
-            reason = f"VM is not running (status: {job.status})\n"
+        reason = unreachable(call, job)
+        if machine is None or reason is not None:
+            reason = f"{reason or not_running(job)}\n"
             return {"success": False, "stdout": "", "stderr": reason, "exit_code": -1, "timed_out": False}
         try:
             result = machine.execute(call.body["command"], timeout)
@@ -380,7 +405,9 @@ def add_ssh_key(call: Call) -> dict[str, Any]:
         machine = call.sessions.machine(job.job_id)
         problem = ssh.public_key_problem(call.body["public_key"])
         if machine is None:
-            problem = f"VM is not running (status: {job.status})"
+            problem = not_running(job)
+        elif unreachable(call, job) is not None:
+            problem = unreachable(call, job)
         elif user not in ACCOUNTS:
             problem = f"no user '{user}' on this VM"
         if problem is not None or machine is None:
@@ -435,9 +462,9 @@ def door_of(sessions: Sessions, job: Job, port: int) -> Door:
         return job.doors[port]
 
 
-@endpoint("POST", "/api/v1/sandbox/public-build/vm/{public_id}/setup-sandbox")
+@endpoint(*OLD_ENDPOINTS[0])
 def setup_sandbox(call: Call) -> dict[str, Any]:
-    """Take the dataset of a simulator under development, and let a key log in as plato."""
+    """For clients of before SDK 2.7: take the dataset of a simulator, and let a key log in as plato."""
     job = call.running_job("public_id")
     dataset = call.body["plato_dataset_config"]
     if call.body["ssh_public_key"]:
@@ -445,13 +472,14 @@ def setup_sandbox(call: Call) -> dict[str, Any]:
     with call.sessions.lock:
         job.dataset, job.dataset_name = dataset, call.body["dataset"]
         job.app_port = dataset["compute"]["app_port"] or job.app_port
+        job.messaging_port = dataset["compute"]["plato_messaging_port"] or job.messaging_port
         call.sessions.log(job, f"sandbox set up for dataset {call.body['dataset']}")
     return {**managed(call), "ssh_url": f"ssh://plato@{job.job_id}--22.{call.settings.gateway_host}"}
 
 
-@endpoint("POST", "/api/v1/sandbox/public-build/vm/{public_id}/setup-root-access")
+@endpoint(*OLD_ENDPOINTS[1])
 def setup_root_access(call: Call) -> dict[str, Any]:
-    """Let a key log in as root."""
+    """For clients of before SDK 2.7: let a key log in as root."""
     install_key(call, call.running_job("public_id"), "root", call.body["ssh_public_key"])
     return managed(call)
 

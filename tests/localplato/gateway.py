@@ -1,4 +1,9 @@
-"""The TLS gateway: the server name `<job id>--<port>.<gateway host>` says which port of which VM."""
+"""The TLS gateway: the server name `<job id>--<port>.<gateway host>` says which port of which VM.
+
+It reaches no port of a VM before `connect_network` has connected it, and for some time after that does not
+know the VM yet. A connection of that time opens, and then says nothing until its end: it does not come alive
+when the VM becomes known.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,17 @@ from typing import Callable, Optional
 from . import ssh
 from .certificates import CertificateError, Certificates
 from .machine import Machine, MachineError
-from .relay import PlainStream, StreamCutError, StreamResetError, TlsStream, relay, reset
+from .relay import PlainStream, StreamCutError, StreamResetError, TlsStream, relay, reset, select_one
 
 SSH_PORT = 22
 BACKLOG = 512
 LOG_LENGTH = 1000
 
+SILENCE_LOOK_SECONDS = 0.5
+
 FindMachine = Callable[[str], Optional[Machine]]
+# Whether the gateway knows the VM of a job, or None when it was never connected.
+Reachable = Callable[[str], Optional[bool]]
 
 
 @dataclass
@@ -34,10 +43,20 @@ class Fault:
 class Gateway:
     """One listener on loopback."""
 
-    def __init__(self, certificates: Certificates, host: str, port: int, find_machine: FindMachine) -> None:
+    def __init__(
+        self,
+        certificates: Certificates,
+        host: str,
+        port: int,
+        find_machine: FindMachine,
+        reachable: Reachable,
+        unconnected: str,
+    ) -> None:
         self.certificates = certificates
         self.host = host
         self.find_machine = find_machine
+        self.reachable = reachable
+        self.unconnected = unconnected  # "silent" or "closed": connections to VMs that never were connected
         self.listener = listen(port)
         self.port: int = self.listener.getsockname()[1]
         self.lock = threading.Lock()
@@ -104,6 +123,14 @@ class Gateway:
         machine = self.find_machine(job_id)
         if machine is None:
             raise StreamResetError("the VM is gone")
+        reachable = self.reachable(job_id)
+        if not reachable:
+            never = "the VM was never connected to the network"
+            entry["error"] = never if reachable is None else "the gateway does not know the VM yet"
+            if reachable is None and self.unconnected == "closed":
+                raise StreamResetError(never)
+            self.stay_silent(stream, job_id)
+            return
         target = ssh.connect(machine) if port == SSH_PORT else machine.connect(port)
         passed = 0
 
@@ -115,6 +142,13 @@ class Gateway:
                 raise StreamCutError("cut (fault)")
 
         relay(stream, PlainStream(target, far=True), count)
+
+    def stay_silent(self, stream: TlsStream, job_id: str) -> None:
+        """Take what the client sends and answer nothing, until it leaves or the VM has ended."""
+        while self.find_machine(job_id) is not None:
+            if select_one(stream.connection, SILENCE_LOOK_SECONDS) and stream.receive_raw() == b"":
+                return
+        raise StreamResetError("the VM is gone")
 
     def context(self, entry: dict[str, object]) -> ssl.SSLContext:
         """A TLS context that takes the certificate of the server name, and refuses names of no living VM."""

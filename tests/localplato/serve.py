@@ -86,7 +86,12 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
     try:
         certificates.prepare(shared_authority)
         gateway = Gateway(
-            certificates, settings.gateway_host, int(last.get("gateway_port", 0)), sessions.machine
+            certificates,
+            settings.gateway_host,
+            int(last.get("gateway_port", 0)),
+            sessions.machine,
+            sessions.reachable,
+            settings.unconnected,
         )
     except CertificateError as error:
         warnings.append(str(error))

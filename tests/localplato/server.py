@@ -17,7 +17,7 @@ from typing import Any
 
 from . import admin, artifacts, network, worker  # noqa: F401 - their endpoints bind themselves
 from .contract import Contract, Endpoint, Report
-from .endpoints import HANDLERS, ApiError, Call, Settings
+from .endpoints import HANDLERS, OLD_ENDPOINTS, ApiError, Call, Settings
 from .faults import Fault, Faults, edited
 from .gateway import Gateway
 from .hub import Hub
@@ -71,6 +71,11 @@ class Service:
         hub: Hub,
     ) -> None:
         self.contract = contract
+        self.endpoints = [
+            known
+            for known in contract.endpoints
+            if settings.old_clients or (known.method, known.path) not in OLD_ENDPOINTS
+        ]
         self.sessions = sessions
         self.settings = settings
         self.key = key
@@ -168,6 +173,7 @@ class Service:
             checked_body,
             raw=json.loads(request.body) if endpoint.body is not None else None,
             hub=self.hub,
+            contract=self.contract,
         )
         result = handler(call)
         self.check_answer(endpoint, result)
@@ -177,7 +183,7 @@ class Service:
         """The endpoint of a request and the parameters in its path. Raises 404 and 405."""
         found: tuple[Endpoint, dict[str, str]] | None = None
         matched = False
-        for endpoint in self.contract.endpoints:
+        for endpoint in self.endpoints:
             match = endpoint.pattern.match(path)
             if match is None:
                 continue

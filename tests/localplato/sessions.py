@@ -61,6 +61,7 @@ class Job:
     created_at: str
     boot_at: float
     app_port: int
+    messaging_port: int | None = None
     artifact: Artifact | None = None
     provider: str = "firecracker"
     dataset: dict[str, Any] | None = None
@@ -73,6 +74,8 @@ class Job:
     booted: bool = False
     last_beat: float = 0.0
     machine: Machine | None = None
+    # When the gateway knows the VM, by the clock; None before connect_network.
+    known_at: float | None = None
     doors: dict[int, Door] = field(default_factory=dict)
     closers: list[Callable[[], None]] = field(default_factory=list)
     logs: list[dict[str, str]] = field(default_factory=list)
@@ -144,6 +147,16 @@ class Sessions:
                 self.changed.wait(remaining)
             return True
 
+    def wait_for_clock(self, moment: float, given_up: Callable[[], bool]) -> bool:
+        """Wait until the clock shows that moment; False when it was given up, or the server ends, before."""
+        while not given_up() and not self.stopping:
+            if self.clock.now() >= moment:
+                return True
+            self.wait_until(
+                lambda: self.clock.now() >= moment or given_up(), self.clock.real_seconds_until(moment)
+            )
+        return False
+
     # -- making --
 
     def make(self, request: dict[str, Any]) -> Session:
@@ -210,6 +223,7 @@ class Sessions:
         base = artifact.compute if artifact else {"cpus": 1, "memory": 2048, "disk": 10240}
         compute = {name: wishes[name] if wishes.get(name) is not None else base[name] for name in base}
         port = artifact.app_port if artifact else wishes.get("app_port")
+        messaging_port = artifact.messaging_port if artifact else wishes.get("plato_messaging_port")
         return Job(
             job_id=str(uuid.uuid4()),
             session=session,
@@ -220,6 +234,7 @@ class Sessions:
             created_at=self.clock.timestamp(),
             boot_at=self.clock.now() + self.boot_seconds,
             app_port=8080 if port is None else port,
+            messaging_port=messaging_port,
             artifact=artifact,
             dataset=artifact.dataset_config if artifact else None,
             dataset_name=artifact.dataset if artifact else DEFAULT_DATASET,
@@ -455,6 +470,13 @@ class Sessions:
     def alive(self) -> list[Job]:
         with self.lock:
             return [job for job in self.jobs.values() if not job.over]
+
+    def reachable(self, job_id: str) -> bool | None:
+        """Whether the gateway knows a VM, or None when it was never connected to the network."""
+        job = self.jobs.get(job_id)
+        if job is None or job.known_at is None:
+            return None
+        return self.clock.now() >= job.known_at
 
     def machine(self, job_id: str) -> Machine | None:
         """The running VM of a job, or None."""

@@ -30,8 +30,15 @@ KEPT_ACCOUNTS = ("passwd", "group", "shadow")
 # ---------------------------------------------------------------------------
 
 
-def take(job: Job, machine: Machine, body: dict[str, Any], catalogue: Catalogue, now: str) -> Artifact:
-    """Make an artifact of a running VM; `body` is a CreateCheckpointRequest.
+def take(
+    job: Job,
+    machine: Machine,
+    body: dict[str, Any],
+    stored: dict[str, Any] | None,
+    catalogue: Catalogue,
+    now: str,
+) -> Artifact:
+    """Make an artifact of a running VM; `body` is a CreateCheckpointRequest, `stored` the dataset in it.
 
     Raises MachineError and EngineError.
     """
@@ -39,7 +46,7 @@ def take(job: Job, machine: Machine, body: dict[str, Any], catalogue: Catalogue,
     place = catalogue.begin(identifier)
     try:
         containers = copy(machine, place)
-        artifact = replace(describe(job, body, identifier, now), containers=containers)
+        artifact = replace(describe(job, body, stored, identifier, now), containers=containers)
         catalogue.finish(artifact, place)
     except OSError as error:
         raise MachineError(f"the VM could not be saved: {error}") from error
@@ -73,16 +80,14 @@ def copy_files(machine: Machine, target: Path) -> None:
             (target / "etc" / name).write_bytes(content)
 
 
-def describe(job: Job, body: dict[str, Any], identifier: str, now: str) -> Artifact:
+def describe(
+    job: Job, body: dict[str, Any], stored: dict[str, Any] | None, identifier: str, now: str
+) -> Artifact:
     """The artifact that a request asks for. What it leaves out is as in the one that the VM came from."""
     parent = job.artifact
-    messaging = body["messaging_port"]
-    if messaging is None:
-        messaging = ((job.dataset or {}).get("compute") or {}).get("plato_messaging_port")
 
-    def given(name: str, value: Any = None) -> Any:
-        value = body[name] if body.get(name) is not None else value
-        return value if value is not None else getattr(parent, name, None)
+    def given(name: str) -> Any:
+        return body[name] if body[name] is not None else getattr(parent, name, None)
 
     return Artifact(
         artifact_id=identifier,
@@ -100,13 +105,15 @@ def describe(job: Job, body: dict[str, Any], identifier: str, now: str) -> Artif
         expires_at=body["expires_at"],
         flows=given("flows"),
         plato_config=given("plato_config"),
-        messaging_port=given("messaging_port", messaging),
+        messaging_port=job.messaging_port if body["messaging_port"] is None else body["messaging_port"],
         target=given("target"),
         credentials=given("credentials"),
         mcp_config=given("mcp_config"),
         ui_available=body["ui_available"] is not False,
         additional_metadata=body["additional_metadata"],
-        dataset_config=job.dataset,
+        dataset_config=stored
+        if body["plato_config"] is not None
+        else getattr(parent, "dataset_config", None),
         kept=dict(job.kept),
     )
 

@@ -85,15 +85,7 @@ class Worker:
 
     def wait_for_boot(self) -> bool:
         """Wait for the server's clock; False when the worker was stopped before."""
-        clock = self.sessions.clock
-        while not self.stopped.is_set() and not self.sessions.stopping:
-            if clock.now() >= self.up_at:
-                return True
-            self.sessions.wait_until(
-                lambda: clock.now() >= self.up_at or self.stopped.is_set(),
-                clock.real_seconds_until(self.up_at),
-            )
-        return False
+        return self.sessions.wait_for_clock(self.up_at, self.stopped.is_set)
 
     def note(self, problem: str) -> None:
         with self.sessions.lock:
@@ -198,6 +190,8 @@ SANDBOX = "/api/v1/sandbox/public-build/vm/{public_id}"
 def start_worker(call: Call) -> dict[str, Any]:
     """Answers at once; the worker comes up later. The dataset is kept as it was sent."""
     job = call.running_job("public_id")
+    with call.sessions.lock:
+        job.dataset_name = call.body["dataset"]
     start(call.sessions, job, call.raw["plato_dataset_config"])
     return managed(call)
 
@@ -261,7 +255,8 @@ def state_of(sessions: Sessions, job: Job, merged: bool, since: list[int]) -> di
 def reset(call: Call) -> dict[str, Any]:
     """Put every job's databases back to what they were when its worker came up.
 
-    A VM without a worker has nothing to reset, which is fine; one that came with an artifact is waited for.
+    It fails where no worker runs; one that came with its VM's artifact is waited for. Unknown, and a setting:
+    whether that failure is an answer without success, or a 500.
     """
     session = call.session(living=True)
 
@@ -269,9 +264,16 @@ def reset(call: Call) -> dict[str, Any]:
         if call.sessions.machine(job.job_id) is None:
             return {"success": False, "message": f"VM is not running (status: {job.status})"}
         try:
-            if job.worker is not None:
-                job.worker.wait_until_up()
-                job.worker.for_each_database(lambda database: database.restore())
+            if job.worker is None:
+                raise WorkerError(NOT_STARTED)
+            job.worker.wait_until_up()
+            job.worker.check()
+        except WorkerError as error:
+            if call.settings.reset_without_worker != 200:
+                raise ApiError(call.settings.reset_without_worker, f"Reset failed: {error}") from error
+            return {"success": False, "message": str(error)}
+        try:
+            job.worker.for_each_database(lambda database: database.restore())
         except WorkerError as error:
             return {"success": False, "message": str(error)}
         return {"success": True, "message": None}
