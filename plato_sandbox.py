@@ -427,7 +427,7 @@ def _key_in_dotenv() -> str | None:
             text = text_of_others(os.path.expanduser(path))
         except OSError:
             continue
-        if re.search(_KEY_LINE, text, re.MULTILINE):
+        if any(re.match(_KEY_LINE, line) for line in text.splitlines()):
             return f'"$(sed -nE "s/{_KEY_LINE}/\\2/p" {path} | tail -n 1)"'
     return None
 
@@ -12172,6 +12172,7 @@ def plan_audit(
         if not direct:
             raise
     config = sandbox._config(None, dataset)
+    repair_ssh_config(state, sandbox.settings, sandbox.reporter)
     listeners = []
     for name, fields in _audit_listeners(config, listener).items():
         kind, port = fields.get("db_type"), AuditTable(name, fields).port
