@@ -137,6 +137,7 @@ DISK_RANGE_MB = (1024, 204800)
 REQUEST_SECONDS = 30.0
 MAKE_SECONDS = 120.0
 SETUP_SECONDS = 180.0
+CONNECT_SECONDS = 300.0  # on older VMs the network has to be installed first
 RESET_SECONDS = 180.0
 CLOSE_SECONDS = 60.0
 STATE_SECONDS = 120.0
@@ -1710,8 +1711,9 @@ LISTENER_FIELDS = {
 class Config:
     """A checked plato-config.yml and the dataset chosen from it.
 
-    path: absolute; service: its name; dataset: the chosen dataset's name; content: that dataset as the
-    user wrote it, unknown keys included; compute: its compute section; warnings: what looks mistaken.
+    path: absolute, "" where Plato stores it; service: its name; dataset: the chosen dataset's name; content:
+    that dataset as the user wrote it, unknown keys included; compute: its compute section; warnings: what
+    looks mistaken.
     """
 
     def __init__(self, path: str, service: str, dataset: str, content: dict[str, Any], warnings: list[str]):
@@ -1722,8 +1724,8 @@ class Config:
         self.compute: dict[str, Any] = content.get("compute") or {}
         self.warnings = warnings
 
-    def for_setup(self) -> dict[str, Any]:
-        """The dataset for `setup-sandbox` and `start-worker`: as written, required objects filled in."""
+    def for_worker(self) -> dict[str, Any]:
+        """The dataset for `start-worker`: as written, required objects filled in."""
         filled = dict(self.content)
         filled["compute"] = dict(self.compute)
         filled["metadata"] = dict(self.content.get("metadata") or {})
@@ -1747,9 +1749,13 @@ def find_config(directory: str) -> str:
 
 def load_config(path: str, dataset: str | None) -> Config:
     """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
-    source = shown_path(from_here(path))
+    return parse_config(read_config(path), shown_path(from_here(path)), path, dataset)
+
+
+def parse_config(text: str, source: str, path: str, dataset: str | None) -> Config:
+    """The same from a text; source is what problems name as its place."""
     try:
-        root = yaml_compose(read_config(path), source)
+        root = yaml_compose(text, source)
     except YamlError as error:
         raise unusable_config(source, [str(error)]) from None
     checker = ConfigChecker(source)
@@ -1835,6 +1841,10 @@ class ConfigChecker:
                     if self._is_mapping(value, f"`{where}`"):
                         check(value, where)
         self._warn_unknown(node, ("compute", "metadata", "services", "listeners"), "the dataset")
+        compute = node.get("compute")
+        native = compute.key("native_worker") if compute is not None else None
+        if native is not None:
+            self._warning(native, "`compute.native_worker` is ignored by Plato; remove it")
         self._check_numbers(node)
 
     def _check_numbers(self, node: YamlNode) -> None:
@@ -1892,14 +1902,15 @@ class ConfigChecker:
             close = closest(str(key.value), known)
             if close:
                 meant = f"; did you mean `{close}`?"
-                self.warnings.append(
-                    f"{self.source}:{key.line}:{key.column}: {where} has no field `{key.value}`{meant}"
-                )
+                self._warning(key, f"{where} has no field `{key.value}`{meant}")
 
     def _is_mapping(self, node: YamlNode, what: str) -> bool:
         if node.kind != "mapping":
             self._problem(node, f"{what} must be a map of fields (`name: value` lines)")
         return node.kind == "mapping"
+
+    def _warning(self, node: YamlNode, text: str) -> None:
+        self.warnings.append(f"{self.source}:{node.line}:{node.column}: {text}")
 
     def _problem(self, node: YamlNode, text: str) -> None:
         self.problems.append(f"{self.source}:{node.line}:{node.column}: {text}")
@@ -2285,9 +2296,6 @@ class FlowsChecker(ConfigChecker):
             value = node.get(name)
             if value is None or value.value is None:
                 self._problem(node, f"{what}: `{kind.value}` needs `{name}`")
-
-    def _warning(self, node: YamlNode, text: str) -> None:
-        self.warnings.append(f"{self.source}:{node.line}:{node.column}: {text}")
 
     def _problem(self, node: YamlNode, text: str) -> None:
         if self.placed:
@@ -3504,6 +3512,11 @@ class PlatoApi:
         path = f"/api/v2/sessions/{quoted(session_id)}/heartbeat"
         return self._call("POST", path, seconds=BEAT_SECONDS, repeatable=False)
 
+    def connect_network(self, session_id: str) -> dict[str, Any]:
+        """POST .../connect_network: let the gateway reach the ready VM. {success, results: {<job>: true}}."""
+        path = f"/api/v2/sessions/{quoted(session_id)}/connect_network"
+        return self._call("POST", path, seconds=CONNECT_SECONDS)
+
     def reset(self, session_id: str) -> dict[str, Any]:
         """POST .../reset: back to the initial state, however often. Returns ResetSessionResponse."""
         path = f"/api/v2/sessions/{quoted(session_id)}/reset"
@@ -3526,6 +3539,14 @@ class PlatoApi:
         path = f"/api/v2/sessions/{quoted(session_id)}/execute"
         return self._call("POST", path, body=body, seconds=seconds + 15.0)
 
+    def job_info(self, job_id: str) -> dict[str, Any]:
+        """GET /api/v2/jobs/{job_id}/info. Returns JobInfoResult."""
+        return self._call("GET", f"/api/v2/jobs/{quoted(job_id)}/info")
+
+    def job_config(self, job_id: str) -> dict[str, Any]:
+        """GET /api/v2/jobs/{job_id}/plato_config: the dataset of its artifact. StoredSimConfigDataset."""
+        return self._call("GET", f"/api/v2/jobs/{quoted(job_id)}/plato_config")
+
     def job_flows(self, job_id: str) -> Any:
         """GET /api/v2/jobs/{job_id}/flows. Returns a list of Flow."""
         return self.transport.request("GET", f"/api/v2/jobs/{quoted(job_id)}/flows")
@@ -3544,21 +3565,6 @@ class PlatoApi:
         """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
         body = {"public_key": public_key, "username": username}
         path = f"/api/v2/sessions/{quoted(session_id)}/add_ssh_key"
-        return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
-
-    def setup_root_access(self, job_id: str, public_key: str) -> dict[str, Any]:
-        """POST .../vm/{job_id}/setup-root-access. Returns VMManagementResponse."""
-        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}/setup-root-access"
-        return self._call("POST", path, body={"ssh_public_key": public_key}, seconds=SETUP_SECONDS)
-
-    def setup_sandbox(
-        self, job_id: str, service: str, dataset: str, content: Mapping[str, Any], public_key: str | None
-    ) -> dict[str, Any]:
-        """POST .../vm/{job_id}/setup-sandbox: the config and the SSH key. Returns SetupSandboxResponse."""
-        body = {"service": service, "dataset": dataset, "plato_dataset_config": dict(content)}
-        if public_key:
-            body["ssh_public_key"] = public_key
-        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}/setup-sandbox"
         return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
 
     def start_worker(
@@ -3590,6 +3596,11 @@ class PlatoApi:
     def artifact(self, artifact_id: str) -> dict[str, Any]:
         """GET /api/v2/artifacts/{artifact_id}. Returns ArtifactInfoResponse."""
         return self._call("GET", f"/api/v2/artifacts/{quoted(artifact_id)}")
+
+    def prefetch(self, artifact_id: str) -> None:
+        """POST /api/v1/cluster/prefetch: the workers may bring an artifact near. Sent once."""
+        body = {"artifact_id": artifact_id}
+        self.transport.request("POST", "/api/v1/cluster/prefetch", body=body, repeatable=False)
 
     def gitea_credentials(self) -> dict[str, Any]:
         """GET /api/v1/gitea/credentials. Returns GiteaCredentialsResponse."""
@@ -3626,6 +3637,14 @@ class SandboxBase:
         self.reporter = reporter or Reporter()
         self.api = PlatoApi(self.settings, self.reporter)
         self.state: dict[str, Any] = {}
+
+    def connect_network(self) -> None:
+        """Let the gateway reach the VM, which is to be ready. Any SandboxError."""
+        answer = self.api.connect_network(self.state["session_id"])
+        job = as_dict(answer.get("results")).get(str(self.state.get("job_id")))
+        if answer.get("success") is False or job is False:
+            said = as_text(answer.get("error")) or as_text(answer.get("message")) or "no reason was given"
+            raise ApiError(f"The VM could not be connected to the network: {printable(said).rstrip('.')}.")
 
     def check_still_there(self) -> None:
         """NoSandboxError when .sandbox.yaml does not name this sandbox any more; unreadable is no reason."""
@@ -3679,6 +3698,7 @@ SSH_CIPHERS = (
 )
 SSH_KEPT_SECONDS = 300  # without use
 SSH_EXIT_SECONDS = 5.0
+SSH_FIRST_SECONDS = 30.0  # until a VM that was just connected answers
 SOCKET_PATH_BYTES = 86  # of the 104 that some systems allow; ssh adds 17 while it makes one
 
 
@@ -3984,6 +4004,53 @@ def trusted_ssh_config(state: Mapping[str, Any], settings: Settings) -> str:
     return path
 
 
+def ssh_complaint(stderr: bytes) -> tuple[str, str]:
+    """Why ssh failed, and what to do, from what it printed; "" for what it does not tell."""
+    lines = [printable(line) for line in stderr.decode("utf-8", "replace").strip().splitlines()] or [""]
+    for line, after in zip(lines, [*lines[1:], ""]):
+        if line.startswith("Error: "):  # of the gateway stream, which knows more than ssh does
+            return line[len("Error: ") :].rstrip("."), after
+    return lines[-1].rstrip("."), ""
+
+
+def wait_for_ssh(state: Mapping[str, Any], settings: Settings, reporter: Reporter) -> str | None:
+    """Log in to the VM, again and again for SSH_FIRST_SECONDS; None once it answers, else why it does not.
+
+    The gateway may not know a VM that was just connected: for seconds, a connection opens and stays silent
+    for ever. So the first attempts are short.
+    """
+    deadline = time.monotonic() + SSH_FIRST_SECONDS
+    patience = 2
+    command = ["ssh", "-T", "-F", trusted_ssh_config(state, settings), "-S", "none", "-o", "BatchMode=yes"]
+    while True:
+        began = time.monotonic()
+        attempt = [*command, "-o", f"ConnectTimeout={patience}", state["ssh_host"], "exit"]
+        try:
+            outcome = run_program(attempt, reporter, seconds=patience + max(5.0, deadline - began))
+        except TimedOutError as error:
+            return error.message.rstrip(".")
+        if outcome.code == 0:
+            return None
+        words = ssh_complaint(outcome.stderr)[0] or f"ssh ended with exit code {outcome.code}"
+        pause = began + 1.0 - time.monotonic()
+        if time.monotonic() + pause + patience > deadline:
+            return words
+        reporter.trace(f"SSH does not answer yet: {words}")
+        time.sleep(max(0.0, pause))
+        patience = min(2 * patience, 8)
+
+
+def connect_again(sandbox: SandboxBase) -> bool:
+    """For a VM whose SSH is silent: connect it to the network once more; whether SSH answers then."""
+    sandbox.reporter.note("SSH does not answer; connecting the VM to the network again.")
+    try:
+        sandbox.connect_network()
+        return wait_for_ssh(sandbox.state, sandbox.settings, sandbox.reporter) is None
+    except SandboxError as error:
+        sandbox.reporter.trace(error.message)
+        return False
+
+
 class SshShell:
     """A shell on the VM that runs scripts one after another over one SSH connection."""
 
@@ -4081,14 +4148,11 @@ class SshShell:
 
     def _broken(self) -> NetworkError:
         self._process.wait()
-        lines = self._complaint.result().decode("utf-8", "replace").strip().splitlines()
-        hint = f"Run the command again; see what the VM is doing: {PROGRAM} status"
-        for line, after in zip(lines, [*lines[1:], ""]):
-            if line.startswith("Error: "):  # of the gateway stream, which knows more than ssh does
-                lines, hint = [line[len("Error: ") :]], after or hint
-                break
-        words = f": {printable(lines[-1]).rstrip('.')}" if lines else ""
-        return NetworkError(f"The SSH connection to the VM broke{words}.", hint=hint, sent=True)
+        words, hint = ssh_complaint(self._complaint.result())
+        hint = hint or f"Run the command again; see what the VM is doing: {PROGRAM} status"
+        return NetworkError(
+            f"The SSH connection to the VM broke{words and ': '}{words}.", hint=hint, sent=True
+        )
 
     def end(self) -> None:
         """End the connection, at once; whoever still reads from it is told that it broke."""
@@ -5788,7 +5852,10 @@ looked() { [ "$here" = missing ] || find . -mindepth 1 $depth "$@" 2>/dev/null; 
 } | gzip -1"""
 
 _UPLOAD_BEGIN = """\
-near "$target"; owner=$(stat -c %u:%g -- "$near"); upload=$state/up.$id; new=$upload/new
+near "$target"; owner=$(stat -c %u:%g -- "$near")
+case $target:$near in /home/plato/*:/|/home/plato/*:/home) ! id plato >/dev/null 2>&1 ||
+  owner=$(id -u plato):$(id -g plato) ;; esac
+upload=$state/up.$id; new=$upload/new
 overtaken() { [ -d "$upload" ] || fail 78 "$upload"
   [ "$(cat "$state/generation" 2>/dev/null)" = "$expected" ] || quit 76 generation; }
 staging() {
@@ -6027,13 +6094,22 @@ class SshWay:
     words = "over SSH"
 
     def __init__(self, sandbox: SandboxBase, seconds: float) -> None:
+        self._sandbox = sandbox
         self._seconds = seconds
         self._reporter = sandbox.reporter
         self._shell = SshShell(sandbox.state, sandbox.settings, sandbox.reporter)
 
     def ready(self) -> None:
-        """Wait until the VM answers."""
-        self._shell.wait_until_ready(min(self._seconds, SSH_ANSWER_SECONDS))
+        """Wait until the VM answers; if it does not, connect it to the network again, once."""
+        sandbox = self._sandbox
+        try:
+            self._shell.wait_until_ready(min(self._seconds, SSH_ANSWER_SECONDS))
+        except (NetworkError, TimedOutError):
+            if not connect_again(sandbox):
+                raise
+            self._shell.close()
+            self._shell = SshShell(sandbox.state, sandbox.settings, sandbox.reporter)
+            self._shell.wait_until_ready(min(self._seconds, SSH_ANSWER_SECONDS))
 
     def run(self, script: str, seconds: float | None = None) -> Outcome:
         return self._shell.run(script, seconds=seconds or self._seconds)
@@ -11309,8 +11385,8 @@ class StartPlan:
     """What `start` will do, decided before anything is touched.
 
     environment: the `envs[]` entry of `make` (its alias is added when it is sent); state: the first fields
-    of .sandbox.yaml; ssh_user: whose key is installed; config: in config mode; lifetime, ready_seconds: in
-    seconds; reset: whether to reset once the VM is ready.
+    of .sandbox.yaml; config: in config mode; lifetime, ready_seconds: in seconds; reset: whether to reset
+    once the VM is ready.
     """
 
     def __init__(
@@ -11318,7 +11394,6 @@ class StartPlan:
         environment: dict[str, Any],
         state: dict[str, Any],
         *,
-        ssh_user: str = "root",
         config: Config | None = None,
         lifetime: int = DEFAULT_LIFETIME_SECONDS,
         ready_seconds: float = DEFAULT_READY_SECONDS,
@@ -11326,7 +11401,6 @@ class StartPlan:
     ) -> None:
         self.environment = environment
         self.state = state
-        self.ssh_user = ssh_user
         self.config = config
         self.lifetime = lifetime
         self.ready_seconds = ready_seconds
@@ -11416,36 +11490,33 @@ def _plan_from_config(config: Config) -> StartPlan:
         **{name: sent.get(name) for name in ("cpus", "memory", "disk")},
     }
     environment = {"type": "resource", "simulator": config.service, "sim_config": sent}
-    return StartPlan(environment, state, ssh_user="plato", config=config)
+    return StartPlan(environment, state, config=config)
 
 
 def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -> StartPlan:
-    name, colon, version = simulator.partition(":")
-    if not name.strip() or (colon and not version):
+    base, at, named_dataset = simulator.partition("@")
+    name, colon, version = base.partition(":")
+    if not name.strip() or (colon and not version) or (at and not named_dataset):
         raise UsageError(
-            f"--simulator is {simulator!r}; it must be a name, NAME:TAG or NAME:ARTIFACT-UUID.",
+            f"--simulator is {simulator!r}; it must be a name, NAME:TAG, NAME:ARTIFACT-UUID or"
+            " NAME:VERSION@DATASET.",
             hint="For example: --simulator espocrm:prod-latest",
         )
+    if at and (tag is not None or dataset not in (None, named_dataset)):
+        raise UsageError("NAME:VERSION@DATASET names all there is to choose; leave out --tag and --dataset.")
     if colon and tag is not None and tag != version:
         raise UsageError(
             f"--simulator names the tag {version!r} and --tag the tag {tag!r}; give one of them."
         )
-    state = {
-        "mode": "artifact",
-        "simulator": simulator,
-        "service": name,
-        "dataset": dataset or DEFAULT_DATASET,
-    }
+    chosen_dataset = named_dataset or dataset or DEFAULT_DATASET
+    state = {"mode": "artifact", "simulator": simulator, "service": name, "dataset": chosen_dataset}
     if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", version):
         return StartPlan({"type": "artifact", "artifact_id": version}, {**state, "artifact_id": version})
+    environment = {"type": "simulator", "simulator": name, "dataset": chosen_dataset}
+    if at and colon:
+        return StartPlan({**environment, "version": version}, state)
     chosen = version or tag or DEFAULT_TAG
-    environment = {
-        "type": "simulator",
-        "simulator": name,
-        "tag": chosen,
-        "dataset": dataset or DEFAULT_DATASET,
-    }
-    return StartPlan(environment, {**state, "tag": chosen})
+    return StartPlan({**environment, "tag": chosen}, {**state, "tag": chosen})
 
 
 def _plan_from_artifact(artifact_id: str) -> StartPlan:
@@ -11701,7 +11772,7 @@ class Sandbox(SandboxBase):
         self.revive_heartbeat()
         try:
             self.reporter.step("Starting the worker", SETUP_SECONDS)
-            answer = self.api.start_worker(state["job_id"], chosen, config.dataset, config.for_setup())
+            answer = self.api.start_worker(state["job_id"], chosen, config.dataset, config.for_worker())
             self._record(plato_config_path=config.path, dataset=config.dataset)
             if wait is not None:
                 self._wait_for_worker(wait)
@@ -11834,16 +11905,24 @@ class Sandbox(SandboxBase):
     # Artifacts
 
     def snapshot(
-        self, *, description: str | None = None, config: bool | None = None, wait: float | None = None
+        self,
+        *,
+        description: str | None = None,
+        config: bool | None = None,
+        target: str | None = None,
+        wait: float | None = None,
     ) -> dict[str, Any]:
         """Make an artifact of the VM as it is now, and record its id.
 
-        config: whether the config, its flows and its ports go with it (None: those of a config sandbox do).
-        wait: seconds until the artifact must be ready; without, its upload goes on in the background.
+        config: whether the config's dataset, its flows, ports and login credentials go with it (None: those
+        of a config sandbox do). target: the host that its pages are served under; None is that of the
+        artifact that the VM came from. wait: seconds until the artifact must be ready; without, its upload
+        goes on in the background.
         Returns artifact_id and status ("creating" or "ready").
         """
         state = self._load_for_use()
-        checkpoint: dict[str, Any] = {"description": description} if description else {}
+        given = {"description": description, "target": target}
+        checkpoint: dict[str, Any] = {name: value for name, value in given.items() if value}
         if state.get("mode") == "config" if config is None else config:
             checkpoint.update(self._config_for_snapshot())
         self.revive_heartbeat()
@@ -11851,22 +11930,34 @@ class Sandbox(SandboxBase):
         try:
             artifact_id = self._take_snapshot(state, checkpoint)
             self._record(artifact_id=artifact_id)
+            self._prefetch(artifact_id)
             status = "creating" if wait is None else self._wait_for_artifact(artifact_id, wait)
         finally:
             self.api.transport.close()
         return {"artifact_id": artifact_id, "status": status}
 
+    def _prefetch(self, artifact_id: str) -> None:
+        """Let the workers bring the artifact near. VMs start from it without that, too."""
+        try:
+            self.api.prefetch(artifact_id)
+        except SandboxError as error:
+            self.reporter.trace(error.message)
+
     def _config_for_snapshot(self) -> dict[str, Any]:
+        """What Plato stores of a config and gives back: one dataset with the file's own keys, no anchors."""
         config = self._config(None, None)
+        metadata = as_dict(config.content.get("metadata"))
         fields: dict[str, Any] = {
-            "plato_config": read_config(config.path),
+            "plato_config": yaml_dump(config.content),
+            "override_service": config.service,
             "internal_app_port": whole_number(config.compute.get("app_port")),
             "messaging_port": whole_number(config.compute.get("plato_messaging_port")),
-            "target": f"{config.service}.web.plato.so",
+            "credentials": artifact_credentials(metadata),
         }
-        flows = as_text(as_dict(config.content.get("metadata")).get("flows_path"))
+        flows = as_text(metadata.get("flows_path"))
         if flows:
-            fields["flows"] = read_config(flows_file(config.path, flows, shown_path(from_here(config.path))))
+            text = read_config(flows_file(config.path, flows, shown_path(from_here(config.path))))
+            fields["flows"] = text if text.strip() else None
         return {name: value for name, value in fields.items() if value is not None}
 
     def _take_snapshot(self, state: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
@@ -11934,17 +12025,39 @@ class Sandbox(SandboxBase):
         self.settings.require_key()
         return state
 
-    def _config(self, path: str | None, dataset: str | None) -> Config:
-        """The config at a path, or the one that the sandbox was started from, or that of its directory."""
+    def _config(self, path: str | None, dataset: str | None, *, stored: bool = False) -> Config:
+        """The config at a path, or the one that the sandbox was started from, or that of its directory.
+
+        stored: where there is none, that of the artifact that the VM was started from will do.
+        """
         recorded = as_text(self.state.get("plato_config_path"))
+        chosen = dataset or as_text(self.state.get("dataset"))
         if path is not None:
             found = os.path.abspath(path)
+        elif recorded and os.path.isfile(recorded):
+            found = recorded
         else:
-            found = recorded if recorded and os.path.isfile(recorded) else find_config(self.directory)
-        config = load_config(found, dataset or as_text(self.state.get("dataset")))
+            try:
+                found = find_config(self.directory)
+            except ConfigError as error:
+                if not stored or self.state.get("mode") != "artifact":
+                    raise
+                return self._stored_config(chosen, error)
+        config = load_config(found, chosen)
         for warning in config.warnings:
             self.reporter.warn(warning)
         return config
+
+    def _stored_config(self, dataset: str | None, missing: ConfigError) -> Config:
+        """The dataset that Plato stores with the VM's artifact; `missing` when it has none."""
+        try:
+            content = self.api.job_config(self.state["job_id"])
+        except ApiError as error:
+            raise missing if error.status == 404 else self._gone_or(error) from None
+        name = dataset or DEFAULT_DATASET
+        service = as_text(self.state.get("service")) or "simulator"
+        text = yaml_dump({"service": service, "datasets": {name: content}})
+        return parse_config(text, "The config that Plato stores with the artifact", "", name)
 
     def _record(self, **changes: Any) -> None:
         """Write something learned into .sandbox.yaml, unless a `start` or `stop` is at work here."""
@@ -12171,7 +12284,7 @@ def plan_audit(
     except NoSandboxError:
         if not direct:
             raise
-    config = sandbox._config(None, dataset)
+    config = sandbox._config(None, dataset, stored=bool(state))
     repair_ssh_config(state, sandbox.settings, sandbox.reporter)
     listeners = []
     for name, fields in _audit_listeners(config, listener).items():
@@ -12185,7 +12298,7 @@ def plan_audit(
             gateway_connection(sandbox.settings, str(entry["target"])).close()
     return AuditPlan(
         listeners,
-        config=config.path,
+        config=config.path or None,
         service=config.service,
         dataset=config.dataset,
         directory=sandbox.directory if state else None,
@@ -12199,8 +12312,7 @@ def _audit_listeners(config: Config, wanted: str | None) -> dict[str, dict[str, 
     found = {str(name): part for name, part in every.items() if part.get("type", "db") == "db"}
     if not found:
         raise CheckFailedError(
-            f"The dataset {config.dataset!r} of {os.path.basename(config.path)} has no `db` listener,"
-            " so there are no ignore rules to choose."
+            f"The dataset {config.dataset!r} has no `db` listener, so there are no ignore rules to choose."
         )
     if wanted is not None and wanted not in found:
         raise UsageError(
@@ -12248,6 +12360,62 @@ def audit_changes(directory: str, names: Sequence[str]) -> dict[str, list[Mutati
     if len(names) == 1 or not all(isinstance(part, list) for part in parts.values()):
         return {name: mutations_of(content) for name in names}
     return {name: mutations_of({"mutations": part}) for name, part in parts.items()}
+
+
+_USER_VARIABLES = ("username", "user", "email", "login")
+_PASSWORD_VARIABLES = ("password", "pass")
+_TOKEN_VARIABLES = ("token", "api_key", "api_token", "secret")
+
+
+def artifact_credentials(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The logins that an artifact carries: metadata.credentials, else what metadata.variables name.
+
+    {"default_role": NAME, "roles": {NAME: [{"type": email|username|password|bearer, "text"}]}}; an empty list
+    needs no login. None when none is declared. ConfigError for another shape, without any value.
+    """
+    declared = metadata.get("credentials")
+    if declared is None:
+        pairs = (as_dict(entry) for entry in as_list(metadata.get("variables")))
+        values = {str(pair.get("name")).strip().lower(): pair.get("value") for pair in pairs}
+        user, password, token = (
+            next((str(values[name]) for name in names if values.get(name) is not None), "")
+            for names in (_USER_VARIABLES, _PASSWORD_VARIABLES, _TOKEN_VARIABLES)
+        )
+        account = {"user": user, "password": password} if user else {"token": token}
+        return {"default_role": "default", "roles": {"default": _logins(account)}} if user or token else None
+    roles = {name: _logins(account) for name, account in as_dict(as_dict(declared).get("roles")).items()}
+    default = as_dict(declared).get("default_role")
+    older = as_dict(declared).get("login") or as_dict(declared).get("primary")
+    if older is not None:
+        name = "default_login" if "default" in roles else "default"
+        roles[name] = _logins(older)
+        default = default or name
+    default = default or (next(iter(roles)) if len(roles) == 1 else None)
+    if not roles or default not in (None, *roles):
+        raise ConfigError("metadata.credentials names no role, or a default_role that is none of its roles.")
+    return {"default_role": default, "roles": roles}
+
+
+def _logins(account: Any) -> list[dict[str, str]]:
+    """The login of one role, from a list of {type, text} or the older {kind, user, password | secret}."""
+    entries = account
+    if isinstance(account, dict):
+        kind = account.get("kind") or "password"
+        user, email = account.get("user"), account.get("email")
+        pairs = (
+            ("email" if email or "@" in str(user) else "username", email or user),
+            ("password", account.get("password") if kind == "password" else None),
+            ("bearer", account.get("token") or (account.get("secret") if kind == "token" else None)),
+        )
+        entries = [{"type": word, "text": text} for word, text in pairs if text and kind != "none"]
+    for entry in entries if isinstance(entries, list) else [None]:
+        known = as_dict(entry).get("type") in ("email", "username", "password", "bearer")
+        if not known or not as_text(as_dict(entry).get("text")):
+            raise ConfigError(
+                "metadata.credentials cannot be used: a role must be a list of entries"
+                " {type: email|username|password|bearer, text: TEXT}."
+            )
+    return list(entries)
 
 
 def check_reset(answer: Mapping[str, Any], job_id: str | None, hint: str | None = None) -> None:
@@ -12428,7 +12596,7 @@ class Starter:
     # From the moment it exists
 
     def _bring_up(self) -> None:
-        """Heartbeat first; then wait, with the keys being made meanwhile; then reset, address and SSH."""
+        """Heartbeat first; then wait, with the keys being made meanwhile; then network, reset and SSH."""
         sandbox = self.sandbox
         pid = spawn_heartbeat(self.settings, sandbox.state, sandbox.directory, self.reporter)
         sandbox.save(heartbeat_pid=pid)
@@ -12436,16 +12604,52 @@ class Starter:
         self.keys = self._begin_keys(session_id)
         self._wait_for_ready(session_id, job_id)
         address = Aside(lambda: self._public_url(session_id, job_id))
+        connected = self._connect_network()
         if self.plan.reset:
-            self.reporter.step("Resetting the environment", RESET_SECONDS)
-            check_reset(
-                self.api.reset(session_id), job_id, hint="--no-reset starts without the initial reset."
-            )
+            self._reset(session_id, job_id)
         self.reporter.step("Setting up SSH", SETUP_SECONDS)
-        ssh = self._set_up_ssh(self.keys, session_id, job_id)
+        ssh = self._set_up_ssh(self.keys, session_id, job_id, connected) if self.keys else {}
         public_url = address.result()
         url = with_router_target(public_url, sandbox.state.get("service"))
-        sandbox.save(public_url=public_url, url=url, starting=None, **ssh)
+        sandbox.save(public_url=public_url, url=url, **ssh)
+        if ssh and connected:
+            self._wait_for_ssh()
+        sandbox.save(starting=None)
+
+    def _connect_network(self) -> bool:
+        self.reporter.step("Connecting the VM to the network", CONNECT_SECONDS)
+        try:
+            self.sandbox.connect_network()
+        except SandboxError as error:
+            self._warn_unless_gone(
+                f"{error.message} SSH and tunnels to the VM do not work; `sync` goes through the API."
+            )
+            return False
+        return True
+
+    def _reset(self, session_id: str, job_id: str) -> None:
+        self.reporter.step("Resetting the environment", RESET_SECONDS)
+        try:
+            check_reset(self.api.reset(session_id), job_id)
+        except ApiError as error:
+            self._warn_unless_gone(f"{error.message} The VM is as it booted.")
+        except SandboxError as error:
+            self.reporter.warn(f"{error.message} The VM is as it booted.")
+
+    def _wait_for_ssh(self) -> None:
+        self.reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
+        silence = wait_for_ssh(self.sandbox.state, self.settings, self.reporter)
+        if silence is not None:
+            self._warn_unless_gone(
+                f"SSH to the VM does not answer yet: {silence}. Until it does, `sync` goes through the API."
+            )
+
+    def _warn_unless_gone(self, words: str) -> None:
+        """Something is missing that a VM can do without; if the VM itself is gone, that is the error."""
+        gone = self.sandbox.end_of_vm()
+        if gone is not None:
+            raise gone
+        self.reporter.warn(words)
 
     def _begin_keys(self, session_id: str) -> KeyMaking | None:
         missing = [name for name in ("ssh", "ssh-keygen") if find_program(name) is None]
@@ -12510,16 +12714,20 @@ class Starter:
             api.transport.close()
         return as_text(job_of(answer, job_id).get("url"))
 
-    def _set_up_ssh(self, keys: KeyMaking | None, session_id: str, job_id: str) -> dict[str, Any]:
+    def _set_up_ssh(self, keys: KeyMaking, session_id: str, job_id: str, connected: bool) -> dict[str, Any]:
         """Install the key on the VM and write the config; returns the SSH fields of the state."""
-        public_key = keys.finish() if keys else None
-        config = self.plan.config
-        user = "plato" if self.provider == "qemu" else self.plan.ssh_user
-        if config is not None:
-            self.api.setup_sandbox(job_id, config.service, config.dataset, config.for_setup(), public_key)
-        elif public_key:
-            self._add_key(session_id, job_id, public_key, user)
-        if keys is None:
+        public_key = keys.finish()
+        user = "plato" if self._provider_of(job_id) == "qemu" else "root"
+        try:
+            answer = self.api.add_ssh_key(session_id, public_key, user)
+            job = job_of(answer, job_id)
+            if answer.get("success") is False or job.get("success") is False:
+                said = printable(as_text(job.get("error")) or "no reason was given").rstrip(".")
+                raise SandboxError(f"The SSH key could not be installed on the VM: {said}.")
+        except SandboxError as error:
+            if connected:
+                raise
+            self._warn_unless_gone(error.message)
             return {}
         write_ssh_config(self.settings, keys.files, job_id, user)
         return {
@@ -12528,20 +12736,14 @@ class Starter:
             "ssh_private_key_path": keys.files.key,
         }
 
-    def _add_key(self, session_id: str, job_id: str, public_key: str, user: str) -> None:
-        try:
-            answer = self.api.add_ssh_key(session_id, public_key, user)
-        except ApiError as error:
-            if error.status not in (404, 405, 501):
-                raise
-            self.api.setup_root_access(job_id, public_key)  # servers that do not have add_ssh_key
-            return
-        job = job_of(answer, job_id)
-        if answer.get("success") is False or job.get("success") is False:
-            said = as_text(job.get("error")) or "no reason was given"
-            raise SandboxError(
-                f"The SSH key could not be installed on the VM: {printable(said).rstrip('.')}."
-            )
+    def _provider_of(self, job_id: str) -> str | None:
+        """What runs the VM ("firecracker" or "qemu"), if it can be learned."""
+        if self.provider is None:
+            try:
+                self.provider = as_text(self.api.job_info(job_id).get("provider"))
+            except SandboxError as error:
+                self.reporter.trace(error.message)
+        return self.provider
 
     # When it goes wrong
 
@@ -13416,6 +13618,7 @@ def command_snapshot(options: argparse.Namespace, output: Output) -> int:
     done = Sandbox(options.working_dir, reporter=output).snapshot(
         description=options.description,
         config=config,
+        target=options.target,
         wait=options.wait_timeout if options.wait else None,
     )
     if output.json:
@@ -13573,7 +13776,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 def describe_start(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-c", "--from-config", action="store_true", help="use plato-config.yml in the working directory")
-    add("-s", "--simulator", metavar="NAME", help="simulator name, NAME:TAG or NAME:ARTIFACT-UUID")
+    add(
+        "-s", "--simulator", metavar="NAME", help="NAME, NAME:TAG, NAME:VERSION@DATASET or NAME:ARTIFACT-UUID"
+    )
     add("-a", "--artifact-id", metavar="ID", help="specific artifact id")
     add("-b", "--blank", action="store_true", help="create a blank VM")
     add(
@@ -13702,9 +13907,10 @@ def describe_snapshot(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--include-config",
         action="store_true",
-        help="send plato-config.yml, its flows and ports along (as config sandboxes do)",
+        help="send the config's dataset, flows, ports and logins along (as config sandboxes do)",
     )
     which.add_argument("--no-config", action="store_true", help="do not send them")
+    add("--target", metavar="HOST", help="host of its pages (default: that of the artifact before it)")
     add("--wait", action="store_true", help="wait until the artifact is ready")
     add_wait_timeout(parser, ARTIFACT_SECONDS)
     parser.set_defaults(handler=command_snapshot)

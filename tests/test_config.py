@@ -309,13 +309,14 @@ SENT: dict[str, str] = {
 def test_the_dataset_is_sent_as_written(visitor: Desk, shared_plato: LocalPlato, text: str) -> None:
     write_config(visitor, text)
     started = visitor.good("start", "-c")
-    assert "Warning" not in started.err
+    assert "plato-config.yml" not in started.err
     written = dataset_of(text.removeprefix("\ufeff") if hasattr(text, "removeprefix") else text)
     expected = {**written, "compute": written.get("compute") or {}, "metadata": written.get("metadata") or {}}
     for name, kind in (("services", "docker-compose"), ("listeners", "db")):
         for part in (expected.get(name) or {}).values():
             part.setdefault("type", kind)
-    (setup,) = sent(shared_plato, f"{visitor.state['job_id']}/setup-sandbox")
+    visitor.good("start-worker")
+    (setup,) = sent(shared_plato, f"{visitor.state['job_id']}/start-worker")
     assert (setup["service"], setup["dataset"]) == ("myapp", "base")
     assert setup["plato_dataset_config"] == json.loads(json.dumps(expected))
     make = sent(shared_plato, "/sessions/make")[-1]
@@ -326,7 +327,8 @@ def test_the_dataset_is_sent_as_written(visitor: Desk, shared_plato: LocalPlato,
 
 def test_the_example_is_sent_as_written(visitor: Desk, shared_plato: LocalPlato) -> None:
     visitor.good("start", "-c", "-d", "empty")
-    (setup,) = sent(shared_plato, f"{visitor.state['job_id']}/setup-sandbox")
+    visitor.good("start-worker")
+    (setup,) = sent(shared_plato, f"{visitor.state['job_id']}/start-worker")
     document = yaml.safe_load((SIMULATOR / "plato-config.yml").read_text())
     assert setup["plato_dataset_config"] == document["datasets"]["empty"]
     visitor.good("stop")
@@ -357,13 +359,14 @@ datasets:
     )
     write_config(visitor, text)
     started = visitor.good("start", "-c", "--json")
-    warnings = [line for line in started.err.splitlines() if line.startswith("Warning: ")]
+    warnings = [line for line in started.err.splitlines() if line.startswith("Warning: ") and ".yml:" in line]
     assert [line.split("plato-config.yml:")[1].split(": ")[0] for line in sorted(warnings)] == sorted(places)
     for meant in ("metadata", "memory", "required_healthy_containers", "audit_ignore_tables"):
         assert f"`{meant}`" in started.err
     for harmless in ("colour", "unrelated"):
         assert harmless not in started.err
-    (setup,) = sent(shared_plato, f"{visitor.state['job_id']}/setup-sandbox")
+    visitor.good("start-worker")
+    (setup,) = sent(shared_plato, f"{visitor.state['job_id']}/start-worker")
     assert setup["plato_dataset_config"]["metdata"] == {"name": "A"}
     visitor.good("stop")
 

@@ -384,18 +384,11 @@ SCENES = (
         "start --artifact-id", ("start", "--artifact-id", "art_abc123"), kind="start", patience=BOOT, fields=4
     ),
     Scene(
-        "start where add_ssh_key is not known",
-        ("start", "--blank", "--service", "myapp"),
-        kind="start",
-        given=(given("status", "POST", "*/add_ssh_key", status=404),),
-        only="*/setup-root-access",
-    ),
-    Scene(
         "start that fails, and closes",
         ("start", "--blank", "--service", "myapp"),
         kind="start",
         plain=6,
-        given=(given("status", "POST", "*/reset", status=409),),
+        given=(given("status", "POST", "*/add_ssh_key", status=409),),
         only="*/close",
     ),
     Scene("start beside a sandbox", ("start", "--from-config"), kind="beside", plain=5, fields=2),

@@ -27,8 +27,9 @@ AFTER_MAKE = {
     "reset before acting": ("POST", "/reset", False),
     "reset after acting": ("POST", "/reset", True),
     "public_url": ("GET", "/public_url", False),
-    "setup-sandbox before acting": ("POST", "/setup-sandbox", False),
-    "setup-sandbox after acting": ("POST", "/setup-sandbox", True),
+    "connect_network after acting": ("POST", "/connect_network", True),
+    "add_ssh_key before acting": ("POST", "/add_ssh_key", False),
+    "add_ssh_key after acting": ("POST", "/add_ssh_key", True),
 }
 MAKE = {"before acting": ("POST", "/make", False), "after acting": ("POST", "/make", True)}
 

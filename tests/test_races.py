@@ -124,7 +124,8 @@ REPEATABLE = {  # a part of the path of each, and what `start` does when it neve
     "wait_for_ready": ("GET", "/wait_for_ready"),
     "reset": ("POST", "/reset"),
     "public_url": ("GET", "/public_url"),
-    "setup-sandbox": ("POST", "/setup-sandbox"),
+    "connect_network": ("POST", "/connect_network"),
+    "add_ssh_key": ("POST", "/add_ssh_key"),
 }
 
 
@@ -141,15 +142,15 @@ def test_repeatable_requests_are_repeated(
 
 @pytest.mark.parametrize("effect", ["lost_answer", "reset_before_acting"])
 def test_lost_answers_of_repeatable_requests(desk: Desk, plato: LocalPlato, effect: str) -> None:
-    for path in ("/reset", "/setup-sandbox", "/close"):
+    for path in ("/reset", "/connect_network", "/add_ssh_key", "/close"):
         plato.fault(effect, path=f"*{path}", times=2)
     desk.good("start", "--from-config")
     desk.good("stop")
     nothing_left(desk, plato)
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", "/reset"), ("POST", "/setup-sandbox")])
-def test_retries_are_bounded(desk: Desk, plato: LocalPlato, method: str, path: str) -> None:
+def test_retries_are_bounded(desk: Desk, plato: LocalPlato) -> None:
+    method, path = "POST", "/add_ssh_key"
     plato.fault("status", method=method, path=f"*{path}", status=503, times=-1)
     failed = desk.run("start", "--from-config", "--json")
     assert failed.code == 6
@@ -160,9 +161,9 @@ def test_retries_are_bounded(desk: Desk, plato: LocalPlato, method: str, path: s
 
 @pytest.mark.parametrize("status", [400, 404, 409, 422])
 def test_a_refusal_is_not_repeated(desk: Desk, plato: LocalPlato, status: int) -> None:
-    plato.fault("status", path="*/reset", status=status, times=-1)
+    plato.fault("status", path="*/add_ssh_key", status=status, times=-1)
     assert desk.run("start", "--from-config").code in (3, 6)
-    assert len(plato.requests("POST", "/reset")) == 1
+    assert len(plato.requests("POST", "/add_ssh_key")) == 1
     nothing_left(desk, plato)
 
 

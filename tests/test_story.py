@@ -193,5 +193,12 @@ def test_what_a_login_changes_becomes_noise(
     assert ran["source"] == "api"
     listed = desk.good("flow", "--list", "--api", "--json", directory=elsewhere).document["flows"]
     assert [flow["name"] for flow in listed] == ["login", "wrong_password", "add_task"]
+
+    # And its listeners: the worker watches them, and the page shows them, without a config here.
+    known = desk.good("state", "--json", directory=elsewhere).document
+    assert "db" in next(iter(known["results"].values()))["state"]
+    serving = Serving(desk, directory=elsewhere)
+    open_page(serving.url).see("users")
+    assert serving.end().code == 0
     desk.good("stop", directory=elsewhere)
     nothing_left(desk, plato)

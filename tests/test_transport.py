@@ -626,9 +626,7 @@ def test_redirect_to_another_host_is_not_followed(
 
 STEPS = {
     "ready": ("GET", "*/wait_for_ready", BLANK),
-    "reset": ("POST", "*/reset", BLANK),
     "key": ("POST", "*/add_ssh_key", BLANK),
-    "setup": ("POST", "*/setup-sandbox", ("start", "-c")),
 }
 STEP_FAULTS: dict[str, tuple[dict[str, Any], int]] = {
     "401": ({"effect": "status", "status": 401}, 4),
@@ -647,11 +645,12 @@ PATIENT = {"500", "html", "list", "reset"}  # while the VM boots, these are wait
 @pytest.mark.parametrize("name", STEP_FAULTS)
 @pytest.mark.parametrize("step", STEPS)
 def test_start_fails_and_leaves_nothing(desk: Desk, plato: LocalPlato, step: str, name: str) -> None:
-    method, path, arguments = STEPS[step]
+    method, path, command = STEPS[step]
     fault, code = STEP_FAULTS[name]
+    arguments: tuple[str, ...] = command
     if step == "ready" and name in PATIENT:
         code = 7
-        arguments = (*arguments, "--timeout", "1")
+        arguments = (*command, "--timeout", "1")
     plato.fault(method=method, path=path, times=-1, **fault)
     result = run_quick(desk, *arguments, "--json")
     assert result.code == code, result
@@ -661,7 +660,7 @@ def test_start_fails_and_leaves_nothing(desk: Desk, plato: LocalPlato, step: str
 
 
 def test_start_waits_out_a_short_trouble_of_every_step(desk: Desk, plato: LocalPlato) -> None:
-    for path in ("*/wait_for_ready", "*/reset", "*/public_url", "*/setup-sandbox"):
+    for path in ("*/wait_for_ready", "*/connect_network", "*/reset", "*/public_url", "*/add_ssh_key"):
         plato.fault("status", path=path, status=503, headers={"Retry-After": "0"})
         plato.fault("reset_before_acting", path=path, nth=2)
     started = run_quick(desk, "start", "-c", "--json")

@@ -325,18 +325,130 @@ def test_what_a_snapshot_carries(
 ) -> None:
     flows = desk.work / "flows.yml"
     flows.write_text("flows: []  # as written\n")
-    desk.good(*(("start", "-c") if mode == "config" else BLANK))
+    desk.good(*(("start", "-c", "-d", "empty") if mode == "config" else BLANK))
     plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(desk, artifact_id="a"))
     desk.good("snapshot", *arguments)
     body = sent(plato, "/snapshot")[-1]
     expected = {
-        "plato_config": (desk.work / "plato-config.yml").read_text(),
         "flows": flows.read_text(),
+        "override_service": "taskboard",
         "internal_app_port": 8080,
         "messaging_port": 7000,
-        "target": "taskboard.web.plato.so",
+        "credentials": {
+            "default_role": "default",
+            "roles": {
+                "default": [
+                    {"type": "email", "text": "admin@example.com"},
+                    {"type": "password", "text": "demo-password"},
+                ]
+            },
+        },
     }
+    stored = body.pop("plato_config", None)
     assert body == (expected if carried else {})
+    if carried:  # one dataset, with what anchors and merges bring, and nothing that the file has not
+        assert not set("&*") & set(stored.partition("description")[0])
+        dataset = "empty" if mode == "config" else "base"
+        written = yaml.safe_load((desk.work / "plato-config.yml").read_text())["datasets"][dataset]
+        assert yaml.safe_load(stored) == written
+        assert "<<" not in stored
+    assert sent(plato, "/cluster/prefetch") == [{"artifact_id": "a"}]
+
+
+def test_what_a_snapshot_leaves_out_or_is_told(desk: Desk, plato: LocalPlato) -> None:
+    """No target unless one is given, no flows where their file is empty, no logins where none are named."""
+    config = desk.work / "plato-config.yml"
+    text = config.read_text()
+    config.write_text(text[: text.index("      variables:")] + text[text.index("    services:") :])
+    (desk.work / "flows.yml").write_text("\n")
+    desk.good("start", "-c")
+    plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(desk, artifact_id="a"))
+    plato.fault("status", path="*/prefetch", status=500, times=-1)
+    done = desk.good("snapshot", "--target", "board.example.com", "--quiet")
+    assert done.err == "", "workers that cannot prefetch are no trouble of the user's"
+    body = sent(plato, "/snapshot")[-1]
+    assert body["target"] == "board.example.com"
+    assert not {"flows", "credentials"} & set(body)
+
+
+def login(kind: str, text: str) -> dict[str, str]:
+    return {"type": kind, "text": text}
+
+
+SECRET = "s3cret-of-the-login"
+LOGINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "roles": (
+        f"credentials: {{default_role: b, roles: {{a: [], b: [{{type: bearer, text: {SECRET}}}]}}}}",
+        {"default_role": "b", "roles": {"a": [], "b": [login("bearer", SECRET)]}},
+    ),
+    "one role": (
+        "credentials: {roles: {admin: [{type: username, text: ada},"
+        f" {{type: password, text: {SECRET}}}]}}}}",
+        {"default_role": "admin", "roles": {"admin": [login("username", "ada"), login("password", SECRET)]}},
+    ),
+    "older primary and roles": (
+        f"credentials: {{primary: {{kind: password, user: a@b.c, password: {SECRET}}},"
+        f" roles: {{api: {{kind: token, secret: {SECRET}}}, guest: {{kind: none}}}}}}",
+        {
+            "default_role": "default",
+            "roles": {
+                "api": [login("bearer", SECRET)],
+                "guest": [],
+                "default": [login("email", "a@b.c"), login("password", SECRET)],
+            },
+        },
+    ),
+    "variables": (
+        f"variables: [{{name: User, value: ada}}, {{name: pass, value: {SECRET}}}]",
+        {
+            "default_role": "default",
+            "roles": {"default": [login("username", "ada"), login("password", SECRET)]},
+        },
+    ),
+    "a token": (
+        f"variables: [{{name: api_key, value: {SECRET}}}]",
+        {"default_role": "default", "roles": {"default": [login("bearer", SECRET)]}},
+    ),
+}
+
+
+def with_metadata(desk: Desk, line: str) -> None:
+    (desk.work / "plato-config.yml").write_text(
+        f"service: myapp\ndatasets:\n  base:\n    compute: {{}}\n    metadata:\n      {line}\n"
+    )
+
+
+def test_the_logins_of_a_snapshot(desk: Desk, plato: LocalPlato) -> None:
+    with_metadata(desk, "name: A")
+    desk.good("start", "-c")
+    plato.fault(
+        "status", path="*/snapshot", status=200, body=snapshot_answer(desk, artifact_id="a"), times=-1
+    )
+    for line, expected in LOGINS.values():
+        with_metadata(desk, line)
+        told = desk.good("snapshot", "--verbose")
+        assert sent(plato, "/snapshot")[-1]["credentials"] == expected, line
+        assert SECRET not in told.out + told.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"credentials: {SECRET}",
+        "credentials: {roles: {a: b}}",
+        f"credentials: {{roles: {{a: [{{type: phone, text: {SECRET}}}]}}}}",
+        "credentials: {roles: {a: [{type: password, text: 7}]}}",
+        "credentials: {default_role: b, roles: {a: []}}",
+    ],
+)
+def test_logins_that_cannot_be_read(desk: Desk, plato: LocalPlato, line: str) -> None:
+    with_metadata(desk, line)
+    desk.good("start", "-c")
+    result = desk.run("snapshot", "--json")
+    assert result.code == 8
+    assert "metadata.credentials" in result.error["message"]
+    assert SECRET not in result.out + result.err
+    assert plato.requests("POST", "/snapshot") == []
 
 
 def test_flows_that_cannot_be_read_stop_a_snapshot_before_it_is_made(desk: Desk, plato: LocalPlato) -> None:
