@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import BLANK, Desk, Result, eventually, heartbeats, is_running, living, missing, part
+from conftest import BLANK, SIMULATOR, Desk, Result, eventually, heartbeats, is_running, living, missing, part
 from test_flow import browser, flow, step, write_flows
 from test_local_plato import SESSIONS, Client
 
@@ -707,6 +707,7 @@ STARTS = {
 def test_ours_on_the_sandbox_of_the_newest(
     newest: Newest, desk: Desk, plato: LocalPlato, options: tuple[str, ...]
 ) -> None:
+    shutil.copy(SIMULATOR / "flows.yml", desk.work)  # which a snapshot of a config sandbox has with it
     newest.good("start", *options)
     started = newest.fields
     pid, session_id, service = started["heartbeat_pid"], started["session_id"], started["simulator_name"]
@@ -717,7 +718,8 @@ def test_ours_on_the_sandbox_of_the_newest(
     assert desk.run(*BLANK, "--json").error["code"] == "conflict"
     assert desk.good("sync", "--json").document["via"] == "ssh"
     ssh = desk.good("status", "--json").document
-    words = ["ssh", "-F", ssh["ssh_config_path"], ssh["ssh_host"], f"cat {ROOT}/{service}/plato-config.yml"]
+    print_it = f"cat {ROOT}/{service}/plato-config.yml"
+    words = [part("ssh", "openssh-client"), "-F", ssh["ssh_config_path"], ssh["ssh_host"], print_it]
     assert desk.run(command=words).out == (desk.work / "plato-config.yml").read_text()
     assert heartbeats(desk) == []
     assert newest.fields == started
@@ -727,7 +729,8 @@ def test_ours_on_the_sandbox_of_the_newest(
     assert newest.document("artifact")["artifact_id"] == artifact
     row = newest.listed()
     assert (row["artifact_id"], row.get("stopped_at")) == (artifact, None)
-    assert newest.document("status")["session_id"] == session_id
+    seen = newest.document("status")
+    assert (seen["local"]["session_id"], seen["snapshot"]["artifact_id"]) == (session_id, artifact)
 
     desk.good("stop")
     assert living(plato) == []
