@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from conftest import BLANK, PRODUCT, ROOT, Desk, altered, is_running, living, missing
 from localplato import LocalPlato
+from run import pinned
 
 import plato_sandbox
 
@@ -331,20 +332,31 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("plato_sandbox.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    venv.create(place / "venv", with_pip=True, symlinks=True)
-    pip = [str(place / "venv/bin/python"), "-m", "pip", "install", "--no-deps", "--quiet", str(source)]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    venv.create(place / "venv", symlinks=True)
+    build = {"PIP_BUILD_CONSTRAINT": Path(pinned()[1]).as_uri()} if pinned() else {}
+    done = subprocess.run(
+        [*pip_of(place), "install", "--no-deps", "--quiet", str(source)],
+        env={**os.environ, **build},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode and "flit" in done.stderr and "No matching distribution" in done.stderr:
         missing(f"flit_core cannot be had from the package index: {done.stderr[-300:]}")
     assert done.returncode == 0, done.stderr
     return place
 
 
+def pip_of(place: Path) -> list[str]:
+    """This environment's pip, at work on the virtual environment there, which has none."""
+    return [sys.executable, "-m", "pip", f"--python={place / 'venv/bin/python'}"]
+
+
 def test_installed_package(desk: Desk, plato: LocalPlato, installed: Path) -> None:
     python, program = str(installed / "venv/bin/python"), str(installed / "venv/bin/plato-sandbox")
     source = [python, str(installed / "source/plato_sandbox.py")]
     assert desk.good(command=[program, "--version"]).out == desk.good(command=[*source, "--version"]).out
-    listed = desk.good(command=[python, "-m", "pip", "show", "plato-sandbox"]).out
+    listed = desk.good(command=[*pip_of(installed), "show", "plato-sandbox"]).out
     assert f"\nVersion: {plato_sandbox.__version__}\n" in listed
     desk.good(command=[program, "start", "--from-config"])
     plato.wait_for_request("POST", "/heartbeat", count=2)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import BLANK, SIMULATOR, Desk, Result, eventually, is_running, living, missing
+from conftest import BLANK, ROOT, SIMULATOR, Desk, Result, eventually, is_running, living, missing
+from run import cache_directory, pinned, pins_mark
 from test_local_plato import Client
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(900)  # the first test of all installs the SDK
 
-SDK = "plato-sdk-v2==2.0.40"
-NEEDS = ("playwright",)  # the SDK imports it without saying that it needs it
 pytestmark = pytest.mark.long
 
 
@@ -35,21 +34,21 @@ def sdk_place() -> Path:
     name = f"plato-sdk-2.0.40-python{sys.version_info[0]}.{sys.version_info[1]}"
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
         return Path(sys.prefix) / name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "plato-sandbox-tests" / name
+    return cache_directory() / name
 
 
 def install_sdk(place: Path) -> str | None:
     """Make the virtual environment unless it is complete; why it could not be made, or None."""
-    complete = place / "complete"
-    if complete.exists():
+    complete, mark = place / "complete", pins_mark()
+    if complete.exists() and complete.read_text() == mark:
         return None
-    venv.create(place, with_pip=True, symlinks=True, clear=True)
-    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, SDK, *NEEDS], capture_output=True, text=True, check=False)
+    venv.create(place, symlinks=True, clear=True)
+    pip = [sys.executable, "-m", "pip", f"--python={place / 'bin' / 'python'}", "install", "--quiet"]
+    group = f"--group={ROOT / 'pyproject.toml'}:sdk"
+    done = subprocess.run([*pip, *pinned(), group], capture_output=True, text=True, check=False)
     if done.returncode:
-        return f"{SDK} cannot be installed: {done.stderr.strip()[-400:]}"
-    complete.touch()
+        return f"the SDK cannot be installed: {done.stderr.strip()[-400:]}"
+    complete.write_text(mark)
     return None
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PRODUCT = ROOT / "plato_sandbox.py"
 RELEASES = ("2.0.40", "2.187.0")
 NEWEST = RELEASES[-1]
-MISSING_PARTS = {"2.0.40": ["playwright"]}  # imported at its start, and not among its requirements
+GROUPS = {"2.0.40": ("sdk", "constraints.txt"), "2.187.0": ("newest-sdk", "constraints-newest-sdk.txt")}
 LIFETIME_SECONDS = "36000"  # of the SDKs' VMs; their default is shorter than a run
 BEAT_SECONDS = "3600"  # between heartbeats where they are not the question
 SERVER_PATIENCE_SECONDS = 86400  # without a heartbeat
@@ -180,8 +180,10 @@ def install(release: str, cache: Path) -> list[str]:
     if not program.exists():
         print(f"installing plato-sdk-v2 {release} into {place}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        packages = [f"plato-sdk-v2=={release}", *MISSING_PARTS.get(release, [])]
-        subprocess.run([str(place / "bin" / "pip"), "install", "-q", *packages], check=True)
+        group, pins = GROUPS[release]
+        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(ROOT / "tests" / pins)]
+        subprocess.run([*pip, "--upgrade", "pip"], check=True)
+        subprocess.run([*pip, f"--group={ROOT / 'pyproject.toml'}:{group}"], check=True)
     return [str(program), "sandbox"]
 
 
