@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import py_compile
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import BLANK, PRODUCT, ROOT, Desk, altered, is_running, living, missing
+from conftest import BLANK, PRODUCT, ROOT, Desk, altered, is_running, living, missing, part
 from localplato import LocalPlato
 from run import pinned
 
@@ -309,6 +310,41 @@ def test_file_runs_by_itself(desk: Desk) -> None:
         assert desk.good(command=command, environment=environment).out == version
     command = [sys.executable, "-m", "plato_sandbox", "--version"]
     assert desk.good(command=command, directory=place).out == version
+
+
+def test_children_compile_no_more_than_they_need(desk: Desk, plato: LocalPlato) -> None:
+    """Where no bytecode is kept: they do not look at what follows the part for them."""
+    copy = desk.place / "plato.py"
+    shutil.copy(PRODUCT, copy)
+    desk.environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    spoil = "text = open(product.__file__).read()\n"
+    spoil += f"product.__file__ = {str(copy)!r}; open(product.__file__, 'w').write(text + '\\n)\\n')"
+    desk.good(command=altered(spoil, *BLANK))
+    assert desk.run(command=[sys.executable, str(copy), "--help"]).code == 1
+    plato.wait_for_request("POST", "/heartbeat", count=2)
+    assert desk.ssh("echo there") == (0, "there\n", "")
+    assert not list(desk.place.rglob("*.pyc"))
+    desk.good("stop")
+    assert living(plato) == []
+
+
+def test_children_in_a_directory_that_cannot_be_written(desk: Desk, plato: LocalPlato) -> None:
+    """Bytecode is not kept there; an older one of the whole file is used."""
+    tools = desk.place / "tools"
+    tools.mkdir()
+    copy = Path(shutil.copy(PRODUCT, tools))
+    shut = f"mount --bind {tools} {tools} && mount -o remount,bind,ro {tools} && exec"
+    words = [part("unshare", "util-linux"), "--mount"] if os.geteuid() == 0 else []
+    words += ["sh", "-c", f'{shut if words else "chmod a-w " + str(tools) + " && exec"} "$@"', "sh"]
+    desk.good(command=[*words, sys.executable, str(copy), *BLANK])
+    connect = ["ssh", "-F", desk.state["ssh_config_path"], "-S", "none", desk.state["ssh_host"], "echo there"]
+    plato.wait_for_request("POST", "/heartbeat", count=2)
+    assert desk.run(command=[*words, *connect]) == (0, "there\n", "")
+    assert [path.name for path in tools.iterdir()] == [copy.name]
+    tools.chmod(0o755)
+    py_compile.compile(str(copy))
+    assert desk.run(command=[*words, *connect]) == (0, "there\n", "")
+    desk.good("stop")
 
 
 def test_relative_path_and_another_working_directory(desk: Desk, plato: LocalPlato) -> None:

@@ -32,7 +32,7 @@ RUNS = 10
 QUICK_RUNS = 2
 
 Number = Union[int, float]
-# Runs a file from its cached bytecode without site-packages, as the product runs itself for its children.
+# An interpreter without site-packages, as the product runs itself for its children.
 BARE = (sys.executable, "-I", "-S")
 ENTRY_POINT = """#!{python}
 import sys
