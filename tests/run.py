@@ -63,6 +63,7 @@ CHECKED = ["plato_sandbox.py", "tests"]
 # The pinned versions, and the groups of pyproject.toml that they are for.
 PINS = {"constraints.txt": ("test", "setup", "sdk"), "constraints-newest-sdk.txt": ("newest-sdk", "setup")}
 OLDEST_PYTHON = "3.9"
+SDK_GROUPS = {"2.0.40": ("sdk", "constraints.txt"), "2.187.0": ("newest-sdk", "constraints-newest-sdk.txt")}
 
 
 def main(arguments: list[str]) -> int:
@@ -122,6 +123,12 @@ def pinned(name: str = "constraints.txt") -> list[str]:
     if os.environ.get("PLATO_TESTS_LATEST"):
         return []
     return ["--constraint", str(ROOT / "tests" / name)]
+
+
+def sdk_words(release: str) -> list[str]:
+    """The words for `pip install` that bring a release of the SDK with all it needs, in pinned versions."""
+    group, name = SDK_GROUPS[release]
+    return [*pinned(name), f"--group={ROOT / 'pyproject.toml'}:{group}"]
 
 
 def pins_mark() -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import BLANK, ROOT, SIMULATOR, Desk, Result, eventually, is_running, living, missing
-from run import cache_directory, pinned, pins_mark
+from conftest import BLANK, SIMULATOR, Desk, Result, eventually, is_running, living, missing
+from run import cache_directory, pins_mark, sdk_words
 from test_local_plato import Client
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def install_sdk(place: Path) -> str | None:
         return None
     venv.create(place, symlinks=True, clear=True)
     pip = [sys.executable, "-m", "pip", f"--python={place / 'bin' / 'python'}", "install", "--quiet"]
-    group = f"--group={ROOT / 'pyproject.toml'}:sdk"
-    done = subprocess.run([*pip, *pinned(), group], capture_output=True, text=True, check=False)
+    done = subprocess.run([*pip, *sdk_words("2.0.40")], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"the SDK cannot be installed: {done.stderr.strip()[-400:]}"
     complete.write_text(mark)

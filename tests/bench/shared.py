@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
+from run import SDK_GROUPS, sdk_words
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -22,9 +24,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRODUCT = ROOT / "plato_sandbox.py"
-RELEASES = ("2.0.40", "2.187.0")
+RELEASES = tuple(SDK_GROUPS)
 NEWEST = RELEASES[-1]
-GROUPS = {"2.0.40": ("sdk", "constraints.txt"), "2.187.0": ("newest-sdk", "constraints-newest-sdk.txt")}
 LIFETIME_SECONDS = "36000"  # of the SDKs' VMs; their default is shorter than a run
 BEAT_SECONDS = "3600"  # between heartbeats where they are not the question
 SERVER_PATIENCE_SECONDS = 86400  # without a heartbeat
@@ -180,10 +181,9 @@ def install(release: str, cache: Path) -> list[str]:
     if not program.exists():
         print(f"installing plato-sdk-v2 {release} into {place}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        group, pins = GROUPS[release]
-        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(ROOT / "tests" / pins)]
-        subprocess.run([*pip, "--upgrade", "pip"], check=True)
-        subprocess.run([*pip, f"--group={ROOT / 'pyproject.toml'}:{group}"], check=True)
+        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "-q"]
+        subprocess.run([*pip, "--upgrade", "pip>=25.3"], check=True)  # an older one knows no groups
+        subprocess.run([*pip, *sdk_words(release)], check=True)
     return [str(program), "sandbox"]
 
 
