@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
     from localplato import LocalPlato
 
-pytestmark = pytest.mark.timeout(900)  # the first test of all installs the SDK
-
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the first test of all installs the SDK
 
 
 def sdk_place() -> Path:
