@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import yaml
 from localplato import LocalPlato
+from run import cache_directory, pins_mark, sdk_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -394,7 +395,6 @@ def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
 
 NEWEST_SDK = "2.187.0"
 SDK_HEARTBEAT = b"plato-sandbox-heartbeat"  # in the command line of a heartbeat of the newest release
-SDK_NEEDS = {"2.0.40": ("playwright",)}  # what a release imports without saying that it needs it
 SDK_SECONDS = 120.0
 # The newest release has the gateway's port 443 in its SSH config, whatever PLATO_GATEWAY_PORT says.
 SDK_OPENSSL = """\
@@ -414,9 +414,8 @@ def sdk_environment(version: str) -> Path:
     It is kept inside that of the tests, or in the user's cache.
     """
     name = f"plato-sdk-{version}-python{sys.version_info[0]}.{sys.version_info[1]}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plato-sandbox-tests"
     inside = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
-    place = (Path(sys.prefix) if inside else cache) / name
+    place = (Path(sys.prefix) if inside else cache_directory()) / name
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{place}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -428,16 +427,15 @@ def sdk_environment(version: str) -> Path:
 
 def install_sdk(place: Path, version: str) -> str | None:
     """Make the virtual environment unless it is complete; why it could not be made, or None."""
-    complete = place / "complete"
-    if complete.exists():
+    complete, mark = place / "complete", pins_mark()
+    if complete.exists() and complete.read_text() == mark:
         return None
-    venv.create(place, with_pip=True, symlinks=True, clear=True)
-    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    words = [*pip, f"plato-sdk-v2=={version}", *SDK_NEEDS.get(version, ())]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    venv.create(place, symlinks=True, clear=True)
+    pip = [sys.executable, "-m", "pip", f"--python={place / 'bin' / 'python'}", "install", "--quiet"]
+    done = subprocess.run([*pip, *sdk_words(version)], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"plato-sdk-v2 {version} cannot be installed: {done.stderr.strip()[-400:]}"
-    complete.touch()
+    complete.write_text(mark)
     return None
 
 
