@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,13 +9,23 @@ import signal
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import BLANK, SIMULATOR, Desk, Result, eventually, heartbeats, is_running, living, missing, part
+from conftest import (
+    BLANK,
+    SIMULATOR,
+    Desk,
+    NewestSdk,
+    Result,
+    eventually,
+    heartbeats,
+    is_running,
+    living,
+    part,
+)
 from test_flow import browser, flow, step, write_flows
 from test_local_plato import SESSIONS, Client
 
@@ -27,7 +36,6 @@ if TYPE_CHECKING:
 
     from localplato import LocalPlato
 
-SDK = "plato-sdk-v2==2.187.0"
 LEASE = 1800.0
 ROOT = "/home/plato/worktree"
 # The fields of a slot of 2.187.0 that a sandbox of ours knows nothing of.
@@ -616,38 +624,6 @@ def test_the_slots_never_leave(slot: Slot, desk: Desk) -> None:
 # ---------------------------------------------------------------------------
 
 
-def sdk_environment(place: Path) -> str | None:
-    """Make a virtual environment with the newest SDK unless it is complete; why it could not be, or None."""
-    complete = place / "complete"
-    if complete.exists():
-        return None
-    venv.create(place, with_pip=True, symlinks=True, clear=True)
-    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, SDK], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return f"{SDK} cannot be installed: {done.stderr.strip()[-400:]}"
-    complete.touch()
-    return None
-
-
-@pytest.fixture(scope="session")
-def newest_sdk() -> Path:
-    """The `bin` of a virtual environment that holds the newest SDK."""
-    if not (3, 11) <= sys.version_info < (3, 14):
-        missing(f"{SDK} is for Python 3.11 to 3.13")
-    name = f"plato-sdk-2.187.0-python{sys.version_info[0]}.{sys.version_info[1]}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plato-sandbox-tests"
-    inside = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
-    place = Path(sys.prefix) / name if inside else cache / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{place}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        problem = sdk_environment(place)
-    if problem is not None:
-        missing(problem)
-    return place / "bin"
-
-
 class Newest:
     """`plato sandbox` of the newest SDK at a desk."""
 
@@ -686,8 +662,8 @@ class Newest:
 
 
 @pytest.fixture
-def newest(desk: Desk, newest_sdk: Path) -> Iterator[Newest]:
-    yield Newest(desk, newest_sdk)
+def newest(desk: Desk, newest_sdk: NewestSdk) -> Iterator[Newest]:
+    yield Newest(desk, newest_sdk.bin)
     for path in desk.work.glob(".plato/sandboxes/*.json"):  # their heartbeat ends by itself, but later
         fields = json.loads(path.read_text())
         pid, session_id = fields.get("heartbeat_pid"), fields.get("session_id")
