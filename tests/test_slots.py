@@ -24,6 +24,7 @@ from conftest import (
     heartbeats,
     is_running,
     living,
+    missing,
     part,
 )
 from test_flow import browser, flow, step, write_flows
