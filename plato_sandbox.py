@@ -29,11 +29,14 @@ Environment
     PLATO_HEARTBEAT_INTERVAL_SECONDS    time between two heartbeats (15)
     PLATO_BROWSER                       the Chrome or Chromium that `flow` opens (one that is found)
     PLATO_SANDBOX_COMMAND               how a wrapper calls this tool, for the commands in its hints
+    PLATO_SANDBOX                       which of several sandboxes of `plato sandbox` is meant, as there
     PGPASSWORD, MYSQL_PWD               the password that an --database-url leaves out
     HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, NO_COLOR, TERM    with their usual meaning
 
 Files
     .sandbox.yaml            the sandbox of a directory: ids, address, SSH and heartbeat; no secret
+    .plato/                  the sandboxes of `plato sandbox`, used where there is no .sandbox.yaml; written
+                             there are only the artifact_id of a snapshot and the time of a `stop`
     .platoignore             what `sync` leaves out, in the syntax of .gitignore, at every level
     screenshots/             what the screenshot steps of flows make, beside the flows file
     test-results/            the report of `flow`, with pictures and traces (or --output)
@@ -143,6 +146,7 @@ RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})
 RETRY_ATTEMPTS = 4
 RETRY_WINDOW_SECONDS = 20.0
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
+MAX_TEXT_OF_OTHERS = 1024 * 1024
 SHORTEST_SECRET = 4  # hiding what is shorter would make nonsense of other words
 
 HEARTBEAT_START_SECONDS = 20.0
@@ -153,6 +157,7 @@ BEAT_URGENT_SECONDS = 150.0  # the server ends a VM 120 seconds after its last b
 BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
 BEAT_LOG_EVENTS = 100
 WAKE_SECONDS = 15.0
+LEASE_SECONDS = 900.0  # another client's heartbeat that ends sooner by itself is not relied on
 UNHEALTHY_BEATS = 4  # a last good beat older than this many intervals is worth a warning
 
 TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "timeout"})
@@ -322,6 +327,16 @@ def shown_path(path: str) -> str:
     return printable(path)
 
 
+def text_of_others(path: str) -> str:
+    """The text of a small file that another program wrote. OSError for a link, or a pipe that would block."""
+    import stat
+
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError("it is not a regular file")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_TEXT_OF_OTHERS)
+
+
 def from_here(path: str) -> str:
     """A path as people name it from the current directory, if it lies below that."""
     try:
@@ -386,7 +401,7 @@ class Settings:
         if not self.api_key:
             raise AuthenticationError(
                 "PLATO_API_KEY is not set, so Plato cannot know who is asking.",
-                hint="Set it in this shell: export PLATO_API_KEY=...",
+                hint=f"Set it in this shell: export PLATO_API_KEY={_key_in_dotenv() or '...'}",
             )
         if not self.api_key.isascii() or not self.api_key.isprintable():
             raise AuthenticationError(
@@ -394,6 +409,26 @@ class Settings:
                 hint="Copy the key again and set PLATO_API_KEY anew.",
             )
         return self.api_key
+
+
+# A line of a .env file with the key, in the syntax of `sed -E`, which Python reads the same way.
+_KEY_LINE = """^ *(export +)?PLATO_API_KEY *= *['\\"]?([^'\\" #]+).*"""
+
+
+def _key_in_dotenv() -> str | None:
+    """What takes the key out of .env here or in the home, in a shell's words, if one of them has it.
+
+    Other clients read these files. This one only looks whether there is such a line: a repository can bring
+    a .env of its own, so its key is used when the user says so.
+    """
+    for path in (".env", "~/.env"):
+        try:
+            text = text_of_others(os.path.expanduser(path))
+        except OSError:
+            continue
+        if any(re.match(_KEY_LINE, line) for line in text.splitlines()):
+            return f'"$(sed -nE "s/{_KEY_LINE}/\\2/p" {path} | tail -n 1)"'
+    return None
 
 
 def _number(source: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
@@ -2329,18 +2364,23 @@ def shell_words(words: Sequence[str]) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-# Runs a file as Python runs an imported one: from its cached bytecode. Compiling this one for every child
-# takes five times as long and six times the memory.
+# Runs a child of this file as Python runs an imported module: from its cached bytecode. Where none can be
+# written, it compiles no more of the file than children need; the whole takes four times as long and 25 MB.
 _RUN_FILE = (
     "import os, sys; from importlib.machinery import SourceFileLoader as Loader; sys.argv.pop(0); "
-    'os.path.exists(sys.argv[0]) or sys.exit(sys.argv[0] + " is not there any more."); '
-    'exec(Loader("plato_sandbox", sys.argv[0]).get_code("plato_sandbox"),'
-    ' {"__name__": "__main__", "__file__": sys.argv[0]})'
+    'path = sys.argv[0]; os.path.exists(path) or sys.exit(path + " is not there any more."); '
+    "kept = not sys.dont_write_bytecode and os.access(os.path.dirname(path), os.W_OK); "
+    'sys.dont_write_bytecode = not kept; file = Loader("plato_sandbox", path); '
+    'kept or setattr(file, "source_to_code", lambda text, path, **_: compile(text.partition('
+    'b"\\n# Children of this file need nothing below.")[0], path, "exec", dont_inherit=True)); '
+    'names = {"__name__": "plato_sandbox", "__file__": path}; '
+    'exec(file.get_code("plato_sandbox"), names); sys.exit(names["run_child"](sys.argv[1:]))'
 )
 
 
 def own_command(*arguments: str) -> list[str]:
-    """The command that runs this very file again, without the user's site-packages and PYTHON* variables."""
+    """The command that runs `run_child` of this very file, without the user's site-packages and PYTHON*
+    variables."""
     if not sys.executable:
         raise SandboxError(
             "The path of the Python interpreter is unknown, so the heartbeat and SSH could not be started.",
@@ -2354,12 +2394,22 @@ def cache_bytecode() -> None:
     """Have the bytecode of this file in Python's cache, if that can be, for the children started later."""
     from importlib.machinery import SourceFileLoader
 
-    SourceFileLoader("plato_sandbox", own_file()).get_code("plato_sandbox")
+    if not sys.dont_write_bytecode and os.access(os.path.dirname(own_file()), os.W_OK):
+        SourceFileLoader("plato_sandbox", own_file()).get_code("plato_sandbox")
 
 
 def own_file() -> str:
     """The absolute path of this file, symbolic links kept."""
     return os.path.abspath(__file__)
+
+
+def invocation(program: str, environment: Mapping[str, str]) -> str:
+    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
+    if environment.get("PLATO_SANDBOX_COMMAND"):
+        return environment["PLATO_SANDBOX_COMMAND"]
+    if program.endswith(".py"):
+        return shell_words(["python3", program])
+    return shell_words([os.path.basename(program) or PROGRAM])
 
 
 def process_start_mark(pid: int) -> str | None:
@@ -2611,7 +2661,9 @@ def state_path(directory: str) -> str:
 
 
 def load_state(directory: str) -> dict[str, Any] | None:
-    """The state of a directory's sandbox (the keys of the specification), or None without a file.
+    """The state of a directory's sandbox (the keys of the specification), or None without one.
+
+    It is in .sandbox.yaml, or in a slot of `plato sandbox`; then `slot_path` says which file is theirs.
 
     StateError for a file that cannot be read, was cut off, or holds no sandbox. A state with `starting`
     and without `session_id` is what a `start` leaves that died before Plato answered it.
@@ -2621,7 +2673,7 @@ def load_state(directory: str) -> dict[str, Any] | None:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except FileNotFoundError:
-        return None
+        return load_slot(directory)
     except UnicodeDecodeError:
         raise damaged_state(path, "it is not text", "") from None
     except OSError as error:
@@ -2650,6 +2702,7 @@ def parse_state(text: str, path: str) -> dict[str, Any]:
         raise damaged_state(path, f"its {wrong[0]} is not a text", text)
     if state.get("ssh_host") and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", state["ssh_host"]):
         raise damaged_state(path, "its ssh_host is not the name of a host", text)
+    state.pop("slot_path", None)  # nothing is written where such a file says
     return state
 
 
@@ -2665,8 +2718,8 @@ def _is_text(value: Any) -> bool:
 
 
 def damaged_state(path: str, why: str, text: str) -> StateError:
-    """The error for a .sandbox.yaml that cannot be trusted; its hint says how to stop the VM all the same."""
-    found = re.search(r"^session_id: ['\"]?([A-Za-z0-9_-]+)['\"]?$\n", text, re.MULTILINE)
+    """The error for a record that cannot be trusted; its hint says how to stop the VM all the same."""
+    found = re.search(r"^ *\"?session_id\"?: ['\"]?([A-Za-z0-9_-]+)['\"]?,?$\n", text, re.MULTILINE)
     name = found[1] if found else "ID"
     return StateError(
         f"{shown_path(path)} is damaged: {why}. Nothing was changed; a VM may still be running.",
@@ -2676,6 +2729,88 @@ def damaged_state(path: str, why: str, text: str) -> StateError:
 
 def stop_by_id_hint(session_id: str) -> str:
     return f"To stop the VM: {PROGRAM} stop --session-id {session_id}. Then remove the file."
+
+
+# The fields of a slot that are texts, by their names here. No address and no command is taken from there.
+_SLOT_TEXTS = {
+    **{name: name for name in ("session_id", "job_id", "mode", "dataset", "artifact_id", "provider")},
+    **dict.fromkeys(("url", "public_url"), "public_url"),
+    "service": "simulator_name",
+    "plato_config_path": "plato_config_path",
+    "ssh_private_key_path": "ssh_key_path",
+}
+
+
+def load_slot(directory: str) -> dict[str, Any] | None:
+    """The state of the sandbox that `plato sandbox` 2.121 or newer started in a directory, or None.
+
+    It is the one that PLATO_SANDBOX or .plato/current names, else the only one that was not stopped.
+    ConflictError for several. Before 2.121, .plato/state.json was the only slot; since then it is a link.
+    """
+    import glob
+
+    place = os.path.join(directory, ".plato")
+    found = glob.escape(place)
+    paths = sorted(glob.glob(f"{found}/sandboxes/*.json")) or glob.glob(f"{found}/state.json")
+    pinned = os.environ.get("PLATO_SANDBOX")
+    try:
+        name = pinned or text_of_others(os.path.join(place, "current")).strip()
+    except OSError:
+        name = ""
+    slots = {os.path.basename(path)[: -len(".json")]: read_slot(path, directory) for path in paths}
+    live = {slot: state for slot, state in slots.items() if state}
+    if name in live or pinned:
+        return live.get(name)
+    if len(live) > 1:
+        raise ConflictError(
+            f"`plato sandbox` has several sandboxes in {shown_path(directory)}: {', '.join(live)}.",
+            hint="Choose one: `plato sandbox use NAME`, or set PLATO_SANDBOX=NAME.",
+        )
+    return next(iter(live.values()), None)
+
+
+def read_slot(path: str, directory: str) -> dict[str, Any] | None:
+    """A slot in the words of .sandbox.yaml; None for what holds no running sandbox; StateError if damaged."""
+    import json
+
+    text = ""
+    try:
+        text = text_of_others(path)
+        slot = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged_state(path, reason(error), text) from None
+    if not isinstance(slot, dict) or not slot.get("session_id") or not slot.get("job_id"):
+        return None  # a `start` of theirs has no more than its name yet
+    if slot.get("stopped_at"):
+        return None
+    state: dict[str, Any] = {name: slot.get(theirs) or "" for name, theirs in _SLOT_TEXTS.items()}
+    for name, value in state.items():
+        if not isinstance(value, str) or not value.isprintable():
+            raise damaged_state(path, f"its {_SLOT_TEXTS[name]} is not a plain text", text)
+    for name in ("created_at", "expires_at"):
+        if type(slot.get(name)) in (int, float) and 0 <= slot[name] < 1e10:
+            state[name] = utc_text(slot[name])
+    if state["plato_config_path"]:
+        state["plato_config_path"] = os.path.join(directory, state["plato_config_path"])
+    key = os.path.realpath(os.path.join(directory, state["ssh_private_key_path"]))
+    is_theirs = os.path.dirname(key) == os.path.join(os.path.realpath(directory), ".plato")
+    state["ssh_private_key_path"] = key if is_theirs and os.path.isfile(key) else None
+    state.update(heartbeat_pid=whole_number(slot.get("heartbeat_pid")), directory=directory, slot_path=path)
+    state["attached"] = bool(slot.get("attached"))
+    return {name: value for name, value in state.items() if value}
+
+
+def update_slot(state: Mapping[str, Any], **changes: Any) -> None:
+    """Change fields of the slot of a state; the others stay, and so does that of another session."""
+    import json
+
+    path = state["slot_path"]
+    try:
+        slot = json.loads(text_of_others(path))
+        if slot.get("session_id") == state["session_id"]:
+            write_whole(path, json.dumps({**slot, **changes}, indent=2))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{shown_path(path)} cannot be written: {reason(error)}.") from None
 
 
 def save_state(directory: str, state: Mapping[str, Any]) -> None:
@@ -2782,6 +2917,11 @@ def make_home(home: str) -> None:
             f"{shown_path(home)} cannot be used for SSH files and heartbeat records: {reason(error)}.",
             hint="Make it a directory that only you can write to, or set PLATO_HOME to another one.",
         ) from None
+
+
+def utc_text(seconds: float) -> str:
+    """A time as ISO 8601 in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(seconds))
 
 
 def short_id(session_id: str) -> str:
@@ -3718,6 +3858,11 @@ def repair_ssh_config(state: Mapping[str, Any], settings: Settings, reporter: Re
     files = SshFiles(settings.home, state["session_id"])
     if path != files.config:
         return  # another client's
+    if "slot_path" in state:
+        make_home(settings.home)
+        files.key = state["ssh_private_key_path"]
+        write_ssh_config(settings, files, job_id, "plato" if state.get("provider") == "qemu" else "root")
+        return
     try:
         with open(path, encoding="utf-8") as file:
             written = file.read()
@@ -3778,6 +3923,16 @@ def gateway_stream(host: str, port: int, target: str, ca_file: str | None) -> No
         return  # either side hung up, which is how these connections end
     finally:
         stream.close()
+
+
+def run_gateway_stream(arguments: Sequence[str]) -> int:
+    """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
+    values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
+    if len(arguments) % 2 == 0 or not {"--host", "--port"} <= set(values) or not values["--port"].isdigit():
+        raise UsageError("gateway-stream is for the ProxyCommand of the SSH configs written by `start`.")
+    ca_file = values.get("--ca-file") or os.environ.get("SSL_CERT_FILE") or None
+    gateway_stream(values["--host"], int(values["--port"]), arguments[-1], ca_file)
+    return 0
 
 
 def _speak_through_ssh() -> bool:
@@ -4135,11 +4290,6 @@ def heartbeat_alive(path: str) -> bool:
         os.close(handle)
 
 
-def utc_text(seconds: float) -> str:
-    """A time as ISO 8601 in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(seconds))
-
-
 class BeatOutcome:
     """What one beat came to: good; gone (the VM ended), and what was said, for the record."""
 
@@ -4206,6 +4356,7 @@ class Heartbeat:
         self.session_id: str = task["session_id"]
         self.job_id: str | None = task["job_id"]
         self.directory: str = task["directory"]
+        self.slot_path: str | None = task.get("slot_path")
         self.interval: float = task["interval"]
         self.record = record
         self.failures = 0
@@ -4255,22 +4406,23 @@ class Heartbeat:
         """Why this heartbeat is no longer wanted, or None. A file that cannot be read is no reason."""
         if not self.record.is_ours():
             return "its record was taken away"
+        path = self.slot_path or state_path(self.directory)
         try:
-            status = os.stat(state_path(self.directory))
+            status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
-            return f"{STATE_FILE} was removed"
+            return f"{os.path.basename(path)} was removed"
         except OSError:
             return None
         seen = (status.st_mtime_ns, status.st_ino, status.st_size)
         if seen == self._seen:
             return None
         try:
-            state = load_state(self.directory)
+            state = read_slot(path, self.directory) if self.slot_path else load_state(self.directory)
         except SandboxError:
             return None
         self._seen = seen
         if state is None or state.get("session_id") != self.session_id:
-            return f"{STATE_FILE} names another sandbox"
+            return f"{os.path.basename(path)} names another sandbox, or none"
         return None
 
 
@@ -4322,6 +4474,7 @@ def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str
         "session_id": state["session_id"],
         "job_id": state.get("job_id"),
         "directory": directory,
+        "slot_path": state.get("slot_path"),
         "interval": settings.heartbeat_seconds,
         "record": heartbeat_path(settings.home, state["session_id"]),
         "ca_file": settings.ca_file,
@@ -4375,7 +4528,8 @@ def _tell_and_hear(child: subprocess.Popen[bytes], task: bytes) -> bytes:
 def heartbeat_health(settings: Settings, state: Mapping[str, Any], now: float) -> dict[str, Any]:
     """What is known of a sandbox's heartbeat, for `status`.
 
-    state: ok, degraded (alive, but the last good beat is long ago), dead, or expired (ended with the VM);
+    state: ok, degraded (alive, but the last good beat is long ago), ending (that of another client, which
+    ends at the time in its slot), dead, or expired (ended with the VM);
     pid; last_ok and last_error_at as ISO 8601 or None; last_error; failures in a row.
     """
     path = heartbeat_path(settings.home, state.get("session_id") or "")
@@ -4387,7 +4541,8 @@ def heartbeat_health(settings: Settings, state: Mapping[str, Any], now: float) -
         fresh = now - (last_ok or truth.get("started") or 0) <= limit
         word = "ok" if fresh else "degraded"
     elif not truth and other_heartbeat_alive(state):
-        word = "ok"
+        ends_soon = (state.get("expires_at") or "z") < utc_text(now + LEASE_SECONDS)
+        word = "ending" if ends_soon else "ok"
     else:
         word = "expired" if truth.get("ended") == "the VM is gone" else "dead"
     return {
@@ -4409,11 +4564,12 @@ def ensure_heartbeat(
     if health["state"] == "degraded":
         why = f": {health['last_error']}" if health["last_error"] else ""
         reporter.warn(f"The heartbeat has had no good beat since {health['last_ok'] or 'its start'}{why}.")
-    if health["state"] != "dead":
+    if health["state"] not in ("dead", "ending"):
         return None
     make_home(settings.home)
     pid = spawn_heartbeat(settings, state, directory, reporter)
-    reporter.warn(f"The heartbeat was not running; it was started again (PID {pid}).")
+    why = "of the other client ends soon" if health["state"] == "ending" else "was not running"
+    reporter.warn(f"The heartbeat {why}; it was started again (PID {pid}).")
     return pid
 
 
@@ -4461,6 +4617,24 @@ def _ended_within(path: str, pid: int, seconds: float) -> bool:
     except ChildProcessError:
         pass
     return True
+
+
+def run_child(arguments: Sequence[str]) -> int:
+    """The hidden commands that `own_command` starts, the heartbeat and the ProxyCommand."""
+    if arguments[0] == "heartbeat-child":
+        return heartbeat_child()
+    try:
+        return run_gateway_stream(arguments[1:])
+    except SandboxError as error:
+        hint = (error.hint or "").replace(f"`{PROGRAM} ", f"`{invocation(own_file(), os.environ)} ")
+        lines = [f"Error: {error.message}", *([hint] if hint else [])]
+        os.write(2, "".join(printable(line) + "\n" for line in lines).encode("utf-8", "replace"))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+# Children of this file need nothing below.
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6140,10 +6314,10 @@ class PartUpload:
 
 
 class SyncLock:
-    """The kernel's lock on a directory's .sandbox.yaml: syncs of one sandbox take turns."""
+    """The kernel's lock on the file that records a sandbox: syncs of one sandbox take turns."""
 
-    def __init__(self, directory: str, reporter: Reporter, seconds: float) -> None:
-        self._path = state_path(directory)
+    def __init__(self, sandbox: SandboxBase, reporter: Reporter, seconds: float) -> None:
+        self._path = sandbox.state.get("slot_path") or state_path(sandbox.directory)
         self._reporter = reporter
         self._seconds = seconds
         self._handle = -1
@@ -6245,7 +6419,7 @@ class Syncer:
     def run(self) -> dict[str, Any]:
         """Sync once; what was done, as `Sandbox.sync` tells it."""
         started = time.monotonic()
-        with SyncLock(self.sandbox.directory, self.reporter, self.options.timeout):
+        with SyncLock(self.sandbox, self.reporter, self.options.timeout):
             report = self._run_by_any_way()
         report["seconds"] = round(time.monotonic() - started, 3)
         return report
@@ -7440,7 +7614,7 @@ class ServiceStarter:
         report: dict[str, Any] = {"via": self.options.via, "path": self.target}
         try:
             if self.options.via == "git":
-                with SyncLock(self.sandbox.directory, self.reporter, GIT_SECONDS):
+                with SyncLock(self.sandbox, self.reporter, GIT_SECONDS):
                     report.update(self._bring_by_git())
             else:
                 report.update(self._bring_by_sync())
@@ -11476,6 +11650,14 @@ class Sandbox(SandboxBase):
                 hint=f"Start one: {PROGRAM} start --from-config (or --simulator, --artifact-id, --blank)",
             )
         self._check_base_url(state)
+        if state.get("attached"):
+            raise ConflictError(
+                "The VM here is in a session that has other VMs too, and this tool would end them all.",
+                hint="Use `plato sandbox`, which attached it to that session.",
+            )
+        if "slot_path" in state and "ssh_private_key_path" in state:  # their config could run anything here
+            files = SshFiles(self.settings.home, state["session_id"])
+            state.update(ssh_host=files.host, ssh_config_path=files.config)
         if not self.state:
             self._tell_of_copy(state)
         self.state = state
@@ -11508,12 +11690,19 @@ class Sandbox(SandboxBase):
 
     @staticmethod
     def _is_ours(state: Mapping[str, Any]) -> bool:
-        return "expires_at" in state  # `plato` 2.0.x records neither this nor its base URL
+        # `plato` 2.0.x records neither this nor its base URL, and newer ones no base URL.
+        return "expires_at" in state and "slot_path" not in state
 
     def save(self, **changes: Any) -> None:
-        """Change fields of the state (None removes one) and write .sandbox.yaml."""
+        """Change fields of the state (None removes one) and write .sandbox.yaml.
+
+        Another client's record learns of a new artifact alone, since its other tools look for that there.
+        """
         self.state = {key: value for key, value in {**self.state, **changes}.items() if value is not None}
-        save_state(self.directory, self.state)
+        if "slot_path" not in self.state:
+            save_state(self.directory, self.state)
+        elif "artifact_id" in changes:
+            update_slot(self.state, artifact_id=changes["artifact_id"])
 
     # What the VM is doing
 
@@ -12061,7 +12250,7 @@ class Sandbox(SandboxBase):
         """Take up this directory's state if it is of that session; another or a damaged one is left alone."""
         try:
             state = load_state(self.directory)
-        except StateError as error:
+        except SandboxError as error:
             self.reporter.warn(error.message)
             return
         if state is not None and state.get("session_id") == session_id:
@@ -12097,8 +12286,11 @@ class Sandbox(SandboxBase):
         remove_tree(git_store_path(self.settings.home, session_id))
         self._remove_foreign_ssh_files(state)
         _unlink_quietly(heartbeat_path(self.settings.home, session_id))
-        if self.state.get("session_id") == session_id:
-            remove_state(self.directory)  # last: what a killed `stop` leaves is still on record
+        if self.state.get("session_id") == session_id:  # last: what a killed `stop` leaves is still on record
+            if "slot_path" in self.state:
+                update_slot(self.state, stopped_at=time.time())
+            else:
+                remove_state(self.directory)
         self.state = {}
 
     def _remove_foreign_ssh_files(self, state: Mapping[str, Any]) -> None:
@@ -12134,6 +12326,7 @@ def plan_audit(
         if not direct:
             raise
     config = sandbox._config(None, dataset, stored=bool(state))
+    repair_ssh_config(state, sandbox.settings, sandbox.reporter)
     listeners = []
     for name, fields in _audit_listeners(config, listener).items():
         kind, port = fields.get("db_type"), AuditTable(name, fields).port
@@ -12353,6 +12546,8 @@ class Starter:
                 raise report["error"] or live_sandbox_error(state)
             self.reporter.note("The sandbox that was recorded here is gone; its files are removed.")
             self.sandbox.close_session(session_id)
+            if "slot_path" in state:
+                self.sandbox.state = {}  # so that another client's record stays as it is
             self.sandbox.clean_up(state)
         self.sandbox.state = {}
 
@@ -13003,6 +13198,7 @@ def sandbox_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield "Created", report.get("created_at")
     yield "Ends at", report.get("expires_at")
     yield "SSH", ssh_command(report, shown=True)
+    yield "Slot", shown_path(report.get("slot_path", ""))
 
 
 def run_status(sandbox: Sandbox) -> dict[str, Any]:
@@ -13016,7 +13212,7 @@ def status_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield from sandbox_lines(report)
     health = report["heartbeat"]
     pid, now = health["pid"], time.time()
-    if health["state"] in ("ok", "degraded"):
+    if health["state"] in ("ok", "degraded", "ending"):
         yield "Heartbeat", "running", "good" if health["state"] == "ok" else "warn", f" (PID: {pid})"
     elif pid:
         yield "Heartbeat", "stopped", "bad", f" (PID: {pid} not found)"
@@ -13627,8 +13823,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unfit:
         print(unfit, file=sys.stderr)
         return 1
-    if arguments[:1] == ["heartbeat-child"]:
-        return heartbeat_child()
+    if arguments[:1] in (["heartbeat-child"], ["gateway-stream"]):
+        return run_child(arguments)
     open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -13682,16 +13878,8 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
-def invocation(program: str, environment: Mapping[str, str]) -> str:
-    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
-    words = ["python3", program] if program.endswith(".py") else [os.path.basename(program) or PROGRAM]
-    return environment.get("PLATO_SANDBOX_COMMAND") or shell_words(words)
-
-
 def run(arguments: Sequence[str], output: Output) -> int:
     """Parse the command line and run its command; whatever goes wrong is an exception."""
-    if arguments[:1] == ["gateway-stream"]:
-        return run_gateway_stream(arguments[1:])
     if arguments[:1] == ["audit-server"]:
         return run_audit_server(arguments[1:])
     name = command_word(arguments)
@@ -13754,16 +13942,6 @@ def flush_result() -> None:
             f"The result could not be written to standard output: {reason(error)}.",
             hint=f"What was asked for is done; `{PROGRAM} status` shows how things are.",
         ) from None
-
-
-def run_gateway_stream(arguments: Sequence[str]) -> int:
-    """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
-    values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
-    if len(arguments) % 2 == 0 or not {"--host", "--port"} <= set(values) or not values["--port"].isdigit():
-        raise UsageError("gateway-stream is for the ProxyCommand of the SSH configs written by `start`.")
-    ca_file = values.get("--ca-file") or os.environ.get("SSL_CERT_FILE") or None
-    gateway_stream(values["--host"], int(values["--port"]), arguments[-1], ca_file)
-    return 0
 
 
 def run_audit_server(arguments: Sequence[str]) -> int:

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 else:
     product = importlib.import_module("plato_sandbox")
 
-from test_yaml import exact, oracle_load  # noqa: E402  (after the instrumentation)
+from test_yaml import exact, oracle_load, sorted_form  # noqa: E402  (after the instrumentation)
 
 CONFIG = """service: taskboard
 datasets:
@@ -89,6 +89,16 @@ ANSWERS: list[Any] = [
 ]
 RECORD = {"session_id": "s", "pid": 12, "start_mark": "1 2", "interval": 30.0, "beats": 3, "last_ok": 1.7e9}
 RECORD.update(last_error="e", last_error_at=1.7e9, failures=2, ended="the VM is gone", started=1.7e9)
+SLOT: dict[str, Any] = {
+    "name": "x",
+    "session_id": "5e55-1",
+    "job_id": JOB,
+    "mode": "config",
+    "simulator_name": "taskboard",
+}
+SLOT.update(public_url="http://x.test/?a=b", dataset="base", provider="qemu", plato_config_path="p.yml")
+SLOT.update(ssh_key_path=".plato/ssh_key_x_545bdce1", heartbeat_pid=4194303, timeout=1800.0, stopped_at=None)
+SLOT.update(created_at=1.7e9, expires_at=1.7e9, artifact_id=None, attached=False)
 RULES = (
     b"# c\n*.py[co]\n!keep\n/build/\na/**/b\n**/x\n\\#y\n[!a-z]*\n[[:alpha:]]?\ndoc/*.txt\nt \\ \n\0a/b/x.pyc"
 )
@@ -133,22 +143,13 @@ def fuzz_yaml(data: bytes) -> None:
         theirs = oracle_load(text)
     except Exception:  # noqa: BLE001  (what PyYAML cannot read is no witness)
         theirs = value
-    assert exact(value) == exact(theirs), (value, theirs)
+    form = sorted_form if "<<" in text else exact  # PyYAML's releases order merged keys differently
+    assert form(value) == form(theirs), (value, theirs)
     try:
         written = product.yaml_dump(value)
     except product.SandboxError:  # a key that takes more room as it is written than as it was read
         return
-    assert sorted_exact(product.yaml_load(written)) == sorted_exact(value)
-
-
-def sorted_exact(value: Any) -> Any:
-    """As `exact`, but the order of keys does not count: the writer sorts them."""
-    if isinstance(value, dict):
-        pairs = [[exact(key), sorted_exact(item)] for key, item in value.items()]
-        return ["dict", *sorted(pairs, key=repr)]
-    if isinstance(value, list):
-        return ["list", *map(sorted_exact, value)]
-    return exact(value)
+    assert sorted_form(product.yaml_load(written)) == sorted_form(value)
 
 
 def fuzz_config(data: bytes) -> None:
@@ -395,6 +396,28 @@ def fuzz_state(data: bytes) -> None:
         told(lambda output: product.show_heartbeat(health, time.time(), output))
 
 
+def fuzz_slot(data: bytes) -> None:
+    path = "/nowhere/.plato/sandboxes/x.json"
+    product.text_of_others = lambda _: data.decode("utf-8", "replace")
+    settings = product.Settings(home="/nowhere")
+    try:
+        state = product.read_slot(path, "/nowhere")
+        if state is None:
+            return
+        files = product.SshFiles(settings.home, state["session_id"])
+        product.ssh_config_text(settings, files, state["job_id"], "root")
+        product.default_target(state)
+    except product.SandboxError as error:
+        harmless(error.message)
+        return
+    assert all(os.path.dirname(path) == settings.home for path in files.all())
+    assert "ssh_private_key_path" not in state
+    json.dumps(state, allow_nan=False).encode()
+    told(lambda output: product.show_sandbox(state, output))
+    health = product.heartbeat_health(settings, state, time.time())
+    told(lambda output: product.show_heartbeat(health, time.time(), output))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     name[5:]: function for name, function in globals().items() if name.startswith("fuzz_")
 }
@@ -428,6 +451,7 @@ def corpus(name: str) -> list[bytes]:
             b"sessions\0" + files["plato-config.yml"],
             b"\0" + CONFIG.encode(),
         ],
+        "slot": [json.dumps(SLOT, indent=2).encode(), b'{"claimed_by_pid": 1}'],
         "state": [
             (state + product.STATE_LAST_LINE).encode() + b"\0" + json.dumps(RECORD).encode(),
             b"session_id: abc123-d\nssh_host: sandbox-1\nssh_config_path: ~/.plato/x\nheartbeat_pid: 5\n\0{}",

@@ -319,6 +319,31 @@ def test_text_of_the_record(sandbox: tuple[Desk, LocalPlato], shown: Shower) -> 
     shown(desk, "status")
 
 
+SLOT_TEXTS = (
+    *("session_id", "job_id", "mode", "dataset", "artifact_id", "provider", "public_url", "simulator_name"),
+    *("plato_config_path", "ssh_key_path"),
+)
+
+
+@pytest.mark.soak
+def test_text_of_another_clients_record(sandbox: tuple[Desk, LocalPlato], shown: Shower) -> None:
+    desk, _ = sandbox
+    fields = {name: desk.state[name] for name in ("session_id", "job_id", "mode")}
+    desk.state_file.unlink()
+    slots = desk.work / ".plato" / "sandboxes"
+    slots.mkdir(parents=True)
+    for name in SLOT_TEXTS:
+        (slots / "x.json").write_text(json.dumps({**fields, name: NASTY}))
+        for words in (["status"], ["sync"], ["stop"], BLANK):
+            shown(desk, *words, say="x.json is damaged")
+    (slots / "x.json").write_text(json.dumps({**fields, NASTY: NASTY, "created_at": NASTY}))
+    shown(desk, "status", say="x.json")
+    (slots / f"{NASTY_NAME}.json").write_text(json.dumps(fields))
+    shown(desk, "status")
+    (slots / "x.json").unlink()
+    shown(desk, "status")
+
+
 def nasty_config(desk: Desk) -> dict[str, Any]:
     """The example config with a nasty name for everything that has one."""
     config = yaml.safe_load((desk.work / "plato-config.yml").read_text())
