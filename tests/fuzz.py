@@ -135,10 +135,12 @@ def fuzz_yaml(data: bytes) -> None:
         theirs = value
     assert exact(value) == exact(theirs), (value, theirs)
     try:
-        written = product.yaml_dump(value)
-    except product.SandboxError:  # a key that takes more room as it is written than as it was read
-        return
-    assert sorted_exact(product.yaml_load(written)) == sorted_exact(value)
+        again = product.yaml_load(product.yaml_dump(value))
+    except product.YamlError as error:  # a key that takes more room as it is written than as it was read
+        if "longer than" in error.message:
+            return
+        raise
+    assert sorted_exact(again) == sorted_exact(value)
 
 
 def sorted_exact(value: Any) -> Any:
