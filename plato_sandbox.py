@@ -572,9 +572,14 @@ class YamlNode:
         """The column where the node starts, from 1, in characters."""
         return self._reader.indent(self.start) + 1
 
-    def get(self, key: object) -> YamlNode | None:
-        """The value's node of a mapping's key; None when there is no such key, or the node is no mapping."""
-        return self.value[key][1] if isinstance(self.value, dict) and key in self.value else None
+    def get(self, *keys: object) -> YamlNode | None:
+        """The value's node of a mapping's key (of that one's next key ...); None where there is none."""
+        node = self
+        for key in keys:
+            if not isinstance(node.value, dict) or key not in node.value:
+                return None
+            node = node.value[key][1]
+        return node
 
     def key(self, key: object) -> YamlNode | None:
         """The node of the key itself."""
@@ -600,12 +605,16 @@ class YamlNode:
             return [item.plain() for item in self.value]
         return self.value
 
+    def parts(self) -> list[YamlNode]:
+        """The items, or the values without their keys; nothing for a scalar."""
+        return [*self.items(), *(value for _, value in self.pairs())]
+
     def weight(self) -> tuple[int, int]:
         """How many characters it takes with its aliases written out, and how deep its collections nest."""
-        parts = [part.weight() for part in (*self.items(), *(value for _, value in self.pairs()))]
         if not isinstance(self.value, (list, dict)):
             return self.end - self.start + 1, 0
-        return sum(size for size, _ in parts) + 1, max((height for _, height in parts), default=0) + 1
+        weights = [part.weight() for part in self.parts()]
+        return sum(size for size, _ in weights) + 1, max((height for _, height in weights), default=0) + 1
 
     def error(self, message: str) -> YamlError:
         """An error, to be raised by the caller, that points at this node."""
@@ -1067,110 +1076,274 @@ def yaml_items(margin: str, values: Sequence[Any]) -> list[str]:
 
 
 class ConfigError(CheckFailedError):
-    """A config that cannot be used. problems: one `file:line:column: what is wrong` each."""
+    """A config that cannot be used. problems: one `file:line:column: what is wrong` each, for the message."""
 
     code = "config_invalid"
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
-        self.problems = [printable(problem) for problem in problems]
-        self.message = "\n".join([self.message, *self.problems])
+        self.message = "\n".join([self.message, *map(printable, problems)])
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the known one that was meant, or all of them."""
+    close = closest(word, known)
+    return f"; did you mean `{close}`?" if close else f"; there are: {_listed(known) or 'none'}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant, or None."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 3, 0.7)
+    found.sort(key=lambda name: sorted(name) != sorted(word))  # "strat" is "start", not "state"
+    return found[0] if found else None
+
+
+if TYPE_CHECKING:
+    Fields = Mapping[str, Any]  # of a mapping: the schema of each field, as `Checker` takes it
 
 
 class Field:
-    """What a field of the API's models may hold (source: the models of `setup-sandbox`).
+    """What a value may be: `fits` judges its node, `words` say it behind "it must be".
 
-    kind: integer, text, boolean, texts (list of text), value (text, whole number or boolean), or any;
-    low/high: bounds of an integer;
-    choices: the only texts allowed; nullable: whether it may be left empty.
+    choices: the only texts that it may be, one of which may have been meant.
     """
 
-    __slots__ = ("choices", "high", "kind", "low", "nullable", "required")
-
-    def __init__(
-        self,
-        kind: str,
-        low: int | None = None,
-        high: int | None = None,
-        *,
-        choices: tuple[str, ...] = (),
-        required: bool = False,
-        nullable: bool = True,
-    ) -> None:
-        self.kind = kind
-        self.low = low
-        self.high = high
+    def __init__(self, words: str, fits: Callable[[YamlNode], object], choices: Sequence[str] = ()) -> None:
+        self.words = words
+        self.fits = fits
         self.choices = choices
-        self.required = required
-        self.nullable = nullable and not required
 
 
-_TEXT, _TEXTS, _ANY, _BOOLEAN = Field("text"), Field("texts"), Field("any"), Field("boolean")
+class Needed:
+    """The schema of a field that must be there and must not be empty."""
+
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
+
+
+def whole_number(value: Any) -> int | None:
+    """An int, or a float or text that the API's models take for one; None for anything else."""
+    return int(float(value)) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}(\.0*)?\s*", str(value)) else None
+
+
+def _integer(low: int, high: int | None = None) -> Field:
+    def fits(node: YamlNode) -> bool:
+        number = whole_number(node.value)
+        return number is not None and low <= number and (high is None or number <= high)
+
+    return Field(f"a whole number, at least {low}" + (f", at most {high}" if high else ""), fits)
+
+
+def _choice(*words: str) -> Field:
+    return Field(f"one of: {_listed(words)}", lambda node: node.value in words, words)
+
+
+def _text(words: str, fits: Callable[[str], object] = lambda text: True) -> Field:
+    return Field(words, lambda node: isinstance(node.value, str) and fits(node.value))
+
+
+_TEXT = _text("a text (quotes make one)")
+_FILLED = Needed(_text("a text that is not blank", str.strip))
+_NAME = _text("letters, digits, '.', '_' and '-'", re.compile(SERVICE_NAME).fullmatch)
+_TABLE = _text("a table name or {table: NAME, columns: [..]}")
+_PATH = _text("a path in the screenshots folder", lambda text: text.strip() and is_inside(text))
+_BOOLEAN = Field("true or false", lambda node: isinstance(node.value, bool))
+_NUMBER = Field(
+    "a number that Plato can be sent",
+    lambda node: not isinstance(node.value, float) or node.value - node.value == 0,
+)
+_UNSEEN = Field("anything", lambda node: True)
+_VALUE = Field(
+    "a text, a whole number, or true or false (quotes make a text)",
+    lambda node: isinstance(node.value, (str, int)),
+)
+_PORT = _integer(0, 65535)
+_COUNT = _integer(0)
+_TEXTS = [_TEXT]
+
+
+def _of_kind(node: YamlNode, name: str, kinds: Mapping[str, Fields], default: str = "") -> Fields:
+    """The further fields of a mapping, by its kind, which its field `name` says; any for an unknown kind."""
+    kind = node.get(name)
+    return kinds.get(str(default if kind is None or kind.value is None else kind.value), {"*": None})
+
+
+# The fields of the API's models (source: those of `setup-sandbox`), as `Checker` takes them.
 
 COMPUTE_FIELDS = {
-    "cpus": Field("integer", *CPUS_RANGE),
-    "memory": Field("integer", *MEMORY_RANGE_MB),
-    "disk": Field("integer", *DISK_RANGE_MB),
-    "app_port": Field("integer", 0, 65535),
-    "plato_messaging_port": Field("integer", 0, 65535),
+    "cpus": _integer(*CPUS_RANGE),
+    "memory": _integer(*MEMORY_RANGE_MB),
+    "disk": _integer(*DISK_RANGE_MB),
+    "app_port": _PORT,
+    "plato_messaging_port": _PORT,
     "native_worker": _BOOLEAN,
 }
-METADATA_FIELDS = {
-    "favicon": _TEXT,
-    "name": _TEXT,
-    "description": _TEXT,
-    "source_code_url": _TEXT,
-    "start_url": _TEXT,
-    "license": _TEXT,
-    "variables": _ANY,
-    "flows_path": _TEXT,
-}
-SERVICE_FIELDS = {
-    "type": Field("text", choices=("docker-compose",), nullable=False),
+_METADATA = ("favicon", "name", "description", "source_code_url", "start_url", "license", "flows_path")
+_SERVICE = {
+    "type": _choice("docker-compose"),
     "file": _TEXT,
     "required_healthy_containers": _TEXTS,
-    "healthy_wait_timeout": Field("integer", 30, 1800),
+    "healthy_wait_timeout": _integer(30, 1800),
 }
-DATABASE_TYPES = ("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis")
-_FILE_LISTENER_FIELDS = {
-    "type": _TEXT,
+_FILES = {
     "seed_data_path": _TEXT,
-    "target_dir": Field("text", required=True),
+    "target_dir": Needed(_TEXT),
     "watch_enabled": _BOOLEAN,
-    "watch_patterns": _TEXTS,
-    "ignore_patterns": _TEXTS,
-    "scan_frequency": Field("integer"),
-    "volumes": _TEXTS,
+    **dict.fromkeys(("watch_patterns", "ignore_patterns", "volumes"), _TEXTS),
+    "scan_frequency": _COUNT,
 }
-LISTENER_FIELDS = {
+_LISTENERS: dict[str, Fields] = {
     "db": {
-        "type": _TEXT,
-        "db_type": Field("text", choices=DATABASE_TYPES, required=True),
-        "db_host": _TEXT,
-        "db_port": Field("integer", 0, 65535),
-        "db_user": _TEXT,
-        "db_password": _TEXT,
-        "db_database": Field("text", required=True),
-        "db_schema": _TEXT,
-        "schema_name": _TEXT,
-        "seed_data_paths": _TEXTS,
+        "db_type": Needed(_choice("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis")),
+        "db_database": Needed(_TEXT),
+        "db_port": _PORT,
+        **dict.fromkeys(("db_host", "db_user", "db_password", "db_schema", "schema_name"), _TEXT),
         "truncate_tables": _BOOLEAN,
-        "audit_ignore_tables": _ANY,
+        "audit_ignore_tables": [lambda node: None if node.kind == "mapping" else _TABLE],
         "audit_table_name": _TEXT,
-        "volumes": _TEXTS,
+        **dict.fromkeys(("seed_data_paths", "volumes"), _TEXTS),
     },
     "proxy": {
-        "type": _TEXT,
-        "sim_name": _TEXT,
-        "dataset": _TEXT,
-        "proxy_host": _TEXT,
-        "proxy_port": Field("integer", 1024, 65535),
+        **dict.fromkeys(("sim_name", "dataset", "proxy_host"), _TEXT),
+        "proxy_port": _integer(1024, 65535),
         "passthrough_all_ood_requests": _BOOLEAN,
-        "replay_sessions": _ANY,
+        "replay_sessions": None,
     },
-    "file": _FILE_LISTENER_FIELDS,
-    "xml": _FILE_LISTENER_FIELDS,
+    "file": _FILES,
+    "xml": _FILES,
 }
+_DATASET = {
+    "compute": COMPUTE_FIELDS,
+    "metadata": {**dict.fromkeys(_METADATA, _TEXT), "variables": None},
+    "services": {"*": _SERVICE},
+    "listeners": {
+        "*": lambda node: {"type": _choice(*_LISTENERS), **_of_kind(node, "type", _LISTENERS, "db")}
+    },
+}
+
+
+class Checker:
+    """Compares a YAML text with a schema and collects what is wrong, each with file, line and column.
+
+    A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field, a
+    function from a node to its schema, or None for whatever can be sent as JSON. strict: an unknown field is
+    a problem; else it is worth a warning if it looks misspelt. placed: whether the user has the text.
+    """
+
+    def __init__(self, source: str, *, strict: bool = False, placed: bool = True) -> None:
+        self.source = source
+        self.strict = strict
+        self.placed = placed
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def read(self, text: str, schema: Any) -> YamlNode:
+        """The document of a text; ConfigError lists every problem."""
+        root = None
+        try:
+            root = yaml_compose(text, self.source)
+            if root is None:
+                self.problems.append(f"{self.source}:1:1: the file is empty")
+            else:
+                self.check(root, "", schema)
+        except YamlError as error:
+            self.problems.append(str(error) if self.placed else error.message)
+        if root is None or self.problems:
+            raise unusable_config(self.source, [*self.problems, *self.warnings])
+        return root
+
+    def check(self, node: YamlNode, where: str, schema: Any) -> None:
+        if isinstance(schema, Needed):
+            schema = schema.schema
+        if callable(schema):
+            schema = schema(node)
+        if isinstance(schema, dict):
+            self.check_fields(node, where, schema)
+        elif isinstance(schema, list):
+            self.check_items(node, where, schema[0])
+        else:
+            self.check_value(node, where, schema or _NUMBER)
+            for part in node.parts() if schema is None else ():
+                self.check(part, where, None)
+
+    def check_items(self, node: YamlNode, where: str, schema: Any) -> None:
+        if node.kind != "sequence":
+            self.problem(node, where, "must be a list (lines that start with `- `)")
+        names: set[str] = set()
+        for number, item in enumerate(node.items(), 1):
+            name = item.get("name") if isinstance(schema, dict) else None
+            label = str(name.value) if name and name.kind == "scalar" else str(number)
+            if name and label in names:
+                self.problem(item, where, f"names `{label}` twice; give this one another name")
+            names.add(label)
+            self.check(item, f"{where}.{label}", schema)
+
+    def check_value(self, node: YamlNode, where: str, field: Field) -> None:
+        written = node.source_text() if node.kind == "scalar" else ""
+        if field.fits(node):
+            plain = isinstance(node.value, str) or written == str(node.value)
+            if field is _VALUE and self.placed and not plain:
+                text = f"is doubtful: YAML reads {written} as {node.value}; quotes keep it as it is"
+                self.warnings.append(self.sentence(node, where, text))
+            return
+        close = closest(str(node.value), field.choices)
+        if close:
+            self.problem(node, where, f"is {written[:80]}; did you mean `{close}`?")
+        else:
+            shown = (
+                f"is {written[:80]}; it " if written and field not in (_TEXT, _VALUE) else ""
+            )  # a password
+            self.problem(node, where, f"{shown}must be {field.words}")
+
+    def check_fields(self, node: YamlNode, where: str, fields: Fields) -> None:
+        if node.kind != "mapping":
+            self.problem(node, where, "must be a map of fields (`name: value` lines)")
+            return
+        prefix = f"{where}." if where else ""
+        for name, schema in fields.items():
+            value = node.get(name)
+            if value is not None and value.value is not None:
+                self.check(value, prefix + name, schema)
+            elif isinstance(schema, Needed):
+                wrong = f"is {'empty' if value else 'missing'}"
+                if isinstance(schema.schema, Field):
+                    wrong += f"; it must be {schema.schema.words}"
+                elif "*" in fields:
+                    wrong += _meant(name, [str(key.value) for key, _ in node.pairs()])
+                self.problem(value or node, prefix + name, wrong)
+        for key, value in node.pairs():
+            if key.value not in fields:
+                self.check(value, f"{prefix}{key.value}", fields.get("*"))
+                if "*" not in fields:
+                    self.unknown_field(key, where, fields)
+
+    def unknown_field(self, key: YamlNode, where: str, fields: Fields) -> None:
+        meant = _meant(str(key.value), fields)
+        if self.strict or "did you mean" in meant:
+            home = self.problems if self.strict else self.warnings
+            home.append(self.sentence(key, where, f"has no field `{key.value}`{meant}"))
+
+    def problem(self, node: YamlNode, where: str, text: str) -> None:
+        self.problems.append(self.sentence(node, where, text))
+
+    def sentence(self, node: YamlNode, where: str, text: str) -> str:
+        told = f"`{where}` {text}" if where else f"the file {text}"
+        return str(node.error(told)) if self.placed else told
+
+
+def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
+    count = len(problems)
+    return ConfigError(
+        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
+        problems=problems,
+        hint="Nothing was done. Correct the file and run the command again.",
+    )
 
 
 class Config:
@@ -1190,12 +1363,11 @@ class Config:
 
     def for_setup(self) -> dict[str, Any]:
         """The dataset for `setup-sandbox` and `start-worker`: as written, required objects filled in."""
-        filled = dict(self.content)
-        filled["compute"] = dict(self.compute)
-        filled["metadata"] = dict(self.content.get("metadata") or {})
+        filled = {**self.content, "compute": self.compute, "metadata": self.content.get("metadata") or {}}
         for name, kind in (("services", "docker-compose"), ("listeners", "db")):
             if filled.get(name):  # servers differ in whether `type` may be left out
-                filled[name] = {key: {"type": kind, **part} for key, part in filled[name].items()}
+                parts = filled[name].items()
+                filled[name] = {key: {**part, "type": part.get("type") or kind} for key, part in parts}
         return filled
 
 
@@ -1211,31 +1383,6 @@ def find_config(directory: str) -> str:
     )
 
 
-def load_config(path: str, dataset: str | None) -> Config:
-    """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
-    source = shown_path(from_here(path))
-    try:
-        root = yaml_compose(read_config(path), source)
-    except YamlError as error:
-        raise unusable_config(source, [str(error)]) from None
-    checker = ConfigChecker(source)
-    chosen = checker.check(root, dataset or DEFAULT_DATASET)
-    if checker.problems or root is None or chosen is None:
-        raise unusable_config(source, checker.problems, checker.warnings)
-    plain = root.plain()
-    name = dataset or DEFAULT_DATASET
-    return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
-
-
-def unusable_config(source: str, problems: Sequence[str], warnings: Sequence[str] = ()) -> ConfigError:
-    count = len(problems)
-    return ConfigError(
-        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
-        problems=[*problems, *warnings],
-        hint="Nothing was created. Correct the file and run the command again.",
-    )
-
-
 def read_config(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
@@ -1246,252 +1393,67 @@ def read_config(path: str) -> str:
         raise ConfigError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
 
 
-class ConfigChecker:
-    """Walks the nodes of a config and collects problems and warnings, each with file, line and column."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
-
-    def check(self, root: YamlNode | None, dataset: str) -> YamlNode | None:
-        """Check the whole document for one dataset; returns that dataset's node, None when it is missing."""
-        if root is None:
-            self.problems.append(f"{self.source}:1:1: the file is empty; it needs `service` and `datasets`")
-            return None
-        if not self._is_mapping(root, "the config"):
-            return None
-        service = root.get("service")
-        if service is None:
-            self._problem(root, "`service` is missing: the name of the simulator")
-        else:
-            self._check_service_name(service)
-        datasets = root.get("datasets")
-        if datasets is None:
-            self._problem(root, "`datasets` is missing: a map from dataset names to datasets")
-        elif self._is_mapping(datasets, "`datasets`"):
-            return self._check_chosen(datasets, dataset)
-        return None
-
-    def _check_service_name(self, node: YamlNode) -> None:
-        if self._check_value(node, "`service`", Field("text", required=True)) and not re.fullmatch(
-            SERVICE_NAME, str(node.value)
-        ):
-            self._problem(node, "`service` may hold letters, digits, '.', '_' and '-' only")
-
-    def _check_chosen(self, datasets: YamlNode, dataset: str) -> YamlNode | None:
-        chosen = datasets.get(dataset)
-        if chosen is None:
-            known = ", ".join(str(key.value) for key, _ in datasets.pairs()) or "none"
-            self._problem(datasets, f"there is no dataset {dataset!r}; the datasets here are: {known}")
-        elif self._is_mapping(chosen, f"dataset {dataset!r}"):
-            self._check_dataset(chosen)
-        return chosen
-
-    def _check_dataset(self, node: YamlNode) -> None:
-        for name, fields in (("compute", COMPUTE_FIELDS), ("metadata", METADATA_FIELDS)):
-            part = node.get(name)
-            if part is not None and part.value is not None and self._is_mapping(part, f"`{name}`"):
-                self._check_fields(part, fields, name)
-        for name, check in (("services", self._check_service), ("listeners", self._check_listener)):
-            part = node.get(name)
-            if part is not None and part.value is not None and self._is_mapping(part, f"`{name}`"):
-                for key, value in part.pairs():
-                    where = f"{name}.{key.value}"
-                    if self._is_mapping(value, f"`{where}`"):
-                        check(value, where)
-        self._warn_unknown(node, ("compute", "metadata", "services", "listeners"), "the dataset")
-        self._check_numbers(node)
-
-    def _check_numbers(self, node: YamlNode) -> None:
-        """Find `.inf` and `.nan`: the dataset is sent as JSON, which has no such numbers."""
-        for part in (*(value for _, value in node.pairs()), *node.items()):
-            if part.kind != "scalar":
-                self._check_numbers(part)
-            elif isinstance(part.value, float) and part.value - part.value != 0:
-                self._problem(part, "`.inf` and `.nan` cannot be sent to Plato; write a number or a text")
-
-    def _check_service(self, node: YamlNode, where: str) -> None:
-        self._check_fields(node, SERVICE_FIELDS, where)
-
-    def _check_listener(self, node: YamlNode, where: str) -> None:
-        kind = node.get("type")
-        name = "db" if kind is None else kind.value
-        fields = LISTENER_FIELDS.get(name) if isinstance(name, str) else None
-        if fields is None:
-            known = _listed(LISTENER_FIELDS)
-            self._problem(kind or node, f"`{where}.type` is {name!r}; it must be one of {known}")
-            return
-        self._check_fields(node, fields, where)
-        ignored = node.get("audit_ignore_tables")
-        if ignored is not None and ignored.value is not None:
-            self._check_ignore_rules(ignored, f"{where}.audit_ignore_tables")
-
-    def _check_ignore_rules(self, node: YamlNode, where: str) -> None:
-        if node.kind != "sequence":
-            self._problem(node, f"`{where}` must be a list of table names and {{table, columns}} entries")
-            return
-        for item in node.items():
-            if item.kind == "mapping" or (item.kind == "scalar" and isinstance(item.value, str)):
-                continue
-            self._problem(item, f"each entry of `{where}` is a table name or {{table: NAME, columns: [..]}}")
-
-    def _check_fields(self, node: YamlNode, fields: Mapping[str, Field], where: str) -> None:
-        for name, field in fields.items():
-            value = node.get(name)
-            if value is not None:
-                self._check_value(value, f"`{where}.{name}`", field)
-            elif field.required:
-                self._problem(node, f"`{where}.{name}` is missing")
-        self._warn_unknown(node, tuple(fields), f"`{where}`")
-
-    def _check_value(self, node: YamlNode, what: str, field: Field) -> bool:
-        wrong = describe_wrong_value(node, field)
-        if wrong:
-            self._problem(node, f"{what} {wrong}")
-        return not wrong
-
-    def _warn_unknown(self, node: YamlNode, known: tuple[str, ...], where: str) -> None:
-        for key, _ in node.pairs():
-            if key.value in known:
-                continue
-            close = closest(str(key.value), known)
-            if close:
-                meant = f"; did you mean `{close}`?"
-                self.warnings.append(
-                    f"{self.source}:{key.line}:{key.column}: {where} has no field `{key.value}`{meant}"
-                )
-
-    def _is_mapping(self, node: YamlNode, what: str) -> bool:
-        if node.kind != "mapping":
-            self._problem(node, f"{what} must be a map of fields (`name: value` lines)")
-        return node.kind == "mapping"
-
-    def _problem(self, node: YamlNode, text: str) -> None:
-        self.problems.append(f"{self.source}:{node.line}:{node.column}: {text}")
+def load_config(path: str, dataset: str | None) -> Config:
+    """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
+    name = dataset or DEFAULT_DATASET
+    root, warnings = _read_dataset(path, name, _DATASET)
+    plain = root.plain()
+    return Config(path, plain["service"], name, plain["datasets"][name], warnings)
 
 
-def describe_wrong_value(node: YamlNode, field: Field) -> str:
-    """What is wrong with a node as the value of a field, as the end of a sentence; "" when it fits."""
-    if field.kind == "any":
-        return ""
-    if node.kind == "scalar" and node.value is None:
-        return "" if field.nullable else "is empty"
-    if field.kind == "texts":
-        if node.kind != "sequence":
-            return "must be a list of texts"
-        wrong = [item for item in node.items() if not isinstance(item.value, str) or item.kind != "scalar"]
-        return f"must be a list of texts; the entry on line {wrong[0].line} is not one" if wrong else ""
-    if node.kind != "scalar":
-        return f"must be {_KIND_WORDS[field.kind]}, not a {'list' if node.kind == 'sequence' else 'map'}"
-    return _describe_wrong_scalar(node.value, field)
-
-
-_KIND_WORDS = {
-    "integer": "a whole number",
-    "text": "a text",
-    "boolean": "true or false",
-    "value": "a text, a whole number, or true or false",
-}
-
-
-def _describe_wrong_scalar(value: Any, field: Field) -> str:
-    if field.kind == "boolean":
-        return "" if isinstance(value, bool) else f"is {value!r}; it must be true or false"
-    if field.kind == "value":
-        fits = isinstance(value, (str, int))
-        return "" if fits else f"is {value!r}; it must be {_KIND_WORDS['value']} (quotes make a text)"
-    if field.kind == "text":
-        if not isinstance(value, str):
-            return f"is {value!r}, which YAML does not read as a text; put it in quotes"
-        return (
-            f"is {value!r}; it must be one of {_listed(field.choices)}" if _not_chosen(value, field) else ""
-        )
-    number = whole_number(value)
-    if number is None:
-        return f"is {value!r}; it must be a whole number"
-    low, high = field.low, field.high
-    if (low is not None and number < low) or (high is not None and number > high):
-        return f"is {number}; it must be " + (f"at least {low}" if high is None else f"from {low} to {high}")
-    return ""
-
-
-def _not_chosen(value: str, field: Field) -> bool:
-    return bool(field.choices) and value not in field.choices
-
-
-def whole_number(value: Any) -> int | None:
-    """An int, or a float or text that the API's models take for one; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}", value.strip()):
-        return int(value)
-    return None
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was probably meant, or None."""
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), 3, 0.7)
-    swapped = [name for name in found if sorted(name) == sorted(word)]  # "strat" is "start", not "state"
-    return next(iter(swapped + found), None)
+def _read_dataset(path: str, dataset: str, fields: Fields) -> tuple[YamlNode, list[str]]:
+    """A config whose dataset has these fields, and warnings; its other datasets are not looked at."""
+    checker = Checker(shown_path(from_here(path)))
+    datasets = {"*": _UNSEEN, dataset: Needed(fields)}
+    root = checker.read(read_config(path), {"service": Needed(_NAME), "datasets": Needed(datasets)})
+    return root, checker.warnings
 
 
 # Flows: the steps of the API's models, each with its own fields
 
 
-_REQUIRED = Field("text", required=True)
-_SELECTOR_STEP = {"selector": _REQUIRED}
-STEP_COMMON_FIELDS = {
-    "type": _REQUIRED,
-    "description": _TEXT,
-    "timeout": Field("integer", 0),
-    "retries": Field("integer", 0),
-    "retry_delay_ms": Field("integer", 0),
+VERIFY_NEEDS: dict[str, Fields] = {
+    "element_exists": {"selector": _FILLED},
+    "element_visible": {"selector": _FILLED},
+    "element_text": {"selector": _FILLED, "text": _FILLED},
+    "element_count": {"selector": _FILLED, "count": Needed(_COUNT)},
+    "page_title": {"title": Needed(_TEXT)},
 }
-STEP_FIELDS: dict[str, dict[str, Field]] = {
-    "navigate": {"url": _REQUIRED},
-    "wait_for_selector": _SELECTOR_STEP,
-    "click": _SELECTOR_STEP,
-    "fill": {"selector": _REQUIRED, "value": Field("value", required=True)},
-    "wait": {"duration": Field("integer", 0, required=True)},
-    "wait_for_url": {"url_contains": _REQUIRED},
-    "check_element": {"selector": _REQUIRED, "should_exist": _BOOLEAN},
+STEP_FIELDS: dict[str, Fields] = {
+    "navigate": {"url": _FILLED},
+    "wait_for_selector": {"selector": _FILLED},
+    "click": {"selector": _FILLED},
+    "fill": {"selector": _FILLED, "value": Needed(_VALUE)},
+    "wait": {"duration": Needed(_COUNT)},
+    "wait_for_url": {"url_contains": _FILLED},
+    "check_element": {"selector": _FILLED, "should_exist": _BOOLEAN},
     "verify": {
-        "verify_type": Field("text", required=True),
-        "selector": _TEXT,
-        "text": _TEXT,
+        "verify_type": Needed(_choice(*VERIFY_NEEDS)),
+        **dict.fromkeys(("selector", "text", "title"), _TEXT),
         "contains": _BOOLEAN,
-        "count": Field("integer", 0),
-        "title": _TEXT,
+        "count": _COUNT,
     },
-    "verify_text": {"text": _REQUIRED, "should_exist": _BOOLEAN},
-    "verify_url": {"url": _REQUIRED, "contains": _BOOLEAN},
+    "verify_text": {"text": _FILLED, "should_exist": _BOOLEAN},
+    "verify_url": {"url": _FILLED, "contains": _BOOLEAN},
     "verify_no_errors": {"error_selectors": _TEXTS},
-    "screenshot": {"filename": _REQUIRED, "full_page": _BOOLEAN},
-    "switch_page": {"page_index": Field("integer", required=True)},
-    "execute_script": {"script": _REQUIRED},
+    "screenshot": {"filename": Needed(_PATH), "full_page": _BOOLEAN},
+    "switch_page": {"page_index": Needed(_integer(-1000, 1000))},
+    "execute_script": {"script": _FILLED},
 }
-VERIFY_NEEDS = {
-    "element_exists": ("selector",),
-    "element_visible": ("selector",),
-    "element_text": ("selector", "text"),
-    "element_count": ("selector", "count"),
-    "page_title": ("title",),
-}
-NEVER_BLANK = ("selector", "url", "url_contains", "filename", "script")
 STEP_TIMEOUT_MS = 8000
 SCREENSHOT_TIMEOUT_MS = 60000
 RETRY_DELAY_MS = 500
+
+
+def _step_fields(node: YamlNode) -> dict[str, Any]:
+    """The fields that a step may have, by its type and, if it has one, its verify_type."""
+    fields = {"type": Needed(_choice(*STEP_FIELDS)), **_of_kind(node, "type", STEP_FIELDS)}
+    if "verify_type" in fields:
+        fields.update(_of_kind(node, "verify_type", VERIFY_NEEDS))
+    return {**fields, "description": _TEXT, "timeout": _COUNT, "retries": _COUNT, "retry_delay_ms": _COUNT}
+
+
+_FLOW = {"name": _FILLED, "description": _TEXT, "har_path": _UNSEEN, "steps": [_step_fields]}
 
 
 class FlowStep:
@@ -1539,77 +1501,48 @@ class FlowSet:
 
     def choose(self, names: Sequence[str], *, every: bool = False) -> list[Flow]:
         """The flows of those names, in that order; UsageError names what was probably meant."""
-        known = [flow.name for flow in self.flows]
-        chosen = list(self.flows) if every else []
-        for name in () if every else names or ("login",):
+        known = {flow.name: flow for flow in self.flows}
+        wanted = list(known) if every else names or ["login"]
+        for name in wanted:
             if name not in known:
-                close = closest(name, known)
-                listed = f"The flows here are: {_listed(known)}."
-                raise UsageError(
-                    f"{self.shown} has no flow {name!r}.",
-                    hint=f"Did you mean {close!r}? {listed}" if close else listed,
-                )
-            chosen.append(self.flows[known.index(name)])
-        empty = [flow.name for flow in chosen if not flow.steps]
-        if empty:
-            raise UsageError(f"The flow {empty[0]!r} has no steps, so there is nothing to run.")
-        return chosen
+                raise UsageError(f"{self.shown} has no flow {name!r}{_meant(name, known)}")
+            if not known[name].steps:
+                raise UsageError(f"The flow {name!r} has no steps, so there is nothing to run.")
+        return [known[name] for name in wanted]
 
 
 def load_flows(path: str) -> FlowSet:
     """Read and check a whole flows file; ConfigError lists every problem with its line and column."""
-    source = shown_path(from_here(path))
-    return parse_flows(read_config(path), source, path=path)
+    return parse_flows(read_config(path), shown_path(from_here(path)), path=path)
 
 
 def parse_flows(text: str, source: str, *, path: str | None = None, placed: bool = True) -> FlowSet:
     """The flows in a YAML text. placed: whether the user can look lines and columns up in that text."""
-    try:
-        root = yaml_compose(text, source)
-    except YamlError as error:
-        raise unusable_flows(source, [str(error) if placed else error.message]) from None
-    checker = FlowsChecker(source, placed)
-    flows = checker.flows(root)
-    if checker.problems:
-        raise unusable_flows(source, checker.problems, checker.warnings)
+    checker = Checker(source, strict=placed, placed=placed)
+    root = checker.read(text, {"flows": Needed([_FLOW]), "*": _UNSEEN})
+    flows: list[Flow] = []
+    for node in (root.get("flows") or root).items():
+        steps = [
+            FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if placed else "")
+            for number, step in enumerate((node.get("steps") or node).items(), 1)
+        ]
+        told = node.plain()
+        flows.append(Flow(told["name"], told.get("description") or "", steps))
     return FlowSet(flows, "local" if placed else "api", path, source, checker.warnings)
-
-
-def unusable_flows(source: str, problems: Sequence[str], warnings: Sequence[str] = ()) -> ConfigError:
-    count = len(problems)
-    return ConfigError(
-        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
-        problems=[*problems, *warnings],
-        hint="No browser was opened. Correct the flows and run the command again.",
-    )
 
 
 def configured_flows_path(config_path: str, dataset: str) -> str | None:
     """The absolute path of a dataset's flows file, or None when its `metadata` names none.
 
-    ConfigError when the config cannot be read, the dataset is not in it, or the file is not there.
+    ConfigError when the config cannot be read, the dataset is not in it, or the path leads elsewhere.
     """
-    source = shown_path(from_here(config_path))
-    try:
-        root = yaml_compose(read_config(config_path), source)
-    except YamlError as error:
-        raise unusable_flows(source, [str(error)]) from None
-    datasets = root.get("datasets") if root else None
-    chosen = datasets.get(dataset) if datasets else None
-    if datasets is None or chosen is None:
-        known = _listed(str(key.value) for key, _ in datasets.pairs()) if datasets else ""
-        raise ConfigError(f"{source} has no dataset {dataset!r}; the datasets there are: {known or 'none'}.")
-    metadata = chosen.get("metadata")
-    node = metadata.get("flows_path") if metadata else None
+    fields = {"metadata": {"flows_path": _FILLED.schema, "*": _UNSEEN}, "*": _UNSEEN}
+    root, _ = _read_dataset(config_path, dataset, fields)
+    node = root.get("datasets", dataset, "metadata", "flows_path")
     if node is None or node.value is None:
         return None
-    if not isinstance(node.value, str) or not node.value.strip():
-        raise unusable_flows(source, [str(node.error("`metadata.flows_path` must be the path of a file"))])
-    where = f"{source}:{node.line}:{node.column}"
-    path = flows_file(config_path, node.value, where)
-    if not os.path.isfile(path):
-        raise ConfigError(f"{where}: the flows file {shown_path(from_here(path))} is not there.")
-    return path
+    where = f"{shown_path(from_here(config_path))}:{node.line}:{node.column}"
+    return flows_file(config_path, node.value, where)
 
 
 def flows_file(config_path: str, name: str, where: str) -> str:
@@ -1620,150 +1553,11 @@ def flows_file(config_path: str, name: str, where: str) -> str:
     folder = os.path.dirname(os.path.abspath(config_path))
     path = os.path.normpath(os.path.join(folder, name))
     top, real = os.path.realpath(folder), os.path.realpath(path)
-    if os.path.isabs(name) or not is_inside(name) or os.path.commonpath([top, real]) != top:
+    if not is_inside(name) or os.path.commonpath([top, real]) != top:
         raise ConfigError(
             f"{where}: `metadata.flows_path` is {name!r}; it must lie in the directory of the config."
         )
     return path
-
-
-class FlowsChecker(ConfigChecker):
-    """Walks the nodes of a flows file and collects problems and warnings, each with its place."""
-
-    def __init__(self, source: str, placed: bool) -> None:
-        super().__init__(source)
-        self.placed = placed
-
-    def flows(self, root: YamlNode | None) -> list[Flow]:
-        """Every flow of the document; those with problems are incomplete."""
-        listed = root.get("flows") if root else None
-        if root is None or listed is None:
-            where = f"{self.source}:1:1: " if self.placed else ""
-            self.problems.append(f"{where}`flows` is missing: a list of flows with `name` and `steps`")
-            return []
-        self._warn_unknown(root, ("flows",), "the file")
-        found: list[Flow] = []
-        for number, node in enumerate(self._entries(listed, "`flows`"), 1):
-            flow = self._flow(node, number)
-            if flow and any(flow.name == other.name for other in found):
-                self._problem(node, f"there is a flow `{flow.name}` already; each name must be another one")
-            found += [flow] if flow else []
-        return found
-
-    def _entries(self, node: YamlNode, what: str) -> list[YamlNode]:
-        if node.kind != "sequence":
-            self._problem(node, f"{what} must be a list (lines that start with `- `)")
-        return list(node.items())
-
-    def _flow(self, node: YamlNode, number: int) -> Flow | None:
-        what = f"flow {number}"
-        if not self._is_mapping(node, what):
-            return None
-        name, description, steps = (node.get(key) for key in ("name", "description", "steps"))
-        if name is None:
-            self._problem(node, f"{what} has no `name`")
-        elif self._check_value(name, f"{what}: `name`", _REQUIRED):
-            what = f"flow `{name.value}`"
-        if description is not None:
-            self._check_value(description, f"{what}: `description`", _TEXT)
-        if self.placed:
-            self._refuse_unknown(node, ("name", "description", "har_path", "steps"), what)
-        done: list[FlowStep] = []
-        if steps is not None and steps.value is not None:
-            for place, step in enumerate(self._entries(steps, f"{what}: `steps`"), 1):
-                checked = self._step(step, place, f"{what}, step {place}")
-                done += [checked] if checked else []
-        told = description.value if description is not None else None
-        return Flow(str(name.value if name else ""), str(told or ""), done)
-
-    def _step(self, node: YamlNode, number: int, what: str) -> FlowStep | None:
-        if not self._is_mapping(node, what):
-            return None
-        fields = self._fields_of(node, what)
-        if fields is None:
-            return None
-        before = len(self.problems)
-        for name, field in fields.items():
-            value = node.get(name)
-            if value is None:
-                if field.required:
-                    self._problem(node, f"{what}: `{name}` is missing")
-            elif self._check_value(value, f"{what}: `{name}`", field):
-                self._check_sense(name, value, f"{what}: `{name}`")
-        if self.placed:
-            self._refuse_unknown(node, tuple(fields), what)
-        if "verify_type" in fields:
-            self._check_verify(node, what)
-        where = f"{self.source}:{node.line}:{node.column}" if self.placed else ""
-        return FlowStep(number, node.plain(), where) if len(self.problems) == before else None
-
-    def _fields_of(self, node: YamlNode, what: str) -> dict[str, Field] | None:
-        """The fields that a step of this type may have; None (and a problem) for an unknown type."""
-        kind = node.get("type")
-        if kind is None or kind.value is None:
-            self._problem(kind or node, f"{what} has no `type`; the types are: {_listed(STEP_FIELDS)}")
-            return None
-        own = STEP_FIELDS.get(kind.value) if isinstance(kind.value, str) else None
-        if own is None:
-            close = closest(str(kind.plain()), STEP_FIELDS)
-            meant = f"did you mean `{close}`?" if close else f"the types are: {_listed(STEP_FIELDS)}"
-            self._problem(kind, f"{what}: there is no step type {kind.plain()!r}; {meant}")
-            return None
-        return {**STEP_COMMON_FIELDS, **own}
-
-    def _refuse_unknown(self, node: YamlNode, known: tuple[str, ...], what: str) -> None:
-        kind = node.get("type")
-        for key, _ in node.pairs():
-            if key.value in known:
-                continue
-            missing = [name for name in known if node.get(name) is None]
-            close = closest(str(key.value), missing) or closest(str(key.value), known)
-            others = [name for name, fields in STEP_FIELDS.items() if kind and key.value in fields]
-            meant = f"; did you mean `{close}`?" if close else ""
-            if others and not close:
-                meant = f" (it belongs to {_listed(others)})"
-            subject = f"{what}: `{kind.value}`" if kind else what
-            self._problem(key, f"{subject} has no field `{key.value}`{meant}")
-
-    def _check_sense(self, name: str, node: YamlNode, what: str) -> None:
-        """What the models take and cannot have been meant."""
-        if name in NEVER_BLANK and isinstance(node.value, str) and not node.value.strip():
-            self._problem(node, f"{what} is empty")
-        elif name == "filename" and not is_inside(node.value):
-            self._problem(
-                node, f"{what} is {node.value!r}, which would lie outside of the screenshots folder"
-            )
-        elif name == "value" and not isinstance(node.value, str) and self.placed:
-            written = node.source_text()
-            if written != str(node.value):
-                self._warning(node, f"{what}: YAML reads {written} as {node.value}; quotes keep it as it is")
-
-    def _check_verify(self, node: YamlNode, what: str) -> None:
-        kind = node.get("verify_type")
-        if kind is None or not isinstance(kind.value, str):
-            return
-        if kind.value not in VERIFY_NEEDS:
-            close = closest(kind.value, VERIFY_NEEDS)
-            meant = f"did you mean `{close}`?" if close else f"it is one of {_listed(VERIFY_NEEDS)}"
-            self._problem(kind, f"{what}: there is no verify_type {kind.value!r}; {meant}")
-            return
-        for name in VERIFY_NEEDS[kind.value]:
-            value = node.get(name)
-            if value is None or value.value is None:
-                self._problem(node, f"{what}: `{kind.value}` needs `{name}`")
-
-    def _warning(self, node: YamlNode, text: str) -> None:
-        self.warnings.append(f"{self.source}:{node.line}:{node.column}: {text}")
-
-    def _problem(self, node: YamlNode, text: str) -> None:
-        if self.placed:
-            super()._problem(node, text)
-        else:
-            self.problems.append(text)
-
-    def _warn_unknown(self, node: YamlNode, known: tuple[str, ...], where: str) -> None:
-        if self.placed:
-            super()._warn_unknown(node, known, where)
 
 
 def is_inside(name: str) -> bool:

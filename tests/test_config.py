@@ -174,15 +174,17 @@ def test_only_the_chosen_dataset_is_checked(visitor: Desk, others: bool) -> None
         visitor.good("stop")
 
 
-@pytest.mark.parametrize("name", ["bse", "1", "Base"])
+@pytest.mark.parametrize(
+    ("name", "told"), [("empyt", "did you mean `empty`?"), ("1", "there are: base, empty")]
+)
 def test_an_unknown_dataset_is_answered_with_the_known_ones(
-    visitor: Desk, shared_plato: LocalPlato, name: str
+    visitor: Desk, shared_plato: LocalPlato, name: str, told: str
 ) -> None:
     before = len(shared_plato.requests())
     result = visitor.run("start", "-c", "-d", name, "--json")
     assert result.code == 8
     assert name in result.error["message"]
-    assert "base, empty" in result.error["message"]
+    assert told in result.error["message"]
     assert len(shared_plato.requests()) == before
 
 
@@ -345,6 +347,7 @@ def test_misspelt_fields_are_warned_about_and_sent(visitor: Desk, shared_plato: 
     text, places = unmarked(
         f"""\
 service: myapp
+{MARK}servise: other
 datasets:
   base:
     {MARK}metdata: {{name: A}}
@@ -359,7 +362,7 @@ datasets:
     started = visitor.good("start", "-c", "--json")
     warnings = [line for line in started.err.splitlines() if line.startswith("Warning: ")]
     assert [line.split("plato-config.yml:")[1].split(": ")[0] for line in sorted(warnings)] == sorted(places)
-    for meant in ("metadata", "memory", "required_healthy_containers", "audit_ignore_tables"):
+    for meant in ("service", "metadata", "memory", "required_healthy_containers", "audit_ignore_tables"):
         assert f"`{meant}`" in started.err
     for harmless in ("colour", "unrelated"):
         assert harmless not in started.err
