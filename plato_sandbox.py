@@ -1233,13 +1233,12 @@ class Checker:
 
     A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field, a
     function from a node to its schema, or None for whatever can be sent as JSON. strict: an unknown field is
-    a problem; else it is worth a warning if it looks misspelt. placed: whether the user has the text.
+    a problem; else it is worth a warning if it looks misspelt.
     """
 
-    def __init__(self, source: str, *, strict: bool = False, placed: bool = True) -> None:
+    def __init__(self, source: str, *, strict: bool = False) -> None:
         self.source = source
         self.strict = strict
-        self.placed = placed
         self.problems: list[str] = []
         self.warnings: list[str] = []
 
@@ -1253,7 +1252,7 @@ class Checker:
             else:
                 self.check(root, "", schema)
         except YamlError as error:
-            self.problems.append(str(error) if self.placed else error.message)
+            self.problems.append(str(error))
         if root is None or self.problems:
             raise unusable_config(self.source, [*self.problems, *self.warnings])
         return root
@@ -1274,36 +1273,32 @@ class Checker:
 
     def check_items(self, node: YamlNode, where: str, schema: Any) -> None:
         if node.kind != "sequence":
-            self.problem(node, where, "must be a list (lines that start with `- `)")
+            self.tell(node, where, "must be a list (lines that start with `- `)")
         names: set[str] = set()
         for number, item in enumerate(node.items(), 1):
             name = item.get("name") if isinstance(schema, dict) else None
             label = str(name.value) if name and name.kind == "scalar" else str(number)
             if name and label in names:
-                self.problem(item, where, f"names `{label}` twice; give this one another name")
+                self.tell(item, where, f"names `{label}` twice; give this one another name")
             names.add(label)
             self.check(item, f"{where}.{label}", schema)
 
     def check_value(self, node: YamlNode, where: str, field: Field) -> None:
         written = node.source_text() if node.kind == "scalar" else ""
-        if field.fits(node):
-            plain = isinstance(node.value, str) or written == str(node.value)
-            if field is _VALUE and self.placed and not plain:
-                text = f"is doubtful: YAML reads {written} as {node.value}; quotes keep it as it is"
-                self.warnings.append(self.sentence(node, where, text))
-            return
-        close = closest(str(node.value), field.choices)
-        if close:
-            self.problem(node, where, f"is {written[:80]}; did you mean `{close}`?")
-        else:
-            shown = (
-                f"is {written[:80]}; it " if written and field not in (_TEXT, _VALUE) else ""
-            )  # a password
-            self.problem(node, where, f"{shown}must be {field.words}")
+        if not field.fits(node):
+            close = closest(str(node.value), field.choices)
+            meant = f"did you mean `{close}`?" if close else f"it must be {field.words}"
+            secret = field in (_TEXT, _VALUE)  # it may be
+            self.tell(node, where, f"is {written[:80] if written and not secret else 'wrong'}; {meant}")
+        elif (
+            field is _VALUE and self.strict and not isinstance(node.value, str) and written != str(node.value)
+        ):
+            text = f"is doubtful: YAML reads {written} as {node.value}; quotes keep it as it is"
+            self.tell(node, where, text, self.warnings)
 
     def check_fields(self, node: YamlNode, where: str, fields: Fields) -> None:
         if node.kind != "mapping":
-            self.problem(node, where, "must be a map of fields (`name: value` lines)")
+            self.tell(node, where, "must be a map of fields (`name: value` lines)")
             return
         prefix = f"{where}." if where else ""
         for name, schema in fields.items():
@@ -1316,7 +1311,7 @@ class Checker:
                     wrong += f"; it must be {schema.schema.words}"
                 elif "*" in fields:
                     wrong += _meant(name, [str(key.value) for key, _ in node.pairs()])
-                self.problem(value or node, prefix + name, wrong)
+                self.tell(value or node, prefix + name, wrong)
         for key, value in node.pairs():
             if key.value not in fields:
                 self.check(value, f"{prefix}{key.value}", fields.get("*"))
@@ -1327,14 +1322,11 @@ class Checker:
         meant = _meant(str(key.value), fields)
         if self.strict or "did you mean" in meant:
             home = self.problems if self.strict else self.warnings
-            home.append(self.sentence(key, where, f"has no field `{key.value}`{meant}"))
+            self.tell(key, where, f"has no field `{key.value}`{meant}", home)
 
-    def problem(self, node: YamlNode, where: str, text: str) -> None:
-        self.problems.append(self.sentence(node, where, text))
-
-    def sentence(self, node: YamlNode, where: str, text: str) -> str:
-        told = f"`{where}` {text}" if where else f"the file {text}"
-        return str(node.error(told)) if self.placed else told
+    def tell(self, node: YamlNode, where: str, text: str, home: list[str] | None = None) -> None:
+        what = f"`{where}`" if where else "the file"
+        (self.problems if home is None else home).append(str(node.error(f"{what} {text}")))
 
 
 def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
@@ -1518,7 +1510,7 @@ def load_flows(path: str) -> FlowSet:
 
 def parse_flows(text: str, source: str, *, path: str | None = None, placed: bool = True) -> FlowSet:
     """The flows in a YAML text. placed: whether the user can look lines and columns up in that text."""
-    checker = Checker(source, strict=placed, placed=placed)
+    checker = Checker(source, strict=placed)
     root = checker.read(text, {"flows": Needed([_FLOW]), "*": _UNSEEN})
     flows: list[Flow] = []
     for node in (root.get("flows") or root).items():

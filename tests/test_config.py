@@ -63,7 +63,8 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "nothing but an unknown key": (f"{MARK}{MARK}{MARK}datset: {{}}\n", "`service` `datasets` `datset`"),
     "sections of other kinds": (
-        f"{HEAD}    compute: {MARK}big\n    metadata: {MARK}[]\n    services: {MARK}[a]\n    listeners: {MARK}1\n",
+        f"{HEAD}    compute: {MARK}big\n    metadata: {MARK}[]\n"
+        f"    services: {MARK}[main]\n    listeners: {MARK}1\n",
         "compute` metadata` services` listeners`",
     ),
     "too low": (
@@ -144,7 +145,7 @@ def test_a_password_that_is_no_text_is_not_shown(visitor: Desk) -> None:
     write_config(visitor, f"{HEAD}    listeners: {{db: {{{MYSQL}, db_password: 12345678}}}}\n")
     result = visitor.run("start", "-c")
     assert result.code == 8
-    assert "listeners.db.db_password` must be a text" in result.err
+    assert "listeners.db.db_password` is wrong; it must be a text" in result.err
     assert "12345678" not in result.err
 
 

@@ -136,7 +136,7 @@ PROBLEMS = {
     "null": ("{type: verify_url, url: ~}", "flows.yml:4:33: `flows.login.steps.1.url` is empty"),
     "float value": (
         "{type: fill, selector: a, value: 1.5}",
-        "value` must be a text, a whole number, or true or false",
+        "value` is wrong; it must be a text, a whole number, or true or false",
     ),
     "verify type": (
         "{type: verify, verify_type: element_text_, selector: a}",
