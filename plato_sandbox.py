@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
-    from typing import Any, NoReturn, TextIO, TypeVar, Union
+    from typing import Any, NoReturn, TextIO, Union
 
     Line = Union[str, tuple[Any, ...]]
 
@@ -470,18 +470,15 @@ def normal_base_url(url: str) -> str:
 # yaml: text to values with the line and column of every node, and back; refuses what it does not support
 # ----------------------------------------------------------------------------------------------------------
 # One document of the YAML that people write by hand, with the scalar rules of YAML 1.1 (those of PyYAML's
-# safe_load, but timestamps stay strings). Every function below reads one rule at an offset of the text and
-# returns what it read with the offset where it stopped. Block rules also return the column of the next
-# token, -1 at the end of the document: columns alone decide where a block ends. Tags, several documents,
-# complex keys and whatever is doubtful are refused.
+# safe_load, but timestamps stay strings). Tags, directives, several documents, complex keys and whatever else
+# is doubtful are refused.
 
 YAML_MAX_DEPTH = 64  # collections inside one another, aliases counted as if written out; spares the stack
 YAML_MAX_KEY = 1024  # characters from the start of a key to its colon, the limit of YAML itself
-YAML_MAX_NUMBER = 4300  # characters: int() takes quadratic time, and newer Pythons stop at this length
-YAML_ALIAS_FACTOR = 10  # aliases may stand for this many times the text's length ...
-YAML_ALIAS_ALLOWANCE = 1_000_000  # ... plus this many characters
+YAML_MAX_NUMBER = 1000  # characters; Python takes quadratic time for long ones, and stops at 4300 digits
+YAML_MAX_ALIASED = 1_000_000  # characters that all aliases together may stand for
 
-_MERGE_KEY = object()  # the resolved value of a plain `<<` used as a key
+_YAML_MERGE = object()  # the value of a plain `<<` used as a key
 
 _YAML_WORDS: dict[str, bool | None] = {
     "~": None, "null": None, "Null": None, "NULL": None,
@@ -489,70 +486,73 @@ _YAML_WORDS: dict[str, bool | None] = {
     "yes": True, "Yes": True, "YES": True, "no": False, "No": False, "NO": False,
     "on": True, "On": True, "ON": True, "off": False, "Off": False, "OFF": False,
 }  # fmt: skip
-_YAML_NUMBER_STARTS = frozenset("+-.0123456789")
-_YAML_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
+_YAML_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|(0[0-7_]*)|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
 _YAML_FLOAT = re.compile(
     r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*(?:[eE][-+][0-9]+)?|(?::[0-5]?[0-9])+\.[0-9_]*)"
     r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
 
+# A NUL, which no document may hold, stands at the end of the text while it is read.
 _YAML_FORBIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]|\r(?!\n)"
 )
-_YAML_GAP = re.compile(r"[ \r\n]*")
-_YAML_SPACES = re.compile(r" *")
-_YAML_MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\r\n]|\Z)")
-_YAML_COLON = re.compile(r" *:(?=[ \t\r\n]|\Z)")
-_YAML_DASH = re.compile(r"-(?=[ \t\r\n]|\Z)")
-_YAML_NAME = re.compile(r"[&*]([0-9A-Za-z_-]+)(?=[ \t\r\n:,\]}]|\Z)")
-# A colon belongs to plain text when something follows it, a '#' when no space precedes it.
-_YAML_PLAIN = re.compile(r"(?:[^ \t\r\n:]+|:(?=[^ \t\r\n])| +(?=[^ \t\r\n:#]|:[^ \t\r\n]))+")
-_YAML_FLOW_PLAIN = re.compile(
-    r"(?:[^ \t\r\n:,?\[\]{}]+|:(?=[^ \t\r\n,\[\]{}])| +(?=[^ \t\r\n:#,?\[\]{}]|:[^ \t\r\n,\[\]{}]))+"
+_YAML_GAP = re.compile(r"(?:[ \r\n]+|(?<![^ \n\ufeff])#[^\n\0]*)*")
+_YAML_BLANK_LINES = re.compile(r"(?: *\r?\n)* *")
+_YAML_MARKER = re.compile(r"(?<![^\n\ufeff])(?:---|\.\.\.)(?=[ \t\r\n\0])")
+_YAML_COLON = re.compile(r" *:(?=[ \t\r\n\0])")
+_YAML_FLOW_COLON = re.compile(r" *:")
+_YAML_DASH = re.compile(r"-(?=[ \t\r\n\0])")
+_YAML_NAME = re.compile(r"[&*][0-9A-Za-z_-]+(?=[ \t\r\n\0:,\]}])")
+_YAML_QUOTED = re.compile(r"'[^'\0]*(?:''[^'\0]*)*'(?!')|\"[^\"\\\0]*(?:\\.[^\"\\\0]*)*\"", re.DOTALL)
+_YAML_HEADER = re.compile(r"[|>](?:[1-9]?[-+]?|[-+][1-9])(?: +(?:#[^\n\0]*)?)?\r?(?:\n|(?=\0))")
+_YAML_FOLDED = re.compile(r"^([^ \t\n].*)\n(\n*)(?=[^ \t\n])", re.MULTILINE)
+
+# Plain text on one line, as a value's first and as a further one, in blocks and between brackets: a colon
+# belongs to it when something follows, a '#' when no space precedes.
+_YAML_LINE = r"(?:[^ \t\r\n\0:]+|:(?=[^ \t\r\n\0])| +(?=[^ \t\r\n\0:#]|:[^ \t\r\n\0]))+"
+_YAML_FLOW_LINE = (
+    r"(?:[^ \t\r\n\0:,?[\]{}]+|:(?=[^ \t\r\n\0,[\]{}])| +(?=[^ \t\r\n\0:#,?[\]{}]|:[^ \t\r\n\0,[\]{}]))+"
 )
-_YAML_SINGLE_QUOTED = re.compile(r"'[^']*(?:''[^']*)*'(?!')")
-_YAML_DOUBLE_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+_YAML_PLAIN = (
+    re.compile(r"(?=[^?:,[\]{}#&*!|>'\"%@`-]|[?:-][^ \t\r\n\0])" + _YAML_LINE),
+    re.compile(_YAML_LINE),
+)
+_YAML_FLOW_PLAIN = (
+    re.compile(r"(?=[^:#&*!|>'\"%@`-]|-(?:[^ \t\r\n\0:,?[\]{}]|:[^ \t\r\n\0,[\]{}]))" + _YAML_FLOW_LINE),
+    re.compile(_YAML_FLOW_LINE),
+)
+
+_YAML_WHITE = re.compile(r"[ \t\r\n]+")
+_YAML_ESCAPE = re.compile(
+    r"[ \t\r\n]+|\\(?:\r?\n[ \t\r\n]*|(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.))"
+)
 _YAML_ESCAPES = {
     "0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
     "e": "\x1b", " ": " ", '"': '"', "/": "/", "\\": "\\",
     "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
 }  # fmt: skip
-_YAML_BLOCK_HEADER = re.compile(r"[|>]([+-]?)([1-9]?)([+-]?)(?: +(?:#[^\r\n]*)?)?(?:\r?\n|\Z)")
 
-_YAML_WHITE = frozenset(("", " ", "\t", "\r", "\n"))
-_YAML_LINE_ENDS = frozenset(("", "\r", "\n", "#"))
-_YAML_INDICATORS = frozenset(("", *"\t-?:,[]{}#&*!|>'\"%@`"))
-_YAML_BAD_STARTS = {
-    "\t": "a tab is used as white space; use spaces",
-    "@": "'@' is reserved and cannot start a plain value; put the value in quotes",
-    "`": "'`' is reserved and cannot start a plain value; put the value in quotes",
-    "%": "'%' cannot start a plain value; put the value in quotes",
-    "!": "tags such as '!name' are not supported; remove the tag, or put the value in quotes",
-    "|": "block text ('|') must follow 'key:' or '-', not stand inside brackets; use quotes here",
-    ">": "block text ('>') must follow 'key:' or '-', not stand inside brackets; use quotes here",
-    "&": "a value cannot have two anchors; remove one",
-    "*": "an alias cannot have an anchor of its own; remove the anchor",
-    ",": "a value is missing before ','; remove the comma, or put the text in quotes",
-    "]": "']' closes nothing here; remove it, or put the text in quotes",
-    "}": "'}' closes nothing here; remove it, or put the text in quotes",
-    "[": "a list or a mapping cannot be a key; put text with brackets or braces in quotes",
-    "{": "a list or a mapping cannot be a key; put text with brackets or braces in quotes",
-    "#": "'#' starts a comment only behind a space; put one before it, or put the text in quotes",
-    ":": "a key is missing before ':'; write 'key: value', or put the text in quotes",
-    "?": "complex keys ('? ') are not supported; write 'key: value', or put the text in quotes",
-    "-": "a list item ('- ') cannot start here; put it on a line of its own, or put the text in quotes",
-}
-_YAML_COLLECTION_KEY = _YAML_BAD_STARTS["["]
-_YAML_COLON_IN_VALUE = (
-    "': ' cannot stand inside a plain value; put the value in quotes, "
-    "or start the nested mapping on a line of its own"
-)
-
-# What may not be written as plain text in a block, and how double quotes show a character.
-_YAML_UNSAFE = re.compile(r"\A(?:[ #,\[\]{}&*!|>'\"%@`]|---|\.\.\.|[-?:](?: |\Z))|[^ -~]|:(?: |\Z)| (?:#|\Z)")
-_YAML_ESCAPED = {
-    character: "\\" + letter for letter, character in _YAML_ESCAPES.items() if letter not in "\t /"
+# Why a text cannot stand where it does: the first that fits what stands before it, a NUL, and itself.
+_YAML_HINTS = {
+    r"\n *\0\t": "a tab is used for indentation; use spaces",
+    r"\0\t": "a tab is used as white space; use spaces",
+    r"\0#": "'#' starts a comment only behind a space; put one before it, or put the text in quotes",
+    r"[\]}] *\0 *:|\0[\[{]": "a list or a mapping cannot be a key; put text with brackets in quotes",
+    r"['\"] *\0 *:": "a ':' follows a quoted value; quote the whole value, keep a key on one line",
+    r"['\"] *\0[^\],}]": "text follows a closing quote; inside quotes write '' for ' and \\\" for \"",
+    r"[^\s:,\[{-] *\0 *:": "': ' cannot stand inside a plain value; put the value in quotes, "
+    "or start the nested mapping on a line of its own",
+    r"\0:": "a key is missing before ':'; write 'key: value', or put the text in quotes",
+    r"\0[@`]": "'@' and '`' are reserved and cannot start a plain value; put the value in quotes",
+    r"\0%": "'%' cannot start a plain value, and directives are not supported; put a value in quotes",
+    r"\0!": "tags such as '!name' are not supported; remove the tag, or put the value in quotes",
+    r"\0[|>]": "block text must follow 'key:' or '-', not stand inside brackets; use quotes here",
+    r"\0&": "a value cannot have two anchors; remove one",
+    r"\0,": "a value is missing before ','; remove the comma, or put the text in quotes",
+    r"\0[\]}]": "this bracket closes nothing here; remove it, or put the text in quotes",
+    r"\0\?": "complex keys ('? ') are not supported; write 'key: value', or put the text in quotes",
+    r"\0-": "a list item ('- ') cannot start here; put it on a line of its own, indented under its key",
+    r"\0": "text follows a complete value; put the whole value in quotes",
 }
 
 
@@ -563,8 +563,7 @@ class YamlError(SandboxError):
     code = "yaml_invalid"
 
     def __init__(self, message: str, source: str, line: int, column: int) -> None:
-        super().__init__(f"{source}:{line}:{column}: {message}")
-        self.message = printable(message)
+        super().__init__(message)
         self.source = source
         self.line = line
         self.column = column
@@ -576,109 +575,84 @@ class YamlError(SandboxError):
 class YamlNode:
     """One value of a document, and where it stands in the text.
 
-    `kind` is "scalar", "sequence" or "mapping". `value` is the resolved scalar, the list of the items' nodes,
-    or a dict from each resolved key to its (key node, value node), merges applied. `text[start:end]` is the
-    node's own source, without its anchor. An empty value has no source: `start` equals `end`, just behind its
-    colon or dash. Block text ends with its last line break. An alias is the very node of its anchor.
+    `value` is the resolved scalar, the list of the items' nodes, or a dict from each resolved key to its (key
+    node, value node), merges applied. `text[start:end]` is the node's own source, without its anchor. An
+    empty value has no source: `start` equals `end`, just behind its colon or dash. Block text ends with its
+    last line break. An alias is the very node of its anchor.
     """
 
-    __slots__ = ("_document", "end", "kind", "start", "value")
+    __slots__ = ("_reader", "end", "start", "value")
 
-    def __init__(self, document: _YamlDocument, kind: str, value: Any, start: int, end: int) -> None:
-        self._document = document
-        self.kind = kind
+    def __init__(self, reader: _YamlReader, value: Any, start: int, end: int) -> None:
+        self._reader = reader
         self.value = value
         self.start = start
         self.end = end
 
-    def __repr__(self) -> str:
-        return f"<YamlNode {self.kind} at {self._document.source}:{self.line}:{self.column}>"
+    @property
+    def kind(self) -> str:
+        """What it is: "scalar", "sequence" or "mapping"."""
+        if isinstance(self.value, dict):
+            return "mapping"
+        return "sequence" if isinstance(self.value, list) else "scalar"
 
     @property
     def line(self) -> int:
         """The line where the node starts, from 1."""
-        return self._document.position(self.start)[0]
+        return self._reader.line(self.start)
 
     @property
     def column(self) -> int:
         """The column where the node starts, from 1, in characters."""
-        return self._document.position(self.start)[1]
+        return self._reader.indent(self.start) + 1
 
-    def get(self, key: object) -> YamlNode | None:
-        """The value's node of a mapping's key; None when there is no such key, or the node is no mapping."""
-        pair = self.value.get(key) if self.kind == "mapping" else None
-        return pair[1] if pair else None
+    def get(self, *keys: object) -> YamlNode | None:
+        """The value's node of a mapping's key (of that one's next key ...); None where there is none."""
+        node = self
+        for key in keys:
+            if not isinstance(node.value, dict) or key not in node.value:
+                return None
+            node = node.value[key][1]
+        return node
 
     def key(self, key: object) -> YamlNode | None:
         """The node of the key itself."""
-        pair = self.value.get(key) if self.kind == "mapping" else None
-        return pair[0] if pair else None
+        return self.value[key][0] if isinstance(self.value, dict) and key in self.value else None
 
-    def pairs(self) -> Iterator[tuple[YamlNode, YamlNode]]:
+    def pairs(self) -> Iterable[tuple[YamlNode, YamlNode]]:
         """Each (key node, value node) of a mapping; nothing for the other kinds."""
-        return iter(self.value.values() if self.kind == "mapping" else ())
+        return self.value.values() if isinstance(self.value, dict) else ()
 
-    def items(self) -> Iterator[YamlNode]:
+    def items(self) -> Sequence[YamlNode]:
         """Each item of a sequence; nothing for the other kinds."""
-        return iter(self.value if self.kind == "sequence" else ())
+        return self.value if isinstance(self.value, list) else ()
 
     def source_text(self) -> str:
         """The node as it is written in the document."""
-        return self._document.text[self.start : self.end]
+        return self._reader.text[self.start : self.end]
 
     def plain(self) -> Any:
         """Plain Python values, new ones at every call: what an alias stands for is copied."""
-        if self.kind == "mapping":
+        if isinstance(self.value, dict):
             return {key: pair[1].plain() for key, pair in self.value.items()}
-        if self.kind == "sequence":
+        if isinstance(self.value, list):
             return [item.plain() for item in self.value]
         return self.value
 
+    def parts(self) -> list[YamlNode]:
+        """The items, or the values without their keys; nothing for a scalar."""
+        return [*self.items(), *(value for _, value in self.pairs())]
+
+    def weight(self) -> tuple[int, int]:
+        """How many characters it takes with its aliases written out, and how deep its collections nest."""
+        if not isinstance(self.value, (list, dict)):
+            return self.end - self.start + 1, 0
+        weights = [part.weight() for part in self.parts()]
+        return sum(size for size, _ in weights) + 1, max((height for _, height in weights), default=0) + 1
+
     def error(self, message: str) -> YamlError:
         """An error, to be raised by the caller, that points at this node."""
-        return self._document.error(self.start, message)
-
-
-class _YamlDocument:
-    """The text being read, its anchors, and how far its aliases blow it up."""
-
-    __slots__ = ("anchors", "deepest", "expanded", "line_starts", "origin", "source", "text")
-
-    def __init__(self, text: str, source: str) -> None:
-        self.text = text
-        self.source = source
-        self.origin = 1 if text.startswith("\ufeff") else 0  # a byte order mark takes no column
-        self.anchors: dict[str, tuple[YamlNode, int, int] | None] = {}  # node, characters, height; None: open
-        self.expanded = 0  # characters that the aliases read so far stand for
-        self.deepest = 0  # collections around the deepest one read since the innermost open anchor
-        self.line_starts: list[int] = []
-
-    def position(self, offset: int) -> tuple[int, int]:
-        from bisect import bisect_right
-
-        if not self.line_starts:
-            self.line_starts = [self.origin]
-            self.line_starts += (match.end() for match in re.finditer("\n", self.text))
-        line = max(bisect_right(self.line_starts, offset), 1)
-        return line, offset - self.line_starts[line - 1] + 1
-
-    def error(self, offset: int, message: str) -> YamlError:
-        return YamlError(message, self.source, *self.position(offset))
-
-    def enter(self, offset: int, depth: int) -> None:
-        """Note a collection that is the `depth`-th of those around it."""
-        if depth > YAML_MAX_DEPTH:
-            raise self.error(offset, f"nested deeper than {YAML_MAX_DEPTH} levels; make the document flatter")
-        if depth > self.deepest:
-            self.deepest = depth
-
-
-if TYPE_CHECKING:
-    _YamlPairs = dict[Any, tuple[YamlNode, YamlNode]]
-if TYPE_CHECKING:
-    _YamlRead = tuple[YamlNode, int, int, int]
-if TYPE_CHECKING:
-    _YamlResult = TypeVar("_YamlResult", bound=tuple[Any, ...])
+        return self._reader.error(message, self.start)
 
 
 def yaml_load(text: str, source: str = "<yaml>") -> Any:
@@ -689,909 +663,445 @@ def yaml_load(text: str, source: str = "<yaml>") -> Any:
 
 def yaml_compose(text: str, source: str = "<yaml>") -> YamlNode | None:
     """The one document of `text` as nodes that know their place; None when it is empty."""
-    document = _YamlDocument(text, source)
-    _yaml_check_characters(document)
-    at, column = _yaml_directives(document, *_yaml_next(document, document.origin, line_start=True))
-    if column >= 0:
-        node, _, at, column = _yaml_block_node(document, at, column, -1, 0, "")
-    elif text.startswith("---", at):
-        node, _, at, column = _yaml_block_value(document, at + 3, -1, 0, "")
-    elif at < len(text):
-        raise document.error(at, "'...' ends a document, but none has started; remove this line")
-    else:
-        return None
-    _yaml_document_end(document, node, at, column)
-    return node if node.start < node.end else None
+    return _YamlReader(text, source).document()
 
 
-def _yaml_check_characters(document: _YamlDocument) -> None:
-    found = _YAML_FORBIDDEN.search(document.text, document.origin)
-    if not found:
-        return
-    if found.group() == "\r":
-        message = "a carriage return without a line feed; use one kind of line ends, LF or CRLF"
-    else:
-        code = ord(found.group())
-        escape = f"\\x{code:02X}" if code < 256 else f"\\u{code:04X}"
-        message = (
-            f"the character U+{code:04X} is not allowed; write it as {escape} in double quotes, or remove it"
-        )
-    raise document.error(found.start(), message)
+class _YamlReader:
+    """Reads a document. Each method reads one rule of the grammar at the offset `at` and moves behind it.
 
-
-def _yaml_directives(document: _YamlDocument, at: int, column: int) -> tuple[int, int]:
-    """Read `%YAML 1.x`, if it is there; return the next token."""
-    if column != 0 or document.text[at] != "%":
-        return at, column
-    version = re.compile(r"%YAML +1\.[0-9]+(?=[ \r\n]|\Z)").match(document.text, at)
-    if not version:
-        raise document.error(at, "this directive is not supported; only '%YAML 1.1' and other 1.x are")
-    at, column = _yaml_next(document, version.end())
-    if column >= 0 or not document.text.startswith("---", at):
-        raise document.error(at, "'---' must follow the %YAML line")
-    return at, column
-
-
-def _yaml_document_end(document: _YamlDocument, node: YamlNode, at: int, column: int) -> None:
-    if column >= 0:
-        message = (
-            "this line does not belong to what starts on line {}; indent it to match, or put that in quotes"
-        )
-        raise document.error(at, message.format(node.line))
-    while column < 0 and document.text.startswith("...", at):
-        at, column = _yaml_next(document, at + 3)
-    if at < len(document.text):
-        raise document.error(at, "a second document starts here; only one document in a text is supported")
-
-
-# White space, comments and the ends of lines
-
-
-def _yaml_skip(pattern: re.Pattern[str], text: str, at: int) -> int:
-    """Where a match at `at` ends; `at` itself when there is none."""
-    match = pattern.match(text, at)
-    return match.end() if match else at
-
-
-def _yaml_next(document: _YamlDocument, at: int, *, line_start: bool = False) -> tuple[int, int]:
-    """Skip from the end of a value (or the start of a line) to the next token; return it with its column."""
-    text = document.text
-    stop = _yaml_skip(_YAML_GAP, text, at)
-    while text.startswith("#", stop):
-        if stop == at and not line_start:
-            raise document.error(stop, _YAML_BAD_STARTS["#"])
-        at, line_start = text.find("\n", stop), False
-        if at < 0:
-            return len(text), -1
-        stop = _yaml_skip(_YAML_GAP, text, at)
-    if stop == len(text):
-        return stop, -1
-    newline = text.rfind("\n", at, stop)
-    if newline < 0:
-        if not line_start:
-            raise _yaml_unexpected(document, stop)
-        newline = at - 1
-    if text[stop] == "\t":
-        raise document.error(stop, "a tab is used for indentation; use spaces")
-    column = stop - newline - 1
-    if column == 0 and _YAML_MARKER.match(text, stop):
-        return stop, -1
-    return stop, column
-
-
-def _yaml_unexpected(document: _YamlDocument, at: int) -> YamlError:
-    """Why the text at `at` cannot stand behind a value, on its line."""
-    text = document.text
-    before = text[:at].rstrip(" ")[-1:]
-    if text[at] == "\t":
-        return document.error(at, _YAML_BAD_STARTS["\t"])
-    if text[at] == ":" and before and before in "]}":
-        return document.error(at, _YAML_COLLECTION_KEY)
-    if text[at] == ":" and before and before in "\"'":
-        return document.error(
-            at, "a ':' follows a quoted value; quote the whole value, keep a key on one line"
-        )
-    if text[at] == ":":
-        return document.error(at, _YAML_COLON_IN_VALUE)
-    if before and before in "\"'":
-        return document.error(
-            at, "text follows a closing quote; inside quotes write '' for ' and \\\" for \""
-        )
-    return document.error(at, "text follows a complete value; put the whole value in quotes")
-
-
-def _yaml_flow_gap(document: _YamlDocument, at: int, opened: int) -> int:
-    """Skip white space and comments between brackets; `opened` is where the bracket stands."""
-    text = document.text
-    stop = _yaml_skip(_YAML_GAP, text, at)
-    while text.startswith("#", stop):
-        if stop == at:
-            raise document.error(stop, _YAML_BAD_STARTS["#"])
-        at = text.find("\n", stop)
-        stop = _yaml_skip(_YAML_GAP, text, at) if at >= 0 else len(text)
-    if stop == len(text):
-        raise document.error(opened, f"'{text[opened]}' is never closed; add the matching bracket")
-    if text[stop] == "\t":
-        raise document.error(stop, _YAML_BAD_STARTS["\t"])
-    if text[stop] in "-." and text[stop - 1] == "\n" and _YAML_MARKER.match(text, stop):
-        raise document.error(stop, f"a document marker inside '{text[opened]}'; close the bracket before it")
-    return stop
-
-
-# Block structure
-
-
-def _yaml_block_value(document: _YamlDocument, at: int, indent: int, depth: int, after: str) -> _YamlRead:
-    """The value that follows `after`: ":", "-", or "" for `---`, each with "&" added behind an anchor.
-
-    It stands on the same line, or below and deeper than `indent`. Behind a dash, keys and further dashes may
-    stand on the same line; below a key, dashes may stand at `indent` itself.
+    first: where the last token stands that was the first of its line; column: its column, or -1 at the end of
+    the document. Columns alone decide where a block ends. end: where the last value ended.
     """
-    text = document.text
-    here = _yaml_skip(_YAML_SPACES, text, at)
-    if text[here : here + 1] in _YAML_LINE_ENDS:
-        below, column = _yaml_next(document, at)
-        if column > indent or (":" in after and column == indent and _YAML_DASH.match(text, below)):
-            return _yaml_block_node(document, below, column, indent, depth, after)
-        return YamlNode(document, "scalar", None, at, at), at, below, column
-    if after == "-":
-        return _yaml_block_node(document, here, indent + 1 + here - at, indent, depth, after)
-    return _yaml_inline(document, here, indent, depth, after)
 
+    def __init__(self, text: str, source: str) -> None:
+        self.text = text + "\0"
+        self.source = source
+        self.origin = self.at = int(text.startswith("\ufeff"))  # a byte order mark takes no column
+        self.first = -1
+        self.column = self.end = self.depth = self.aliased = 0
+        self.anchors: dict[str, tuple[YamlNode, int, int]] = {}
+        self.anchored: YamlNode | None = None  # the last one
 
-def _yaml_block_node(
-    document: _YamlDocument, at: int, column: int, indent: int, depth: int, after: str
-) -> _YamlRead:
-    """A value that starts a line or follows `- `: keys and dashes may stand here."""
-    if _YAML_DASH.match(document.text, at):
-        return _yaml_block_sequence(document, at, column, depth + 1)
-    key = _yaml_key(document, at)
-    if key:
-        return _yaml_block_mapping(document, at, column, depth + 1, key)
-    return _yaml_inline(document, at, indent, depth, after.replace("-", ""))
+    def line(self, at: int) -> int:
+        return self.text.count("\n", 0, at) + 1
 
+    def indent(self, at: int) -> int:
+        """How many characters stand before an offset on its line."""
+        return at - max(self.text.rfind("\n", 0, at) + 1, self.origin)
 
-def _yaml_block_sequence(document: _YamlDocument, at: int, column: int, depth: int) -> _YamlRead:
-    document.enter(at, depth)
-    start = end = at
-    next_column = column
-    items: list[YamlNode] = []
-    while next_column == column and _YAML_DASH.match(document.text, at):
-        item, end, at, next_column = _yaml_block_value(document, at + 1, column, depth, "-")
-        items.append(item)
-    if next_column > column:
-        raise _yaml_wrong_indent(document, at, next_column, start, column)
-    return YamlNode(document, "sequence", items, start, end), end, at, next_column
+    def error(self, message: str, at: int) -> YamlError:
+        return YamlError(message, self.source, self.line(at), self.indent(at) + 1)
 
+    def wrong(self) -> YamlError:
+        """Why the text at the cursor cannot stand there."""
+        around = f"\n{self.text[: self.at][-200:]}\0{self.text[self.at : self.at + 20]}"
+        hints = (hint for pattern, hint in _YAML_HINTS.items() if re.search(pattern, around))
+        return self.error(next(hints), self.at)
 
-def _yaml_block_mapping(
-    document: _YamlDocument, at: int, column: int, depth: int, key: tuple[YamlNode, int]
-) -> _YamlRead:
-    """A block mapping; its first key is already read, with the offset behind its colon."""
-    document.enter(at, depth)
-    start = at
-    pairs: _YamlPairs = {}
-    while True:
-        value, end, below, next_column = _yaml_block_value(document, key[1], column, depth, ":")
-        _yaml_add_pair(document, pairs, key[0], value, at)
-        at = below
-        if next_column != column:
-            break
-        next_key = _yaml_key(document, at)
-        if next_key is None:
-            raise _yaml_missing_key(document, at)
-        key = next_key
-    if next_column > column:
-        raise _yaml_wrong_indent(document, at, next_column, start, column)
-    return YamlNode(document, "mapping", _yaml_merged(pairs), start, end), end, at, next_column
+    def take(self, pattern: re.Pattern[str]) -> str:
+        """Move behind what matches at the cursor, and return it; "" when nothing does."""
+        match = pattern.match(self.text, self.at)
+        if not match:
+            return ""
+        self.at = match.end()
+        return match[0]
 
+    def skip(self) -> bool:
+        """Move to the next token; whether it is the first of its line, or the end of the text."""
+        start = self.at
+        if start != self.first:
+            new_line = "\n" in self.take(_YAML_GAP) or start == self.origin
+            char = self.text[self.at]
+            if char in "\t#":
+                raise self.wrong()
+            if new_line or char == "\0":
+                self.first = self.at
+                self.column = self.indent(self.at)
+                if char == "\0" or (self.column == 0 and _YAML_MARKER.match(self.text, self.at)):
+                    self.column = -1
+        return self.at == self.first
 
-def _yaml_wrong_indent(document: _YamlDocument, at: int, column: int, start: int, expected: int) -> YamlError:
-    line = document.position(start)[0]
-    return document.error(
-        at,
-        f"wrong indentation: this line has {column} spaces, what starts on line {line} has {expected}; "
-        "align the lines, or put a text of several lines in quotes",
-    )
+    def end_line(self) -> None:
+        if not self.skip():
+            raise self.wrong()
 
+    def document(self) -> YamlNode | None:
+        bad = _YAML_FORBIDDEN.search(self.text, self.origin, len(self.text) - 1)
+        if bad:
+            message = f"the character {ascii(bad[0])[1:-1]} is not allowed; remove it, or write it like this"
+            raise self.error(f"{message} in double quotes", bad.start())
+        self.skip()
+        node = None
+        if self.column >= 0:
+            node = self.node(-1, self.column)
+        elif self.text.startswith("---", self.at):
+            self.at += 3
+            node = self.value(-1)
+        if node and self.column >= 0:
+            message = "this line does not belong to what starts on line {}; indent it to match, or use quotes"
+            raise self.error(message.format(node.line), self.at)
+        while node and self.text.startswith("...", self.at):
+            self.at += 3
+            self.end_line()
+        if self.text[self.at] != "\0":
+            raise self.error("only one document in a text is supported; remove this line", self.at)
+        return node if node and node.start < node.end else None
 
-def _yaml_missing_key(document: _YamlDocument, at: int) -> YamlError:
-    """Why the line at `at`, in a block mapping, does not start with a key."""
-    text = document.text
-    line = text[at:].split("\n", 1)[0]
-    if _YAML_DASH.match(text, at):
-        return document.error(
-            at, "a list item stands where 'key: value' is expected; indent it under its key"
-        )
-    if text[at] not in "&*\"'" and not _yaml_starts_plain(text, at):
-        return _yaml_bad_start(document, at)
-    if ":" in line and text[at] not in "\"'":
-        return document.error(at, "'key: value' is expected here; put a space after the colon")
-    return document.error(at, "'key: value' is expected here; add the colon, or indent the text")
+    # Blocks
 
+    def value(self, indent: int, *, dash: bool = False) -> YamlNode:
+        """What follows a colon or `---` (or a dash) on its line, or below it and deeper than `indent`.
 
-def _yaml_key(document: _YamlDocument, at: int) -> tuple[YamlNode, int] | None:
-    """A key and the offset behind its colon, when one starts at `at`."""
-    text, start, anchor = document.text, at, ""
-    if text[at] == "&":
-        anchor, at = _yaml_name(document, at)
-        at = _yaml_skip(_YAML_SPACES, text, at)
-    char = text[at : at + 1]
-    if char == "*":
-        end = _yaml_name(document, at)[1]
-    elif char and char in "\"'":
-        end = _yaml_quoted_end(document, at)
-    elif _yaml_starts_plain(text, at):
-        end = _yaml_skip(_YAML_PLAIN, text, at)
-    else:
-        return None
-    colon = _YAML_COLON.match(text, end)
-    if not colon or "\n" in text[at:end] or (anchor and char == "*"):
-        return None
-    _yaml_check_key(document, start, colon.end() - 1)
-    if char == "*":
-        node = _yaml_alias(document, at, 0)[0]
-    elif char in "\"'":
-        node = _yaml_quoted(document, at)[0]
-    else:
-        node = YamlNode(document, "scalar", _yaml_resolve(document, text[at:end], at, end), at, end)
-    if node.kind != "scalar":
-        raise document.error(at, _YAML_COLLECTION_KEY)
-    if anchor:
-        _yaml_anchor_key(document, start, anchor, node)
-    return node, colon.end()
+        Behind a dash, keys and dashes may stand on its line; below a colon, dashes at `indent` itself.
+        """
+        start = self.at
+        if not self.skip():
+            return self.node(indent, self.indent(self.at) if dash else -1, dash=dash)
+        level = self.column == indent and not dash and _YAML_DASH.match(self.text, self.at)
+        if self.column > indent or level:
+            return self.node(indent, self.column, dash=dash)
+        self.end = start
+        return YamlNode(self, None, start, start)
 
-
-def _yaml_check_key(document: _YamlDocument, start: int, colon: int) -> None:
-    if "\n" in document.text[start:colon]:
-        raise document.error(start, "a key and its colon must stand on one line; join the lines")
-    if colon - start > YAML_MAX_KEY:
-        raise document.error(start, f"this key is longer than {YAML_MAX_KEY} characters; use a shorter one")
-
-
-def _yaml_add_pair(
-    document: _YamlDocument, pairs: _YamlPairs, key: YamlNode, value: YamlNode, at: int
-) -> None:
-    first = pairs.get(key.value)
-    if first:
-        name = document.text[key.start : key.end]
-        remedy = "write '<<: [*a, *b]'" if key.value is _MERGE_KEY else "remove or rename one"
-        raise document.error(at, f"the key {name} is used twice, first on line {first[0].line}; {remedy}")
-    if key.value is _MERGE_KEY:
-        for source in value.value if value.kind == "sequence" else [value]:
-            if source.kind != "mapping":
-                raise document.error(
-                    at, "'<<' takes a mapping or a list of mappings, such as '<<: *defaults'"
-                )
-    pairs[key.value] = key, value
-
-
-def _yaml_merged(pairs: _YamlPairs) -> _YamlPairs:
-    """Put the pairs of `<<` first: the mapping's own win over them, earlier ones in its list over later."""
-    merge = pairs.pop(_MERGE_KEY, None)
-    if merge is None:
-        return pairs
-    value = merge[1]
-    merged: _YamlPairs = {}
-    for source in reversed(value.value) if value.kind == "sequence" else [value]:
-        merged.update(source.value)
-    merged.update(pairs)
-    return merged
-
-
-# Values in block context
-
-
-def _yaml_inline(document: _YamlDocument, at: int, indent: int, depth: int, after: str) -> _YamlRead:
-    """A value at `at`, in a block, that is no block collection itself; `after` as for block values."""
-    char = document.text[at]
-    if char in "&*" and "&" in after:
-        raise _yaml_bad_start(document, at)
-    if char == "&":
-        return _yaml_anchored(
-            document,
-            at,
-            depth,
-            lambda behind: _yaml_block_value(document, behind, indent, depth, after + "&"),
-        )
-    if char in "\"'":
-        node, end = _yaml_quoted(document, at)
-    elif char in "[{":
-        node, end = _yaml_flow_collection(document, at, depth + 1)
-    elif char == "*":
-        node, end = _yaml_alias(document, at, depth)
-    elif char in "|>":
-        return _yaml_block_text(document, at, indent)
-    else:
-        return _yaml_block_plain(document, at, indent)
-    return node, end, *_yaml_next(document, end)
-
-
-def _yaml_starts_plain(text: str, at: int) -> bool:
-    char = text[at : at + 1]
-    if char not in _YAML_INDICATORS:
-        return True
-    return char != "" and char in "-?:" and text[at + 1 : at + 2] not in _YAML_WHITE
-
-
-def _yaml_bad_start(document: _YamlDocument, at: int) -> YamlError:
-    """Why no value can start with the character at `at`."""
-    return document.error(at, _YAML_BAD_STARTS[document.text[at]])
-
-
-def _yaml_block_plain(document: _YamlDocument, at: int, indent: int) -> _YamlRead:
-    """A plain scalar; the lines below that are deeper than `indent` go on with it, up to a comment."""
-    text, start = document.text, at
-    if not _yaml_starts_plain(text, at):
-        raise _yaml_bad_start(document, at)
-    end = first_end = _yaml_skip(_YAML_PLAIN, text, at)
-    at, column = _yaml_next(document, end)
-    while column > indent:
-        if "#" in text[end:at]:
-            raise document.error(at, "text cannot go on after a comment; move the comment, or quote the text")
-        more = _YAML_PLAIN.match(text, at)
-        if not more:
-            raise document.error(at, _YAML_COLON_IN_VALUE)
-        end = more.end()
-        at, column = _yaml_next(document, end)
-    raw = text[start:end]
-    value = _yaml_resolve(document, raw if end == first_end else _yaml_fold(raw), start, end)
-    return YamlNode(document, "scalar", value, start, end), end, at, column
-
-
-def _yaml_block_text(document: _YamlDocument, at: int, indent: int) -> _YamlRead:
-    """Text of lines deeper than `indent`, below `|` (kept as they are) or `>` (folded)."""
-    text = document.text
-    header = _YAML_BLOCK_HEADER.match(text, at)
-    if not header or (header[1] and header[3]):
-        message = f"behind '{text[at]}' only '+' or '-', an indentation from 1 to 9 and a comment may stand"
-        raise document.error(at, f"{message}; start the text on the next line")
-    chomping = header[1] or header[3]
-    if header[2]:
-        margin = max(indent, 0) + int(header[2])
-    else:
-        margin = _yaml_block_margin(document, header.end(), indent)
-    lines, filled_end, end = _yaml_block_lines(text, header.end(), margin)
-    filled = len(lines)
-    while filled and not lines[filled - 1]:
-        filled -= 1
-    value = "\n".join(lines[:filled]) if text[at] == "|" else _yaml_fold_block(lines[:filled])
-    if filled and chomping != "-" and text[filled_end - 1] == "\n":
-        value += "\n"
-    if chomping == "+":
-        value += "\n" * (len(lines) - filled)
-        filled_end = end
-    node = YamlNode(document, "scalar", value, at, filled_end)
-    return node, filled_end, *_yaml_next(document, end, line_start=True)
-
-
-def _yaml_block_margin(document: _YamlDocument, at: int, indent: int) -> int:
-    """The indentation of block text: that of its first line that is not blank."""
-    text = document.text
-    stop = _yaml_skip(_YAML_GAP, text, at)
-    margin = stop - max(at, text.rfind("\n", at, stop) + 1)
-    longest = max(len(line.rstrip("\r")) for line in text[at:stop].split("\n"))
-    if stop == len(text) or margin < max(indent + 1, 1):
-        return max(indent + 1, 1, longest)  # no text at all, only blank lines
-    if longest > margin:
-        message = "a blank line above has more spaces than this first line of the text; remove them"
-        raise document.error(stop, message)
-    return margin
-
-
-def _yaml_block_lines(text: str, at: int, margin: int) -> tuple[list[str], int, int]:
-    """The lines of block text without margin, blank ones empty; the end of the last filled one; of all."""
-    lines: list[str] = []
-    prefix = " " * margin
-    filled_end = at
-    while at < len(text):
-        newline = text.find("\n", at)
-        stop = newline + 1 or len(text)
-        line = text[at:stop].rstrip("\r\n")
-        if line.startswith(prefix) and len(line) > margin:
-            lines.append(line[margin:])
-            filled_end = stop
-        elif line.strip(" "):
-            break
-        elif newline >= 0:
-            lines.append("")
-        at = stop
-    return lines, filled_end, at
-
-
-def _yaml_fold_block(lines: list[str]) -> str:
-    """Join lines by spaces, but keep the breaks at blank lines and around those that start with a space."""
-    parts: list[str] = []
-    previous, blanks = "", 0
-    for line in lines:
-        if not line:
-            blanks += 1
-            continue
-        if not previous:
-            parts.append("\n" * blanks)
-        elif previous[0] in " \t" or line[0] in " \t":
-            parts.append("\n" * (blanks + 1))
+    def node(self, indent: int, column: int, *, dash: bool = False) -> YamlNode:
+        """The value at the cursor. column: where that is, if a key or a dash may be there, else -1."""
+        start = self.at
+        if column >= 0 and _YAML_DASH.match(self.text, start):
+            return self.sequence(column)
+        name = self.anchor()
+        behind = self.at
+        if name and self.skip():
+            self.at = behind
+            return self.named(name, self.value(indent, dash=dash), start)
+        if self.text[self.at] in "|>":
+            node = self.block_text(indent)
+        elif self.text[self.at] in "[{":
+            node = self.flow()
         else:
-            parts.append("\n" * blanks or " ")
-        parts.append(line)
-        previous, blanks = line, 0
-    return "".join(parts)
+            node = self.scalar(indent, _YAML_PLAIN)
+        self.named(name, node, start)
+        if column >= 0 and self.is_key(start, _YAML_COLON):
+            return self.mapping(column, node, start)
+        self.end_line()
+        return node
 
+    def is_key(self, start: int, colon: re.Pattern[str]) -> bool:
+        """Whether a colon makes a key of what was read from `start` on; the cursor moves behind it."""
+        if "\n" in self.text[start : self.at] or not self.take(colon):
+            return False
+        if self.at - start > YAML_MAX_KEY + 1:
+            raise self.error(f"this key is longer than {YAML_MAX_KEY} characters; use a shorter one", start)
+        return True
 
-# Scalars
+    def sequence(self, column: int) -> YamlNode:
+        node = self.open([], self.at)
+        while self.take(_YAML_DASH):
+            node.value.append(self.value(column, dash=True))
+            if self.column != column:
+                break
+        return self.close_block(node, column)
 
+    def mapping(self, column: int, key: YamlNode, start: int) -> YamlNode:
+        """A block mapping, whose first key and its colon are already read."""
+        node = self.open({}, start)
+        while True:
+            self.add(node, key, self.value(column), start)
+            if self.column != column:
+                return self.close_block(node, column)
+            start = self.at
+            name = self.anchor()
+            if name:
+                self.skip()
+            key = self.named(name, self.scalar(column, _YAML_PLAIN), start)
+            if not self.is_key(start, _YAML_COLON):
+                raise self.error("'key: value' is expected here, with a space behind the colon", start)
 
-def _yaml_resolve(document: _YamlDocument, raw: str, start: int, end: int) -> Any:
-    """The value of plain text, by the rules of YAML 1.1; it stands at `start` to `end`."""
-    if raw in _YAML_WORDS:
-        return _YAML_WORDS[raw]
-    if raw[0] in _YAML_NUMBER_STARTS:
+    def close_block(self, node: YamlNode, column: int) -> YamlNode:
+        if self.column > column:
+            message = (
+                f"wrong indentation: this line has {self.column} spaces, what starts on line {node.line} has "
+                f"{column}; align the lines, or put a text of several lines in quotes"
+            )
+            raise self.error(message, self.at)
+        return self.close(node)
+
+    def block_text(self, indent: int) -> YamlNode:
+        """Text of lines deeper than `indent`, below `|` (kept as they are) or `>` (folded)."""
+        start = self.at
+        header = self.take(_YAML_HEADER)
+        if not header:
+            message = "behind '|' or '>' only '+' or '-', an indentation from 1 to 9 and a comment may stand"
+            raise self.error(f"{message}; start the text on the next line", start)
+        marks = header[1:3]
+        level = marks.strip("+- #\r\n")
+        if level:
+            margin = max(indent, 0) + int(level)
+        else:
+            behind = self.at
+            blanks = self.take(_YAML_BLANK_LINES).replace("\r", "").split("\n")
+            margin = max(indent + 1, 1, *map(len, blanks))
+            self.at = behind
+        line = rf" {{{margin}}}[^\r\n\0][^\n\0]*(?:\n|(?=\0))"
+        body = self.take(re.compile(rf"(?:(?: *\r?\n)*{line})*"))
+        value = "\n".join(line[margin:] for line in body.splitlines())
+        if header[0] == ">":
+            value = _YAML_FOLDED.sub(lambda match: match[1] + (match[2] or " "), value)
+        if body.endswith("\n") and "-" not in marks:
+            value += "\n"
+        self.end = self.at
+        breaks = self.take(_YAML_BLANK_LINES).count("\n")
+        if "+" in marks and breaks:
+            value += "\n" * breaks
+            self.end = self.at - self.indent(self.at)
+        if self.text[self.at] != "\0":
+            self.at -= self.indent(self.at) + 1  # to the line break, where a line begins for `skip`
+        self.skip()
+        return YamlNode(self, value, start, self.end)
+
+    # Brackets
+
+    def flow(self) -> YamlNode:
+        """A [list], in which `key: value` is a mapping of its own, or a {mapping}."""
+        opened = self.at
+        closer = "]" if self.text[opened] == "[" else "}"
+        node = self.open([] if closer == "]" else {}, opened)
+        self.at += 1
+        while self.flow_token(opened) != closer:
+            start = self.at
+            part = self.flow_node(opened)
+            paired = self.is_key(start, _YAML_FLOW_COLON)
+            if paired or closer == "}":
+                home = node if closer == "}" else self.open({}, start)
+                behind = self.end = self.at
+                empty = not paired or self.flow_token(opened) in ",]}"
+                value = YamlNode(self, None, behind, behind) if empty else self.flow_node(opened)
+                self.add(home, part, value, start)
+                part = home if home is node else self.close(home)
+            if closer == "]":
+                node.value.append(part)
+            if self.flow_token(opened) == ",":
+                self.at += 1
+            elif self.text[self.at] != closer:
+                message = f"',' or '{closer}' is expected here; add it, put the text in quotes"
+                raise self.error(f"{message}, or keep a key on one line", self.at)
+        self.at += 1
+        self.end = self.at
+        return self.close(node)
+
+    def flow_token(self, opened: int) -> str:
+        """Move to the next token between brackets; its first character."""
+        if self.skip() and self.column < 0:
+            raise self.error(f"'{self.text[opened]}' is never closed; add the matching bracket", opened)
+        return self.text[self.at]
+
+    def flow_node(self, opened: int) -> YamlNode:
+        start = self.at
+        name = self.anchor()
+        bracket = self.flow_token(opened) in "[{"
+        return self.named(name, self.flow() if bracket else self.scalar(-1, _YAML_FLOW_PLAIN), start)
+
+    # Collections of both kinds
+
+    def open(self, value: Any, start: int) -> YamlNode:
+        self.depth += 1
+        self.check_depth(self.depth, start)
+        return YamlNode(self, value, start, start)
+
+    def check_depth(self, depth: int, at: int) -> None:
+        if depth > YAML_MAX_DEPTH:
+            raise self.error(f"nested deeper than {YAML_MAX_DEPTH} levels; make the document flatter", at)
+
+    def close(self, node: YamlNode) -> YamlNode:
+        self.depth -= 1
+        node.end = self.end
+        if isinstance(node.value, dict) and _YAML_MERGE in node.value:
+            key, merge = node.value.pop(_YAML_MERGE)
+            for source in merge.value if isinstance(merge.value, list) else [merge]:
+                if not isinstance(source.value, dict):
+                    raise key.error("'<<' takes a mapping or a list of mappings, such as '<<: *defaults'")
+                node.value = {**source.value, **node.value}  # its own keys win, then the first in the list
+        return node
+
+    def add(self, node: YamlNode, key: YamlNode, value: YamlNode, at: int) -> None:
+        if isinstance(key.value, (list, dict)):
+            raise self.error("a list or a mapping cannot be a key; put text with brackets in quotes", at)
+        if key.value in node.value:
+            first = node.value[key.value][0].line
+            remedy = "write '<<: [*a, *b]'" if key.value is _YAML_MERGE else "remove or rename one"
+            message = f"the key {key.source_text()} is used twice, first on line {first}; {remedy}"
+            raise self.error(message, at)
+        node.value[key.value] = key, value
+
+    # Anchors and aliases
+
+    def name(self) -> str:
+        name = self.take(_YAML_NAME)
+        if not name:
+            message = "a name (letters, digits, '-', '_') must follow '&' and '*'; put text in quotes"
+            raise self.error(message, self.at)
+        return name[1:]
+
+    def anchor(self) -> str:
+        return self.name() if self.text[self.at] == "&" else ""
+
+    def named(self, name: str, node: YamlNode, start: int) -> YamlNode:
+        """The node, which aliases may stand for from now on if it has an anchor; that is at `start`."""
+        if name:
+            if name in self.anchors:
+                raise self.error(f"the anchor '&{name}' is defined twice; rename one", start)
+            if node.start < start or node is self.anchored or node.value is _YAML_MERGE:
+                message = "an alias, '<<' or a value with an anchor cannot have this one; remove the anchor"
+                raise self.error(message, start)
+            self.anchors[name] = node, *node.weight()
+            self.anchored = node
+        return node
+
+    def alias(self) -> YamlNode:
+        start = self.at
+        name = self.name()
+        if name not in self.anchors:
+            raise self.error(f"no '&{name}' ends above this alias; define it first, or quote the text", start)
+        node, size, height = self.anchors[name]
+        self.aliased += size
+        if self.aliased > YAML_MAX_ALIASED:
+            message = f"the aliases up to here stand for {self.aliased} characters, too many; use fewer"
+            raise self.error(message, start)
+        self.check_depth(self.depth + height, start)
+        return node
+
+    # Scalars
+
+    def scalar(self, indent: int, patterns: tuple[re.Pattern[str], re.Pattern[str]]) -> YamlNode:
+        """An alias, quoted text, or plain text, which goes on in the lines below that are deeper."""
+        start = self.at
+        if self.text[start] == "*":
+            node = self.alias()
+            self.end = self.at
+            return node
+        if self.text[start] in "'\"":
+            value = self.quoted()
+            self.end = self.at
+        else:
+            value = self.plain(indent, *patterns)
+        return YamlNode(self, value, start, self.end)
+
+    def plain(self, indent: int, first: re.Pattern[str], further: re.Pattern[str]) -> Any:
+        start = self.at
+        if not self.take(first):
+            raise self.wrong()
+        self.end = self.at
+        while self.skip() and self.column > indent and "#" not in self.text[self.end : self.at]:
+            if not self.take(further):
+                break
+            self.end = self.at
+        raw = self.text[start : self.end]
+        if "\n" in raw:
+            raw = _YAML_WHITE.sub(self.part, raw)
+        if raw in _YAML_WORDS:
+            return _YAML_WORDS[raw]
+        if raw == "<<" and self.text[self.at] == ":":
+            return _YAML_MERGE
+        if raw in ("=", "<<"):
+            raise self.error(f"a plain '{raw}' has a special meaning in YAML; put it in quotes", start)
         try:
-            return _yaml_number(raw)
-        except (ValueError, OverflowError):
-            raise document.error(
-                start, "this number has no value; put it in quotes to keep it as text"
-            ) from None
-    if raw == "<<" and document.text.startswith(":", _yaml_skip(_YAML_SPACES, document.text, end)):
-        return _MERGE_KEY
-    if raw in ("=", "<<"):
-        raise document.error(start, f"a plain '{raw}' has a special meaning in YAML; put it in quotes")
-    return raw
+            return _yaml_number(raw) if raw[0] in "+-.0123456789" else raw
+        except ValueError:
+            message = "this number is too long, or has no value here; put it in quotes to keep it as text"
+            raise self.error(message, start) from None
+
+    def quoted(self) -> str:
+        start = self.at
+        raw = self.take(_YAML_QUOTED)
+        if not raw:
+            message = f"the quote that opens here is never closed; add {self.text[start]} at its end"
+            raise self.error(message, start)
+        marker = "\n" in raw and _YAML_MARKER.search(self.text, start, self.at)
+        if marker:
+            raise self.error("a document marker stands inside quotes; indent the line", marker.start())
+        value = raw[1:-1]
+        if raw[0] == '"':
+            return _YAML_ESCAPE.sub(self.part, value) if "\\" in value or "\n" in value else value
+        return (_YAML_WHITE.sub(self.part, value) if "\n" in value else value).replace("''", "'")
+
+    def part(self, match: re.Match[str]) -> str:
+        """What an escape, or a run of white space, stands for in text that may have several lines."""
+        if match.lastindex:
+            try:
+                return chr(int(match[1][1:], 16)) if match[1][1:] else _YAML_ESCAPES[match[1]]
+            except (KeyError, ValueError, OverflowError):
+                at = self.at - 1 - len(match.string) + match.start()
+                message = f"{match[0][:2]} is no escape in double quotes; write \\\\, or use single quotes"
+                raise self.error(message, at) from None
+        breaks = match[0].count("\n")
+        if breaks == 1:
+            return "" if match[0][0] == "\\" else " "
+        return "\n" * (breaks - 1) if breaks else match[0]
 
 
 def _yaml_number(raw: str) -> int | float | str:
-    """The number that `raw` is, or `raw` itself; ValueError or OverflowError for one that has no value."""
-    is_int = _YAML_INT.fullmatch(raw)
-    if not is_int and not _YAML_FLOAT.fullmatch(raw):
+    """The number that `raw` is, or `raw` itself; ValueError without a value, or for 1:30.5 (base 60)."""
+    whole = _YAML_INT.fullmatch(raw)
+    if not whole and not _YAML_FLOAT.fullmatch(raw):
         return raw
+    digits = raw.replace("_", "").lower()
     if len(raw) > YAML_MAX_NUMBER:
         raise ValueError(raw)
-    sign = -1 if raw[0] == "-" else 1
-    digits = raw.lstrip("+-").replace("_", "")
-    return sign * (_yaml_int(digits) if is_int else _yaml_float(digits.lower()))
-
-
-def _yaml_int(digits: str) -> int:
-    if digits.startswith(("0b", "0x")):
-        return int(digits[2:], 2 if digits[1] == "b" else 16)
-    if digits.startswith("0"):
-        return int(digits, 8)
+    if not whole:
+        return float(digits.replace(".i", "i").replace(".n", "n"))
     value = 0
-    for part in digits.split(":"):
-        value = value * 60 + int(part)
-    return value
-
-
-def _yaml_float(digits: str) -> float:
-    if digits in (".inf", ".nan"):
-        return float(digits[1:])
-    value, base = 0.0, 1
-    for part in reversed(digits.split(":")):  # from the right: sums must round as they do elsewhere
-        value += float(part) * base
-        base *= 60
-    return value
-
-
-def _yaml_fold(raw: str, escapes: bool = False) -> str:
-    """Join the lines of a scalar: one line break is a space, each further one a line break."""
-    lines = raw.split("\n")
-    parts: list[str] = []
-    blanks, glue = 0, ""
-    for number, line in enumerate(lines):
-        body, next_glue = line.lstrip(" \t") if number else line, " "
-        if number < len(lines) - 1:
-            body, next_glue = _yaml_trim_line(body, escapes)
-            if number and not body and next_glue:
-                blanks += 1
-                continue
-        parts.append("\n" * blanks or glue)
-        parts.append(body)
-        blanks, glue = 0, next_glue
-    return "".join(parts)
-
-
-def _yaml_trim_line(line: str, escapes: bool) -> tuple[str, str]:
-    """A line without the white space at its end, and what joins it to the next line."""
-    body = line.rstrip(" \t\r")
-    if not escapes or (len(body) - len(body.rstrip("\\"))) % 2 == 0:
-        return body, " "
-    if line[len(body) :] in ("", "\r"):
-        return body[:-1], ""
-    return line[: len(body) + 1], " "  # the backslash keeps one space or tab
-
-
-def _yaml_quoted_end(document: _YamlDocument, at: int) -> int:
-    pattern = _YAML_DOUBLE_QUOTED if document.text[at] == '"' else _YAML_SINGLE_QUOTED
-    match = pattern.match(document.text, at)
-    if not match:
-        raise document.error(
-            at, f"the quote that opens here is never closed; add {document.text[at]} at its end"
-        )
-    return match.end()
-
-
-def _yaml_quoted(document: _YamlDocument, at: int) -> tuple[YamlNode, int]:
-    text = document.text
-    end = _yaml_quoted_end(document, at)
-    double = text[at] == '"'
-    value = text[at + 1 : end - 1]
-    if "\n" in value:
-        marker = re.compile(r"^(?:---|\.\.\.)(?=[ \t\r\n])", re.MULTILINE).search(text, at, end)
-        if marker:
-            raise document.error(marker.start(), "a document marker stands inside quotes; indent the line")
-        value = _yaml_fold(value, double)
-    if not double:
-        value = value.replace("''", "'")
-    elif "\\" in value:
-        value = _yaml_unescape(document, value, at, end)
-    return YamlNode(document, "scalar", value, at, end), end
-
-
-def _yaml_unescape(document: _YamlDocument, value: str, start: int, end: int) -> str:
-    try:
-        return _YAML_ESCAPE.sub(_yaml_escape, value)
-    except (KeyError, ValueError, OverflowError):
-        escapes = _YAML_ESCAPE.finditer(document.text, start + 1, end)
-        bad = next(match for match in escapes if not _yaml_is_escape(match))
-    message = f"{bad[0][:2]} is no escape in double quotes; write \\\\ for a backslash, or use single quotes"
-    raise document.error(bad.start(), message)
-
-
-def _yaml_escape(match: re.Match[str]) -> str:
-    code = match[1] or match[2] or match[3]
-    return chr(int(code, 16)) if code else _YAML_ESCAPES[match[4]]
-
-
-def _yaml_is_escape(match: re.Match[str]) -> bool:
-    if match[4]:
-        return match[4] in _YAML_ESCAPES or match[4] in "\r\n"  # a line may end with a backslash
-    return int(match[0][2:], 16) <= sys.maxunicode
-
-
-# Anchors and aliases
-
-
-def _yaml_name(document: _YamlDocument, at: int) -> tuple[str, int]:
-    """The name of the anchor or alias at `at`, and where it ends."""
-    match = _YAML_NAME.match(document.text, at)
-    if not match:
-        message = f"a name (letters, digits, '-', '_') must follow '{document.text[at]}'; put text in quotes"
-        raise document.error(at, message)
-    return match[1], match.end()
-
-
-def _yaml_check_anchor(document: _YamlDocument, at: int, name: str) -> None:
-    if name in document.anchors:
-        raise document.error(at, f"the anchor '&{name}' is defined twice; rename one")
-
-
-def _yaml_anchored(
-    document: _YamlDocument, at: int, depth: int, read: Callable[[int], _YamlResult]
-) -> _YamlResult:
-    """An anchor and what `read` makes of the text behind it, noted for the aliases to come."""
-    name, behind = _yaml_name(document, at)
-    _yaml_check_anchor(document, at, name)
-    expanded, deepest = document.expanded, document.deepest
-    document.anchors[name], document.deepest = None, depth
-    result = read(behind)
-    size = result[1] - behind + document.expanded - expanded
-    document.anchors[name] = result[0], size, document.deepest - depth
-    document.deepest = max(document.deepest, deepest)
-    return result
-
-
-def _yaml_anchor_key(document: _YamlDocument, at: int, name: str, node: YamlNode) -> None:
-    _yaml_check_anchor(document, at, name)
-    if node.value is _MERGE_KEY:
-        raise document.error(at, "'<<' cannot have an anchor; remove it")
-    document.anchors[name] = node, node.end - node.start, 0
-
-
-def _yaml_alias(document: _YamlDocument, at: int, depth: int) -> tuple[YamlNode, int]:
-    name, end = _yaml_name(document, at)
-    if name not in document.anchors:
-        raise document.error(at, f"no '&{name}' stands above this alias; define it first, or quote the text")
-    anchor = document.anchors[name]
-    if anchor is None:
-        raise document.error(
-            at, f"the alias '*{name}' stands inside its own anchor; a value cannot hold itself"
-        )
-    node, size, height = anchor
-    document.expanded += size + 1
-    if document.expanded > YAML_ALIAS_FACTOR * len(document.text) + YAML_ALIAS_ALLOWANCE:
-        message = f"the aliases up to here stand for {document.expanded} characters, too many; use fewer"
-        raise document.error(at, message)
-    if height:
-        document.enter(at, depth + height)
-    return node, end
-
-
-# Flow collections
-
-
-def _yaml_flow_collection(document: _YamlDocument, at: int, depth: int) -> tuple[YamlNode, int]:
-    document.enter(at, depth)
-    if document.text[at] == "[":
-        return _yaml_flow_sequence(document, at, depth)
-    return _yaml_flow_mapping(document, at, depth)
-
-
-def _yaml_flow_sequence(document: _YamlDocument, opened: int, depth: int) -> tuple[YamlNode, int]:
-    items: list[YamlNode] = []
-    at = _yaml_flow_gap(document, opened + 1, opened)
-    while document.text[at] != "]":
-        item, end = _yaml_flow_value(document, at, opened, depth)
-        colon = _yaml_flow_colon(document, item, at, end)
-        if colon:  # `[key: value]` is a list that holds a mapping of one pair
-            document.enter(at, depth + 1)
-            value, end = _yaml_flow_pair_value(document, colon, opened, depth + 1)
-            pairs: _YamlPairs = {}
-            _yaml_add_pair(document, pairs, item, value, at)
-            item = YamlNode(document, "mapping", _yaml_merged(pairs), at, end)
-        items.append(item)
-        at = _yaml_flow_separator(document, end, opened, "]")
-    return YamlNode(document, "sequence", items, opened, at + 1), at + 1
-
-
-def _yaml_flow_mapping(document: _YamlDocument, opened: int, depth: int) -> tuple[YamlNode, int]:
-    pairs: _YamlPairs = {}
-    at = _yaml_flow_gap(document, opened + 1, opened)
-    while document.text[at] != "}":
-        key, end = _yaml_flow_value(document, at, opened, depth)
-        if key.kind != "scalar":
-            raise document.error(at, _YAML_COLLECTION_KEY)
-        colon = _yaml_flow_colon(document, key, at, end)
-        value = YamlNode(document, "scalar", None, end, end)
-        if colon:
-            value, end = _yaml_flow_pair_value(document, colon, opened, depth)
-        _yaml_add_pair(document, pairs, key, value, at)
-        at = _yaml_flow_separator(document, end, opened, "}")
-    return YamlNode(document, "mapping", _yaml_merged(pairs), opened, at + 1), at + 1
-
-
-def _yaml_flow_colon(document: _YamlDocument, key: YamlNode, at: int, end: int) -> int:
-    """The offset behind the colon that makes a key of what stands at `at` to `end`; 0 without one."""
-    colon = _yaml_skip(_YAML_SPACES, document.text, end)
-    if not document.text.startswith(":", colon):
-        return 0
-    if key.kind != "scalar":
-        raise document.error(at, _YAML_COLLECTION_KEY)
-    _yaml_check_key(document, at, colon)
-    return colon + 1
-
-
-def _yaml_flow_pair_value(document: _YamlDocument, at: int, opened: int, depth: int) -> tuple[YamlNode, int]:
-    here = _yaml_flow_gap(document, at, opened)
-    if document.text[here] in ",]}":
-        return YamlNode(document, "scalar", None, at, at), at
-    return _yaml_flow_value(document, here, opened, depth)
-
-
-def _yaml_flow_separator(document: _YamlDocument, at: int, opened: int, closer: str) -> int:
-    """Skip a comma to the next entry; stop at the closing bracket."""
-    at = _yaml_flow_gap(document, at, opened)
-    char = document.text[at]
-    if char == ",":
-        return _yaml_flow_gap(document, at + 1, opened)
-    if char == closer:
-        return at
-    if char == ":":
-        message = (
-            "':' is not expected here; a key stands on one line with its colon, text with ': ' in quotes"
-        )
-    elif char in "]}":
-        message = f"'{char}' cannot close the '{document.text[opened]}' that is open; write '{closer}'"
-    else:
-        message = f"',' or '{closer}' is expected here; add it, or put the text in quotes"
-    raise document.error(at, message)
-
-
-def _yaml_flow_value(
-    document: _YamlDocument, at: int, opened: int, depth: int, anchored: bool = False
-) -> tuple[YamlNode, int]:
-    char = document.text[at]
-    if char in "&*" and anchored:
-        raise _yaml_bad_start(document, at)
-    if char == "&":
-        return _yaml_anchored(
-            document,
-            at,
-            depth,
-            lambda behind: _yaml_flow_value(
-                document, _yaml_flow_gap(document, behind, opened), opened, depth, anchored=True
-            ),
-        )
-    if char == "*":
-        return _yaml_alias(document, at, depth)
-    if char in "\"'":
-        return _yaml_quoted(document, at)
-    if char in "[{":
-        return _yaml_flow_collection(document, at, depth + 1)
-    return _yaml_flow_plain(document, at)
-
-
-def _yaml_flow_plain(document: _YamlDocument, at: int) -> tuple[YamlNode, int]:
-    """A plain scalar between brackets; it may go on over lines, whatever their indentation."""
-    text, start, end = document.text, at, at
-    more = _YAML_FLOW_PLAIN.match(text, at) if _yaml_starts_plain(text, at) and text[at] != ":" else None
-    if not more or text[at : more.end()] == "-":
-        raise _yaml_bad_start(document, at)
-    while more:
-        end = more.end()
-        at = _yaml_skip(_YAML_GAP, text, end)
-        if text.startswith("#", at) or (text[at - 1] == "\n" and _YAML_MARKER.match(text, at)):
-            break
-        more = _YAML_FLOW_PLAIN.match(text, at) if at > end else None
-    raw = text[start:end]
-    value = _yaml_resolve(document, _yaml_fold(raw) if "\n" in raw else raw, start, end)
-    return YamlNode(document, "scalar", value, start, end), end
+    for part in digits.lstrip("+-").split(":"):  # 1:30 is 90
+        value = value * 60 + int(part, 8 if whole[1] else 0 if part[1:2] in ("b", "x") else 10)
+    return -value if raw[0] == "-" else value
 
 
 # Writing
 
 
 def yaml_dump(value: Any) -> str:
-    """`value` as a YAML document in block style with sorted keys, which readers of YAML 1.1 read back equal.
+    """A YAML document of a mapping, a line for each key, sorted; readers of YAML 1.1 read back the same.
 
     Takes dicts, lists, tuples (written as lists), strings, numbers, booleans and None; keys are scalars.
-    What stands in several places is written out in each. SandboxError for other types, for what contains
-    itself, and for what is nested too deep to be read.
+    SandboxError for other types, and for what is nested too deep to be read (or contains itself).
     """
-    out: list[str] = []
-    if isinstance(value, (dict, list, tuple)) and value:
-        _yaml_write_block(out, value, 0, ())
-    else:
-        written = _yaml_write_scalar(value, 2)
-        out.append(written + "\n")
-        if written[0] not in "\"'[{":
-            out.append("...\n")  # the only value of a document that is plain text ends with a marker
-    return "".join(out)
+    if not isinstance(value, dict) or not value:
+        return yaml_inline(value) + "\n"
+    lines = (f"{yaml_inline(key)}: {yaml_inline(value[key], '?')}\n" for key in sorted(value, key=str))
+    return "".join(lines)
 
 
-def yaml_inline(value: Any) -> str:
-    """A value on one line, as people write it: name, "odd, name", [a, b], {table: a, columns: [b]}."""
+def yaml_inline(value: Any, more: str = "", depth: int = 0) -> str:
+    """A value on one line, as people write it: name, "odd, name", [a, b], {table: a, columns: [b]}.
+
+    more: further characters of text that needs no quotes where it will stand.
+    """
+    if isinstance(value, str):
+        plain = re.fullmatch(rf"[A-Za-z_/][A-Za-z0-9_./:=&$@+{more}-]*(?<!:)", value)
+        if plain and value not in _YAML_WORDS:
+            return value
+        return '"' + printable(value.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+    if depth > YAML_MAX_DEPTH:
+        raise SandboxError(f"What is nested deeper than {YAML_MAX_DEPTH} levels cannot be written as YAML.")
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{yaml_inline(key)}: {yaml_inline(part)}" for key, part in value.items()) + "}"
-        )
+        pairs = (f"{yaml_inline(key)}: {yaml_inline(part, '', depth + 1)}" for key, part in value.items())
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(yaml_inline, value)) + "]"
-    if not isinstance(value, str):
-        return _yaml_write_scalar(value, 0)
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.$-]*", value) and not _yaml_means_more(value):
-        return value
-    readable = (
-        char if char.isprintable() and char not in '"\\' else _yaml_write_double_quoted(char)[1:-1]
-        for char in value
-    )
-    return '"' + "".join(readable) + '"'
+        return "[" + ", ".join(yaml_inline(part, "", depth + 1) for part in value) + "]"
+    if isinstance(value, float):
+        written = repr(value).replace("inf", ".inf").replace("nan", ".nan")
+        return written if "." in written else written.replace("e", ".0e")  # YAML wants a point before it
+    if value is None or isinstance(value, int):
+        return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    raise SandboxError(f"A value of type {type(value).__name__} cannot be written as YAML.")
 
 
 def yaml_items(margin: str, values: Sequence[Any]) -> list[str]:
     """The lines of a block list, as people write it; a mapping's fields stand on lines of their own."""
     lines: list[str] = []
     for value in values:
-        if not isinstance(value, dict) or not value:
-            lines.append(f"{margin}- {yaml_inline(value)}")
-            continue
-        lead = "- "
-        for key, part in value.items():
-            lines.append(f"{margin}{lead}{yaml_inline(key)}: {yaml_inline(part)}")
-            lead = "  "
+        fields = value.items() if isinstance(value, dict) else ()
+        parts = [f"{yaml_inline(key)}: {yaml_inline(part)}" for key, part in fields] or [yaml_inline(value)]
+        lines += [f"{margin}- {parts[0]}", *(f"{margin}  {part}" for part in parts[1:])]
     return lines
-
-
-def _yaml_write_block(out: list[str], value: Any, indent: int, parents: tuple[int, ...]) -> None:
-    """Write a collection that is not empty; the cursor stands in column `indent` already."""
-    if id(value) in parents:
-        raise SandboxError("This value cannot be written as YAML: it contains itself.")
-    if len(parents) >= YAML_MAX_DEPTH:
-        raise SandboxError(
-            f"This value cannot be written as YAML: it is deeper than {YAML_MAX_DEPTH} levels."
-        )
-    parents = (*parents, id(value))
-    margin = ""
-    for head, item in _yaml_write_heads(value):
-        out.append(margin + head)
-        if not isinstance(item, (dict, list, tuple)) or not item:
-            out.append(f" {_yaml_write_scalar(item, indent + 2)}\n")
-        elif head == "-":
-            out.append(" ")
-            _yaml_write_block(out, item, indent + 2, parents)
-        else:
-            inner = indent + 2 if isinstance(item, dict) else indent
-            out.append("\n" + " " * inner)
-            _yaml_write_block(out, item, inner, parents)
-        margin = " " * indent
-
-
-def _yaml_write_heads(value: Any) -> Iterator[tuple[str, Any]]:
-    """What starts each entry, `-` or `key:`, with the entry's value; keys are sorted if they compare."""
-    if not isinstance(value, dict):
-        yield from (("-", item) for item in value)
-        return
-    try:
-        keys = sorted(value)
-    except TypeError:
-        keys = list(value)
-    for key in keys:
-        yield _yaml_write_key(key) + ":", value[key]
-
-
-def _yaml_write_key(key: Any) -> str:
-    if isinstance(key, str) and "\n" in key:
-        written = _yaml_write_double_quoted(key)
-    elif isinstance(key, tuple):
-        raise SandboxError("This value cannot be written as YAML: a key is a tuple; use text.")
-    else:
-        written = _yaml_write_scalar(key, 0)
-    if len(written) > YAML_MAX_KEY:
-        raise SandboxError(
-            f"This value cannot be written as YAML: a key takes over {YAML_MAX_KEY} characters."
-        )
-    return written
-
-
-def _yaml_write_scalar(value: Any, indent: int) -> str:
-    if value is None:
-        return "null"
-    if value is True or value is False:
-        return "true" if value else "false"
-    if type(value) is str:
-        return _yaml_write_text(value, indent)
-    if type(value) is int and value.bit_length() < 3 * YAML_MAX_NUMBER:  # a digit is more than 3 bits
-        return str(value)
-    if type(value) is float:
-        return _yaml_write_float(value)
-    if isinstance(value, (dict, list, tuple)):
-        return "{}" if isinstance(value, dict) else "[]"
-    what = "too long an integer" if type(value) is int else f"a value of type {type(value).__name__}"
-    raise SandboxError(f"This value cannot be written as YAML: it holds {what}; convert it to text first.")
-
-
-def _yaml_write_float(value: float) -> str:
-    written = repr(value)
-    if written[-1] in "fn":  # inf, -inf, nan
-        return written.replace("inf", ".inf").replace("nan", ".nan")
-    return written if "." in written else written.replace("e", ".0e")  # an exponent needs a point before it
-
-
-def _yaml_write_text(value: str, indent: int) -> str:
-    """Text in the plainest style that reads back the same; lines after the first get `indent` spaces."""
-    if re.search(r"[^\n -~]| \n|\n ", value):
-        return _yaml_write_double_quoted(value)
-    if not _YAML_UNSAFE.search(value) and not _yaml_means_more(value):
-        return value
-    quoted = value.replace("'", "''")
-    if "\n" in quoted:
-        quoted = re.sub(r"\n+", lambda breaks: f"\n{breaks[0]}{' ' * indent}", quoted)
-    return f"'{quoted}'"
-
-
-def _yaml_means_more(value: str) -> bool:
-    """Whether plain text would be read as something else than text, here or by another reader of YAML 1.1."""
-    if value in _YAML_WORDS or value in ("", "=", "<<"):
-        return True
-    if value[0] not in _YAML_NUMBER_STARTS:
-        return False
-    timestamp = (
-        r"\d{4}-\d\d-\d\d|\d{4}-\d\d?-\d\d?(?:[Tt]|[ \t]+)\d\d?:\d\d:\d\d(?:\.\d*)?"
-        r"(?:[ \t]*(?:Z|[-+]\d\d?(?::\d\d)?))?"
-    )
-    return bool(_YAML_INT.fullmatch(value) or _YAML_FLOAT.fullmatch(value) or re.fullmatch(timestamp, value))
-
-
-def _yaml_write_double_quoted(value: str) -> str:
-    return '"' + re.sub(r"[^ !#-\[\]-~]", _yaml_write_escape, value) + '"'
-
-
-def _yaml_write_escape(match: re.Match[str]) -> str:
-    if match[0] in _YAML_ESCAPED:
-        return _YAML_ESCAPED[match[0]]
-    code = ord(match[0])
-    if code < 0x100:
-        return f"\\x{code:02X}"
-    return f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1600,110 +1110,266 @@ def _yaml_write_escape(match: re.Match[str]) -> str:
 
 
 class ConfigError(CheckFailedError):
-    """A config that cannot be used. problems: one `file:line:column: what is wrong` each."""
+    """A config that cannot be used. problems: one `file:line:column: what is wrong` each, for the message."""
 
     code = "config_invalid"
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
-        self.problems = [printable(problem) for problem in problems]
-        self.message = "\n".join([self.message, *self.problems])
+        self.message = "\n".join([self.message, *map(printable, problems)])
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the known one that was meant, or all of them."""
+    close = closest(word, known)
+    return f"; did you mean `{close}`?" if close else f"; there are: {_listed(known) or 'none'}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant, or None."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 3, 0.7)
+    found.sort(key=lambda name: sorted(name) != sorted(word))  # "strat" is "start", not "state"
+    return found[0] if found else None
+
+
+if TYPE_CHECKING:
+    Fields = Mapping[str, Any]  # of a mapping: the schema of each field, as `Checker` takes it
 
 
 class Field:
-    """What a field of the API's models may hold (source: the models of `setup-sandbox`).
+    """What a value may be: `fits` judges its node, `words` say it behind "it must be".
 
-    kind: integer, text, boolean, texts (list of text), value (text, whole number or boolean), or any;
-    low/high: bounds of an integer;
-    choices: the only texts allowed; nullable: whether it may be left empty.
+    choices: the only texts that it may be, one of which may have been meant.
     """
 
-    __slots__ = ("choices", "high", "kind", "low", "nullable", "required")
-
-    def __init__(
-        self,
-        kind: str,
-        low: int | None = None,
-        high: int | None = None,
-        *,
-        choices: tuple[str, ...] = (),
-        required: bool = False,
-        nullable: bool = True,
-    ) -> None:
-        self.kind = kind
-        self.low = low
-        self.high = high
+    def __init__(self, words: str, fits: Callable[[YamlNode], object], choices: Sequence[str] = ()) -> None:
+        self.words = words
+        self.fits = fits
         self.choices = choices
-        self.required = required
-        self.nullable = nullable and not required
 
 
-_TEXT, _TEXTS, _ANY, _BOOLEAN = Field("text"), Field("texts"), Field("any"), Field("boolean")
+class Needed:
+    """The schema of a field that must be there and must not be empty."""
+
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
+
+
+def whole_number(value: Any) -> int | None:
+    """An int, or a float or text that the API's models take for one; None for anything else."""
+    return int(float(value)) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}(\.0*)?\s*", str(value)) else None
+
+
+def _integer(low: int, high: int | None = None) -> Field:
+    def fits(node: YamlNode) -> bool:
+        number = whole_number(node.value)
+        return number is not None and low <= number and (high is None or number <= high)
+
+    return Field(f"a whole number, at least {low}" + (f", at most {high}" if high else ""), fits)
+
+
+def _choice(*words: str) -> Field:
+    return Field(f"one of: {_listed(words)}", lambda node: node.value in words, words)
+
+
+def _text(words: str, fits: Callable[[str], object] = lambda text: True) -> Field:
+    return Field(words, lambda node: isinstance(node.value, str) and fits(node.value))
+
+
+_TEXT = _text("a text (quotes make one)")
+_FILLED = Needed(_text("a text that is not blank", str.strip))
+_NAME = _text("letters, digits, '.', '_' and '-'", re.compile(SERVICE_NAME).fullmatch)
+_TABLE = _text("a table name or {table: NAME, columns: [..]}")
+_PATH = _text("a path in the screenshots folder", lambda text: text.strip() and is_inside(text))
+_BOOLEAN = Field("true or false", lambda node: isinstance(node.value, bool))
+_NUMBER = Field(
+    "a number that Plato can be sent",
+    lambda node: not isinstance(node.value, float) or node.value - node.value == 0,
+)
+_UNSEEN = Field("anything", lambda node: True)
+_VALUE = Field(
+    "a text, a whole number, or true or false (quotes make a text)",
+    lambda node: isinstance(node.value, (str, int)),
+)
+_PORT = _integer(0, 65535)
+_COUNT = _integer(0)
+_TEXTS = [_TEXT]
+
+
+def _of_kind(node: YamlNode, name: str, kinds: Mapping[str, Fields], default: str = "") -> Fields:
+    """The further fields of a mapping, by its kind, which its field `name` says; any for an unknown kind."""
+    kind = node.get(name)
+    return kinds.get(str(default if kind is None or kind.value is None else kind.value), {"*": None})
+
+
+# The fields of the API's models (source: those of `setup-sandbox`), as `Checker` takes them.
 
 COMPUTE_FIELDS = {
-    "cpus": Field("integer", *CPUS_RANGE),
-    "memory": Field("integer", *MEMORY_RANGE_MB),
-    "disk": Field("integer", *DISK_RANGE_MB),
-    "app_port": Field("integer", 0, 65535),
-    "plato_messaging_port": Field("integer", 0, 65535),
+    "cpus": _integer(*CPUS_RANGE),
+    "memory": _integer(*MEMORY_RANGE_MB),
+    "disk": _integer(*DISK_RANGE_MB),
+    "app_port": _PORT,
+    "plato_messaging_port": _PORT,
     "native_worker": _BOOLEAN,
 }
-METADATA_FIELDS = {
-    "favicon": _TEXT,
-    "name": _TEXT,
-    "description": _TEXT,
-    "source_code_url": _TEXT,
-    "start_url": _TEXT,
-    "license": _TEXT,
-    "variables": _ANY,
-    "flows_path": _TEXT,
-}
-SERVICE_FIELDS = {
-    "type": Field("text", choices=("docker-compose",), nullable=False),
+_METADATA = ("favicon", "name", "description", "source_code_url", "start_url", "license", "flows_path")
+_SERVICE = {
+    "type": _choice("docker-compose"),
     "file": _TEXT,
     "required_healthy_containers": _TEXTS,
-    "healthy_wait_timeout": Field("integer", 30, 1800),
+    "healthy_wait_timeout": _integer(30, 1800),
 }
-DATABASE_TYPES = ("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis")
-_FILE_LISTENER_FIELDS = {
-    "type": _TEXT,
+_FILES = {
     "seed_data_path": _TEXT,
-    "target_dir": Field("text", required=True),
+    "target_dir": Needed(_TEXT),
     "watch_enabled": _BOOLEAN,
-    "watch_patterns": _TEXTS,
-    "ignore_patterns": _TEXTS,
-    "scan_frequency": Field("integer"),
-    "volumes": _TEXTS,
+    **dict.fromkeys(("watch_patterns", "ignore_patterns", "volumes"), _TEXTS),
+    "scan_frequency": _COUNT,
 }
-LISTENER_FIELDS = {
+_LISTENERS: dict[str, Fields] = {
     "db": {
-        "type": _TEXT,
-        "db_type": Field("text", choices=DATABASE_TYPES, required=True),
-        "db_host": _TEXT,
-        "db_port": Field("integer", 0, 65535),
-        "db_user": _TEXT,
-        "db_password": _TEXT,
-        "db_database": Field("text", required=True),
-        "db_schema": _TEXT,
-        "schema_name": _TEXT,
-        "seed_data_paths": _TEXTS,
+        "db_type": Needed(_choice("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis")),
+        "db_database": Needed(_TEXT),
+        "db_port": _PORT,
+        **dict.fromkeys(("db_host", "db_user", "db_password", "db_schema", "schema_name"), _TEXT),
         "truncate_tables": _BOOLEAN,
-        "audit_ignore_tables": _ANY,
+        "audit_ignore_tables": [lambda node: None if node.kind == "mapping" else _TABLE],
         "audit_table_name": _TEXT,
-        "volumes": _TEXTS,
+        **dict.fromkeys(("seed_data_paths", "volumes"), _TEXTS),
     },
     "proxy": {
-        "type": _TEXT,
-        "sim_name": _TEXT,
-        "dataset": _TEXT,
-        "proxy_host": _TEXT,
-        "proxy_port": Field("integer", 1024, 65535),
+        **dict.fromkeys(("sim_name", "dataset", "proxy_host"), _TEXT),
+        "proxy_port": _integer(1024, 65535),
         "passthrough_all_ood_requests": _BOOLEAN,
-        "replay_sessions": _ANY,
+        "replay_sessions": None,
     },
-    "file": _FILE_LISTENER_FIELDS,
-    "xml": _FILE_LISTENER_FIELDS,
+    "file": _FILES,
+    "xml": _FILES,
 }
+_DATASET = {
+    "compute": COMPUTE_FIELDS,
+    "metadata": {**dict.fromkeys(_METADATA, _TEXT), "variables": None},
+    "services": {"*": _SERVICE},
+    "listeners": {
+        "*": lambda node: {"type": _choice(*_LISTENERS), **_of_kind(node, "type", _LISTENERS, "db")}
+    },
+}
+
+
+class Checker:
+    """Compares a YAML text with a schema and collects what is wrong, each with file, line and column.
+
+    A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field, a
+    function from a node to its schema, or None for whatever can be sent as JSON. strict: an unknown field is
+    a problem; else it is worth a warning if it looks misspelt.
+    """
+
+    def __init__(self, source: str, *, strict: bool = False) -> None:
+        self.source = source
+        self.strict = strict
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def read(self, text: str, schema: Any) -> YamlNode:
+        """The document of a text; ConfigError lists every problem."""
+        root = None
+        try:
+            root = yaml_compose(text, self.source)
+            if root is None:
+                self.problems.append(f"{self.source}:1:1: the file is empty")
+            else:
+                self.check(root, "", schema)
+        except YamlError as error:
+            self.problems.append(str(error))
+        if root is None or self.problems:
+            raise unusable_config(self.source, [*self.problems, *self.warnings])
+        return root
+
+    def check(self, node: YamlNode, where: str, schema: Any) -> None:
+        if isinstance(schema, Needed):
+            schema = schema.schema
+        if callable(schema):
+            schema = schema(node)
+        if isinstance(schema, dict):
+            self.check_fields(node, where, schema)
+        elif isinstance(schema, list):
+            self.check_items(node, where, schema[0])
+        else:
+            self.check_value(node, where, schema or _NUMBER)
+            for part in node.parts() if schema is None else ():
+                self.check(part, where, None)
+
+    def check_items(self, node: YamlNode, where: str, schema: Any) -> None:
+        if node.kind != "sequence":
+            self.tell(node, where, "must be a list (lines that start with `- `)")
+        names: set[str] = set()
+        for number, item in enumerate(node.items(), 1):
+            name = item.get("name") if isinstance(schema, dict) else None
+            label = str(name.value) if name and name.kind == "scalar" else str(number)
+            if name and label in names:
+                self.tell(item, where, f"names `{label}` twice; give this one another name")
+            names.add(label)
+            self.check(item, f"{where}.{label}", schema)
+
+    def check_value(self, node: YamlNode, where: str, field: Field) -> None:
+        written = node.source_text() if node.kind == "scalar" else ""
+        if not field.fits(node):
+            close = closest(str(node.value), field.choices)
+            meant = f"did you mean `{close}`?" if close else f"it must be {field.words}"
+            secret = field in (_TEXT, _VALUE)  # it may be
+            self.tell(node, where, f"is {written[:80] if written and not secret else 'wrong'}; {meant}")
+        elif (
+            field is _VALUE and self.strict and not isinstance(node.value, str) and written != str(node.value)
+        ):
+            text = f"is doubtful: YAML reads {written} as {node.value}; quotes keep it as it is"
+            self.tell(node, where, text, self.warnings)
+
+    def check_fields(self, node: YamlNode, where: str, fields: Fields) -> None:
+        if node.kind != "mapping":
+            self.tell(node, where, "must be a map of fields (`name: value` lines)")
+            return
+        prefix = f"{where}." if where else ""
+        for name, schema in fields.items():
+            value = node.get(name)
+            if value is not None and value.value is not None:
+                self.check(value, prefix + name, schema)
+            elif isinstance(schema, Needed):
+                wrong = f"is {'empty' if value else 'missing'}"
+                if isinstance(schema.schema, Field):
+                    wrong += f"; it must be {schema.schema.words}"
+                elif "*" in fields:
+                    wrong += _meant(name, [str(key.value) for key, _ in node.pairs()])
+                self.tell(value or node, prefix + name, wrong)
+        for key, value in node.pairs():
+            if key.value not in fields:
+                self.check(value, f"{prefix}{key.value}", fields.get("*"))
+                if "*" not in fields:
+                    self.unknown_field(key, where, fields)
+
+    def unknown_field(self, key: YamlNode, where: str, fields: Fields) -> None:
+        meant = _meant(str(key.value), fields)
+        if self.strict or "did you mean" in meant:
+            home = self.problems if self.strict else self.warnings
+            self.tell(key, where, f"has no field `{key.value}`{meant}", home)
+
+    def tell(self, node: YamlNode, where: str, text: str, home: list[str] | None = None) -> None:
+        what = f"`{where}`" if where else "the file"
+        (self.problems if home is None else home).append(str(node.error(f"{what} {text}")))
+
+
+def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
+    count = len(problems)
+    return ConfigError(
+        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
+        problems=problems,
+        hint="Nothing was done. Correct the file and run the command again.",
+    )
 
 
 class Config:
@@ -1724,12 +1390,11 @@ class Config:
 
     def for_worker(self) -> dict[str, Any]:
         """The dataset for `start-worker`: as written, required objects filled in."""
-        filled = dict(self.content)
-        filled["compute"] = dict(self.compute)
-        filled["metadata"] = dict(self.content.get("metadata") or {})
+        filled = {**self.content, "compute": self.compute, "metadata": self.content.get("metadata") or {}}
         for name, kind in (("services", "docker-compose"), ("listeners", "db")):
             if filled.get(name):  # servers differ in whether `type` may be left out
-                filled[name] = {key: {"type": kind, **part} for key, part in filled[name].items()}
+                parts = filled[name].items()
+                filled[name] = {key: {**part, "type": part.get("type") or kind} for key, part in parts}
         return filled
 
 
@@ -1745,35 +1410,6 @@ def find_config(directory: str) -> str:
     )
 
 
-def load_config(path: str, dataset: str | None) -> Config:
-    """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
-    return parse_config(read_config(path), shown_path(from_here(path)), path, dataset)
-
-
-def parse_config(text: str, source: str, path: str, dataset: str | None) -> Config:
-    """The same from a text; source is what problems name as its place."""
-    try:
-        root = yaml_compose(text, source)
-    except YamlError as error:
-        raise unusable_config(source, [str(error)]) from None
-    checker = ConfigChecker(source)
-    chosen = checker.check(root, dataset or DEFAULT_DATASET)
-    if checker.problems or root is None or chosen is None:
-        raise unusable_config(source, checker.problems, checker.warnings)
-    plain = root.plain()
-    name = dataset or DEFAULT_DATASET
-    return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
-
-
-def unusable_config(source: str, problems: Sequence[str], warnings: Sequence[str] = ()) -> ConfigError:
-    count = len(problems)
-    return ConfigError(
-        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
-        problems=[*problems, *warnings],
-        hint="Nothing was created. Correct the file and run the command again.",
-    )
-
-
 def read_config(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
@@ -1784,257 +1420,76 @@ def read_config(path: str) -> str:
         raise ConfigError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
 
 
-class ConfigChecker:
-    """Walks the nodes of a config and collects problems and warnings, each with file, line and column."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
-
-    def check(self, root: YamlNode | None, dataset: str) -> YamlNode | None:
-        """Check the whole document for one dataset; returns that dataset's node, None when it is missing."""
-        if root is None:
-            self.problems.append(f"{self.source}:1:1: the file is empty; it needs `service` and `datasets`")
-            return None
-        if not self._is_mapping(root, "the config"):
-            return None
-        service = root.get("service")
-        if service is None:
-            self._problem(root, "`service` is missing: the name of the simulator")
-        else:
-            self._check_service_name(service)
-        datasets = root.get("datasets")
-        if datasets is None:
-            self._problem(root, "`datasets` is missing: a map from dataset names to datasets")
-        elif self._is_mapping(datasets, "`datasets`"):
-            return self._check_chosen(datasets, dataset)
-        return None
-
-    def _check_service_name(self, node: YamlNode) -> None:
-        if self._check_value(node, "`service`", Field("text", required=True)) and not re.fullmatch(
-            SERVICE_NAME, str(node.value)
-        ):
-            self._problem(node, "`service` may hold letters, digits, '.', '_' and '-' only")
-
-    def _check_chosen(self, datasets: YamlNode, dataset: str) -> YamlNode | None:
-        chosen = datasets.get(dataset)
-        if chosen is None:
-            known = ", ".join(str(key.value) for key, _ in datasets.pairs()) or "none"
-            self._problem(datasets, f"there is no dataset {dataset!r}; the datasets here are: {known}")
-        elif self._is_mapping(chosen, f"dataset {dataset!r}"):
-            self._check_dataset(chosen)
-        return chosen
-
-    def _check_dataset(self, node: YamlNode) -> None:
-        for name, fields in (("compute", COMPUTE_FIELDS), ("metadata", METADATA_FIELDS)):
-            part = node.get(name)
-            if part is not None and part.value is not None and self._is_mapping(part, f"`{name}`"):
-                self._check_fields(part, fields, name)
-        for name, check in (("services", self._check_service), ("listeners", self._check_listener)):
-            part = node.get(name)
-            if part is not None and part.value is not None and self._is_mapping(part, f"`{name}`"):
-                for key, value in part.pairs():
-                    where = f"{name}.{key.value}"
-                    if self._is_mapping(value, f"`{where}`"):
-                        check(value, where)
-        self._warn_unknown(node, ("compute", "metadata", "services", "listeners"), "the dataset")
-        compute = node.get("compute")
-        native = compute.key("native_worker") if compute is not None else None
-        if native is not None:
-            self._warning(native, "`compute.native_worker` is ignored by Plato; remove it")
-        self._check_numbers(node)
-
-    def _check_numbers(self, node: YamlNode) -> None:
-        """Find `.inf` and `.nan`: the dataset is sent as JSON, which has no such numbers."""
-        for part in (*(value for _, value in node.pairs()), *node.items()):
-            if part.kind != "scalar":
-                self._check_numbers(part)
-            elif isinstance(part.value, float) and part.value - part.value != 0:
-                self._problem(part, "`.inf` and `.nan` cannot be sent to Plato; write a number or a text")
-
-    def _check_service(self, node: YamlNode, where: str) -> None:
-        self._check_fields(node, SERVICE_FIELDS, where)
-
-    def _check_listener(self, node: YamlNode, where: str) -> None:
-        kind = node.get("type")
-        name = "db" if kind is None else kind.value
-        fields = LISTENER_FIELDS.get(name) if isinstance(name, str) else None
-        if fields is None:
-            known = _listed(LISTENER_FIELDS)
-            self._problem(kind or node, f"`{where}.type` is {name!r}; it must be one of {known}")
-            return
-        self._check_fields(node, fields, where)
-        ignored = node.get("audit_ignore_tables")
-        if ignored is not None and ignored.value is not None:
-            self._check_ignore_rules(ignored, f"{where}.audit_ignore_tables")
-
-    def _check_ignore_rules(self, node: YamlNode, where: str) -> None:
-        if node.kind != "sequence":
-            self._problem(node, f"`{where}` must be a list of table names and {{table, columns}} entries")
-            return
-        for item in node.items():
-            if item.kind == "mapping" or (item.kind == "scalar" and isinstance(item.value, str)):
-                continue
-            self._problem(item, f"each entry of `{where}` is a table name or {{table: NAME, columns: [..]}}")
-
-    def _check_fields(self, node: YamlNode, fields: Mapping[str, Field], where: str) -> None:
-        for name, field in fields.items():
-            value = node.get(name)
-            if value is not None:
-                self._check_value(value, f"`{where}.{name}`", field)
-            elif field.required:
-                self._problem(node, f"`{where}.{name}` is missing")
-        self._warn_unknown(node, tuple(fields), f"`{where}`")
-
-    def _check_value(self, node: YamlNode, what: str, field: Field) -> bool:
-        wrong = describe_wrong_value(node, field)
-        if wrong:
-            self._problem(node, f"{what} {wrong}")
-        return not wrong
-
-    def _warn_unknown(self, node: YamlNode, known: tuple[str, ...], where: str) -> None:
-        for key, _ in node.pairs():
-            if key.value in known:
-                continue
-            close = closest(str(key.value), known)
-            if close:
-                meant = f"; did you mean `{close}`?"
-                self._warning(key, f"{where} has no field `{key.value}`{meant}")
-
-    def _is_mapping(self, node: YamlNode, what: str) -> bool:
-        if node.kind != "mapping":
-            self._problem(node, f"{what} must be a map of fields (`name: value` lines)")
-        return node.kind == "mapping"
-
-    def _warning(self, node: YamlNode, text: str) -> None:
-        self.warnings.append(f"{self.source}:{node.line}:{node.column}: {text}")
-
-    def _problem(self, node: YamlNode, text: str) -> None:
-        self.problems.append(f"{self.source}:{node.line}:{node.column}: {text}")
+def load_config(path: str, dataset: str | None) -> Config:
+    """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
+    return parse_config(read_config(path), shown_path(from_here(path)), path, dataset)
 
 
-def describe_wrong_value(node: YamlNode, field: Field) -> str:
-    """What is wrong with a node as the value of a field, as the end of a sentence; "" when it fits."""
-    if field.kind == "any":
-        return ""
-    if node.kind == "scalar" and node.value is None:
-        return "" if field.nullable else "is empty"
-    if field.kind == "texts":
-        if node.kind != "sequence":
-            return "must be a list of texts"
-        wrong = [item for item in node.items() if not isinstance(item.value, str) or item.kind != "scalar"]
-        return f"must be a list of texts; the entry on line {wrong[0].line} is not one" if wrong else ""
-    if node.kind != "scalar":
-        return f"must be {_KIND_WORDS[field.kind]}, not a {'list' if node.kind == 'sequence' else 'map'}"
-    return _describe_wrong_scalar(node.value, field)
+def parse_config(text: str, source: str, path: str, dataset: str | None) -> Config:
+    """The same from a text; source is what problems name as its place."""
+    name = dataset or DEFAULT_DATASET
+    root, warnings = _read_dataset(text, source, name, _DATASET)
+    compute = root.get("datasets", name, "compute")
+    native = compute.key("native_worker") if compute is not None else None
+    if native is not None:
+        warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
+    plain = root.plain()
+    return Config(path, plain["service"], name, plain["datasets"][name], warnings)
 
 
-_KIND_WORDS = {
-    "integer": "a whole number",
-    "text": "a text",
-    "boolean": "true or false",
-    "value": "a text, a whole number, or true or false",
-}
-
-
-def _describe_wrong_scalar(value: Any, field: Field) -> str:
-    if field.kind == "boolean":
-        return "" if isinstance(value, bool) else f"is {value!r}; it must be true or false"
-    if field.kind == "value":
-        fits = isinstance(value, (str, int))
-        return "" if fits else f"is {value!r}; it must be {_KIND_WORDS['value']} (quotes make a text)"
-    if field.kind == "text":
-        if not isinstance(value, str):
-            return f"is {value!r}, which YAML does not read as a text; put it in quotes"
-        return (
-            f"is {value!r}; it must be one of {_listed(field.choices)}" if _not_chosen(value, field) else ""
-        )
-    number = whole_number(value)
-    if number is None:
-        return f"is {value!r}; it must be a whole number"
-    low, high = field.low, field.high
-    if (low is not None and number < low) or (high is not None and number > high):
-        return f"is {number}; it must be " + (f"at least {low}" if high is None else f"from {low} to {high}")
-    return ""
-
-
-def _not_chosen(value: str, field: Field) -> bool:
-    return bool(field.choices) and value not in field.choices
-
-
-def whole_number(value: Any) -> int | None:
-    """An int, or a float or text that the API's models take for one; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}", value.strip()):
-        return int(value)
-    return None
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was probably meant, or None."""
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), 3, 0.7)
-    swapped = [name for name in found if sorted(name) == sorted(word)]  # "strat" is "start", not "state"
-    return next(iter(swapped + found), None)
+def _read_dataset(text: str, source: str, dataset: str, fields: Fields) -> tuple[YamlNode, list[str]]:
+    """A config whose dataset has these fields, and warnings; its other datasets are not looked at."""
+    checker = Checker(source)
+    datasets = {"*": _UNSEEN, dataset: Needed(fields)}
+    root = checker.read(text, {"service": Needed(_NAME), "datasets": Needed(datasets)})
+    return root, checker.warnings
 
 
 # Flows: the steps of the API's models, each with its own fields
 
 
-_REQUIRED = Field("text", required=True)
-_SELECTOR_STEP = {"selector": _REQUIRED}
-STEP_COMMON_FIELDS = {
-    "type": _REQUIRED,
-    "description": _TEXT,
-    "timeout": Field("integer", 0),
-    "retries": Field("integer", 0),
-    "retry_delay_ms": Field("integer", 0),
+VERIFY_NEEDS: dict[str, Fields] = {
+    "element_exists": {"selector": _FILLED},
+    "element_visible": {"selector": _FILLED},
+    "element_text": {"selector": _FILLED, "text": _FILLED},
+    "element_count": {"selector": _FILLED, "count": Needed(_COUNT)},
+    "page_title": {"title": Needed(_TEXT)},
 }
-STEP_FIELDS: dict[str, dict[str, Field]] = {
-    "navigate": {"url": _REQUIRED},
-    "wait_for_selector": _SELECTOR_STEP,
-    "click": _SELECTOR_STEP,
-    "fill": {"selector": _REQUIRED, "value": Field("value", required=True)},
-    "wait": {"duration": Field("integer", 0, required=True)},
-    "wait_for_url": {"url_contains": _REQUIRED},
-    "check_element": {"selector": _REQUIRED, "should_exist": _BOOLEAN},
+STEP_FIELDS: dict[str, Fields] = {
+    "navigate": {"url": _FILLED},
+    "wait_for_selector": {"selector": _FILLED},
+    "click": {"selector": _FILLED},
+    "fill": {"selector": _FILLED, "value": Needed(_VALUE)},
+    "wait": {"duration": Needed(_COUNT)},
+    "wait_for_url": {"url_contains": _FILLED},
+    "check_element": {"selector": _FILLED, "should_exist": _BOOLEAN},
     "verify": {
-        "verify_type": Field("text", required=True),
-        "selector": _TEXT,
-        "text": _TEXT,
+        "verify_type": Needed(_choice(*VERIFY_NEEDS)),
+        **dict.fromkeys(("selector", "text", "title"), _TEXT),
         "contains": _BOOLEAN,
-        "count": Field("integer", 0),
-        "title": _TEXT,
+        "count": _COUNT,
     },
-    "verify_text": {"text": _REQUIRED, "should_exist": _BOOLEAN},
-    "verify_url": {"url": _REQUIRED, "contains": _BOOLEAN},
+    "verify_text": {"text": _FILLED, "should_exist": _BOOLEAN},
+    "verify_url": {"url": _FILLED, "contains": _BOOLEAN},
     "verify_no_errors": {"error_selectors": _TEXTS},
-    "screenshot": {"filename": _REQUIRED, "full_page": _BOOLEAN},
-    "switch_page": {"page_index": Field("integer", required=True)},
-    "execute_script": {"script": _REQUIRED},
+    "screenshot": {"filename": Needed(_PATH), "full_page": _BOOLEAN},
+    "switch_page": {"page_index": Needed(_integer(-1000, 1000))},
+    "execute_script": {"script": _FILLED},
 }
-VERIFY_NEEDS = {
-    "element_exists": ("selector",),
-    "element_visible": ("selector",),
-    "element_text": ("selector", "text"),
-    "element_count": ("selector", "count"),
-    "page_title": ("title",),
-}
-NEVER_BLANK = ("selector", "url", "url_contains", "filename", "script")
 STEP_TIMEOUT_MS = 8000
 SCREENSHOT_TIMEOUT_MS = 60000
 RETRY_DELAY_MS = 500
+
+
+def _step_fields(node: YamlNode) -> dict[str, Any]:
+    """The fields that a step may have, by its type and, if it has one, its verify_type."""
+    fields = {"type": Needed(_choice(*STEP_FIELDS)), **_of_kind(node, "type", STEP_FIELDS)}
+    if "verify_type" in fields:
+        fields.update(_of_kind(node, "verify_type", VERIFY_NEEDS))
+    return {**fields, "description": _TEXT, "timeout": _COUNT, "retries": _COUNT, "retry_delay_ms": _COUNT}
+
+
+_FLOW = {"name": _FILLED, "description": _TEXT, "har_path": _UNSEEN, "steps": [_step_fields]}
 
 
 class FlowStep:
@@ -2082,77 +1537,49 @@ class FlowSet:
 
     def choose(self, names: Sequence[str], *, every: bool = False) -> list[Flow]:
         """The flows of those names, in that order; UsageError names what was probably meant."""
-        known = [flow.name for flow in self.flows]
-        chosen = list(self.flows) if every else []
-        for name in () if every else names or ("login",):
+        known = {flow.name: flow for flow in self.flows}
+        wanted = list(known) if every else names or ["login"]
+        for name in wanted:
             if name not in known:
-                close = closest(name, known)
-                listed = f"The flows here are: {_listed(known)}."
-                raise UsageError(
-                    f"{self.shown} has no flow {name!r}.",
-                    hint=f"Did you mean {close!r}? {listed}" if close else listed,
-                )
-            chosen.append(self.flows[known.index(name)])
-        empty = [flow.name for flow in chosen if not flow.steps]
-        if empty:
-            raise UsageError(f"The flow {empty[0]!r} has no steps, so there is nothing to run.")
-        return chosen
+                raise UsageError(f"{self.shown} has no flow {name!r}{_meant(name, known)}")
+            if not known[name].steps:
+                raise UsageError(f"The flow {name!r} has no steps, so there is nothing to run.")
+        return [known[name] for name in wanted]
 
 
 def load_flows(path: str) -> FlowSet:
     """Read and check a whole flows file; ConfigError lists every problem with its line and column."""
-    source = shown_path(from_here(path))
-    return parse_flows(read_config(path), source, path=path)
+    return parse_flows(read_config(path), shown_path(from_here(path)), path=path)
 
 
 def parse_flows(text: str, source: str, *, path: str | None = None, placed: bool = True) -> FlowSet:
     """The flows in a YAML text. placed: whether the user can look lines and columns up in that text."""
-    try:
-        root = yaml_compose(text, source)
-    except YamlError as error:
-        raise unusable_flows(source, [str(error) if placed else error.message]) from None
-    checker = FlowsChecker(source, placed)
-    flows = checker.flows(root)
-    if checker.problems:
-        raise unusable_flows(source, checker.problems, checker.warnings)
+    checker = Checker(source, strict=placed)
+    root = checker.read(text, {"flows": Needed([_FLOW]), "*": _UNSEEN})
+    flows: list[Flow] = []
+    for node in (root.get("flows") or root).items():
+        steps = [
+            FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if placed else "")
+            for number, step in enumerate((node.get("steps") or node).items(), 1)
+        ]
+        told = node.plain()
+        flows.append(Flow(told["name"], told.get("description") or "", steps))
     return FlowSet(flows, "local" if placed else "api", path, source, checker.warnings)
-
-
-def unusable_flows(source: str, problems: Sequence[str], warnings: Sequence[str] = ()) -> ConfigError:
-    count = len(problems)
-    return ConfigError(
-        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
-        problems=[*problems, *warnings],
-        hint="No browser was opened. Correct the flows and run the command again.",
-    )
 
 
 def configured_flows_path(config_path: str, dataset: str) -> str | None:
     """The absolute path of a dataset's flows file, or None when its `metadata` names none.
 
-    ConfigError when the config cannot be read, the dataset is not in it, or the file is not there.
+    ConfigError when the config cannot be read, the dataset is not in it, or the path leads elsewhere.
     """
+    fields = {"metadata": {"flows_path": _FILLED.schema, "*": _UNSEEN}, "*": _UNSEEN}
     source = shown_path(from_here(config_path))
-    try:
-        root = yaml_compose(read_config(config_path), source)
-    except YamlError as error:
-        raise unusable_flows(source, [str(error)]) from None
-    datasets = root.get("datasets") if root else None
-    chosen = datasets.get(dataset) if datasets else None
-    if datasets is None or chosen is None:
-        known = _listed(str(key.value) for key, _ in datasets.pairs()) if datasets else ""
-        raise ConfigError(f"{source} has no dataset {dataset!r}; the datasets there are: {known or 'none'}.")
-    metadata = chosen.get("metadata")
-    node = metadata.get("flows_path") if metadata else None
+    root, _ = _read_dataset(read_config(config_path), source, dataset, fields)
+    node = root.get("datasets", dataset, "metadata", "flows_path")
     if node is None or node.value is None:
         return None
-    if not isinstance(node.value, str) or not node.value.strip():
-        raise unusable_flows(source, [str(node.error("`metadata.flows_path` must be the path of a file"))])
-    where = f"{source}:{node.line}:{node.column}"
-    path = flows_file(config_path, node.value, where)
-    if not os.path.isfile(path):
-        raise ConfigError(f"{where}: the flows file {shown_path(from_here(path))} is not there.")
-    return path
+    where = f"{shown_path(from_here(config_path))}:{node.line}:{node.column}"
+    return flows_file(config_path, node.value, where)
 
 
 def flows_file(config_path: str, name: str, where: str) -> str:
@@ -2163,147 +1590,11 @@ def flows_file(config_path: str, name: str, where: str) -> str:
     folder = os.path.dirname(os.path.abspath(config_path))
     path = os.path.normpath(os.path.join(folder, name))
     top, real = os.path.realpath(folder), os.path.realpath(path)
-    if os.path.isabs(name) or not is_inside(name) or os.path.commonpath([top, real]) != top:
+    if not is_inside(name) or os.path.commonpath([top, real]) != top:
         raise ConfigError(
             f"{where}: `metadata.flows_path` is {name!r}; it must lie in the directory of the config."
         )
     return path
-
-
-class FlowsChecker(ConfigChecker):
-    """Walks the nodes of a flows file and collects problems and warnings, each with its place."""
-
-    def __init__(self, source: str, placed: bool) -> None:
-        super().__init__(source)
-        self.placed = placed
-
-    def flows(self, root: YamlNode | None) -> list[Flow]:
-        """Every flow of the document; those with problems are incomplete."""
-        listed = root.get("flows") if root else None
-        if root is None or listed is None:
-            where = f"{self.source}:1:1: " if self.placed else ""
-            self.problems.append(f"{where}`flows` is missing: a list of flows with `name` and `steps`")
-            return []
-        self._warn_unknown(root, ("flows",), "the file")
-        found: list[Flow] = []
-        for number, node in enumerate(self._entries(listed, "`flows`"), 1):
-            flow = self._flow(node, number)
-            if flow and any(flow.name == other.name for other in found):
-                self._problem(node, f"there is a flow `{flow.name}` already; each name must be another one")
-            found += [flow] if flow else []
-        return found
-
-    def _entries(self, node: YamlNode, what: str) -> list[YamlNode]:
-        if node.kind != "sequence":
-            self._problem(node, f"{what} must be a list (lines that start with `- `)")
-        return list(node.items())
-
-    def _flow(self, node: YamlNode, number: int) -> Flow | None:
-        what = f"flow {number}"
-        if not self._is_mapping(node, what):
-            return None
-        name, description, steps = (node.get(key) for key in ("name", "description", "steps"))
-        if name is None:
-            self._problem(node, f"{what} has no `name`")
-        elif self._check_value(name, f"{what}: `name`", _REQUIRED):
-            what = f"flow `{name.value}`"
-        if description is not None:
-            self._check_value(description, f"{what}: `description`", _TEXT)
-        if self.placed:
-            self._refuse_unknown(node, ("name", "description", "har_path", "steps"), what)
-        done: list[FlowStep] = []
-        if steps is not None and steps.value is not None:
-            for place, step in enumerate(self._entries(steps, f"{what}: `steps`"), 1):
-                checked = self._step(step, place, f"{what}, step {place}")
-                done += [checked] if checked else []
-        told = description.value if description is not None else None
-        return Flow(str(name.value if name else ""), str(told or ""), done)
-
-    def _step(self, node: YamlNode, number: int, what: str) -> FlowStep | None:
-        if not self._is_mapping(node, what):
-            return None
-        fields = self._fields_of(node, what)
-        if fields is None:
-            return None
-        before = len(self.problems)
-        for name, field in fields.items():
-            value = node.get(name)
-            if value is None:
-                if field.required:
-                    self._problem(node, f"{what}: `{name}` is missing")
-            elif self._check_value(value, f"{what}: `{name}`", field):
-                self._check_sense(name, value, f"{what}: `{name}`")
-        if self.placed:
-            self._refuse_unknown(node, tuple(fields), what)
-        if "verify_type" in fields:
-            self._check_verify(node, what)
-        where = f"{self.source}:{node.line}:{node.column}" if self.placed else ""
-        return FlowStep(number, node.plain(), where) if len(self.problems) == before else None
-
-    def _fields_of(self, node: YamlNode, what: str) -> dict[str, Field] | None:
-        """The fields that a step of this type may have; None (and a problem) for an unknown type."""
-        kind = node.get("type")
-        if kind is None or kind.value is None:
-            self._problem(kind or node, f"{what} has no `type`; the types are: {_listed(STEP_FIELDS)}")
-            return None
-        own = STEP_FIELDS.get(kind.value) if isinstance(kind.value, str) else None
-        if own is None:
-            close = closest(str(kind.plain()), STEP_FIELDS)
-            meant = f"did you mean `{close}`?" if close else f"the types are: {_listed(STEP_FIELDS)}"
-            self._problem(kind, f"{what}: there is no step type {kind.plain()!r}; {meant}")
-            return None
-        return {**STEP_COMMON_FIELDS, **own}
-
-    def _refuse_unknown(self, node: YamlNode, known: tuple[str, ...], what: str) -> None:
-        kind = node.get("type")
-        for key, _ in node.pairs():
-            if key.value in known:
-                continue
-            missing = [name for name in known if node.get(name) is None]
-            close = closest(str(key.value), missing) or closest(str(key.value), known)
-            others = [name for name, fields in STEP_FIELDS.items() if kind and key.value in fields]
-            meant = f"; did you mean `{close}`?" if close else ""
-            if others and not close:
-                meant = f" (it belongs to {_listed(others)})"
-            subject = f"{what}: `{kind.value}`" if kind else what
-            self._problem(key, f"{subject} has no field `{key.value}`{meant}")
-
-    def _check_sense(self, name: str, node: YamlNode, what: str) -> None:
-        """What the models take and cannot have been meant."""
-        if name in NEVER_BLANK and isinstance(node.value, str) and not node.value.strip():
-            self._problem(node, f"{what} is empty")
-        elif name == "filename" and not is_inside(node.value):
-            self._problem(
-                node, f"{what} is {node.value!r}, which would lie outside of the screenshots folder"
-            )
-        elif name == "value" and not isinstance(node.value, str) and self.placed:
-            written = node.source_text()
-            if written != str(node.value):
-                self._warning(node, f"{what}: YAML reads {written} as {node.value}; quotes keep it as it is")
-
-    def _check_verify(self, node: YamlNode, what: str) -> None:
-        kind = node.get("verify_type")
-        if kind is None or not isinstance(kind.value, str):
-            return
-        if kind.value not in VERIFY_NEEDS:
-            close = closest(kind.value, VERIFY_NEEDS)
-            meant = f"did you mean `{close}`?" if close else f"it is one of {_listed(VERIFY_NEEDS)}"
-            self._problem(kind, f"{what}: there is no verify_type {kind.value!r}; {meant}")
-            return
-        for name in VERIFY_NEEDS[kind.value]:
-            value = node.get(name)
-            if value is None or value.value is None:
-                self._problem(node, f"{what}: `{kind.value}` needs `{name}`")
-
-    def _problem(self, node: YamlNode, text: str) -> None:
-        if self.placed:
-            super()._problem(node, text)
-        else:
-            self.problems.append(text)
-
-    def _warn_unknown(self, node: YamlNode, known: tuple[str, ...], where: str) -> None:
-        if self.placed:
-            super()._warn_unknown(node, known, where)
 
 
 def is_inside(name: str) -> bool:

@@ -146,10 +146,12 @@ def fuzz_yaml(data: bytes) -> None:
     form = sorted_form if "<<" in text else exact  # PyYAML's releases order merged keys differently
     assert form(value) == form(theirs), (value, theirs)
     try:
-        written = product.yaml_dump(value)
-    except product.SandboxError:  # a key that takes more room as it is written than as it was read
-        return
-    assert sorted_form(product.yaml_load(written)) == sorted_form(value)
+        again = product.yaml_load(product.yaml_dump(value))
+    except product.YamlError as error:  # a key that takes more room as it is written than as it was read
+        if "longer than" in error.message:
+            return
+        raise
+    assert sorted_form(again) == sorted_form(value)
 
 
 def fuzz_config(data: bytes) -> None:

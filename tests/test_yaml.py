@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-import sysconfig
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +34,9 @@ def oracle_load(text: str) -> Any:
 
 
 def exact(value: Any) -> Any:
-    """A form in which 1, 1.0 and True differ, nan equals itself, and the order of keys counts."""
+    """A form in which 1, 1.0 and True differ and nan equals itself; the order of keys means nothing."""
     if isinstance(value, dict):
-        return ["dict", *([exact(key), exact(item)] for key, item in value.items())]
+        return ["dict", *sorted(([exact(key), exact(item)] for key, item in value.items()), key=repr)]
     if isinstance(value, list):
         return ["list", *map(exact, value)]
     return type(value).__name__, repr(value)
@@ -106,20 +103,12 @@ def test_real_files_cut_anywhere_never_load_as_something_else(path: Path) -> Non
     assert len(accepted) >= 100
 
 
-def test_files_of_installed_packages() -> None:
-    found = (
-        path for suffix in ("*.yml", "*.yaml") for path in Path(sysconfig.get_path("purelib")).rglob(suffix)
-    )
-    for path in islice(found, 50):
-        agrees_or_refuses(path.read_text(encoding="utf-8"))
-
-
 # What the reader must accept
 
 SCALARS = """
 yes|Yes|YES|no|on|Off|true|False|y|n|~|null|Null|nULL|=x|0|-0|+12|-12|012|-017|08|0o17|0_7|0x1f|-0xFF|0b101|0b2|1_000
-1__0|190:20:30|1:60|01:30|8:30|-1:30|1.|1.5|-1.5|.5|-.5|+1.5|1e3|1.0e3|1.0e+3|1.5E-3|1_0.5_0|190:20:30.15|1:2.
-.inf|-.Inf|+.INF|.nan|.NaN|+.nan|2001-01-01|2001-12-14t21:59:43.10-05:00|1.2.3|-|a:b|http://x/#y|:x|?x|-x|<<x|a#b|..
+1__0|190:20:30|1:60|01:30|8:30|-1:30|1.|1.5|-1.5|.5|-.5|+1.5|1e3|1.0e3|1.0e+3|1.5E-3|1_0.5_0|.inf
+-.Inf|+.INF|.nan|.NaN|+.nan|2001-01-01|2001-12-14t21:59:43.10-05:00|1.2.3|-|a:b|http://x/#y|:x|?x|-x|<<x|a#b|..
 """
 
 
@@ -133,7 +122,7 @@ DOCUMENTS = {
     "empty": "",
     "only-comments": "\n # a\n\n#b",
     "only-a-marker": "---\n",
-    "directive": "%YAML 1.1 # version\n---\na: 1\n...\n# end\n...\n",
+    "ends": "---\na: 1\n...\n# end\n...\n",
     "byte-order-mark": "\ufeffa: 1\nb: 2\n",
     "value-behind-marker": "--- {a: 1}\n",
     "text-behind-marker": "--- |\n a\n b\n",
@@ -155,7 +144,7 @@ DOCUMENTS = {
     "anchors": "a: &a [1, &b x]\nc: *a\nd: &d\n  k: *b\n*b : e\nf: &f\ng: *f\n? g\n".replace(
         "? g\n", "h: *d\n"
     ),
-    "anchored-keys": "&a k: v\nl: *a\nm:\n- &c n: o\n  p: *c\n- &d\n  - q\n",
+    "anchored-keys": "&a k: v\nl: *a\nm:\n- &c n: o\n  p: *c\n- &d\n  - q\nr: &r\n  &s t: u\nv: *r\nw: *s\n",
     "merge": "a: &a {x: 1, y: 2}\nb: &b {y: 3, z: 4}\nc:\n  z: 0\n  <<: [*a, *b]\n  w: 5\nd: {<<: *b, y: 6}",
     "merge-chain": "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, <: 3, '<<': 4}\nd: [<<: *a]\n<<: []",
 }
@@ -183,10 +172,10 @@ ERRORS = [
     ("colon-after-quotes", "a: 'b': c", 1, 7, "quote the whole value"),
     ("quoted-key-over-lines", '"a\n b": c', 2, 4, "keep a key on one line"),
     ("colon-in-lines", "a: b\n  c: d", 2, 4, "put the value in quotes"),
-    ("no-space-after-colon", "a: 1\nb:2\n", 2, 1, "put a space after the colon"),
-    ("colon-missing", "a: 1\nb\n", 2, 1, "add the colon"),
+    ("no-space-after-colon", "a: 1\nb:2\n", 2, 1, "a space behind the colon"),
+    ("colon-missing", "a: 1\nb\n", 2, 1, "'key: value' is expected here"),
     ("key-missing", "a: 1\n: b", 2, 1, "a key is missing"),
-    ("item-among-keys", "a: 1\n- b", 2, 1, "a list item stands where 'key: value' is expected"),
+    ("item-among-keys", "a: 1\n- b", 2, 1, "indented under its key"),
     ("item-behind-key", "a: - b", 1, 4, "on a line of its own"),
     (
         "too-deep",
@@ -198,7 +187,7 @@ ERRORS = [
     ("between", "a:\n    b: 1\n  c: 2", 3, 3, "wrong indentation"),
     ("item-between", "a:\n  - b\n - c", 3, 2, "wrong indentation"),
     ("left-of-root", "  a: 1\nb: 2", 2, 1, "does not belong to what starts on line 1"),
-    ("after-comment", "a: b # c\n  d", 2, 3, "cannot go on after a comment"),
+    ("after-comment", "a: b # c\n  d", 2, 3, "put a text of several lines in quotes"),
     ("bad-escape", 'a: "C:\\\n\\dir"', 2, 1, "\\d is no escape"),
     ("bad-hex-escape", '"\\x4g"', 1, 2, "\\x is no escape"),
     ("bad-code-point", '"a\\U00110000"', 1, 3, "\\U is no escape"),
@@ -209,47 +198,48 @@ ERRORS = [
     ("marker-in-quotes", "a: 'b\n--- c'", 2, 1, "document marker"),
     ("open-bracket", "a: [b,\nc: d\n", 1, 4, "'[' is never closed"),
     ("open-brace", "{a: [b]", 1, 1, "'{' is never closed"),
-    ("wrong-bracket", "a: {b: c]", 1, 9, "write '}'"),
+    ("wrong-bracket", "a: {b: c]", 1, 9, "',' or '}' is expected"),
     ("stray-bracket", "a: ]", 1, 4, "closes nothing"),
     ("no-comma", "['a' b]", 1, 6, "',' or ']' is expected"),
     ("two-commas", "[a,,b]", 1, 4, "a value is missing before ','"),
     ("question-mark-in-brackets", "[a?b]", 1, 3, "put the text in quotes"),
-    ("marker-in-brackets", "[a,\n---\n]", 2, 1, "document marker"),
+    ("marker-in-brackets", "[a,\n---\n]", 1, 1, "never closed"),
     ("dash-in-brackets", "[- a]", 1, 2, "list item"),
     ("block-text-in-brackets", "[|\n a]", 1, 2, "use quotes"),
     ("braces-as-key", "a: 1\n{b: c}: d", 2, 1, "cannot be a key"),
     ("template-braces", "a: {{ b }}", 1, 5, "cannot be a key"),
     ("alias-of-list-as-key", "a: &a []\n*a : b", 2, 1, "cannot be a key"),
-    ("key-over-lines", "[a\n b: c]", 1, 2, "on one line"),
-    ("colon-below-key", "{a: 1, b\n: c}", 2, 1, "a key stands on one line"),
+    ("key-over-lines", "[a\n b: c]", 2, 3, "keep a key on one line"),
+    ("colon-below-key", "{a: 1, b\n: c}", 2, 1, "keep a key on one line"),
     ("long-key", "k" * 1025 + ": v", 1, 1, "longer than 1024"),
     ("complex-key", "? a\n: b", 1, 1, "complex keys"),
-    ("reserved-at", "a: @b", 1, 4, "'@' is reserved"),
-    ("reserved-backtick", "- `b`", 1, 3, "'`' is reserved"),
+    ("reserved-at", "a: @b", 1, 4, "reserved"),
+    ("reserved-backtick", "- `b`", 1, 3, "reserved"),
     ("percent", "a: %b", 1, 4, "'%' cannot start"),
     ("tag", "a: !!str 1", 1, 4, "tags such as '!name' are not supported"),
     ("plain-equals", "a: =", 1, 4, "special meaning"),
     ("plain-merge-value", "a: <<", 1, 4, "special meaning"),
     ("number-without-digits", "a: 0x_", 1, 4, "put it in quotes"),
+    ("fraction-in-base-60", "a: 1:30.5", 1, 4, "put it in quotes"),
     ("huge-number", "a: " + "9" * 5000, 1, 4, "put it in quotes"),
     ("block-text-header", "a: |x\n  b", 1, 4, "start the text on the next line"),
-    ("block-text-blank", "a: |\n     \n  b", 3, 3, "more spaces"),
-    ("undefined-alias", "a: *b", 1, 4, "no '&b' stands above"),
+    ("block-text-blank", "a: |\n     \n  b", 3, 3, "wrong indentation"),
+    ("undefined-alias", "a: *b", 1, 4, "no '&b' ends above"),
     ("bad-anchor-name", "a: &b.c d", 1, 4, "a name (letters"),
     ("anchor-twice", "a: &x 1\nb: &x 2", 2, 4, "defined twice"),
-    ("two-anchors", "a: &x\n  &y b", 2, 3, "two anchors"),
-    ("anchored-alias", "a: &x 1\nb: &y *x", 2, 7, "an alias cannot have an anchor"),
-    ("alias-in-its-anchor", "a: &a [b, *a]", 1, 11, "inside its own anchor"),
+    ("two-anchors", "a: &x &y b", 1, 7, "two anchors"),
+    ("two-anchors-over-lines", "a: &x\n  &y b", 1, 4, "remove the anchor"),
+    ("anchored-alias", "a: &x 1\nb: &y *x", 2, 4, "an alias"),
+    ("anchored-merge", "a: {&y <<: {}}", 1, 5, "remove the anchor"),
+    ("alias-in-its-anchor", "a: &a [b, *a]", 1, 11, "no '&a' ends above"),
     ("second-document", "a: 1\n---\nb: 2", 2, 1, "only one document"),
     ("second-after-end", "a: 1\n...\nb: 2", 3, 1, "only one document"),
-    ("end-without-start", "...\n", 1, 1, "none has started"),
+    ("end-without-start", "...\n", 1, 1, "only one document"),
     ("directive", "%TAG ! x\n---\na", 1, 1, "directive"),
-    ("yaml-2", "%YAML 2.0\n---\na", 1, 1, "directive"),
-    ("directive-without-marker", "%YAML 1.1\na: 1", 2, 1, "'---' must follow"),
-    ("control-character", "a: b\x07", 1, 5, "U+0007"),
-    ("next-line-character", "é: b\x85c", 1, 5, "write it as \\x85"),
-    ("lone-carriage-return", "a: b\rc: d", 1, 5, "carriage return"),
-    ("inner-byte-order-mark", "a: \ufeffb", 1, 4, "U+FEFF"),
+    ("control-character", "a: b\x07", 1, 5, "\\x07"),
+    ("next-line-character", "é: b\x85c", 1, 5, "\\x85 is not allowed"),
+    ("lone-carriage-return", "a: b\rc: d", 1, 5, "\\r is not allowed"),
+    ("inner-byte-order-mark", "a: \ufeffb", 1, 4, "\\ufeff"),
     ("depth-in-brackets", "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), 1, DEEPEST + 1, "nested deeper than"),
     ("depth-in-blocks", "- " * (DEEPEST + 1) + "x", 1, 2 * DEEPEST + 1, "nested deeper than"),
 ]
@@ -298,12 +288,10 @@ def test_depth_counts_what_aliases_stand_for() -> None:
     assert caught.value.line == DEEPEST
 
 
-@pytest.mark.parametrize(
-    "entry", ["[{0}, {0}, {0}, {0}]", "{{<<: [{0}, {0}], k: {0}}}"], ids=["list", "merge"]
-)
+@pytest.mark.parametrize("entry", ["[{0}, {0}, {0}, {0}]", "{{<<: {0}, k{1}: {0}}}"], ids=["list", "merge"])
 def test_alias_bomb_is_refused(entry: str) -> None:
     lines = ["a0: &a0 {k: lol}"]
-    lines += [f"a{n}: &a{n} " + entry.format(f"*a{n - 1}") for n in range(1, 40)]
+    lines += [f"a{n}: &a{n} " + entry.format(f"*a{n - 1}", n) for n in range(1, 40)]
     with pytest.raises(YamlError, match="aliases up to here"):
         yaml_load("\n".join(lines))
 
@@ -318,33 +306,12 @@ GROWING = {
     "sequence": "- item{}\n",
     "nested": "k{}:\n  - a: {{b: [c, 'd']}}\n    e: |\n      text\n",
     "plain-lines": "{} line\n",
-    "blank-lines": "\n   \n#\n",
+    "blank-lines-and-comments": "\n   \n#\n",
     "anchors": "- &a{0} [x]\n- *a{0}\n",
 }
-
-
-@pytest.mark.parametrize("entry", [pytest.param(entry, id=name) for name, entry in GROWING.items()])
-def test_calls_grow_with_the_length(entry: str) -> None:
-    def calls(count: int) -> int:
-        text, made = "".join(entry.format(n) for n in range(count)), 0
-
-        def note(_frame: Any, event: str, _argument: Any) -> None:
-            nonlocal made
-            made += event in ("call", "c_call")
-
-        before = sys.getprofile()
-        sys.setprofile(note)
-        try:
-            yaml_compose(text)
-        finally:
-            sys.setprofile(before)
-        return made
-
-    assert calls(800) <= 4.5 * calls(200)
-
-
 LONG = 200_000
 HOSTILE = {
+    **{name: "".join(entry.format(n) for n in range(LONG // 10)) for name, entry in GROWING.items()},
     "open-single-quote": "'" + "''" * LONG,
     "open-double-quote": '"' + "\\\\" * LONG,
     "spaces-in-quotes": '"' + " " * LONG + "x\n" + '"',
@@ -363,6 +330,7 @@ HOSTILE = {
 
 
 WELL_FORMED = {
+    *GROWING,
     "spaces-in-quotes",
     "spaces-in-plain",
     "words",
@@ -409,7 +377,6 @@ def test_nodes_know_their_place() -> None:
     assert b.get("x") is None
     assert [*b.pairs(), *root.items()] == []
     assert str(key.error("no such name")) == "<yaml>:3:5: no such name"
-    assert repr(key) == "<YamlNode scalar at <yaml>:3:5>"
 
 
 def test_an_empty_document_has_no_node() -> None:
@@ -525,54 +492,36 @@ def test_any_text_agrees_with_pyyaml_or_is_refused(text: str) -> None:
         check_positions(text)
 
 
+# Writing
+
+
 @settings(max_examples=400, deadline=None)
-@given(values)
+@given(st.dictionaries(keys, values, max_size=4) | values)
 def test_what_is_written_reads_back_here_and_in_pyyaml(value: Any) -> None:
     text = yaml_dump(value)
-    assert text.isascii()
-    assert yaml_dump(yaml_load(text)) == text
-    assert sorted_form(yaml_load(text)) == sorted_form(value)
-    assert sorted_form(yaml.safe_load(text)) == sorted_form(value)
-
-
-@settings(max_examples=250, deadline=None)
-@given(values)
-def test_writes_the_same_bytes_as_pyyaml(value: Any) -> None:
-    theirs = yaml.safe_dump(value, default_flow_style=False, width=math.inf, sort_keys=True)
-    if "? " not in theirs and "&id" not in theirs:  # keys that PyYAML writes as complex ones; shared lists
-        assert yaml_dump(value) == theirs
-
-
-# Writing
+    assert exact(yaml_load(text)) == exact(value)
+    assert exact(yaml.safe_load(text)) == exact(value)
+    assert text.replace("\n", "").isprintable()
+    assert text.count("\n") == (len(value) if isinstance(value, dict) and value else 1)
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        ({"b": [1, {"c": None, "a": []}], "a": {"x": {}}}, "a:\n  x: {}\nb:\n- 1\n- a: []\n  c: null\n"),
-        ([[1, [2]], {"a": [3]}, ()], "- - 1\n  - - 2\n- a:\n  - 3\n- []\n"),
-        ({"": 1, "a\nb": 2, "no": 3}, "'': 1\n\"a\\nb\": 2\n'no': 3\n"),
-        ({2: "two", 1: "one"}, "1: one\n2: two\n"),
-        ({"b": 1, 1: 2}, "b: 1\n1: 2\n"),
-        (["2001-01-01", "12:30:45", "=", "<<"], "- '2001-01-01'\n- '12:30:45'\n- '='\n- '<<'\n"),
-        ({"a": "x\ny\n", "b": "x \ny"}, "a: 'x\n\n  y\n\n  '\nb: \"x \\ny\"\n"),
-        (["x\n y"], '- "x\\n y"\n'),
-        (["\t\x00é😀\ud800"], '- "\\t\\0\\xE9\\U0001F600\\uD800"\n'),
-        ([1e20, -math.inf, 0.1, 1e-7, True], "- 1.0e+20\n- -.inf\n- 0.1\n- 1.0e-07\n- true\n"),
-        ("a", "a\n...\n"),
-        ([], "[]\n"),
-        ({"k" * 200: 1}, "k" * 200 + ": 1\n"),
+        ({"b": [1, {"c": None, "a": ()}], "a": {"x": {}}}, "a: {x: {}}\nb: [1, {c: null, a: []}]\n"),
+        ({"url": "https://a.b?c=d:1", "l": ["a?b"]}, 'l: ["a?b"]\nurl: https://a.b?c=d:1\n'),
+        (
+            {"path": "/home/é", "a\nb": '"\\ \x00', "no": "off"},
+            '"a\\nb": "\\"\\\\ \\x00"\n"no": "off"\npath: "/home/é"\n',
+        ),
+        ({"b": 1, 1: "2001-01-01", "x": "a:"}, '1: "2001-01-01"\nb: 1\nx: "a:"\n'),
+        ([1e20, -math.inf, 0.1, 1e-7, True], "[1.0e+20, -.inf, 0.1, 1.0e-07, true]\n"),
+        ({}, "{}\n"),
     ],
-    ids=range(13),
+    ids=range(6),
 )
-def test_writes(value: Any, text: str) -> None:
+def test_writes_a_line_for_each_key(value: Any, text: str) -> None:
     assert yaml_dump(value) == text
-    assert sorted_form(yaml.safe_load(text)) == sorted_form(yaml_load(text))
-
-
-def test_shared_values_are_written_twice() -> None:
-    shared = [1]
-    assert yaml_dump({"a": shared, "b": shared}) == "a:\n- 1\nb:\n- 1\n"
 
 
 def deep(levels: int) -> Any:
@@ -582,12 +531,6 @@ def deep(levels: int) -> Any:
     return value
 
 
-def test_writes_what_it_reads_and_no_deeper() -> None:
-    assert yaml_load(yaml_dump(deep(DEEPEST))) == deep(DEEPEST)
-    with pytest.raises(SandboxError, match="deeper than"):
-        yaml_dump(deep(DEEPEST + 1))
-
-
 cycle: list[Any] = []
 cycle.append({"a": cycle})
 
@@ -595,16 +538,15 @@ cycle.append({"a": cycle})
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (cycle, "contains itself"),
+        (cycle, "nested deeper than"),
+        (deep(1000), "nested deeper than"),
         ({"a": {1, 2}}, "type set"),
         ([b"x"], "type bytes"),
         ({"p": Path("x")}, "Path"),
-        ({(1, 2): 3}, "a key is a tuple"),
-        ({"k" * 1025: 1}, "over 1024 characters"),
-        (10**5000, "too long an integer"),
     ],
-    ids=["cycle", "set", "bytes", "path", "tuple-key", "long-key", "long-integer"],
+    ids=["cycle", "deep", "set", "bytes", "path"],
 )
 def test_refuses_to_write(value: Any, words: str) -> None:
+    assert yaml_load(yaml_dump(deep(DEEPEST))) == deep(DEEPEST)
     with pytest.raises(SandboxError, match=words):
         yaml_dump(value)
