@@ -235,8 +235,9 @@ class Answering:
 
 def fuzz_answers(data: bytes) -> None:
     status, body = (data[0] % 6) * 100 + data[-1] % 100 if data else 200, data[1:]
-    answer = product.Answer(status, {"Retry-After": body[:30].decode("latin-1"), "Location": str(body)}, body)
-    harmless(product.error_for_answer("GET", "/api", answer).message)
+    headers = {"retry-after": body[:30].decode("latin-1"), "location": str(body)}
+    text = body.decode("utf-8", "replace")
+    harmless(product.error_for_answer("GET", "/api", status, headers, text).message)
     value = json_of(body)
     if not isinstance(value, (dict, list, str)):
         return
