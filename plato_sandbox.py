@@ -2354,7 +2354,7 @@ def shell_words(words: Sequence[str]) -> str:
     """Words as one line that a POSIX shell reads back as the same words."""
     import shlex
 
-    return " ".join(shlex.quote(word) for word in words)
+    return shlex.join(words)
 
 
 # Runs a file as Python runs an imported one: from its cached bytecode. Compiling this one for every child
@@ -2390,94 +2390,53 @@ def own_file() -> str:
     return os.path.abspath(__file__)
 
 
-def process_start_mark(pid: int) -> str | None:
-    """Something that two processes with the same pid never share: the start time; None if there is none.
-
-    Linux: clock ticks since boot (/proc/PID/stat); elsewhere what `ps` says.
-    """
-    if pid <= 0:
-        return None
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except FileNotFoundError:
-        return None if os.path.isdir("/proc/self") else _start_mark_from_ps(pid)
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
-
-
-def _start_mark_from_ps(pid: int) -> str | None:
+def processes() -> dict[int, str]:
+    """The command lines of the processes that run here, words separated by spaces, by process id."""
     import subprocess
 
-    command = ["ps", "-o", "lstart=", "-p", str(pid)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def process_command(pid: int) -> str:
-    """The command line of a process, words separated by spaces; "" when it cannot be read."""
-    import subprocess
-
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-    except OSError:
-        pass
+    found = {}
     if os.path.isdir("/proc/self"):
-        return ""
-    command = ["ps", "-o", "command=", "-p", str(pid)]
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/cmdline", encoding="utf-8", errors="replace") as file:
+                    found[int(name)] = file.read().replace("\0", " ")
+            except OSError:
+                pass  # it has ended
+        return found
+    command = ["ps", "-axwwo", "pid=,command="]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        listing = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
+        return {}
+    for line in listing.decode("utf-8", "replace").splitlines():
+        pid, _, words = line.strip().partition(" ")
+        found[int(pid)] = words
+    return found
 
 
-def process_ids() -> list[int]:
-    """The ids of the processes that run here."""
-    import subprocess
-
-    if os.path.isdir("/proc/self"):
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    try:
-        done = subprocess.run(["ps", "-axo", "pid="], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [int(word) for word in done.stdout.split()]
-
-
-def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> bool:
-    """Send a signal to the process that `is_it` says it is, and to no other; False when it is not there.
+def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> None:
+    """Send a signal to the process that `is_it` says it is, and to no other.
 
     On Linux a file descriptor holds the process while it is looked at, so a reused pid cannot slip in.
     """
     import signal
 
     try:
-        if hasattr(os, "pidfd_open"):
-            handle = os.pidfd_open(pid)
-            try:
-                if not is_it():
-                    return False
-                signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
-                return True
-            finally:
-                os.close(handle)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # a kernel or sandbox without pidfd: look and send
+        handle = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
+    except (AttributeError, OSError):
+        handle = -1  # a system or kernel without it: look and send
     try:
         if not is_it():
-            return False
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+            return
+        if handle < 0:
+            os.kill(pid, number)
+        else:
+            signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        pass  # it has ended, or is not ours to end
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 class Aside:
@@ -2489,22 +2448,23 @@ class Aside:
         self._function = function
         self._value: Any = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        # Not Thread.join: until Python 3.12, one that an exception interrupts takes the thread for ended.
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._value = self._function()
         except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
             self._error = error
+        self._ended.set()
 
     def wait(self, seconds: float) -> bool:
         """Wait at most so long; whether it has ended."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return self._ended.wait(seconds)
 
     def result(self) -> Any:
-        self._thread.join()
+        self._ended.wait()
         if self._error is not None:
             raise self._error
         return self._value
@@ -2527,32 +2487,30 @@ def run_program(
     stdin: what it reads, piece by piece. TimedOutError after `seconds`.
     """
     import subprocess
+    from tempfile import TemporaryFile
 
-    pipe = subprocess.PIPE
-    # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-    process = launch(
-        command, reporter, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, **options
-    )
-    streams: list[Any] = [process.stdin, process.stdout, process.stderr]
-    outputs = [Aside(stream.read) for stream in streams[1:]]
-    try:
-        _feed(streams[0], stdin)
-        process.wait(seconds)
-        stdout, stderr = (output.result() for output in outputs)
-    except subprocess.TimeoutExpired:
-        raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
-    finally:
-        _end_group(process)
-        for stream in streams:
-            stream.close()
-    return Outcome(process.returncode, stdout, stderr)
+    with TemporaryFile() as stdout, TemporaryFile() as stderr:
+        streams: Json = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": stderr}
+        # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
+        process = launch(command, reporter, start_new_session=True, **streams, **options)
+        pipe: Any = process.stdin
+        try:
+            _feed(pipe, stdin)
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
+        finally:
+            _end_group(process)
+            pipe.close()
+        stdout.seek(0)
+        stderr.seek(0)
+        return Outcome(process.returncode, stdout.read(), stderr.read())
 
 
 def _feed(stream: Any, pieces: Iterable[bytes]) -> None:
     """Write all pieces and close; a child that does not want them says why elsewhere."""
     try:
-        for piece in pieces:
-            stream.write(piece)
+        stream.writelines(pieces)
         stream.close()
     except BrokenPipeError:
         pass
@@ -2757,7 +2715,7 @@ def remove_temporaries(path: str) -> None:
 
     for temporary in glob.glob(f"{glob.escape(path)}.*.tmp"):
         pid = temporary.split(".")[-2]
-        if pid.isdigit() and (int(pid) == os.getpid() or process_start_mark(int(pid)) is None):
+        if pid.isdigit() and (int(pid) == os.getpid() or not processes().get(int(pid))):
             _unlink_quietly(temporary)
 
 
@@ -2868,7 +2826,7 @@ def lock_holder(status: os.stat_result) -> str:
         lines = []
     for line in lines:
         pid = line.split()[4]
-        words = process_command(int(pid)).split() if pid.isdigit() else []
+        words = processes().get(int(pid), "").split() if pid.isdigit() else []
         for word in words:
             if word in COMMANDS:
                 return f"`{word}` (PID {pid})"
@@ -3939,7 +3897,7 @@ class HeartbeatRecord:
     """heartbeat_<id>.log: one line of JSON with the present truth, then the last events, one a line.
 
     The child holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
-    The keys of the first line: session_id, pid, start_mark, interval, beats, last_ok and last_error_at
+    The keys of the first line: session_id, pid, interval, beats, last_ok and last_error_at
     (seconds since 1970), last_error, failures (in a row), ended (why, once it has).
     """
 
@@ -4000,7 +3958,7 @@ class HeartbeatRecord:
 
     @staticmethod
     def _makes_sense(key: str, value: Any) -> bool:
-        if key in ("session_id", "start_mark", "last_error", "ended"):
+        if key in ("session_id", "last_error", "ended"):
             return isinstance(value, str)
         return type(value) in ((int,) if key == "pid" else (int, float)) and 0 <= value < 1e10
 
@@ -4192,7 +4150,7 @@ def heartbeat_child() -> int:
         return 1
     pid = os.getpid()
     if taken:
-        record.truth = {"session_id": task["session_id"], "pid": pid, "start_mark": process_start_mark(pid)}
+        record.truth = {"session_id": task["session_id"], "pid": pid}
         record.write(interval=task["interval"], started=time.time(), failures=0, beats=0)
     print("ready" if taken else "busy", flush=True)
     point_at_nothing(0, 1, 2)  # so that no pipe or terminal is held open
@@ -4221,7 +4179,8 @@ def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str
         environment["SSL_CERT_DIR"] = os.path.abspath(environment["SSL_CERT_DIR"])
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     options = {"stdin": pipe, "stdout": pipe, "stderr": quiet, "env": environment, "cwd": "/"}
-    child = launch(own_command("heartbeat-child"), reporter, start_new_session=True, **options)
+    command = own_command("heartbeat-child", str(state["session_id"]))  # see is_heartbeat
+    child = launch(command, reporter, start_new_session=True, **options)
     said = _tell_and_hear(child, json.dumps(task).encode())
     word, _, detail = said.decode("utf-8", "replace").strip().partition(" ")
     holder = HeartbeatRecord.read(str(task["record"])) if word == "busy" else {}
@@ -4309,47 +4268,45 @@ def ensure_heartbeat(
 
 def other_heartbeat_alive(state: Mapping[str, Any]) -> bool:
     """Whether the process that another client's state names is a heartbeat of this very session."""
-    pid, session_id = state.get("heartbeat_pid"), state.get("session_id")
-    if not isinstance(pid, int) or not session_id:
-        return False
-    command = process_command(pid)
-    return session_id in command and "heartbeat" in command and process_start_mark(pid) is not None
+    return is_heartbeat(state.get("heartbeat_pid"), state.get("session_id"))
+
+
+def is_heartbeat(pid: Any, session_id: str | None) -> bool:
+    """Whether a process is a heartbeat of this very session: its command line, ours too, says so."""
+    command = processes().get(pid, "") if isinstance(pid, int) else ""
+    return bool(session_id) and str(session_id) in command and "heartbeat" in command
 
 
 def stop_heartbeat(settings: Settings, state: Mapping[str, Any]) -> bool:
     """End the heartbeat of a sandbox, ours or another client's; True when none is left.
 
-    No signal goes to a process that is not provably the heartbeat: it holds the lock and is the process
-    that its record describes, or its command line names this session.
+    No signal goes to a process whose command line does not say that it is the heartbeat of this session.
     """
     import signal
 
-    path = heartbeat_path(settings.home, state["session_id"])
-    if not heartbeat_alive(path):
-        pid = state.get("heartbeat_pid")
-        if other_heartbeat_alive(state) and isinstance(pid, int):
-            signal_process(pid, lambda: other_heartbeat_alive(state), signal.SIGTERM)
-        return True
-    truth = HeartbeatRecord.read(path)
-    pid, mark = truth.get("pid"), truth.get("start_mark")
-    if isinstance(pid, int) and mark:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            signal_process(pid, lambda: heartbeat_alive(path) and process_start_mark(pid) == mark, number)
-            if _ended_within(path, pid, 3.0):
-                return True
-    return not heartbeat_alive(path)
+    session_id = state["session_id"]
+    path = heartbeat_path(settings.home, session_id)
+    recorded = HeartbeatRecord.read(path).get("pid")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in (recorded, state.get("heartbeat_pid")):
+            if pid is not None and is_heartbeat(pid, session_id):
+                signal_process(pid, functools.partial(is_heartbeat, pid, session_id), number)
+        if _ended_within(path, recorded, 3.0):
+            return True
+    return False
 
 
-def _ended_within(path: str, pid: int, seconds: float) -> bool:
+def _ended_within(path: str, pid: int | None, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while heartbeat_alive(path):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
-    try:
-        os.waitpid(pid, os.WNOHANG)  # where this very process started it
-    except ChildProcessError:
-        pass
+    if pid:
+        try:
+            os.waitpid(pid, os.WNOHANG)  # where this very process started it
+        except ChildProcessError:
+            pass
     return True
 
 
@@ -8878,7 +8835,7 @@ def end_marked(marker: str, reporter: Reporter) -> None:
     """Wait until the browser of a run has gone, and end it if it does not go by itself."""
     deadline = time.monotonic() + FLOW_CLOSE_SECONDS / 2
     while True:
-        if not any(is_marked(pid, marker) for pid in process_ids()):
+        if not any(marker in command for command in processes().values()):
             return
         if time.monotonic() > deadline:
             kill_marked(marker, reporter)
@@ -8890,14 +8847,14 @@ def kill_marked(marker: str, reporter: Reporter) -> None:
     """End the browser of a run, now."""
     import signal
 
-    for pid in process_ids():
-        if is_marked(pid, marker):
+    for pid, command in processes().items():
+        if marker in command:
             reporter.trace(f"ending the browser, PID {pid}")
             signal_process(pid, functools.partial(is_marked, pid, marker), signal.SIGKILL)
 
 
 def is_marked(pid: int, marker: str) -> bool:
-    return marker in process_command(pid)
+    return marker in processes().get(pid, "")
 
 
 # The report

@@ -87,7 +87,7 @@ ANSWERS: list[Any] = [
     {"flows": [FLOW]},
     [FLOW],
 ]
-RECORD = {"session_id": "s", "pid": 12, "start_mark": "1 2", "interval": 30.0, "beats": 3, "last_ok": 1.7e9}
+RECORD = {"session_id": "s", "pid": 12, "interval": 30.0, "beats": 3, "last_ok": 1.7e9}
 RECORD.update(last_error="e", last_error_at=1.7e9, failures=2, ended="the VM is gone", started=1.7e9)
 RULES = (
     b"# c\n*.py[co]\n!keep\n/build/\na/**/b\n**/x\n\\#y\n[!a-z]*\n[[:alpha:]]?\ndoc/*.txt\nt \\ \n\0a/b/x.pyc"
