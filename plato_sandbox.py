@@ -59,6 +59,7 @@ transport, api, ssh, heartbeat, sync, services, worker, flow, audit, sandbox, ou
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import sys
@@ -72,11 +73,14 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import subprocess
+    import urllib.parse
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
     from typing import Any, NoReturn, TextIO, Union
 
     Line = Union[str, tuple[Any, ...]]
+
+    Json = dict[str, Any]
 
 __version__ = "0.1.0"
 
@@ -142,8 +146,7 @@ SNAPSHOT_SECONDS = 600.0
 ARTIFACT_SECONDS = 1800.0
 ARTIFACT_POLL_SECONDS = 2.0
 READY_POLL_SECONDS = 10
-RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})
-RETRY_ATTEMPTS = 4
+RETRY_SECONDS = (0.0, 1.0, 2.0)  # before each retry; a kept connection may have ended unseen
 RETRY_WINDOW_SECONDS = 20.0
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_TEXT_OF_OTHERS = 1024 * 1024
@@ -219,7 +222,8 @@ class ConflictError(SandboxError):
 class ApiError(SandboxError):
     """Plato answered with an error, or with something that is not an answer.
 
-    status: the HTTP status, or None when the body was the problem; retry_after: seconds, or None.
+    status: the HTTP status, or None when the body was the problem; retry_after: seconds, or None; text:
+    the body, as far as it came, if it may be of use.
     """
 
     exit_code = 6
@@ -232,22 +236,40 @@ class ApiError(SandboxError):
         hint: str | None = None,
         status: int | None = None,
         retry_after: float | None = None,
-        body: bytes = b"",
+        text: str = "",
     ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
         self.retry_after = retry_after
-        self.body = body
+        self.text = text
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may succeed a little later."""
+        return self.status in (408, 429, 500, 502, 503, 504)
+
+    @property
+    def outcome_unknown(self) -> bool:
+        """Whether Plato may have done what was asked all the same."""
+        return self.status in (None, 408, 502, 504)
 
 
 class NetworkError(ApiError):
-    """No whole answer came. sent: whether the server may have received the request; body: what came."""
+    """No whole answer came. sent: whether the server may have received the request."""
 
     code = "network"
 
-    def __init__(self, message: str, *, hint: str | None = None, sent: bool, body: bytes = b"") -> None:
-        super().__init__(message, hint=hint, body=body)
+    def __init__(self, message: str, *, hint: str | None = None, sent: bool, text: str = "") -> None:
+        super().__init__(message, hint=hint, text=text)
         self.sent = sent
+
+    @property
+    def may_pass(self) -> bool:
+        return True
+
+    @property
+    def outcome_unknown(self) -> bool:
+        return self.sent
 
 
 class TimedOutError(SandboxError):
@@ -410,6 +432,10 @@ class Settings:
             )
         return self.api_key
 
+    def without_key(self, text: str) -> str:
+        """A text from outside, with *** for the key."""
+        return text.replace(self.api_key, "***") if len(self.api_key) >= SHORTEST_SECRET else text
+
 
 # A line of a .env file with the key, in the syntax of `sed -E`, which Python reads the same way.
 _KEY_LINE = """^ *(export +)?PLATO_API_KEY *= *['\\"]?([^'\\" #]+).*"""
@@ -452,7 +478,7 @@ def normal_base_url(url: str) -> str:
     trimmed = url.strip().rstrip("/")
     if trimmed.endswith("/api"):
         trimmed = trimmed[: -len("/api")].rstrip("/")
-    match = re.fullmatch(r"(https?)://(\[[0-9a-fA-F:.]+\]|[^/?#@:\s]+)(?::(\d{1,5}))?(/[^?#\s]*)?", trimmed)
+    match = re.fullmatch(r"(https?)://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?(/[^?#\s]*)?", trimmed)
     if match is None or not 0 < int(match[3] or 443) < 65536:
         raise UsageError(
             f"PLATO_BASE_URL is {url!r}, which is not the address of an API.",
@@ -1652,7 +1678,7 @@ def shell_words(words: Sequence[str]) -> str:
     """Words as one line that a POSIX shell reads back as the same words."""
     import shlex
 
-    return " ".join(shlex.quote(word) for word in words)
+    return shlex.join(words)
 
 
 # Runs a child of this file as Python runs an imported module: from its cached bytecode. Where none can be
@@ -1703,94 +1729,53 @@ def invocation(program: str, environment: Mapping[str, str]) -> str:
     return shell_words([os.path.basename(program) or PROGRAM])
 
 
-def process_start_mark(pid: int) -> str | None:
-    """Something that two processes with the same pid never share: the start time; None if there is none.
-
-    Linux: clock ticks since boot (/proc/PID/stat); elsewhere what `ps` says.
-    """
-    if pid <= 0:
-        return None
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except FileNotFoundError:
-        return None if os.path.isdir("/proc/self") else _start_mark_from_ps(pid)
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
-
-
-def _start_mark_from_ps(pid: int) -> str | None:
+def processes() -> dict[int, str]:
+    """The command lines of the processes that run here, words separated by spaces, by process id."""
     import subprocess
 
-    command = ["ps", "-o", "lstart=", "-p", str(pid)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def process_command(pid: int) -> str:
-    """The command line of a process, words separated by spaces; "" when it cannot be read."""
-    import subprocess
-
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-    except OSError:
-        pass
+    found = {}
     if os.path.isdir("/proc/self"):
-        return ""
-    command = ["ps", "-o", "command=", "-p", str(pid)]
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/cmdline", encoding="utf-8", errors="replace") as file:
+                    found[int(name)] = file.read().replace("\0", " ")
+            except OSError:
+                pass  # it has ended
+        return found
+    command = ["ps", "-axwwo", "pid=,command="]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        listing = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
+        return {}
+    for line in listing.decode("utf-8", "replace").splitlines():
+        pid, _, words = line.strip().partition(" ")
+        found[int(pid)] = words
+    return found
 
 
-def process_ids() -> list[int]:
-    """The ids of the processes that run here."""
-    import subprocess
-
-    if os.path.isdir("/proc/self"):
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    try:
-        done = subprocess.run(["ps", "-axo", "pid="], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [int(word) for word in done.stdout.split()]
-
-
-def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> bool:
-    """Send a signal to the process that `is_it` says it is, and to no other; False when it is not there.
+def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> None:
+    """Send a signal to the process that `is_it` says it is, and to no other.
 
     On Linux a file descriptor holds the process while it is looked at, so a reused pid cannot slip in.
     """
     import signal
 
     try:
-        if hasattr(os, "pidfd_open"):
-            handle = os.pidfd_open(pid)
-            try:
-                if not is_it():
-                    return False
-                signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
-                return True
-            finally:
-                os.close(handle)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # a kernel or sandbox without pidfd: look and send
+        handle = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
+    except (AttributeError, OSError):
+        handle = -1  # a system or kernel without it: look and send
     try:
         if not is_it():
-            return False
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+            return
+        if handle < 0:
+            os.kill(pid, number)
+        else:
+            signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        pass  # it has ended, or is not ours to end
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 class Aside:
@@ -1802,22 +1787,23 @@ class Aside:
         self._function = function
         self._value: Any = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        # Not Thread.join: until Python 3.12, one that an exception interrupts takes the thread for ended.
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._value = self._function()
         except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
             self._error = error
+        self._ended.set()
 
     def wait(self, seconds: float) -> bool:
         """Wait at most so long; whether it has ended."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return self._ended.wait(seconds)
 
     def result(self) -> Any:
-        self._thread.join()
+        self._ended.wait()
         if self._error is not None:
             raise self._error
         return self._value
@@ -1840,32 +1826,30 @@ def run_program(
     stdin: what it reads, piece by piece. TimedOutError after `seconds`.
     """
     import subprocess
+    from tempfile import TemporaryFile
 
-    pipe = subprocess.PIPE
-    # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-    process = launch(
-        command, reporter, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, **options
-    )
-    streams: list[Any] = [process.stdin, process.stdout, process.stderr]
-    outputs = [Aside(stream.read) for stream in streams[1:]]
-    try:
-        _feed(streams[0], stdin)
-        process.wait(seconds)
-        stdout, stderr = (output.result() for output in outputs)
-    except subprocess.TimeoutExpired:
-        raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
-    finally:
-        _end_group(process)
-        for stream in streams:
-            stream.close()
-    return Outcome(process.returncode, stdout, stderr)
+    with TemporaryFile() as stdout, TemporaryFile() as stderr:
+        streams: Json = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": stderr}
+        # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
+        process = launch(command, reporter, start_new_session=True, **streams, **options)
+        pipe: Any = process.stdin
+        try:
+            _feed(pipe, stdin)
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
+        finally:
+            _end_group(process)
+            pipe.close()
+        stdout.seek(0)
+        stderr.seek(0)
+        return Outcome(process.returncode, stdout.read(), stderr.read())
 
 
 def _feed(stream: Any, pieces: Iterable[bytes]) -> None:
     """Write all pieces and close; a child that does not want them says why elsewhere."""
     try:
-        for piece in pieces:
-            stream.write(piece)
+        stream.writelines(pieces)
         stream.close()
     except BrokenPipeError:
         pass
@@ -2155,7 +2139,7 @@ def remove_temporaries(path: str) -> None:
 
     for temporary in glob.glob(f"{glob.escape(path)}.*.tmp"):
         pid = temporary.split(".")[-2]
-        if pid.isdigit() and (int(pid) == os.getpid() or process_start_mark(int(pid)) is None):
+        if pid.isdigit() and (int(pid) == os.getpid() or not processes().get(int(pid))):
             _unlink_quietly(temporary)
 
 
@@ -2271,7 +2255,7 @@ def lock_holder(status: os.stat_result) -> str:
         lines = []
     for line in lines:
         pid = line.split()[4]
-        words = process_command(int(pid)).split() if pid.isdigit() else []
+        words = processes().get(int(pid), "").split() if pid.isdigit() else []
         for word in words:
             if word in COMMANDS:
                 return f"`{word}` (PID {pid})"
@@ -2284,109 +2268,63 @@ def lock_holder(status: os.stat_result) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Stream:
-    """A connected socket whose every operation ends at one deadline, however slowly the bytes drip.
-
-    It is what http.client needs of a socket (sendall, makefile, close). Like a socket, it is closed once
-    the files made of it are: http.client closes the one before it has read the other.
-    """
+class TimedReader(io.RawIOBase):
+    """What http.client reads of a socket: nothing after the deadline, however slowly the bytes drip."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock = sock
+        self.stream = sock.makefile("rb", buffering=0)
         self.deadline = deadline
-        self._users = 1
 
-    def _limit(self) -> None:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("no complete answer in time")
-        self.sock.settimeout(left)
+    def readable(self) -> bool:
+        return True
 
-    def sendall(self, data: Any) -> None:
-        self._limit()
-        self.sock.sendall(data)
-
-    def recv_into(self, buffer: Any) -> int:
-        self._limit()
-        return self.sock.recv_into(buffer)
-
-    def makefile(self, mode: str, *_: Any, **__: Any) -> Any:
-        import io
-
-        stream = self
-
-        class Reader(io.RawIOBase):
-            def readable(self) -> bool:
-                return True
-
-            def readinto(self, buffer: Any) -> int:
-                return stream.recv_into(buffer)
-
-            def close(self) -> None:
-                if not self.closed:
-                    super().close()
-                    stream.close()
-
-        self._users += 1
-        return io.BufferedReader(Reader(), 65536)
+    def readinto(self, buffer: Any) -> int | None:
+        self.sock.settimeout(time_left(self.deadline))
+        return self.stream.readinto(buffer)
 
     def close(self) -> None:
-        self._users -= 1
-        if self._users <= 0:
-            self.sock.close()
+        self.stream.close()
+        super().close()
 
 
-def split_address(url: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port and path prefix of a base URL that `normal_base_url` accepted."""
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    host, port = authority, ""
-    if not authority.endswith("]"):
-        found = re.fullmatch(r"(.*?):(\d+)", authority)
-        if found:
-            host, port = found[1], found[2]
-    return scheme, host.strip("[]"), int(port or (443 if scheme == "https" else 80)), slash + path
+def time_left(deadline: float) -> float:
+    """The seconds until a deadline; TimeoutError after it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
 
 
-def proxy_for(host: str, environment: Mapping[str, str]) -> str | None:
-    """The proxy URL that HTTPS_PROXY names for a host, or None (NO_PROXY: suffixes, "*", exact addresses)."""
-    proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY")
-    if not proxy or host in ("localhost", "127.0.0.1", "::1"):
-        return None
-    excluded = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    for entry in excluded.replace(",", " ").split():
-        name = entry.lower().lstrip("*").lstrip(".").strip("[]")
-        if name.count(":") == 1:  # with a port; more colons are an IPv6 address
-            name = name.partition(":")[0]
-        if entry == "*" or (name and (host.lower() == name or host.lower().endswith("." + name))):
-            return None
-    return proxy
+def responses_until(deadline: float) -> Any:
+    """What makes the responses of a connection of http.client, which have come by then or fail."""
+    import http.client
+
+    def response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
+        made = http.client.HTTPResponse(sock, **options)
+        made.fp = io.BufferedReader(TimedReader(sock, deadline))
+        return made
+
+    return response
 
 
 def connect(host: str, port: int, deadline: float) -> socket.socket:
-    """A TCP connection to a host, through the proxy of the environment if it names one."""
+    """A TCP connection to a host, through the proxy of the environment if it names one for it."""
     import socket
 
-    proxy = proxy_for(host, os.environ)
-    target = _proxy_address(proxy) if proxy else (host, port)
-    left = max(0.1, deadline - time.monotonic())
+    name = f"[{host}]" if ":" in host else host
+    proxy = proxy_for(name, port)
+    if proxy is not None:
+        return _tunnel(proxy, name, port, deadline)
     try:
-        sock = socket.create_connection((name_on_the_wire(target[0]), target[1]), timeout=left)
-    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
+        sock = socket.create_connection((name_on_the_wire(host), port), time_left(deadline))
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
         raise NetworkError(
-            f"The address of {printable(target[0])} could not be found ({reason(error)}).",
+            f"{host}:{port} could not be reached: {reason(error)}.",
             hint="Check the network connection and the name.",
             sent=False,
         ) from None
-    except OSError as error:
-        raise NetworkError(
-            f"{'The proxy ' if proxy else ''}{target[0]}:{target[1]} could not be reached: {reason(error)}.",
-            hint="Check the network connection, and HTTPS_PROXY if there is a proxy.",
-            sent=False,
-        ) from None
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if proxy:
-        _tunnel(sock, host, port, proxy, deadline)
     return sock
 
 
@@ -2395,51 +2333,51 @@ def name_on_the_wire(host: str) -> Any:
     return host.encode("ascii") if host.isascii() else host
 
 
-def _proxy_address(proxy: str) -> tuple[str, int]:
-    import urllib.parse
+def proxy_for(host: str, port: int) -> urllib.parse.SplitResult | None:
+    """The proxy that HTTPS_PROXY names, unless NO_PROXY excludes the host. UsageError when it is none."""
+    url = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
+    if not url or host in ("localhost", "127.0.0.1", "[::1]"):
+        return None
+    import urllib.request
 
+    if urllib.request.proxy_bypass(f"{host}:{port}"):
+        return None
     try:
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        scheme, host, port = parts.scheme, parts.hostname, parts.port or 80
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        usable = parts.scheme == "http" and parts.hostname and parts.port != 0
     except ValueError:  # its text may hold the password
-        scheme, host, port = "", None, 0
-    if scheme != "http" or not host:
+        usable = None
+    if not usable:
         raise UsageError(
             "HTTPS_PROXY is not the address of a proxy that can be used.",
             hint="It looks like http://proxy.example.com:3128.",
         )
-    return host, port
+    return parts
 
 
-def _tunnel(sock: socket.socket, host: str, port: int, proxy: str, deadline: float) -> None:
+def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: float) -> socket.socket:
     import base64
-    import urllib.parse
+    import http.client
+    from urllib.parse import unquote
 
-    parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
-    if parts.username is not None:
-        pair = urllib.parse.unquote(parts.username) + ":" + urllib.parse.unquote(parts.password or "")
-        lines.append("Proxy-Authorization: Basic " + base64.b64encode(pair.encode()).decode())
-    stream = Stream(sock, deadline)
+    headers = {}
+    if proxy.username is not None:
+        pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 80)
+    connection.response_class = responses_until(deadline)
+    connection.set_tunnel(host, port, headers)
     try:
-        stream.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
-        answer = bytearray()
-        byte = bytearray(1)
-        while not answer.endswith(b"\r\n\r\n") and len(answer) < 65536:
-            if not stream.recv_into(byte):  # byte by byte: what follows belongs to the tunnel
-                break
-            answer += byte
-    except OSError as error:
-        sock.close()
-        raise NetworkError(f"The proxy did not answer: {reason(error)}.", sent=False) from None
-    status = bytes(answer).split(b"\r\n", 1)[0].split(b" ")
-    if len(status) < 2 or status[1] != b"200":
-        sock.close()
-        word = printable(status[1].decode("ascii", "replace"))[:20] if len(status) > 1 else "no status"
-        hint = "Put the proxy's user and password into HTTPS_PROXY." if word == "407" else None
-        message = f"The proxy refused the connection to {target} ({word})."
-        raise NetworkError(message, hint=hint, sent=False)
+        connection.timeout = time_left(deadline)
+        connection.connect()
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
+        connection.close()
+        raise NetworkError(
+            f"The proxy {connection.host}:{connection.port} gave no way to {host}:{port}: {reason(error)}.",
+            hint="Check HTTPS_PROXY; a user and a password that the proxy wants belong in it.",
+            sent=False,
+        ) from None
+    return connection.sock
 
 
 STRICT_VERIFY_CODES = range(80, 95)  # OpenSSL's, for what it looks at only when it is to be strict
@@ -2465,47 +2403,32 @@ def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None)
     """TLS over a connected socket, the certificate verified for `name`. Never without verification."""
     import ssl
 
-    sock.settimeout(max(0.1, deadline - time.monotonic()))
     try:
+        sock.settimeout(time_left(deadline))
         return tls_context(ca_file).wrap_socket(sock, server_hostname=name_on_the_wire(name))
-    except UsageError:
-        sock.close()
-        raise
     except ssl.SSLCertVerificationError as error:
-        sock.close()
         hint = "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
         if error.verify_code in STRICT_VERIFY_CODES:
             hint = (
                 "Python 3.13 and newer refuse certificates that do not follow RFC 5280 in all points."
                 " Have the CA's made anew by whoever runs it, or run this with Python 3.12 or older."
             )
-        raise NetworkError(
-            f"The certificate of {name} could not be verified: {error.verify_message}.",
-            hint=hint,
-            sent=False,
-        ) from None
+        message = f"The certificate of {name} could not be verified: {error.verify_message}."
     except (OSError, ValueError) as error:  # ValueError: no certificate can be for such a name
-        sock.close()
-        message = f"No secure connection to {printable(name)}: {reason(error)}."
-        raise NetworkError(message, sent=False) from None
-
-
-class Answer:
-    """An HTTP answer: status, headers (lower-case names), body."""
-
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        self.status = status
-        self.headers = {name.lower(): value for name, value in headers.items()}
-        self.body = body
+        message, hint = f"No secure connection to {name}: {reason(error)}.", None
+    sock.close()
+    raise NetworkError(message, hint=hint, sent=False)
 
 
 class Transport:
     """JSON over HTTP to one base URL with one key, over one kept connection. Not for several threads."""
 
     def __init__(self, settings: Settings, reporter: Reporter) -> None:
+        import urllib.parse
+
         self.settings = settings
         self.reporter = reporter
-        self._scheme, self._host, self._port, self._prefix = split_address(settings.base_url)
+        self.base = urllib.parse.urlsplit(settings.base_url)
         self._connection: http.client.HTTPConnection | None = None
 
     def close(self) -> None:
@@ -2518,94 +2441,47 @@ class Transport:
         method: str,
         path: str,
         *,
+        kind: type = dict,
         query: Mapping[str, Any] | None = None,
         body: Any = None,
         seconds: float = REQUEST_SECONDS,
         repeatable: bool = True,
         window: float = RETRY_WINDOW_SECONDS,
     ) -> Any:
-        """Send a request and return the decoded JSON of a 2xx answer.
+        """Send a request and return the decoded JSON, of the given kind, of a 2xx answer.
 
         seconds: until the complete answer, per attempt; window: no retry begins later than this.
-        repeatable: whether the request may be sent again after a lost answer or a status that invites it;
-        one that is not goes out once, on a connection of its own. AuthenticationError (401, 403), ApiError
-        (with `.status`) and NetworkError (with `.sent`) say what went wrong.
+        repeatable: whether it may be sent again after trouble that may pass; one that may not goes out once,
+        on a connection of its own. AuthenticationError (401, 403), ApiError (with `.status`) and
+        NetworkError (with `.sent`) say what went wrong.
         """
-        started = time.monotonic()
-        for attempt in range(RETRY_ATTEMPTS):
+        import json
+        import urllib.parse
+
+        if not repeatable:
+            self.close()
+        target = self.base.path + path + ("?" + urllib.parse.urlencode(query) if query else "")
+        payload = None if body is None else json.dumps(body, allow_nan=False).encode()
+        last = time.monotonic() + window
+        pauses = iter(RETRY_SECONDS if repeatable else ())
+        while True:
             try:
-                return self._attempt(method, path, query, body, seconds, fresh=not repeatable)
+                return self._attempt(method, path, target, payload, kind, seconds)
             except ApiError as error:
-                delay = retry_delay(error, attempt)
-                late = delay is None or time.monotonic() - started + delay > window
-                if not repeatable or late or attempt + 1 == RETRY_ATTEMPTS:
+                pause = next(pauses, None)
+                if pause is None or not error.may_pass:
                     raise
-                self.reporter.trace(f"{method} {path}: {error.message} Again in {delay:.1f} s.")
-                time.sleep(delay or 0)
-        raise AssertionError("the last attempt returns or raises")
+                pause = max(pause, error.retry_after or 0.0)
+                if time.monotonic() + pause > last:
+                    raise
+                self.reporter.trace(f"{method} {path}: {error.message} Again in {pause:.1f} s.")
+            time.sleep(pause)
 
     def _attempt(
-        self, method: str, path: str, query: Mapping[str, Any] | None, body: Any, seconds: float, fresh: bool
+        self, method: str, path: str, target: str, payload: bytes | None, kind: type, seconds: float
     ) -> Any:
+        import http.client
         import json
-
-        target = self._prefix + path
-        if query:
-            import urllib.parse
-
-            target += "?" + urllib.parse.urlencode(query)
-        payload = None if body is None else json.dumps(body, allow_nan=False).encode()
-        started = time.monotonic()
-        answer = self._exchange(method, target, payload, started + seconds, fresh)
-        self.reporter.trace(f"{method} {path}: {answer.status} in {time.monotonic() - started:.2f} s")
-        if not 200 <= answer.status < 300:
-            raise error_for_answer(method, path, answer)
-        try:
-            return json.loads(answer.body)
-        except (ValueError, RecursionError):
-            raise ApiError(
-                f"{self._host} answered {method} {path} with {describe_body(answer)} instead of JSON.",
-                hint="Check PLATO_BASE_URL, and that no login page or proxy stands in between.",
-                body=answer.body,
-            ) from None
-
-    def _exchange(
-        self, method: str, target: str, payload: bytes | None, deadline: float, fresh: bool
-    ) -> Answer:
-        """One request and its answer; a kept connection that turns out dead is replaced once, unseen."""
-        kept = None if fresh else self._connection
-        if kept is not None:
-            try:
-                return self._send(kept, method, target, payload, deadline)
-            except NetworkError:
-                if time.monotonic() >= deadline:
-                    raise
-        self.close()
-        self._connection = self._connect(deadline)
-        return self._send(self._connection, method, target, payload, deadline)
-
-    def _connect(self, deadline: float) -> http.client.HTTPConnection:
-        import http.client
-
-        sock = connect(self._host, self._port, deadline)
-        if self._scheme == "https":
-            sock = secure(sock, self._host, deadline, self.settings.ca_file)
-        connection = http.client.HTTPConnection(self._host, self._port)
-        connection.auto_open = 0
-        stream: Any = Stream(sock, deadline)
-        connection.sock = stream
-        return connection
-
-    def _send(
-        self,
-        connection: http.client.HTTPConnection,
-        method: str,
-        target: str,
-        payload: bytes | None,
-        deadline: float,
-    ) -> Answer:
-        import http.client
-        import socket
 
         headers = {
             "X-API-Key": self.settings.require_key(),
@@ -2614,141 +2490,111 @@ class Transport:
         }
         if payload is not None:
             headers["Content-Type"] = "application/json"
-        where = target.partition("?")[0]
-        stream: Any = connection.sock
-        stream.deadline = deadline
+        began = time.monotonic()
         body = b""
         try:
+            connection = self._connection = self._connection or self._connect(began + seconds)
+            connection.response_class = responses_until(began + seconds)
+            connection.sock.settimeout(time_left(began + seconds))
             connection.request(method, target, payload, headers)
             response = connection.getresponse()
             body = response.read(MAX_ANSWER_BYTES + 1)
-            if response.length and len(body) <= MAX_ANSWER_BYTES:  # bytes that were announced and never came
+            if response.length and len(body) <= MAX_ANSWER_BYTES:
                 raise ConnectionError("the answer was cut off")
-            if response.will_close or len(body) > MAX_ANSWER_BYTES:
+            if response.will_close or not response.isclosed():
                 self.close()
-        except (TimeoutError, socket.timeout):  # two classes until Python 3.10
-            self.close()
-            raise NetworkError(
-                f"{self._host} did not answer {method} {where} in time.",
-                hint="Run the command again; if it keeps failing, Plato may be having trouble.",
-                sent=True,
-            ) from None
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise NetworkError(
-                f"The connection to {self._host} broke during {method} {where}: {reason(error)}.",
+                f"{self.base.hostname} did not answer {method} {path}: {reason(error)}.",
                 hint="Run the command again; if it keeps failing, check the network.",
                 sent=True,
-                body=body,
+                text=self.settings.without_key(body.decode("utf-8", "replace")),
             ) from None
         except BaseException:  # interrupted halfway: what is left on this connection is nobody's answer
             self.close()
             raise
-        if len(body) > MAX_ANSWER_BYTES:
-            raise ApiError(f"{self._host} sent an answer of more than {MAX_ANSWER_BYTES >> 20} MB.")
-        return self._without_key(Answer(response.status, dict(response.getheaders()), body))
+        self.reporter.trace(f"{method} {path}: {response.status} in {time.monotonic() - began:.2f} s")
+        # An answer that repeats the key, as errors may, loses it here: no message or file can hold it.
+        text = self.settings.without_key(body.decode("utf-8", "replace"))
+        told = {name.lower(): self.settings.without_key(value) for name, value in response.getheaders()}
+        if not 200 <= response.status < 300:
+            raise error_for_answer(method, path, response.status, told, text)
+        try:
+            content = json.loads(text)
+            if isinstance(content, kind):
+                return content
+        except (ValueError, RecursionError):
+            pass
+        raise ApiError(
+            f"{self.base.hostname} answered {method} {path} with {len(body)} bytes of"
+            f" {told.get('content-type', 'something')}, which are not a JSON"
+            f" {'list' if kind is list else 'object'}.",
+            hint="Check PLATO_BASE_URL, and that no login page or proxy stands in between.",
+            text=text,
+        )
 
-    def _without_key(self, answer: Answer) -> Answer:
-        """An answer that repeats the key, as errors may, loses it here: no message or file can hold it."""
-        key = self.settings.require_key()
-        if len(key) < SHORTEST_SECRET:
-            return answer
-        headers = {name: value.replace(key, "***") for name, value in answer.headers.items()}
-        return Answer(answer.status, headers, answer.body.replace(key.encode(), b"***"))
+    def _connect(self, deadline: float) -> http.client.HTTPConnection:
+        import http.client
+
+        host, secured = self.base.hostname or "", self.base.scheme == "https"
+        port = self.base.port or (443 if secured else 80)
+        connection = http.client.HTTPConnection(host, port)
+        connection.auto_open = 0
+        connection.sock = connect(host, port, deadline)
+        if secured:
+            connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
+        return connection
 
 
-def retry_delay(error: ApiError, attempt: int) -> float | None:
-    """Seconds to wait before a request is sent again; None when sending it again would not help."""
-    import random
-
-    if not isinstance(error, NetworkError) and error.status not in RETRY_STATUSES:
-        return None
-    backoff: float = 0.4 * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311  (jitter, not a secret)
-    return max(backoff, error.retry_after or 0.0)
-
-
-def error_for_answer(method: str, path: str, answer: Answer) -> SandboxError:
+def error_for_answer(
+    method: str, path: str, status: int, headers: Mapping[str, str], text: str
+) -> SandboxError:
     """The error that an HTTP status of 300 or more means, with the server's own words in it."""
-    said = server_words(answer)
-    status = answer.status
+    said = server_words(text)
+    said = f": {said}" if said else ""
     if status == 401:
         return AuthenticationError(
-            f"Plato refused the API key (401{': ' + said if said else ''}).",
+            f"Plato refused the API key (401{said}).",
             hint="Check PLATO_API_KEY, and that it belongs to PLATO_BASE_URL.",
         )
     if status == 403:
         return AuthenticationError(
-            f"This API key may not do that ({method} {path}: 403{', ' + said if said else ''}).",
+            f"This API key may not do that ({method} {path}: 403{said}).",
             hint="Ask the owner of the Plato organization for access.",
         )
-    hint = None
-    if 300 <= status < 400:
-        said = f"a redirect to {answer.headers.get('location', 'nowhere')[:200]}"
+    wait, hint = headers.get("retry-after", "").strip(), None
+    retry_after = float(wait) if re.fullmatch(r"\d{1,9}", wait) else None
+    if status < 400:
+        said = f": a redirect to {headers.get('location', 'nowhere')[:200]}"
         hint = "Redirects are not followed, so that the key stays here. Check PLATO_BASE_URL."
-    wait = parse_retry_after(answer.headers.get("retry-after"), time.time())
-    if status == 429:
-        hint = (
-            f"Too many requests; try again in {wait:.0f} s."
-            if wait
-            else "Too many requests; try again later."
-        )
+    elif status == 429:
+        hint = f"Too many requests; try again {f'in {retry_after:.0f} s' if retry_after else 'later'}."
     elif status >= 500:
         hint = "This is a trouble of the server; run the command again a little later."
     return ApiError(
-        f"{method} {path} failed with {status}{': ' + said if said else ''}.",
-        hint=hint,
-        status=status,
-        retry_after=wait,
-        body=answer.body,
+        f"{method} {path} failed with {status}{said}.", hint=hint, status=status, retry_after=retry_after
     )
 
 
-def server_words(answer: Answer) -> str:
+def server_words(text: str) -> str:
     """What a FastAPI error says, in one line: `detail`, or the fields that a 422 complains about."""
     import json
 
     try:
-        content = json.loads(answer.body)
+        detail = as_dict(json.loads(text)).get("detail") or ""
     except (ValueError, RecursionError):
-        return describe_body(answer) if answer.body else ""
-    detail = content.get("detail") if isinstance(content, dict) else None
+        return ""
     if isinstance(detail, list):
-        rows = [row for row in detail if isinstance(row, dict)]
-        fields = [".".join(map(str, as_list(row.get("loc")))) + ": " + str(row.get("msg")) for row in rows]
-        return printable("; ".join(fields)[:600])
-    return printable(str(detail)[:600]).rstrip(".") if detail else ""
-
-
-def describe_body(answer: Answer) -> str:
-    """What kind of body came instead of JSON, without its text (it may echo what was sent)."""
-    kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not answer.body.strip():
-        return "an empty body"
-    if answer.body.lstrip()[:1] == b"<" or "html" in kind:
-        return "an HTML page"
-    if answer.body.lstrip()[:1] in (b"{", b"["):
-        return "half a JSON document"
-    return f"{len(answer.body)} bytes of {printable(kind)[:60] or 'something'}"
-
-
-def parse_retry_after(value: str | None, now: float) -> float | None:
-    """The seconds of a Retry-After header, given in seconds or as a date; None when it says nothing."""
-    if not value:
-        return None
-    if re.fullmatch(r"[ \t]*\d{1,9}[ \t]*", value):
-        return float(value)
-    import email.utils
-
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
+        rows = [as_dict(row) for row in detail]
+        detail = "; ".join(f"{'.'.join(map(str, as_list(row.get('loc'))))}: {row.get('msg')}" for row in rows)
+    return printable(str(detail)[:600]).rstrip(".")
 
 
 # Answers come from outside: these take a value only if it has the type that the API promises.
 
 
-def as_dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> Json:
     return value if isinstance(value, dict) else {}
 
 
@@ -2776,151 +2622,152 @@ class PlatoApi:
         """The same with a connection of its own, for another thread."""
         return PlatoApi(self.settings, self.transport.reporter)
 
-    def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self._checked(dict, method, path, **options)
+    def call(self, method: str, path: str, **options: Any) -> Json:
+        answer: Json = self.transport.request(method, path, **options)
         return answer
 
-    def _call_for_list(self, method: str, path: str, **options: Any) -> list[Any]:
-        answer: list[Any] = self._checked(list, method, path, **options)
-        return answer
+    def session(self, session_id: str, tail: str, method: str = "POST", **options: Any) -> Json:
+        """A request about a session; `tail` ends its path. NoSandboxError when the session has ended."""
+        return self._living(method, f"/api/v2/sessions/{quoted(session_id)}{tail}", **options)
 
-    def _checked(self, kind: type, method: str, path: str, **options: Any) -> Any:
-        answer = self.transport.request(method, path, **options)
-        if not isinstance(answer, kind):
-            wanted = "a list" if kind is list else "an object"
-            raise ApiError(
-                f"{method} {path} was answered with a JSON {type(answer).__name__} where {wanted} belongs.",
-                hint="Check PLATO_BASE_URL, and that this version fits the server.",
-            )
-        return answer
+    def vm(self, job_id: str, tail: str, body: Json) -> Json:
+        """A request to set up a VM; `tail` ends its path. NoSandboxError when the VM is gone."""
+        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}{tail}"
+        return self._living("POST", path, body=body, seconds=SETUP_SECONDS)
 
-    def make_session(self, environment: Mapping[str, Any], lifetime: int | None) -> dict[str, Any]:
+    def _living(self, method: str, path: str, **options: Any) -> Json:
+        try:
+            return self.call(method, path, **options)
+        except ApiError as error:
+            raise gone_error(None) if error.status in (404, 410) else error from None
+
+    def make_session(self, environment: Mapping[str, Any], lifetime: int | None) -> Json:
         """POST /api/v2/sessions/make: a session of one job. Sent once, whatever happens.
 
         lifetime: seconds until the server ends the VM. Returns CreateSessionResponse.
         """
         body = {"type": "envs", "envs": [dict(environment)], "timeout": lifetime, "source": "SDK"}
-        return self._call("POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False)
+        return self.call("POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False)
 
-    def wait_for_ready(self, session_id: str, seconds: int) -> dict[str, Any]:
-        """GET .../wait_for_ready: a long poll of `seconds`. Returns WaitForReadyResponse."""
-        path = f"/api/v2/sessions/{quoted(session_id)}/wait_for_ready"
-        return self._call("GET", path, query={"timeout": seconds}, seconds=seconds + 15.0)
+    def wait_for_ready(self, session_id: str, seconds: int) -> Json:
+        """GET .../wait_for_ready: a long poll of `seconds`, once. Returns WaitForReadyResponse."""
+        options: Json = {"query": {"timeout": seconds}, "seconds": seconds + 15.0, "window": 0.0}
+        return self.session(session_id, "/wait_for_ready", "GET", **options)
 
-    def session_details(self, session_id: str) -> dict[str, Any]:
+    def session_details(self, session_id: str) -> Json:
         """GET /api/v2/sessions/{session_id}. Returns SessionDetailsResponse."""
-        return self._call("GET", f"/api/v2/sessions/{quoted(session_id)}")
+        return self.session(session_id, "", "GET")
 
-    def heartbeat(self, session_id: str) -> dict[str, Any]:
+    def heartbeat(self, session_id: str) -> Json:
         """POST .../heartbeat, once: the caller has its own rhythm. Returns HeartbeatResponse."""
-        path = f"/api/v2/sessions/{quoted(session_id)}/heartbeat"
-        return self._call("POST", path, seconds=BEAT_SECONDS, repeatable=False)
+        return self.session(session_id, "/heartbeat", seconds=BEAT_SECONDS, repeatable=False)
 
-    def connect_network(self, session_id: str) -> dict[str, Any]:
+    def connect_network(self, session_id: str) -> Json:
         """POST .../connect_network: let the gateway reach the ready VM. {success, results: {<job>: true}}."""
-        path = f"/api/v2/sessions/{quoted(session_id)}/connect_network"
-        return self._call("POST", path, seconds=CONNECT_SECONDS)
+        return self.session(session_id, "/connect_network", seconds=CONNECT_SECONDS)
 
-    def reset(self, session_id: str) -> dict[str, Any]:
+    def reset(self, session_id: str) -> Json:
         """POST .../reset: back to the initial state, however often. Returns ResetSessionResponse."""
-        path = f"/api/v2/sessions/{quoted(session_id)}/reset"
-        return self._call("POST", path, body={"source": "SDK"}, seconds=RESET_SECONDS)
+        return self.session(session_id, "/reset", body={"source": "SDK"}, seconds=RESET_SECONDS)
 
-    def close(self, session_id: str) -> dict[str, Any]:
+    def close(self, session_id: str) -> Json:
         """POST .../close. Returns CloseSessionResponse."""
-        return self._call("POST", f"/api/v2/sessions/{quoted(session_id)}/close", seconds=CLOSE_SECONDS)
+        return self.session(session_id, "/close", seconds=CLOSE_SECONDS)
 
-    def public_url(self, session_id: str) -> dict[str, Any]:
+    def public_url(self, session_id: str) -> Json:
         """GET .../public_url. Returns PublicUrlResponse."""
-        return self._call("GET", f"/api/v2/sessions/{quoted(session_id)}/public_url")
+        return self.session(session_id, "/public_url", "GET")
 
-    def execute(self, session_id: str, command: str, seconds: float) -> dict[str, Any]:
+    def execute(self, session_id: str, command: str, seconds: float) -> Json:
         """POST .../execute: run a command on the VM, which may happen twice. Returns ExecuteCommandResponse.
 
         seconds: until the command is ended there.
         """
         body = {"command": command, "timeout": max(1, int(seconds))}
-        path = f"/api/v2/sessions/{quoted(session_id)}/execute"
-        return self._call("POST", path, body=body, seconds=seconds + 15.0)
+        return self.session(session_id, "/execute", body=body, seconds=seconds + 15.0)
 
-    def job_info(self, job_id: str) -> dict[str, Any]:
+    def job_info(self, job_id: str) -> Json:
         """GET /api/v2/jobs/{job_id}/info. Returns JobInfoResult."""
-        return self._call("GET", f"/api/v2/jobs/{quoted(job_id)}/info")
+        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/info")
 
-    def job_config(self, job_id: str) -> dict[str, Any]:
+    def job_config(self, job_id: str) -> Json:
         """GET /api/v2/jobs/{job_id}/plato_config: the dataset of its artifact. StoredSimConfigDataset."""
-        return self._call("GET", f"/api/v2/jobs/{quoted(job_id)}/plato_config")
+        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/plato_config")
 
     def job_flows(self, job_id: str) -> Any:
         """GET /api/v2/jobs/{job_id}/flows. Returns a list of Flow."""
-        return self.transport.request("GET", f"/api/v2/jobs/{quoted(job_id)}/flows")
+        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/flows", kind=object)
 
     def artifact_flows(self, artifact_id: str) -> Any:
         """GET /api/v1/simulator/{artifact_id}/flows: {"data": {"flows": TEXT}} or the flows file itself."""
         try:
-            return self.transport.request("GET", f"/api/v1/simulator/{quoted(artifact_id)}/flows")
+            return self.call("GET", f"/api/v1/simulator/{quoted(artifact_id)}/flows", kind=object)
         except ApiError as error:
-            text = error.body.decode("utf-8", "replace") if error.status is None and error.body else ""
-            if not re.search(r"^flows:", text, re.MULTILINE):
+            if not re.search(r"^flows:", error.text, re.MULTILINE):
                 raise
-            return text
+            return error.text
 
-    def add_ssh_key(self, session_id: str, public_key: str, username: str) -> dict[str, Any]:
+    def add_ssh_key(self, session_id: str, public_key: str, username: str) -> Json:
         """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
         body = {"public_key": public_key, "username": username}
-        path = f"/api/v2/sessions/{quoted(session_id)}/add_ssh_key"
-        return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
+        return self.session(session_id, "/add_ssh_key", body=body, seconds=SETUP_SECONDS)
 
-    def start_worker(
-        self, job_id: str, service: str, dataset: str, content: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def start_worker(self, job_id: str, service: str, dataset: str, content: Mapping[str, Any]) -> Json:
         """POST .../vm/{job_id}/start-worker: begins at once, is up later. Returns VMManagementResponse."""
         body = {"service": service, "dataset": dataset, "plato_dataset_config": dict(content)}
-        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}/start-worker"
-        return self._call("POST", path, body=body, seconds=SETUP_SECONDS)
+        return self.vm(job_id, "/start-worker", body)
 
-    def state(self, session_id: str, window: float = RETRY_WINDOW_SECONDS) -> dict[str, Any]:
+    def state(self, session_id: str, window: float = RETRY_WINDOW_SECONDS) -> Json:
         """GET .../state, mutations merged and ignore rules applied. Returns SessionStateResponse."""
-        path = f"/api/v2/sessions/{quoted(session_id)}/state"
         query = {"merge_mutations": "true"}
-        return self._call("GET", path, query=query, seconds=STATE_SECONDS, window=window)
+        return self.session(session_id, "/state", "GET", query=query, seconds=STATE_SECONDS, window=window)
 
-    def cleanup(self, session_id: str) -> dict[str, Any]:
-        """POST /api/v1/env/{session_id}/cleanup: empty the audit tables. Returns EnvCleanupResponse."""
-        return self._call("POST", f"/api/v1/env/{quoted(session_id)}/cleanup", seconds=RESET_SECONDS)
+    def cleanup(self, session_id: str) -> Json:
+        """POST /api/v1/env/{session_id}/cleanup: empty the audit tables. Returns EnvCleanupResponse.
 
-    def snapshot(self, session_id: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        ApiError with the status 404 also where the session has no simulator.
+        """
+        return self.call("POST", f"/api/v1/env/{quoted(session_id)}/cleanup", seconds=RESET_SECONDS)
+
+    def snapshot(self, session_id: str, checkpoint: Mapping[str, Any]) -> Json:
         """POST .../snapshot: a new artifact. Sent once, whatever happens. Returns CreateSnapshotResponse.
 
         checkpoint: fields of CreateCheckpointRequest.
         """
-        path = f"/api/v2/sessions/{quoted(session_id)}/snapshot"
-        return self._call("POST", path, body=dict(checkpoint), seconds=SNAPSHOT_SECONDS, repeatable=False)
+        options: Json = {"seconds": SNAPSHOT_SECONDS, "repeatable": False}
+        return self.session(session_id, "/snapshot", body=dict(checkpoint), **options)
 
-    def artifact(self, artifact_id: str) -> dict[str, Any]:
+    def artifact(self, artifact_id: str) -> Json:
         """GET /api/v2/artifacts/{artifact_id}. Returns ArtifactInfoResponse."""
-        return self._call("GET", f"/api/v2/artifacts/{quoted(artifact_id)}")
+        return self.call("GET", f"/api/v2/artifacts/{quoted(artifact_id)}")
 
     def prefetch(self, artifact_id: str) -> None:
         """POST /api/v1/cluster/prefetch: the workers may bring an artifact near. Sent once."""
         body = {"artifact_id": artifact_id}
-        self.transport.request("POST", "/api/v1/cluster/prefetch", body=body, repeatable=False)
+        self.call("POST", "/api/v1/cluster/prefetch", kind=object, body=body, repeatable=False)
 
-    def gitea_credentials(self) -> dict[str, Any]:
+    def gitea_credentials(self) -> Json:
         """GET /api/v1/gitea/credentials. Returns GiteaCredentialsResponse."""
-        return self._call("GET", "/api/v1/gitea/credentials")
+        return self.call("GET", "/api/v1/gitea/credentials")
 
-    def gitea_simulators(self) -> list[Any]:
-        """GET /api/v1/gitea/simulators that the key may use. Returns SimulatorListItemResponses."""
-        return self._call_for_list("GET", "/api/v1/gitea/simulators")
+    def gitea_simulators(self) -> Any:
+        """GET /api/v1/gitea/simulators that the key may use. Returns a list of SimulatorListItemResponse."""
+        return self.call("GET", "/api/v1/gitea/simulators", kind=list)
 
-    def gitea_repository(self, simulator_id: str) -> dict[str, Any]:
+    def gitea_repository(self, simulator_id: str) -> Json:
         """GET /api/v1/gitea/simulators/{id}/repo. Returns SimulatorRepositoryResponse."""
-        return self._call("GET", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
+        return self.call("GET", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
 
-    def create_gitea_repository(self, simulator_id: str) -> dict[str, Any]:
+    def create_gitea_repository(self, simulator_id: str) -> Json:
         """POST /api/v1/gitea/simulators/{id}/repo; 409 when there is one. Returns RepositoryResponse."""
-        return self._call("POST", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
+        return self.call("POST", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
+
+
+def gone_error(why: str | None) -> NoSandboxError:
+    return NoSandboxError(
+        f"The VM is gone{': ' + why if why else ''}.",
+        hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
+    )
 
 
 class SandboxBase:
@@ -3494,7 +3341,7 @@ class HeartbeatRecord:
     """heartbeat_<id>.log: one line of JSON with the present truth, then the last events, one a line.
 
     The child holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
-    The keys of the first line: session_id, pid, start_mark, interval, beats, last_ok and last_error_at
+    The keys of the first line: session_id, pid, interval, beats, last_ok and last_error_at
     (seconds since 1970), last_error, failures (in a row), ended (why, once it has).
     """
 
@@ -3555,7 +3402,7 @@ class HeartbeatRecord:
 
     @staticmethod
     def _makes_sense(key: str, value: Any) -> bool:
-        if key in ("session_id", "start_mark", "last_error", "ended"):
+        if key in ("session_id", "last_error", "ended"):
             return isinstance(value, str)
         return type(value) in ((int,) if key == "pid" else (int, float)) and 0 <= value < 1e10
 
@@ -3614,10 +3461,9 @@ def try_beat(api: PlatoApi, session_id: str, job_id: str | None) -> BeatOutcome:
     """Send one heartbeat; whatever goes wrong is an outcome, never an error."""
     try:
         return judge_beat(api.heartbeat(session_id), job_id)
-    except ApiError as error:
-        return BeatOutcome(False, error.status in (404, 410), error.message, error.retry_after)
     except SandboxError as error:
-        return BeatOutcome(False, words=error.message)
+        gone, wait = isinstance(error, NoSandboxError), getattr(error, "retry_after", None)
+        return BeatOutcome(False, gone, error.message, wait)
     finally:
         api.transport.close()
 
@@ -3745,7 +3591,7 @@ def heartbeat_child() -> int:
         return 1
     pid = os.getpid()
     if taken:
-        record.truth = {"session_id": task["session_id"], "pid": pid, "start_mark": process_start_mark(pid)}
+        record.truth = {"session_id": task["session_id"], "pid": pid}
         record.write(interval=task["interval"], started=time.time(), failures=0, beats=0)
     print("ready" if taken else "busy", flush=True)
     point_at_nothing(0, 1, 2)  # so that no pipe or terminal is held open
@@ -3775,7 +3621,8 @@ def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str
         environment["SSL_CERT_DIR"] = os.path.abspath(environment["SSL_CERT_DIR"])
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     options = {"stdin": pipe, "stdout": pipe, "stderr": quiet, "env": environment, "cwd": "/"}
-    child = launch(own_command("heartbeat-child"), reporter, start_new_session=True, **options)
+    command = own_command("heartbeat-child", str(state["session_id"]))  # see is_heartbeat
+    child = launch(command, reporter, start_new_session=True, **options)
     said = _tell_and_hear(child, json.dumps(task).encode())
     word, _, detail = said.decode("utf-8", "replace").strip().partition(" ")
     holder = HeartbeatRecord.read(str(task["record"])) if word == "busy" else {}
@@ -3866,47 +3713,45 @@ def ensure_heartbeat(
 
 def other_heartbeat_alive(state: Mapping[str, Any]) -> bool:
     """Whether the process that another client's state names is a heartbeat of this very session."""
-    pid, session_id = state.get("heartbeat_pid"), state.get("session_id")
-    if not isinstance(pid, int) or not session_id:
-        return False
-    command = process_command(pid)
-    return session_id in command and "heartbeat" in command and process_start_mark(pid) is not None
+    return is_heartbeat(state.get("heartbeat_pid"), state.get("session_id"))
+
+
+def is_heartbeat(pid: Any, session_id: str | None) -> bool:
+    """Whether a process is a heartbeat of this very session: its command line, ours too, says so."""
+    command = processes().get(pid, "") if isinstance(pid, int) else ""
+    return bool(session_id) and str(session_id) in command and "heartbeat" in command
 
 
 def stop_heartbeat(settings: Settings, state: Mapping[str, Any]) -> bool:
     """End the heartbeat of a sandbox, ours or another client's; True when none is left.
 
-    No signal goes to a process that is not provably the heartbeat: it holds the lock and is the process
-    that its record describes, or its command line names this session.
+    No signal goes to a process whose command line does not say that it is the heartbeat of this session.
     """
     import signal
 
-    path = heartbeat_path(settings.home, state["session_id"])
-    if not heartbeat_alive(path):
-        pid = state.get("heartbeat_pid")
-        if other_heartbeat_alive(state) and isinstance(pid, int):
-            signal_process(pid, lambda: other_heartbeat_alive(state), signal.SIGTERM)
-        return True
-    truth = HeartbeatRecord.read(path)
-    pid, mark = truth.get("pid"), truth.get("start_mark")
-    if isinstance(pid, int) and mark:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            signal_process(pid, lambda: heartbeat_alive(path) and process_start_mark(pid) == mark, number)
-            if _ended_within(path, pid, 3.0):
-                return True
-    return not heartbeat_alive(path)
+    session_id = state["session_id"]
+    path = heartbeat_path(settings.home, session_id)
+    recorded = HeartbeatRecord.read(path).get("pid")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in (recorded, state.get("heartbeat_pid")):
+            if pid is not None and is_heartbeat(pid, session_id):
+                signal_process(pid, functools.partial(is_heartbeat, pid, session_id), number)
+        if _ended_within(path, recorded, 3.0):
+            return True
+    return False
 
 
-def _ended_within(path: str, pid: int, seconds: float) -> bool:
+def _ended_within(path: str, pid: int | None, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while heartbeat_alive(path):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
-    try:
-        os.waitpid(pid, os.WNOHANG)  # where this very process started it
-    except ChildProcessError:
-        pass
+    if pid:
+        try:
+            os.waitpid(pid, os.WNOHANG)  # where this very process started it
+        except ChildProcessError:
+            pass
     return True
 
 
@@ -6311,8 +6156,8 @@ class GitStore:
             try:
                 return self.run(*arguments, credentials=self.repository.environment())
             except NetworkError as error:
-                delay = retry_delay(error, attempt)
-                if delay is None or attempt + 1 == GIT_TRIES:
+                delay = 0.4 * 2**attempt
+                if attempt + 1 == GIT_TRIES:
                     raise
                 self.reporter.trace(f"git {arguments[0]}: {error.message} Again in {delay:.1f} s.")
                 time.sleep(delay)
@@ -8453,7 +8298,7 @@ def end_marked(marker: str, reporter: Reporter) -> None:
     """Wait until the browser of a run has gone, and end it if it does not go by itself."""
     deadline = time.monotonic() + FLOW_CLOSE_SECONDS / 2
     while True:
-        if not any(is_marked(pid, marker) for pid in process_ids()):
+        if not any(marker in command for command in processes().values()):
             return
         if time.monotonic() > deadline:
             kill_marked(marker, reporter)
@@ -8465,14 +8310,14 @@ def kill_marked(marker: str, reporter: Reporter) -> None:
     """End the browser of a run, now."""
     import signal
 
-    for pid in process_ids():
-        if is_marked(pid, marker):
+    for pid, command in processes().items():
+        if marker in command:
             reporter.trace(f"ending the browser, PID {pid}")
             signal_process(pid, functools.partial(is_marked, pid, marker), signal.SIGKILL)
 
 
 def is_marked(pid: int, marker: str) -> bool:
-    return marker in process_command(pid)
+    return marker in processes().get(pid, "")
 
 
 # The report
@@ -11027,9 +10872,8 @@ class Sandbox(SandboxBase):
         try:
             details = self.api.session_details(state["session_id"])
         except SandboxError as error:
-            gone = isinstance(error, ApiError) and error.status in (404, 410)
-            report["vm_status"] = "gone" if gone else "unreachable"
-            report["error"] = gone_error(None) if gone else error
+            report["vm_status"] = "gone" if isinstance(error, NoSandboxError) else "unreachable"
+            report["error"] = error
             return
         word, why = vm_status(details, state.get("job_id"))
         report.update(vm_status=word or "active", vm_status_reason=why)
@@ -11141,7 +10985,7 @@ class Sandbox(SandboxBase):
         try:
             answer = self.api.state(self.state["session_id"], window=0.0)
         except ApiError as error:
-            if isinstance(error, NetworkError) or error.status in (*RETRY_STATUSES, 408):
+            if error.may_pass:
                 return error.message.rstrip(".")
             raise
         return worker_trouble(job_of(answer, self.state.get("job_id")))
@@ -11296,8 +11140,7 @@ class Sandbox(SandboxBase):
         try:
             answer = self.api.snapshot(state["session_id"], checkpoint)
         except ApiError as error:
-            lost = error.sent if isinstance(error, NetworkError) else error.status in (None, 408, 502, 504)
-            if lost:
+            if error.outcome_unknown:
                 raise lost_snapshot(f"its answer was lost: {error.message}") from None
             raise self._gone_or(error) from None
         job = job_of(answer, state.get("job_id"))
@@ -11335,7 +11178,7 @@ class Sandbox(SandboxBase):
         try:
             answer = self.api.artifact(artifact_id)
         except ApiError as error:
-            if isinstance(error, NetworkError) or error.status in (*RETRY_STATUSES, 404):
+            if error.may_pass or error.status == 404:
                 self.reporter.trace(error.message)
                 return "creating"
             raise
@@ -11402,14 +11245,9 @@ class Sandbox(SandboxBase):
             self.reporter.warn(f"{STATE_FILE} was not updated: {error.message}")
 
     def _gone_or(self, error: SandboxError) -> SandboxError:
-        """What the failure of a session's request means: that the VM is gone, or the error itself.
-
-        404 and 410 say so. An answer that says only that something did not work leaves it to be asked.
-        """
-        status = error.status if isinstance(error, ApiError) else None
-        if status in (404, 410):
-            return gone_error(None)
-        if status is not None or isinstance(error, (NetworkError, AuthenticationError)):
+        """What a failure means: an answer that says only that something failed leaves it to be asked."""
+        known = isinstance(error, (NoSandboxError, NetworkError, AuthenticationError))
+        if known or getattr(error, "status", None) is not None:
             return error
         return self.end_of_vm() or error
 
@@ -11417,8 +11255,10 @@ class Sandbox(SandboxBase):
         """Ask Plato whether the VM is gone; None when it is not, or when nobody can tell."""
         try:
             details = self.api.session_details(self.state["session_id"])
-        except SandboxError as error:
-            return gone_error(None) if isinstance(error, ApiError) and error.status in (404, 410) else None
+        except NoSandboxError as error:
+            return error
+        except SandboxError:
+            return None
         word, why = vm_status(details, self.state.get("job_id"))
         return gone_error(why) if (word or "").lower() in TERMINAL_STATUSES else None
 
@@ -11555,10 +11395,8 @@ class Sandbox(SandboxBase):
             if answer.get("success") is not False:
                 return False
             details = self.api.session_details(session_id)
-        except ApiError as error:
-            if error.status in (404, 410):
-                return True
-            raise
+        except NoSandboxError:
+            return True
         word, _ = vm_status(details, self.state.get("job_id"))
         if word is not None and word.lower() in TERMINAL_STATUSES:
             return True
@@ -11757,13 +11595,6 @@ def check_reset(answer: Mapping[str, Any], job_id: str | None, hint: str | None 
         raise SandboxError(f"The environment could not be reset: {printable(said).rstrip('.')}.", hint=hint)
 
 
-def gone_error(why: str | None) -> NoSandboxError:
-    return NoSandboxError(
-        f"The VM is gone{': ' + printable(why) if why else ''}.",
-        hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
-    )
-
-
 def lost_snapshot(why: str) -> UnknownOutcomeError:
     return UnknownOutcomeError(
         f"Plato may have made an artifact, but {why}",
@@ -11895,23 +11726,18 @@ class Starter:
             if as_text(answer.get("session_id")):
                 return answer
             raise ApiError("Plato's answer to the request that creates a VM names no session.")
-        except NetworkError as error:
-            if error.sent:
-                self._record_what_the_answer_names(error)
-                raise lost_answer(error) from None
-            raise
         except ApiError as error:
-            if error.status is None or error.status in (408, 502, 504):
+            if error.outcome_unknown:
                 self._record_what_the_answer_names(error)
                 raise lost_answer(error) from None
             raise
 
     def _record_what_the_answer_names(self, error: ApiError) -> None:
         """Half an answer may still name the session: then it can be closed, and nothing runs unknown."""
-        found = re.search(rb'"session_id"\s*:\s*"([^"\\]{1,200})"', error.body)
+        found = re.search(r'"session_id"\s*:\s*"([^"\\]{1,200})"', error.text)
         if found is None:
             return
-        self.sandbox.save(session_id=found[1].decode("utf-8", "replace"))
+        self.sandbox.save(session_id=found[1])
         raise ApiError(
             f"Plato's answer to the request that creates a VM was cut short: {error.message}",
             hint="Run the command once more.",
@@ -11963,10 +11789,8 @@ class Starter:
         self.reporter.step("Resetting the environment", RESET_SECONDS)
         try:
             check_reset(self.api.reset(session_id), job_id)
-        except ApiError as error:
-            self._warn_unless_gone(f"{error.message} The VM is as it booted.")
         except SandboxError as error:
-            self.reporter.warn(f"{error.message} The VM is as it booted.")
+            self._warn_unless_gone(f"{error.message} The VM is as it booted.")
 
     def _wait_for_ssh(self) -> None:
         self.reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
@@ -12013,15 +11837,14 @@ class Starter:
     def _is_ready(self, session_id: str, job_id: str, seconds: int) -> bool:
         try:
             answer = self.api.wait_for_ready(session_id, seconds)
+        except NoSandboxError:
+            raise NoSandboxError("The session ended while its VM was booting.") from None
         except ApiError as error:
-            if error.status in (404, 410):
-                raise NoSandboxError("The session ended while its VM was booting.") from None
-            if error.status == 408:
-                return False
-            if isinstance(error, NetworkError) or error.status in RETRY_STATUSES or error.status is None:
+            if not (error.may_pass or error.status is None):
+                raise
+            if error.status != 408:  # that is how some servers say that it is not ready yet
                 self.reporter.note(f"{error.message} Still waiting.")
-                return False
-            raise
+            return False
         job = job_of(answer, job_id)
         word = as_text(job.get("status"))
         if answer.get("status") == "failed" or (word or "").lower() in TERMINAL_STATUSES:

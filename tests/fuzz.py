@@ -87,7 +87,7 @@ ANSWERS: list[Any] = [
     {"flows": [FLOW]},
     [FLOW],
 ]
-RECORD = {"session_id": "s", "pid": 12, "start_mark": "1 2", "interval": 30.0, "beats": 3, "last_ok": 1.7e9}
+RECORD = {"session_id": "s", "pid": 12, "interval": 30.0, "beats": 3, "last_ok": 1.7e9}
 RECORD.update(last_error="e", last_error_at=1.7e9, failures=2, ended="the VM is gone", started=1.7e9)
 SLOT: dict[str, Any] = {
     "name": "x",
@@ -238,8 +238,9 @@ class Answering:
 
 def fuzz_answers(data: bytes) -> None:
     status, body = (data[0] % 6) * 100 + data[-1] % 100 if data else 200, data[1:]
-    answer = product.Answer(status, {"Retry-After": body[:30].decode("latin-1"), "Location": str(body)}, body)
-    harmless(product.error_for_answer("GET", "/api", answer).message)
+    headers = {"retry-after": body[:30].decode("latin-1"), "location": str(body)}
+    text = body.decode("utf-8", "replace")
+    harmless(product.error_for_answer("GET", "/api", status, headers, text).message)
     value = json_of(body)
     if not isinstance(value, (dict, list, str)):
         return

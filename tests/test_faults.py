@@ -416,21 +416,21 @@ product.ARTIFACT_POLL_SECONDS = product.WORKER_POLL_SECONDS = 0.1
 case = json.loads(os.environ.pop("FAULT_CASE", "null"))
 if case:
     attempt, seen = product.Transport._attempt, 0
-    def met(self, method, path, query, body, seconds, fresh):
+    def met(self, method, path, *words):
         global seen
         if method != case["method"] or not re.fullmatch(case["path"], path):
-            return attempt(self, method, path, query, body, seconds, fresh)
+            return attempt(self, method, path, *words)
         seen += 1
         if seen < case["nth"] or 0 < case["times"] <= seen - case["nth"]:
-            return attempt(self, method, path, query, body, seconds, fresh)
+            return attempt(self, method, path, *words)
         if not case["port"]:
-            return attempt(self, method, path, query, body, min(seconds, case["seconds"]), fresh)
+            return attempt(self, method, path, *words[:-1], min(words[-1], case["seconds"]))
         self.close()
-        port, self._port = self._port, case["port"]
+        base, self.base = self.base, self.base._replace(netloc=f"127.0.0.1:{{case['port']}}")
         try:
-            return attempt(self, method, path, query, body, seconds, fresh)
+            return attempt(self, method, path, *words)
         finally:
-            self._port = port
+            self.base = base
     product.Transport._attempt = met
 if sys.argv[1:2] == ["the-state-of-audit-ui"]:
     try:

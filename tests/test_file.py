@@ -252,7 +252,7 @@ def test_main_job_on_every_python(desk: Desk, plato: LocalPlato, python: str) ->
     slow = f"ours = {request}\n{request} = lambda *w, **o: ours(*w, **{{**o, 'seconds': 0.2, 'window': 0}})"
     unreachable = desk.run(command=[python, *altered(slow, "status", "--json")[1:]])
     assert unreachable.code == 6
-    assert "in time" in unreachable.error["message"]
+    assert "timed out" in unreachable.error["message"]
     desk.good(command=[*product, "stop"])
     assert living(plato) == []
     assert desk.leftovers() == []

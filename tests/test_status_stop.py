@@ -268,7 +268,7 @@ TROUBLE: dict[str, tuple[dict[str, Any], int, str]] = {
 def test_status_shows_what_is_known(
     started: Desk, plato: LocalPlato, fault: dict[str, Any], code: int, named: str
 ) -> None:
-    started.tune(REQUEST_SECONDS=1.0, RETRY_ATTEMPTS=1)
+    started.tune(REQUEST_SECONDS=1.0, RETRY_SECONDS=())
     plato.fault(**fault, method="GET", path="*/sessions/*", times=-1)
     before, state = started.state_file.read_bytes(), started.state
     status = started.run("status")
@@ -289,7 +289,7 @@ def test_status_shows_what_is_known(
 
 
 def test_status_without_a_server(started: Desk, plato: LocalPlato) -> None:
-    started.tune(RETRY_ATTEMPTS=1)
+    started.tune(RETRY_SECONDS=())
     plato.kill()
     status = started.run("status")
     assert status.code == 6
@@ -473,7 +473,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int]] = {
 def test_a_close_that_fails_loses_nothing(
     started: Desk, plato: LocalPlato, fault: dict[str, Any], code: int
 ) -> None:
-    started.tune(CLOSE_SECONDS=1.0, RETRY_ATTEMPTS=1)
+    started.tune(CLOSE_SECONDS=1.0, RETRY_SECONDS=())
     plato.fault(**fault, path="*/close", times=-1)
     before, state = started.state_file.read_bytes(), started.state
     files = {path.name for path in started.plato_home.iterdir()}

@@ -845,7 +845,7 @@ def test_lasting_faults_at_every_request(own_vm: Vm, source: Path, target: str, 
     """From the nth request on nothing works, for every n."""
     change = prepare_change(own_vm, source, target)
     place = own_vm.place(target)
-    own_vm.desk.tune(RETRY_ATTEMPTS=2)
+    own_vm.desk.tune(RETRY_SECONDS=(0.0,))
     for nth in range(1, 7):
         own_vm.plato.fault(effect, method="POST", path="*/execute", nth=nth, times=-1, status=503, bytes=20)
         result = sync(own_vm, source, target, "--via", "api")
