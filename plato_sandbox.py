@@ -9525,6 +9525,7 @@ AUDIT_EXAMPLE_ROWS = 20
 AUDIT_EXAMPLE_CHARACTERS = 120
 TUNNEL_SECONDS = 60.0  # no single look at a database takes longer
 AUDIT_PACKAGES = {"postgresql": ("psycopg2", "psycopg2-binary"), "mysql": ("pymysql", "pymysql")}
+_NO_TEXT = re.compile("(?i)blob|binary|geometry|point|linestring|polygon")
 _MYSQL_AWAY = (0, 2003, 2006, 2013, 2055)
 
 # Schema, table, column, type, and whether the column is of the primary key.
@@ -9619,7 +9620,10 @@ class Database:
             return mark + name.replace(mark, 2 * mark) + mark
 
         cast = f"substr(CAST({{}} AS {kind}), 1, {AUDIT_EXAMPLE_CHARACTERS})"
-        values = ", ".join(cast.format(quoted(name)) for name, _, _ in table.columns)
+        values = ", ".join(
+            "'(binary)'" if _NO_TEXT.search(column_kind) else cast.format(quoted(name))
+            for name, column_kind, _ in table.columns
+        )
         place = f"{quoted(table.schema)}.{quoted(table.name)}"
         return self.query(f"SELECT {values} FROM {place} LIMIT {AUDIT_EXAMPLE_ROWS}")  # noqa: S608  (quoted)
 
@@ -9919,6 +9923,7 @@ class Visit:
 
     def look(self, changes: Aside | None = None) -> None:
         """Read everything anew; choices that were made stay, on top of what the file has now."""
+        self.said: tuple[bool, str] | None = None
         self.began = time.monotonic()
         self._reading = [Aside(self.database.tables), changes or Aside(self.plan.read_changes)]
         self.examples: dict[str, Any] = {}
@@ -9961,16 +9966,18 @@ class Visit:
 
     def begin(self, ticks: Iterable[Tick]) -> None:
         """Choose these rules, and have the grid drawn with them."""
-        self.ticks = set(ticks)
+        self._choose(set(ticks))
         self.drawn = frozenset(self.ticks)
         self.turn += 1
-        self.said: tuple[bool, str] | None = None
 
     def tick(self, edits: Mapping[int, Mapping[str, Any]]) -> None:
         """Take what was ticked in the grid since it was drawn, by row."""
         ticks = set(self.drawn)
         for row, cells in edits.items():
             (ticks.add if cells.get("Ignore") else ticks.discard)(self.rows[row])
+        self._choose(ticks)
+
+    def _choose(self, ticks: set[Tick]) -> None:
         if ticks != self.ticks:
             self.ticks, self.said = ticks, None
 
@@ -10138,10 +10145,6 @@ def show_audit_page(plan: AuditPlan) -> None:
     if "visit" not in st.query_params:
         st.query_params["visit"] = secrets.token_hex(8)
     visits = plan.visits_of(st.query_params["visit"])
-    if "visits" not in st.session_state:
-        st.session_state["visits"] = True
-        for visit in visits:
-            visit.begin(visit.ticks)  # this browser has not ticked anything yet
     st.title("Ignore rules")
     number = 0
     if len(visits) > 1:
@@ -10155,11 +10158,14 @@ def show_audit_page(plan: AuditPlan) -> None:
     st.caption(" · ".join(_markdown(part) for part in parts if part))
     with st.spinner("Looking at the database and at what changed ..."):
         visit.settle()
-    key = f"grid {number} {visit.turn}"
-    visit.tick(st.session_state.get(key, {}).get("edited_rows", {}))
+    grid = st.session_state.get(f"grid {number} {visit.turn}")
+    if grid is None:  # it was not drawn in the last run
+        visit.begin(visit.ticks)
+    else:
+        visit.tick(grid["edited_rows"])
     _show_controls(visit)
     _show_changes(visit)
-    _show_grid(visit, number, key)
+    _show_grid(visit, number)
     _show_rules(visit)
 
 
@@ -10207,7 +10213,7 @@ def _show_changes(visit: Visit) -> None:
             st.success(words, icon=":material/check_circle:")
 
 
-def _show_grid(visit: Visit, number: int, key: str) -> None:
+def _show_grid(visit: Visit, number: int) -> None:
     import streamlit as st
 
     if isinstance(visit.tables, SandboxError):
@@ -10226,7 +10232,7 @@ def _show_grid(visit: Visit, number: int, key: str) -> None:
         column = st.column_config
         st.data_editor(
             rows,
-            key=key,
+            key=f"grid {number} {visit.turn}",
             hide_index=True,
             height=min(460, 38 + 35 * len(rows)),
             disabled=list(rows[0])[1:],

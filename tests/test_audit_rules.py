@@ -127,7 +127,11 @@ def test_long_values_are_shown_where_they_differ() -> None:
     ("before", "chosen", "after"),
     [
         (["a"], {("a", ""), ("b", "y"), ("b", "x")}, ["a", {"table": "b", "columns": ["x", "y"]}]),
-        (["a", {"table": "b", "columns": ["y"]}], {("b", "x"), ("b", "y")}, [{"table": "b", "columns": ["y", "x"]}]),
+        (
+            ["a", {"table": "b", "columns": ["y"]}],
+            {("b", "x"), ("b", "y")},
+            [{"table": "b", "columns": ["y", "x"]}],
+        ),
         ([{"table": "b", "columns": ["y"]}, "c"], {("b", ""), ("b", "y"), ("c", "")}, ["b", "c"]),
         (["b"], {("b", "x")}, [{"table": "b", "columns": ["x"]}]),
         ([{"table": "b", "columns": ["x"], "why": "w"}], {("b", "")}, [{"table": "b", "why": "w"}]),
@@ -364,7 +368,9 @@ def test_an_alias_is_followed_to_where_the_list_stands() -> None:
     assert new == text.replace("          - a\n", "          - a\n          - b\n")
     assert sorted(shared) == ["base/db", "more/db"]
     assert edit_rules(text, "c", "more", "db", ["b"])[1] == ["base/db", "base/other"]
-    assert edit_rules(text, "c", "more", "db", [])[0] == text.replace("&rules\n          - a\n", "&rules []\n")
+    assert edit_rules(text, "c", "more", "db", [])[0] == text.replace(
+        "&rules\n          - a\n", "&rules []\n"
+    )
 
 
 @pytest.mark.parametrize(
