@@ -10151,13 +10151,14 @@ def show_audit_page(plan: AuditPlan) -> None:
         names = [_markdown(visit.database.listener.name) for visit in visits]
         number = st.radio("Listener", range(len(names)), 0, names.__getitem__, horizontal=True) or 0
     visit, listener = visits[number], visits[number].database.listener
+    with st.spinner("Looking at the database and at what changed ..."):
+        visit.settle()
     parts = [plan.service, f"dataset {plan.dataset}" if plan.config else None]
     parts.append(
         f"{_DATABASES.get(listener.kind, listener.kind)} database {os.path.basename(listener.database)}"
     )
+    parts.append(counted(len(visit.tables), "table") if isinstance(visit.tables, dict) else None)
     st.caption(" · ".join(_markdown(part) for part in parts if part))
-    with st.spinner("Looking at the database and at what changed ..."):
-        visit.settle()
     grid = st.session_state.get(f"grid {number} {visit.turn}")
     if grid is None:  # it was not drawn in the last run
         visit.begin(visit.ticks)
