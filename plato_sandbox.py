@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     import ssl
     import subprocess
     import urllib.parse
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
     from typing import Any, NoReturn, TextIO, Union
 
@@ -8546,448 +8546,210 @@ REPORT_PAGE = """\
 
 
 # ----------------------------------------------------------------------------------------------------------
-# audit: ignore rules chosen by looking: their effect, their edit in the config, databases, the page
+# audit: ignore rules chosen by looking: what changed, the rules and their file, databases, the page
 # ----------------------------------------------------------------------------------------------------------
-# `audit_ignore_tables` is a list of entries: the name of a table, or {table: NAME, columns: [..]} for changes
-# of those columns alone. Everything about them is plain data in, plain data out; below it come the edit of
-# the file, the databases, the tunnels to them, and the page that shows it all.
+# `audit_ignore_tables` is a list of entries: the name of a table, or {table: NAME, columns: [..]} for UPDATEs
+# of nothing but those columns. The page works with ticks: pairs of a table and one of its columns, or WHOLE
+# for all of the table. A table goes by its name, or by schema.name where the schema is not the listener's.
+
+Tick = tuple[str, str]
+WHOLE = ""
 
 
-def rule_target(entry: Any) -> tuple[str, list[str] | None] | None:
-    """The table of an ignore rule and its columns, None for the whole table; None for what is no rule."""
-    if isinstance(entry, str):
-        return entry, None
-    table = as_text(as_dict(entry).get("table"))
+def ticks_of(entry: Any, schema: str) -> list[Tick]:
+    """What a rule ignores; [] for what is none."""
+    fields = {"table": entry} if isinstance(entry, str) else as_dict(entry)
+    table, columns = as_text(fields.get("table")), fields.get("columns")
     if table is None:
-        return None
-    columns = entry.get("columns")
-    return table, None if columns is None else [str(name) for name in as_list(columns)]
+        return []
+    table = table.removeprefix(f"{schema}.")
+    return [(table, WHOLE)] if columns is None else [(table, str(name)) for name in as_list(columns)]
 
 
-def ignores(entry: Any, mutation: Mutation) -> bool:
-    """Whether a rule hides a change: any of its table, or an UPDATE of nothing but its columns."""
-    target = rule_target(entry)
-    if target is None or target[0] not in table_names(mutation):
-        return False
-    if target[1] is None:
-        return True
-    return mutation.action == "UPDATE" and bool(mutation.columns) and set(mutation.columns) <= set(target[1])
+def columns_by_table(ticks: Iterable[Tick]) -> dict[str, list[str]]:
+    tables: dict[str, list[str]] = {}
+    for table, column in sorted(set(ticks)):
+        tables.setdefault(table, []).append(column)
+    return tables
 
 
-def table_names(mutation: Mutation) -> list[str]:
-    """What a rule may call the table of a change: its name, or schema.name where the schema is known."""
-    schema = as_text(mutation.raw.get("schema")) or as_text(mutation.raw.get("table_schema"))
-    return [mutation.table, f"{schema}.{mutation.table}"] if schema else [mutation.table]
-
-
-def remaining(mutations: Sequence[Mutation], entries: Sequence[Any]) -> list[Mutation]:
-    """The changes that no rule hides."""
-    return [mutation for mutation in mutations if not any(ignores(entry, mutation) for entry in entries)]
-
-
-def with_table(entries: Sequence[Any], table: str) -> list[Any]:
-    """The rules and one for a whole table, in place of those for its columns."""
-    if (table, None) in map(rule_target, entries):
-        return list(entries)
-    kept: list[Any] = []
+def entries_with(entries: Sequence[Any], ticks: Iterable[Tick], schema: str) -> list[Any]:
+    """The rules that ignore exactly this: each table's as they are if they do, else written anew."""
+    wanted = columns_by_table(ticks)
+    before = columns_by_table(tick for entry in entries for tick in ticks_of(entry, schema))
+    found: list[Any] = []
+    done: set[str] = set()
     for entry in entries:
-        if (rule_target(entry) or ("",))[0] != table:
-            kept.append(entry)
-        elif table not in kept:
-            kept.append(table)
-    return kept if table in kept else [*kept, table]
+        table = next(iter(ticks_of(entry, schema)), (None,))[0]
+        if table is None or before[table] == wanted.get(table):
+            found.append(entry)
+        elif table in wanted and table not in done:
+            found.append(_entry(entry, table, wanted[table]))
+        if table is not None:
+            done.add(table)
+    return found + [_entry(name, name, columns) for name, columns in wanted.items() if name not in done]
 
 
-def with_columns(entries: Sequence[Any], table: str, columns: Sequence[str]) -> list[Any]:
-    """The rules and one for columns of a table, joined with the one that is there."""
-    changed = list(entries)
-    for number, entry in enumerate(entries):
-        target = rule_target(entry)
-        if target is None or target[0] != table:
-            continue
-        if target[1] is None:
-            return changed
-        more = [name for name in columns if name not in target[1]]
-        changed[number] = {**entry, "columns": [*target[1], *more]} if more else entry
-        return changed
-    return [*changed, {"table": table, "columns": list(columns)}]
+def _entry(old: Any, table: str, columns: Sequence[str]) -> Any:
+    """A rule with the further fields and the order of an old one."""
+    fields = dict(old) if isinstance(old, dict) else {"table": old}
+    if WHOLE in columns:
+        fields.pop("columns", None)
+        return fields if len(fields) > 1 else fields["table"]
+    kept = [name for name in as_list(fields.get("columns")) if name in columns]
+    return {**fields, "columns": kept + [name for name in columns if name not in kept]}
 
 
-def with_column_everywhere(entries: Sequence[Any], column: str, tables: Sequence[str]) -> list[Any]:
-    """The rules and one for a column of each of these tables."""
-    changed = list(entries)
-    for table in tables:
-        changed = with_columns(changed, table, [column])
-    return changed
+class Changes:
+    """What happened to tables, counted, so that the effect of rules is known at once however much it was.
 
-
-def without_rule(entries: Sequence[Any], table: str, columns: Sequence[str] | None = None) -> list[Any]:
-    """The rules without those for a table, or without some columns in them."""
-    kept: list[Any] = []
-    for entry in entries:
-        target = rule_target(entry)
-        if target is None or target[0] != table:
-            kept.append(entry)
-        elif columns is not None and target[1] is not None:
-            left = [name for name in target[1] if name not in columns]
-            if left:
-                kept.append({**entry, "columns": left} if left != target[1] else entry)
-        elif columns is not None:
-            kept.append(entry)
-    return kept
-
-
-def with_changes_between(entries: Sequence[Any], old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
-    """The rules after the same additions and removals that lead from `old` to `new`."""
-    changed = list(entries)
-    before, after = (dict(filter(None, map(rule_target, rules))) for rules in (old, new))
-    for table, columns in before.items():
-        left = after.get(table, [])
-        gone = None if columns is None or left is None else [name for name in columns if name not in left]
-        if table not in after or (columns is None and left is not None):
-            changed = without_rule(changed, table)
-        elif gone:
-            changed = without_rule(changed, table, gone)
-    for table, wanted in after.items():
-        if wanted is None:
-            changed = with_table(changed, table)
-        elif wanted:
-            changed = with_columns(changed, table, wanted)
-    return changed
-
-
-class TableChanges:
-    """What happened to one table: its changes, their counts by kind, and its changed columns.
-
-    columns: each column that an UPDATE changed, with the pairs of values before and after; suggestion: the
-    entry that would hide all of it.
+    kinds: how often, by table, kind ("inserted", ..) and the columns that an UPDATE changed; counts: how
+    often, by tick; examples: the first one, as text, by tick.
     """
 
-    def __init__(self, table: str, mutations: Sequence[Mutation]) -> None:
-        self.table = table
-        self.mutations = list(mutations)
-        self.counts = summarize(mutations)["tables"][0]
-        self.suggestion = ignore_rules(mutations)[0]
-        self.columns: dict[str, list[tuple[Any, Any]]] = {}
-        for mutation in self.mutations:
-            for name in mutation.columns if mutation.action == "UPDATE" else ():
-                pair = mutation.before.get(name), mutation.after.get(name)
-                self.columns.setdefault(name, []).append(pair)
+    def __init__(self, mutations: Sequence[Mutation], schema: str) -> None:
+        self.mutations = mutations
+        self.kinds: dict[tuple[str, str, frozenset[str]], int] = {}
+        self.tables: dict[str, dict[str, int]] = {}
+        self.counts: dict[Tick, int] = {}
+        self.examples: dict[Tick, str] = {}
+        for mutation in mutations:
+            table, kind = table_of(mutation, schema), _ACTIONS.get(mutation.action.lower(), "other")
+            columns = mutation.columns if kind == "updated" else []
+            key = table, kind, frozenset(columns)
+            self.kinds[key] = self.kinds.get(key, 0) + 1
+            of_table = self.tables.setdefault(table, {})
+            of_table[kind] = of_table.get(kind, 0) + 1
+            for name in columns:
+                if (table, name) not in self.examples:
+                    rows = mutation.before, mutation.after
+                    self.examples[table, name] = difference(*(value_text(row.get(name)) for row in rows))
+            if not columns and (table, WHOLE) not in self.examples:
+                self.examples[table, WHOLE] = mutation.told()[:300]
+        for (table, _, changed), number in self.kinds.items():
+            for name in (WHOLE, *changed):
+                self.counts[table, name] = self.counts.get((table, name), 0) + number
 
-    @property
-    def whole_rows(self) -> list[Mutation]:
-        """The changes that brought a row, took one away, or do not say what they changed."""
-        return [
-            mutation for mutation in self.mutations if mutation.action != "UPDATE" or not mutation.columns
-        ]
+    def told(self, place: Tick) -> str:
+        """What happened in a column, or how often to a whole table, with an example."""
+        if place[1] != WHOLE:
+            return self.examples.get(place, "")
+        example = self.examples.get(place)
+        return counts_text(self.tables.get(place[0], {})) + (f": {example}" if example else "")
+
+    def remaining(self, ticks: Collection[Tick]) -> dict[tuple[str, str, frozenset[str]], int]:
+        """The `kinds` that rules do not hide."""
+        return {
+            (table, kind, columns): number
+            for (table, kind, columns), number in self.kinds.items()
+            if (table, WHOLE) not in ticks
+            and not (columns and all((table, name) in ticks for name in columns))
+        }
+
+    def noise(self, ticks: Collection[Tick]) -> set[Tick]:
+        """The ticks that would hide what remains: columns where an UPDATE changed only those."""
+        left = self.remaining(ticks)
+        whole = {table for table, _, columns in left if not columns}
+        return {
+            (table, name) for table, _, columns in left for name in ([WHOLE] if table in whole else columns)
+        }
 
 
-def changes_by_table(mutations: Sequence[Mutation]) -> list[TableChanges]:
-    """The changes table by table, the most changed table first."""
-    tables: dict[str, list[Mutation]] = {}
-    for mutation in mutations:
-        tables.setdefault(mutation.table, []).append(mutation)
-    groups = [TableChanges(table, found) for table, found in tables.items()]
-    return sorted(groups, key=lambda group: (-len(group.mutations), group.table))
+def table_of(mutation: Mutation, schema: str) -> str:
+    """The name of a change's table, with its schema if that is another one."""
+    other = as_text(mutation.raw.get("schema")) or as_text(mutation.raw.get("table_schema"))
+    return mutation.table if other in (None, schema) else f"{other}.{mutation.table}"
+
+
+def difference(before: str, after: str) -> str:
+    """Two values side by side; of long ones what stands around the place where they begin to differ."""
+    start, room = 0, 60
+    if max(len(before), len(after)) > room:
+        same = next((at for at, pair in enumerate(zip(before, after)) if pair[0] != pair[1]), len(before))
+        start = max(0, same - 15)
+    parts = (
+        ("…" if start else "") + text[start : start + room] + ("…" if len(text) > start + room else "")
+        for text in (before, after)
+    )
+    return printable(" → ".join(parts))
+
+
+def value_text(value: Any) -> str:
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def changes_between(
-    earlier: Sequence[Mutation], later: Sequence[Mutation], keys: Mapping[str, Sequence[str]]
+    earlier: Sequence[Mutation], later: Sequence[Mutation], key_of: Callable[[Mutation], str]
 ) -> list[Mutation]:
-    """What happened between two looks at the state, where all changes of a row are told as one.
-
-    keys: the columns that tell a table's rows apart; where it names none, `id`, or else the whole row.
-    """
-    before: dict[str, list[Mutation]] = {}
+    """What happened between two looks at the state, where all changes of a row are told as one."""
+    waiting: dict[str, list[Mutation]] = {}
     for mutation in earlier:
-        before.setdefault(_row_key(mutation, keys), []).append(mutation)
+        waiting.setdefault(key_of(mutation), []).append(mutation)
     found: list[Mutation] = []
     for mutation in later:
-        waiting = before.get(_row_key(mutation, keys))
-        if not waiting:
-            found.append(mutation)
-            continue
-        old = waiting.pop()
-        if (old.action, old.before, old.after) != (mutation.action, mutation.before, mutation.after):
-            found.append(_step(mutation, old.after, mutation.after))
-    for waiting in before.values():  # these rows are again as they were at the last reset
-        found += [_step(old, old.after, old.before) for old in waiting]
+        old = waiting.get(key_of(mutation))
+        found += _step(mutation, old.pop(0).after, mutation.after) if old else [mutation]
+    for left in waiting.values():  # these rows are again as they were at the last reset
+        for mutation in left:
+            found += _step(mutation, mutation.after, mutation.before)
     return found
 
 
-def _row_key(mutation: Mutation, keys: Mapping[str, Sequence[str]]) -> str:
-    import json
-
-    row = mutation.before or mutation.after
-    names = [name for name in keys.get(mutation.table, ["id"]) if name in row]
-    told: Any = {name: row[name] for name in names or row} or mutation.raw
-    return json.dumps([table_names(mutation)[-1], told], sort_keys=True, default=str)
-
-
-def _step(like: Mutation, before: Mapping[str, Any], after: Mapping[str, Any]) -> Mutation:
+def _step(like: Mutation, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Mutation]:
+    if before == after:
+        return []
+    names = {
+        key: like.raw[key] for key in ("table_name", "table", "schema", "table_schema") if key in like.raw
+    }
     action = "UPDATE" if before and after else "INSERT" if after else "DELETE"
-    raw = {key: value for key, value in like.raw.items() if key in ("table_name", "table", "schema")}
-    return Mutation({**raw, "action": action, "before": dict(before), "after": dict(after)})
+    return [Mutation({**names, "action": action, "before": dict(before), "after": dict(after)})]
 
 
-# The edit of a config: as few characters as will do
+# The way into the file: the lines of one list change, and what comes out is proved by reading it again
 
 
-class YamlEditor:
-    """Edits of lists in a YAML text that leave every other byte as it is."""
+def edit_rules(
+    text: str, source: str, dataset: str, listener: str, entries: Sequence[Any]
+) -> tuple[str, list[str]]:
+    """A config in which a listener has these rules; with the others ("dataset/name") that share them with it.
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.line_break = "\r\n" if re.match(r"[^\n]*\r\n", text) else "\n"
-        self._edits: list[tuple[int, int, str | list[str]]] = []  # start, end, text or whole lines
-
-    def result(self) -> str:
-        out, at = "", 0
-        for start, end, new in sorted(self._edits, key=lambda edit: edit[:2]):
-            out += self.text[at:start]
-            at = end
-            if isinstance(new, str):
-                out += new
-                continue
-            lines = self.line_break.join(new)
-            if out and not out.endswith("\n"):
-                out += self.line_break + lines  # the file does not end with a line break
-            else:
-                out += lines + self.line_break
-        return out + self.text[at:]
-
-    def set_list(self, mapping: YamlNode, key: str, values: Sequence[Any]) -> None:
-        """Let a key of a mapping have this list, where it stands: at an anchor, if its value is an alias."""
-        pair = mapping.value.get(key)
-        if pair is None or not mapping.start <= pair[0].start < mapping.end:  # or merged from elsewhere
-            self._add_key(mapping, key, values)
-        elif pair[1].kind == "sequence" and pair[1].value:
-            self._edit_list(pair[1], values)
-        elif pair[1].kind == "sequence" or pair[1].value is None:
-            self._fill(mapping, pair[1], values)
-        else:
-            raise pair[1].error("this is not a list")
-
-    def _replace(self, start: int, end: int, new: str) -> None:
-        self._edits.append((start, end, new))
-
-    def _insert_lines(self, at: int, lines: list[str]) -> None:
-        self._edits.append((at, at, lines))
-
-    def _line_start(self, at: int) -> int:
-        return self.text.rfind("\n", 0, at) + 1
-
-    def _next_line(self, at: int) -> int:
-        """Where the next line starts; `at` itself behind a line break, which block text ends with."""
-        if self.text[at - 1 : at] == "\n":
-            return at
-        found = self.text.find("\n", at)
-        return found + 1 if found >= 0 else len(self.text)
-
-    def _is_flow(self, node: YamlNode) -> bool:
-        return self.text[node.start : node.start + 1] in ("[", "{")
-
-    def _add_key(self, mapping: YamlNode, key: str, values: Sequence[Any]) -> None:
-        if self._is_flow(mapping):
-            inside = self.text[mapping.start + 1 : mapping.end - 1].rstrip()
-            comma = "" if not inside or inside.endswith(",") else ","
-            space = " " if inside else ""
-            at = mapping.start + 1 + len(inside)
-            self._replace(at, at, f"{comma}{space}{key}: {yaml_inline(list(values))}")
-            return
-        margin = " " * (mapping.column - 1)
-        head = f"{margin}{key}:" + ("" if values else " []")
-        items = yaml_items(margin + " " * self._list_offset(mapping), values)
-        self._insert_lines(self._next_line(mapping.end), [head, *items])
-
-    def _fill(self, mapping: YamlNode, value: YamlNode, values: Sequence[Any]) -> None:
-        """Give a key a list whose value is empty, null or []."""
-        old = self.text[value.start : value.end]
-        if self._is_flow(mapping) or not re.fullmatch(r"\[ *\]|[^\[\s]*", old):
-            space = "" if old else " "
-            rest = old[1:] if old.startswith("[") else "]"
-            self._replace(value.start, value.end, space + yaml_inline(list(values))[:-1] + rest)
-            return
-        start = len(self.text[: value.start].rstrip(" ")) if old else value.start
-        self._replace(start, value.end, "")
-        margin = " " * (mapping.column - 1 + self._list_offset(mapping))
-        self._insert_lines(self._next_line(value.end), yaml_items(margin, values))
-
-    def _list_offset(self, mapping: YamlNode) -> int:
-        """How far this file indents the lists of such a mapping."""
-        own = (value for _, value in mapping.pairs() if mapping.start < value.start < mapping.end)
-        lists = (value for value in own if value.kind == "sequence" and not self._is_flow(value))
-        return next((value.column - mapping.column for value in lists), 2)
-
-    def _edit_list(self, node: YamlNode, values: Sequence[Any]) -> None:
-        old = [item.plain() for item in node.items()]
-        targets, added = _aligned(old, values)
-        if self._is_flow(node):
-            self._edit_flow(node, old, targets, added)
-        else:
-            self._edit_block(node, old, targets, added)
-
-    def _change(self, item: YamlNode, old: Any, new: Any) -> None:
-        """Make an item another one; of a {table, columns} entry only the list of columns, if that will do."""
-        columns = item.get("columns")
-        same_rest = [{**value, "columns": None} for value in (old, new) if isinstance(value, dict)]
-        if (
-            columns is not None
-            and item.start < columns.start < item.end
-            and columns.value
-            and len(same_rest) == 2
-            and same_rest[0] == same_rest[1]
-            and new["columns"]
-        ):
-            self._edit_list(columns, new["columns"])
-        else:
-            self._replace(item.start, item.end, yaml_inline(new))
-
-    def _edit_block(self, node: YamlNode, old: list[Any], targets: list[Any], added: Sequence[Any]) -> None:
-        dashes = self._dashes(node)
-        ends = [*dashes[1:], max(node.end, dashes[-1] + 1)]
-        last = 0
-        for item, dash, limit, before, after in zip(node.items(), dashes, ends, old, targets):
-            end = item.end if dash < item.end <= limit else dash + 1  # an alias ends elsewhere
-            last = self._next_line(end)
-            if after is _GONE:
-                self._replace(self._line_start(dash), last, "")
-            elif before != after:
-                self._change(item, before, after)
-        margin = " " * (node.column - 1)
-        if added:
-            self._insert_lines(last, yaml_items(margin, added))
-        elif all(after is _GONE for after in targets):
-            at = self._behind_key(node)
-            self._replace(at, at, " []")
-
-    def _dashes(self, node: YamlNode) -> list[int]:
-        """Where each item of a block list starts."""
-        margin = " " * (node.column - 1)
-        found = re.compile(rf"^{margin}(?=-(?:[ \r\n]|\Z))", re.MULTILINE)
-        dashes = [match.end() for match in found.finditer(self.text, self._line_start(node.start))]
-        within = [dash for dash in dashes if dash < max(node.end, node.start + 1)]
-        if len(within) != len(node.value) or within[:1] != [node.start]:
-            raise node.error("this list is written in a way that cannot be edited")
-        return within
-
-    def _behind_key(self, node: YamlNode) -> int:
-        """Where a value may stand on the line of a block list's key: behind its colon and its anchor."""
-        found = re.search(
-            r":(?: *&[0-9A-Za-z_-]+)?(?=(?:[ \t]*(?:#[^\n]*|\r)?\n)+ *\Z)", self.text[: node.start]
-        )
-        if found is None:
-            raise node.error("this list is written in a way that cannot be edited")
-        return found.end()
-
-    def _edit_flow(self, node: YamlNode, old: list[Any], targets: list[Any], added: Sequence[Any]) -> None:
-        """Edit [a, b]: on one line by writing it anew, on several lines item by item."""
-        items = list(node.items())
-        kept = [item for item, after in zip(items, targets) if after is not _GONE]
-        inside = all(node.start < item.start <= item.end < node.end for item in items)
-        if not kept or not inside or "\n" not in self.text[node.start : node.end]:
-            self._replace(node.start, node.end, self._flow_text(node, items, old, targets, added))
-            return
-        for item, before, after in zip(items, old, targets):
-            if after is _GONE:
-                self._remove_flow_item(node, item)
-            elif before != after:
-                self._change(item, before, after)
-        if added:
-            start = self._line_start(kept[-1].start)
-            margin = self.text[start : kept[-1].start]
-            space = self.line_break + margin if start > node.start and not margin.strip() else " "
-            new = "".join(f",{space}{yaml_inline(value)}" for value in added)
-            self._replace(kept[-1].end, kept[-1].end, new)
-
-    def _flow_text(
-        self, node: YamlNode, items: list[YamlNode], old: list[Any], targets: list[Any], added: Sequence[Any]
-    ) -> str:
-        written = [
-            self.text[item.start : item.end]
-            if before == after and node.start < item.start < node.end
-            else yaml_inline(after)
-            for item, before, after in zip(items, old, targets)
-            if after is not _GONE
-        ]
-        pad = " " if self.text.startswith("[ ", node.start) and (written or added) else ""
-        return f"[{pad}{', '.join([*written, *map(yaml_inline, added)])}{pad}]"
-
-    def _remove_flow_item(self, node: YamlNode, item: YamlNode) -> None:
-        """Take an item out of a list of several lines, its comma, and the line that it leaves."""
-        comma = re.compile(r"((?:[ \r\n]|#[^\n]*)*),( *)").match(self.text, item.end, node.end)
-        if comma is None or not comma[1].strip():
-            end = comma.end() if comma else item.end
-            start, next_line = self._line_start(item.start), self._next_line(end)
-            if not self.text[start : item.start].strip() and not self.text[end:next_line].strip():
-                self._replace(start, next_line, "")
-            else:
-                self._replace(item.start, end, "")
-            return
-        self._replace(item.start, item.end, "")  # a comment stands before the comma, and stays
-        self._replace(comma.end(1), comma.end(), "")
-
-
-_GONE = object()  # what an entry becomes that is taken out
-
-
-def _aligned(old: Sequence[Any], new: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
-    """What becomes of each old entry of a list (itself, another one, _GONE), and what is added at its end."""
-    import json
-
-    def name(entry: Any) -> str:
-        return (rule_target(entry) or (json.dumps(entry, default=str),))[0]
-
-    targets: list[Any] = []
-    position = 0
-    for entry in old:
-        if position < len(new) and name(new[position]) == name(entry):
-            targets.append(new[position])
-            position += 1
-        else:
-            targets.append(_GONE)
-    return targets, new[position:]
-
-
-class RulesEdit:
-    """A config after an edit. text: all of it; shared: the other listeners ("dataset/name") that changed."""
-
-    def __init__(self, text: str, shared: Sequence[str]) -> None:
-        self.text = text
-        self.shared = list(shared)
-
-
-def edit_rules(text: str, source: str, dataset: str, listener: str, entries: Sequence[Any]) -> RulesEdit:
-    """Give a listener of a config these ignore rules. ConfigError when the text cannot be edited so.
-
-    The list is changed where it stands: one behind an anchor changes for everything that refers to it.
-    A listener that merges another's rules gets a list of its own.
+    A list changes where it stands; a listener that merges another's rules gets a list of its own. ConfigError
+    when the text cannot be edited so: nothing but rules may differ when it is loaded.
     """
-    before = yaml_compose(text, source)
-    node = listener_node(before, dataset, listener)
+    root = yaml_compose(text, source)
+    node = listener_node(root, dataset, listener)
     if as_list(node.plain().get(RULES_KEY)) == list(entries):
-        return RulesEdit(text, [])
-    editor = YamlEditor(text)
+        return text, []
     try:
-        editor.set_list(node, RULES_KEY, entries)
+        editor = _ListEditor(text)
+        editor.set_rules(node, entries)
         edited = editor.result()
-        after = yaml_compose(edited, source)
-        changed = listener_node(after, dataset, listener)
+        old, new = yaml_load(text), yaml_load(edited)
     except YamlError as error:
         raise _not_editable(source, str(error)) from None
-    lists = node.get(RULES_KEY), changed.get(RULES_KEY)
-    rules = as_list(changed.plain().get(RULES_KEY))
-    if rules != list(entries) or _without_rules(before, lists[0]) != _without_rules(after, lists[1]):
+    before, after = _all_rules(old), _all_rules(new)
+    if after.pop((dataset, listener)) != list(entries) or repr(_without_rules(old)) != repr(
+        _without_rules(new)
+    ):
         raise _not_editable(source, f"the list of {listener!r} is written in a way that cannot be edited")
-    old, new = _all_rules(before), _all_rules(after)
-    shared = [place for place in new if new[place] != old.get(place) and place != (dataset, listener)]
-    return RulesEdit(edited, ["/".join(place) for place in shared])
+    return edited, ["/".join(place) for place in after if after[place] != before.get(place)]
 
 
 def _not_editable(source: str, why: str) -> ConfigError:
     return ConfigError(
-        f"{source} was not changed: {why}.", hint="Copy the YAML block into the file with an editor."
+        f"{source} was not changed: {why}.", hint="Copy the YAML into the file with an editor."
     )
+
+
+def rules_in(text: str, source: str, dataset: str, listener: str) -> list[Any]:
+    """The rules of a listener in a config. ConfigError when it cannot be read or has no such listener."""
+    try:
+        node = listener_node(yaml_compose(text, source), dataset, listener)
+    except YamlError as error:
+        raise ConfigError(f"{source} cannot be used: {error}.") from None
+    return as_list(node.plain().get(RULES_KEY))
 
 
 def listener_node(root: YamlNode | None, dataset: str, listener: str) -> YamlNode:
@@ -9000,150 +8762,200 @@ def listener_node(root: YamlNode | None, dataset: str, listener: str) -> YamlNod
     return node
 
 
-def _without_rules(node: YamlNode | None, rules: YamlNode | None) -> str:
-    """Everything in a document that an edit of rules must leave alone, in a form that can be compared."""
-    if node is None or node is rules:
-        return "rules"
-    if node.kind == "mapping":
-        pairs = ((key, pair[1]) for key, pair in node.value.items() if key != RULES_KEY)
-        return repr([(key, _without_rules(value, rules)) for key, value in pairs])
-    if node.kind == "sequence":
-        return repr([_without_rules(item, rules) for item in node.items()])
-    return repr(node.value)
+def _without_rules(value: Any) -> Any:
+    """A config without any ignore rules."""
+    if isinstance(value, dict):
+        return {key: _without_rules(part) for key, part in value.items() if key != RULES_KEY}
+    return list(map(_without_rules, value)) if isinstance(value, list) else value
 
 
-def _all_rules(root: YamlNode | None) -> dict[tuple[str, str], Any]:
+def _all_rules(config: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     """The rules of every listener of every dataset."""
-    found: dict[tuple[str, str], Any] = {}
-    datasets = root.get("datasets") if root is not None else None
-    for dataset, part in datasets.pairs() if datasets is not None else ():
-        listeners = part.get("listeners")
-        for name, node in listeners.pairs() if listeners is not None else ():
-            rules = node.get(RULES_KEY)
-            found[str(dataset.value), str(name.value)] = None if rules is None else rules.plain()
-    return found
+    return {
+        (str(dataset), str(name)): as_dict(listener).get(RULES_KEY)
+        for dataset, content in as_dict(config.get("datasets")).items()
+        for name, listener in as_dict(as_dict(content).get("listeners")).items()
+    }
 
 
-_SECRET_KEY = re.compile(r"passw|secret|token|credential|api_?key", re.IGNORECASE)
+class _ListEditor:
+    """Edits of lists in a YAML text, line by line; all lines that have nothing to do with them stay."""
 
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.line_break = "\r\n" if "\r\n" in text else "\n"
+        self.lines = text.split(self.line_break)
+        self.edits: list[
+            tuple[int, int, list[str]]
+        ] = []  # from a line to one before another, and the new ones
 
-def without_secrets(text: str) -> str:
-    """A config with the values of passwords and the like as ***, to be shown."""
-    root = yaml_compose(text)
-    places: set[tuple[int, int]] = set()
+    def result(self) -> str:
+        for start, end, new in sorted(self.edits, key=lambda edit: edit[:2], reverse=True):
+            self.lines[start:end] = new
+        return self.line_break.join(self.lines)
 
-    def search(node: YamlNode) -> None:
-        name = node.get("name")
-        value = node.get("value")
-        if name and value and value.kind == "scalar" and _SECRET_KEY.search(str(name.value)):
-            places.add((value.start, value.end))
-        for key, part in node.pairs():
-            if part.kind == "scalar" and isinstance(key.value, str) and _SECRET_KEY.search(key.value):
-                places.add((part.start, part.end))
-            search(part)
-        for item in node.items():
-            search(item)
+    def set_rules(self, mapping: YamlNode, entries: Sequence[Any]) -> None:
+        """Let a mapping have this list of rules. A YamlError, or nonsense, where that is not easy."""
+        margin = " " * (mapping.column - 1)
+        key, value = mapping.key(RULES_KEY), mapping.get(RULES_KEY)
+        if self.text.startswith("{", mapping.start):
+            raise mapping.error("the listener is written on one line")
+        if key is None or value is None or not mapping.start <= key.start < mapping.end:  # or it is merged
+            _, end = self._lines_of(mapping)
+            self.edits.append((end, end, [f"{margin}{RULES_KEY}:", *yaml_items(margin + "  ", entries)]))
+        elif value.value is not None and value.kind != "sequence":
+            raise value.error("this is not a list")
+        elif value.value and self.text.startswith("-", value.start):
+            self.set_items(value, entries)
+            line, _ = self._lines_of(key)
+            colon = re.match(r" *[\w\"']+ *:(?: *&[\w-]+)?", self.lines[line])
+            if colon and not entries:
+                self.edits.append((line, line + 1, [colon[0] + " []" + self.lines[line][colon.end() :]]))
+        else:  # [..], null or nothing
+            self._replace(value, "" if entries else " []")
+            self.edits[-1][2].extend(yaml_items(margin + "  ", entries))
 
-    if root is not None:
-        search(root)
-    for start, end in sorted(places, reverse=True):
-        if start < end:
-            text = text[:start] + "***" + text[len(text[:end].rstrip("\r\n")) :]
-    return text
-
-
-class RulesFile:
-    """The ignore rules of one listener in a plato-config.yml, as they were read, and the way back there."""
-
-    def __init__(self, path: str, dataset: str, listener: str) -> None:
-        self.path = os.path.realpath(path)  # a symbolic link stays one
-        self.name = os.path.basename(path)
-        self.dataset = dataset
-        self.listener = listener
-        self.text = ""
-        self.entries: list[Any] = []
-        self.read()
-
-    def read(self) -> None:
-        """Read the file. ConfigError when it cannot be read or has no such listener."""
-        self.text = self._content()
-        try:
-            root = yaml_compose(self.text, self.name)
-        except YamlError as error:
-            raise ConfigError(f"{self.name} cannot be used: {error}.") from None
-        node = listener_node(root, self.dataset, self.listener)
-        self.entries = as_list(node.plain().get(RULES_KEY))
-
-    def _content(self) -> str:
-        try:
-            with open(self.path, "rb") as file:
-                return file.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{self.name} is not UTF-8 text (byte {error.start}).") from None
-        except OSError as error:
-            raise ConfigError(f"{self.name} cannot be read: {reason(error)}.") from None
-
-    def edit(self, entries: Sequence[Any]) -> RulesEdit:
-        """What the file would be with these rules. ConfigError when it cannot be edited so."""
-        return edit_rules(self.text, self.name, self.dataset, self.listener, entries)
-
-    def diff(self, entries: Sequence[Any]) -> str:
-        """What `save` would change, as a unified diff without secrets."""
+    def set_items(self, node: YamlNode, values: Sequence[Any]) -> None:
+        """Make a block list another one: the lines of items that stay, and all between items, stay too."""
         import difflib
 
-        old, new = (without_secrets(text).splitlines() for text in (self.text, self.edit(entries).text))
-        return "\n".join(difflib.unified_diff(old, new, self.name, self.name, lineterm=""))
+        margin = " " * (node.column - 1)
+        places = list(map(self._lines_of, node.items()))
+        for (start, end), (following, _) in zip(places, [*places[1:], (len(self.lines), 0)]):
+            if not self.lines[start].startswith(f"{margin}-") or end > following:
+                raise node.error("this list is written in a way that cannot be edited")
+        old, new = (
+            [repr(as_dict(value).get("table", value)) for value in some] for some in (node.plain(), values)
+        )
+        for what, i, i_end, j, j_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+            if what == "equal":
+                for place, item, value in zip(places[i:i_end], node.value[i:i_end], values[j:j_end]):
+                    self._set_item(place, item, value, margin)
+            else:
+                self.edits += [(*place, []) for place in places[i:i_end]]
+                at = places[i_end - 1][1] if i_end else places[0][0]
+                self.edits.append((at, at, yaml_items(margin, values[j:j_end])))
 
-    def save(self, entries: Sequence[Any]) -> RulesEdit:
-        """Write the rules into the file in one step. ConflictError when it is not as it was read."""
-        edited = self.edit(entries)
-        if self._content() != self.text:
-            raise ConflictError(
-                f"{self.name} was changed by something else since it was read; nothing was written.",
-                hint="Load it again: your choice of rules is kept and put on top of what is there now.",
-            )
-        try:
-            status = os.stat(self.path)
-            if not os.access(self.path, os.W_OK):
-                raise PermissionError(13, "you may not write to it")
-            write_whole(self.path, edited.text, status.st_mode & 0o7777)
-            if os.geteuid() == 0:
-                os.chown(self.path, status.st_uid, status.st_gid)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.name} cannot be written: {reason(error)}.",
-                hint="Copy the YAML block, or make the file and its directory writable.",
-            ) from None
-        self.read()
-        return edited
+    def _set_item(self, place: tuple[int, int], item: YamlNode, value: Any, margin: str) -> None:
+        """Make an item another one of the same table: only its columns, if that will do."""
+        old, columns = item.plain(), item.get("columns")
+        if old == value:
+            return
+        same = columns is not None and {**old, "columns": 0} == {**as_dict(value), "columns": 0}
+        if columns is None or columns.kind != "sequence" or not same:
+            self.edits.append((*place, yaml_items(margin, [value])))
+        elif self.text.startswith("-", columns.start):
+            self.set_items(columns, value["columns"])
+        else:
+            self._replace(columns, " " + yaml_inline(value["columns"]))
+
+    def _replace(self, node: YamlNode, new: str) -> None:
+        """Put another text in the place of a node and the spaces before it."""
+        before = self.text[: node.start].rpartition(self.line_break)[2].rstrip(" ")
+        behind = self.text[node.end :].partition(self.line_break)[0]
+        self.edits.append((*self._lines_of(node), [before + new + behind]))
+
+    def _lines_of(self, node: YamlNode) -> tuple[int, int]:
+        """The first line of a node, and the one behind its last, counted from 0."""
+        start = self.text.count(self.line_break, 0, node.start)
+        return start, self.text.count(self.line_break, 0, node.end - 1) + 1
 
 
-# Databases: read only, with a limit on every statement, and names quoted by the drivers
+def difference_of(old: str, new: str) -> str:
+    """The lines that an edit changes: those of the list alone, so that none holds a password."""
+    import difflib
+
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
+    return "\n".join([*lines][2:])
+
+
+def read_text(path: str) -> str:
+    """A config as it is, line breaks included."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{os.path.basename(path)} cannot be read: {reason(error)}.") from None
+
+
+def replace_text(path: str, old: str, new: str) -> None:
+    """Write a config anew in one step. ConflictError when it is not as it was read."""
+    path, name = os.path.realpath(path), os.path.basename(path)  # a symbolic link stays one
+    if read_text(path) != old:
+        raise ConflictError(
+            f"{name} was changed by something else since it was read; nothing was written.",
+            hint="Look again: your choice of rules is kept and put on top of what is there now.",
+        )
+    try:
+        status = os.stat(path)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "you may not write to it")
+        write_whole(path, new, status.st_mode & 0o7777)
+        if os.geteuid() == 0:
+            os.chown(path, status.st_uid, status.st_gid)
+    except OSError as error:
+        raise ConfigError(
+            f"{name} cannot be written: {reason(error)}.",
+            hint="Copy the YAML, or make the file and its directory writable.",
+        ) from None
+
+
+# Databases: read only, with a limit on every look
 
 
 AUDIT_CONNECT_SECONDS = 10
-AUDIT_FRESH_SECONDS = 10.0
-AUDIT_LIST_SECONDS = 20.0
-AUDIT_COUNT_SECONDS = 30.0
-AUDIT_EXAMPLE_SECONDS = 5.0
+AUDIT_QUERY_SECONDS = 20
 AUDIT_EXAMPLE_ROWS = 20
 AUDIT_EXAMPLE_CHARACTERS = 120
 TUNNEL_SECONDS = 60.0  # no single look at a database takes longer
+AUDIT_PACKAGES = {"postgresql": ("psycopg2", "psycopg2-binary"), "mysql": ("pymysql", "pymysql")}
+_NO_TEXT = re.compile("(?i)blob|binary|geometry|point|linestring|polygon")
+_MYSQL_AWAY = (0, 2003, 2006, 2013, 2055)
+
+# Schema, table, column, type, and whether the column is of the primary key.
+_COLUMNS = {
+    "postgresql": """
+SELECT table_schema, table_name, column_name, data_type, i.indrelid IS NOT NULL
+FROM information_schema.columns JOIN pg_namespace n ON n.nspname = table_schema
+JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = table_name AND c.relkind IN ('r', 'p')
+LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND ordinal_position = ANY (i.indkey)
+WHERE table_schema NOT IN ('information_schema', 'pg_catalog')
+ORDER BY table_schema, table_name, ordinal_position""",
+    "mysql": """
+SELECT table_schema, table_name, column_name, column_type, column_key = 'PRI'
+FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
+WHERE table_schema = database() AND table_type <> 'VIEW'
+ORDER BY table_schema, table_name, ordinal_position""",
+    "sqlite": """
+SELECT 'main', m.name, p.name, p.type, p.pk > 0 FROM sqlite_master m JOIN pragma_table_info(m.name) p
+WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite^_%' ESCAPE '^' ORDER BY m.name, p.cid""",
+}
+
+# Runs where the file is. One that cannot be locked is read as one that nobody changes.
+_SQLITE_READER = r"""
+import json, os, sqlite3, sys, urllib.parse
+path, statement = sys.argv[1:]
+os.path.isfile(path) or sys.exit("there is no file " + path)
+problem = None
+for mode in ("mode=ro", "mode=ro&immutable=1"):
+    try:
+        name = "file:" + urllib.parse.quote(os.path.abspath(path)) + "?" + mode
+        connection = sqlite3.connect(name, uri=True)
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        sys.exit(print(json.dumps(connection.execute(statement).fetchall())))
+    except sqlite3.Error as error:
+        problem = problem or str(error)
+sys.exit(problem)
+"""
 
 
 class Table:
-    """A table or view. kind: "table", "view", "partitioned", "partition of NAME" ..; rows: an estimate, None
-    where there is none; columns: (name, type, whether it is of the primary key) each."""
+    """A table of a database. columns: (name, type, whether it is of the primary key) each, in order."""
 
-    def __init__(self, schema: str, name: str, kind: str, rows: int | None) -> None:
+    def __init__(self, schema: str, name: str) -> None:
         self.schema = schema
         self.name = name
-        self.kind = kind
-        self.rows = rows
         self.columns: list[tuple[str, str, bool]] = []
-
-    def column_names(self) -> list[str]:
-        return [name for name, _, _ in self.columns]
 
 
 class DatabaseError(SandboxError):
@@ -9152,417 +8964,143 @@ class DatabaseError(SandboxError):
     code = "database"
 
 
-class Early:
-    """Work that is begun at once, so that whoever asks for it soon does not wait; later, it is done anew."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._work = work
-        self._began = time.monotonic()
-        self._first: Aside | None = Aside(work)
-
-    def __call__(self) -> Any:
-        first, self._first = self._first, None
-        if first is not None and time.monotonic() - self._began < AUDIT_FRESH_SECONDS:
-            return first.result()
-        return self._work()
-
-
-AUDIT_PACKAGES = {"postgresql": ("psycopg2", "psycopg2-binary"), "mysql": ("pymysql", "pymysql")}
-
-
 class Database:
-    """The database of a `db` listener as it is reached from here; every look is a connection of its own."""
+    """The database of a `db` listener as it is reached from here; every look is a connection of its own.
 
-    words = ""
-
-    def __init__(self, listener: AuditTable, tunnel: Tunnel | None = None, options: Mapping[str, str] = {}):
-        self.listener = listener
-        self.tunnel = tunnel
-        self.options = options
-        self.early: Early | None = None  # its tables, on their way
-        self.host = "127.0.0.1" if tunnel else listener.host
-        self.port = tunnel.port if tunnel else listener.port
-
-    def tables(self) -> list[Table]:
-        """All tables with their columns and estimates, by schema and name. DatabaseError, TimedOutError."""
-        raise self.failure(f"audit-ui cannot look into databases of the type {self.listener.kind}")
-
-    def count(self, table: Table) -> int:
-        """The exact number of rows. TimedOutError where counting takes too long."""
-        raise NotImplementedError
-
-    def examples(self, table: Table) -> list[Sequence[str | None]]:
-        """A few rows as texts, long values cut off, binary ones as their length."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End what is under way."""
-
-    def failure(self, words: str, stage: str = "statement") -> DatabaseError:
-        """An error in the database's own words.
-
-        stage: "reach" when it did not answer, for which a tunnel may know the reason; "login" when it did not
-        let us in; "statement" for all that comes later.
-        """
-        if stage == "reach" and self.tunnel is not None and self.tunnel.problem:
-            return DatabaseError(self.tunnel.problem, hint=f"See what the VM is doing: {PROGRAM} status")
-        told = printable(words.strip().replace("\n", " ")).rstrip(".")
-        found = re.search(r"(?:FATAL|ERROR): +(.*)", told)
-        said, hint = found[1] if found else told, None
-        if stage == "reach":
-            where = f"port {self.listener.port} of " + ("the VM" if self.tunnel else self.listener.host)
-            said = f"it does not answer on {where}"
-            hint = f"If its container does not run, start it: {PROGRAM} start-services"
-        elif stage == "login":
-            hint = "Correct what the config says of the listener: db_user, db_password and db_database."
-        return DatabaseError(f"The database of {self.listener.name!r} could not be read: {said}.", hint=hint)
-
-    def too_slow(self, seconds: float) -> TimedOutError:
-        return TimedOutError(f"The database took longer than {seconds:g} s, so it was told to stop.")
-
-
-class PostgresDatabase(Database):
-    """PostgreSQL by psycopg2; all schemas."""
-
-    words = "PostgreSQL"
-
-    def _query(self, statement: Any, seconds: float) -> list[Sequence[Any]]:
-        driver = import_package("psycopg2", "psycopg2-binary")
-        connection = None
-        try:
-            connection = driver.connect(
-                host=self.host,
-                port=self.port,
-                user=self.listener.user,
-                password=self.listener.password,
-                dbname=self.listener.database,
-                connect_timeout=AUDIT_CONNECT_SECONDS,
-                tcp_user_timeout=int(TUNNEL_SECONDS * 1000),
-                application_name=PROGRAM,
-                gssencmode="disable",
-                client_encoding="UTF8",
-                **self.options,
-            )
-            connection.set_session(readonly=True)
-            with connection.cursor() as cursor:
-                cursor.execute("SET statement_timeout = %s", (int(seconds * 1000),))
-                cursor.execute(statement)
-                return list(cursor.fetchall())
-        except driver.errors.QueryCanceled:
-            raise self.too_slow(seconds) from None
-        except driver.Error as error:
-            stage = "statement" if error.pgcode else "login" if "FATAL: " in str(error) else "reach"
-            raise self.failure(str(error), stage) from None
-        except UnicodeError as error:
-            raise self.failure(str(error)) from None
-        finally:
-            if connection is not None:
-                connection.close()
-
-    def tables(self) -> list[Table]:
-        found: dict[int, Table] = {}
-        parents: dict[int, int] = {}
-        for oid, schema, name, kind, parent, rows in self._query(_POSTGRES_TABLES, AUDIT_LIST_SECONDS):
-            found[oid] = Table(schema, name, _POSTGRES_KINDS.get(kind, "table"), rows)
-            if parent is not None:
-                parents[oid] = parent
-        for oid, name, kind, is_key in self._query(_POSTGRES_COLUMNS, AUDIT_LIST_SECONDS):
-            if oid in found:
-                found[oid].columns.append((name, kind, is_key))
-        for oid, parent in parents.items():
-            if parent in found:
-                found[oid].kind = f"partition of {found[parent].name}"
-        _sum_up_partitions(found, parents)
-        return list(found.values())
-
-    def count(self, table: Table) -> int:
-        sql = import_package("psycopg2.sql", "psycopg2-binary")
-        statement = sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(table.schema, table.name))
-        return int(self._query(statement, AUDIT_COUNT_SECONDS)[0][0])
-
-    def examples(self, table: Table) -> list[Sequence[str | None]]:
-        sql = import_package("psycopg2.sql", "psycopg2-binary")
-        length = sql.Literal(AUDIT_EXAMPLE_CHARACTERS)
-        columns = [
-            sql.SQL("octet_length({})::text || ' bytes'").format(sql.Identifier(name))
-            if kind == "bytea"
-            else sql.SQL("left({}::text, {})").format(sql.Identifier(name), length)
-            for name, kind, _ in table.columns
-        ]
-        statement = sql.SQL("SELECT {} FROM {} LIMIT {}").format(
-            sql.SQL(", ").join(columns),
-            sql.Identifier(table.schema, table.name),
-            sql.Literal(AUDIT_EXAMPLE_ROWS),
-        )
-        return self._query(statement, AUDIT_EXAMPLE_SECONDS) if columns else []
-
-
-_POSTGRES_KINDS = {"v": "view", "m": "materialized view", "f": "foreign table", "p": "partitioned table"}
-# The planner's estimate, or what the statistics counted; an empty file has no row; -1 means "never looked".
-_POSTGRES_TABLES = """
-SELECT c.oid, n.nspname, c.relname, c.relkind,
-    (SELECT i.inhparent FROM pg_inherits i WHERE c.relispartition AND i.inhrelid = c.oid LIMIT 1),
-    CASE WHEN c.relkind IN ('v', 'p') THEN NULL
-        WHEN c.reltuples > 0 THEN c.reltuples::bigint
-        WHEN pg_stat_get_live_tuples(c.oid) > 0 THEN pg_stat_get_live_tuples(c.oid)
-        WHEN c.relkind IN ('r', 'm') AND (c.relpages > 0 OR pg_relation_size(c.oid) = 0) THEN 0 END
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
-    AND has_schema_privilege(n.oid, 'USAGE')
-ORDER BY n.nspname, c.relname
-"""
-_POSTGRES_COLUMNS = """
-SELECT a.attrelid, a.attname, format_type(a.atttypid, a.atttypmod), coalesce(a.attnum = ANY (i.indkey), false)
-FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
-WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
-    AND a.attnum > 0 AND NOT a.attisdropped
-ORDER BY a.attrelid, a.attnum
-"""
-
-
-def _sum_up_partitions(tables: Mapping[int, Table], parents: Mapping[int, int]) -> None:
-    """Give a partitioned table the rows of all its partitions, however deep they are."""
-    for oid, parent in parents.items():
-        rows = tables[oid].rows
-        above = parent
-        while rows is not None and above in tables:
-            tables[above].rows = (tables[above].rows or 0) + rows
-            above = parents.get(above, 0)
-
-
-class MysqlDatabase(Database):
-    """MySQL and MariaDB by pymysql; the one database that the listener names."""
-
-    words = "MySQL"
-
-    def _query(self, statement: str, seconds: float, parameters: Any = None) -> list[Sequence[Any]]:
-        driver = import_package("pymysql", "pymysql")
-        connection = None
-        try:
-            connection = driver.connect(
-                host=self.host,
-                port=self.port,
-                user=self.listener.user,
-                password=self.listener.password,
-                database=self.listener.database,
-                charset="utf8mb4",
-                connect_timeout=AUDIT_CONNECT_SECONDS,
-                read_timeout=seconds + AUDIT_CONNECT_SECONDS,
-            )
-            with connection.cursor() as cursor:
-                mariadb = "mariadb" in connection.get_server_info().lower()
-                name, limit = ("max_statement_time", 1) if mariadb else ("max_execution_time", 1000)
-                cursor.execute(f"SET SESSION {name} = %s", (int(seconds * limit),))
-                cursor.execute("SET SESSION TRANSACTION READ ONLY")
-                cursor.execute("START TRANSACTION READ ONLY")
-                cursor.execute(statement, parameters)
-                return list(cursor.fetchall())
-        except driver.err.MySQLError as error:
-            number, *_, words = (*error.args, 0, str(error)) if len(error.args) < 2 else error.args
-            if number in _MYSQL_TOO_SLOW:
-                raise self.too_slow(seconds) from None
-            stage = "reach" if number in _MYSQL_AWAY else "login" if connection is None else "statement"
-            raise self.failure(str(words), stage) from None
-        except RuntimeError as error:  # a way to log in that needs another package
-            if "cryptography" not in str(error):
-                raise
-            raise missing_packages(["cryptography"]) from None
-        except OSError as error:
-            raise self.failure(str(error), "reach") from None
-        except UnicodeError as error:
-            raise self.failure(str(error)) from None
-        finally:
-            if connection is not None and connection.open:
-                connection.close()
-
-    def tables(self) -> list[Table]:
-        name = (self.listener.database,)
-        found: dict[str, Table] = {}
-        for table, kind, rows in self._query(_MYSQL_TABLES, AUDIT_LIST_SECONDS, name):
-            is_view = "VIEW" in kind
-            found[table] = Table(self.listener.database, table, "view" if is_view else "table", rows)
-        for table, column, kind, key in self._query(_MYSQL_COLUMNS, AUDIT_LIST_SECONDS, name):
-            if table in found:
-                found[table].columns.append((column, kind, key == "PRI"))
-        return list(found.values())
-
-    def count(self, table: Table) -> int:
-        statement = f"SELECT count(*) FROM {mysql_name(table.name)}"  # noqa: S608  (quoted)
-        return int(self._query(statement, AUDIT_COUNT_SECONDS)[0][0])
-
-    def examples(self, table: Table) -> list[Sequence[str | None]]:
-        columns = [
-            f"CONCAT(OCTET_LENGTH({mysql_name(name)}), ' bytes')"
-            if re.match(r"(?:var)?binary|\w*blob|bit|geometry|point|linestring|polygon|multi\w+", kind)
-            else f"LEFT(CAST({mysql_name(name)} AS CHAR), {AUDIT_EXAMPLE_CHARACTERS})"
-            for name, kind, _ in table.columns
-        ]
-        statement = (
-            f"SELECT {', '.join(columns)} FROM {mysql_name(table.name)}"  # noqa: S608  (quoted)
-            f" LIMIT {AUDIT_EXAMPLE_ROWS}"
-        )
-        return self._query(statement, AUDIT_EXAMPLE_SECONDS) if columns else []
-
-
-_MYSQL_TOO_SLOW = (1317, 1969, 3024)
-_MYSQL_AWAY = (0, 2003, 2006, 2013, 2055)
-_MYSQL_TABLES = """
-SELECT table_name, table_type, table_rows FROM information_schema.tables
-WHERE table_schema = %s ORDER BY table_name
-"""
-_MYSQL_COLUMNS = """
-SELECT table_name, column_name, column_type, column_key FROM information_schema.columns
-WHERE table_schema = %s ORDER BY table_name, ordinal_position
-"""
-
-
-def mysql_name(name: str) -> str:
-    """An identifier in a statement; pymysql itself has no way to quote one."""
-    return "`" + name.replace("`", "``") + "`"
-
-
-# Runs where the file is, by Python: the path and a request in, a line of JSON out. `max(rowid)` is an
-# estimate that costs nothing. A database that cannot be locked is read as one that nobody changes.
-_SQLITE_READER = r"""
-import json, os, sqlite3, sys, threading, urllib.parse
-path, what, table, seconds, rows, length = sys.argv[1:7]
-def quoted(name): return '"' + name.replace('"', '""') + '"'
-def look(connection):
-    def ask(statement): return connection.execute(statement).fetchall()
-    def name_of(schema_row): return schema_row[0]
-    if what == "count":
-        return ask("SELECT count(*) FROM " + quoted(table))[0][0]
-    if what == "examples":
-        names = [column[1] for column in ask("PRAGMA table_xinfo(%s)" % quoted(table))]
-        parts = ["CASE typeof({0}) WHEN 'blob' THEN length({0}) || ' bytes' ELSE substr({0}, 1, {1}) END"
-                 .format(quoted(name), int(length)) for name in names]
-        return ask("SELECT %s FROM %s LIMIT %d" % (", ".join(parts), quoted(table), int(rows)))
-    found = []
-    for name, kind in ask("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view') "
-                          "AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"):
-        count = None
-        if kind == "table":
-            try: count = ask("SELECT max(rowid) FROM " + quoted(name))[0][0] or 0
-            except sqlite3.Error: pass
-        try: columns = [(c[1], c[2], bool(c[5])) for c in ask("PRAGMA table_xinfo(%s)" % quoted(name))]
-        except sqlite3.Error: columns = []
-        found.append((name, kind, count if isinstance(count, int) else None, columns))
-    return found
-def main():
-    if not os.path.isfile(path):
-        return {"error": "there is no file " + path}
-    problem = None
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
-        try:
-            uri = "file:" + urllib.parse.quote(os.path.abspath(path)) + "?" + mode
-            connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
-            connection.text_factory = lambda data: data.decode("utf-8", "replace")
-            connection.execute("PRAGMA query_only = ON")
-            timer = threading.Timer(float(seconds), connection.interrupt)
-            timer.daemon = True
-            timer.start()
-            return {"found": look(connection)}
-        except sqlite3.Error as error:
-            if "interrupted" in str(error): return {"slow": True}
-            problem = problem or str(error)
-    return {"error": problem}
-print(json.dumps(main()))
-"""
-
-
-class SqliteDatabase(Database):
-    """A file, read by the Python of the machine where it is: the VM over SSH, or this one.
-
-    sandbox: the one whose VM has the file; None for a file here.
+    tunnel: the way to it, None for a direct one; sandbox: whose VM has the file of SQLite, None for one here;
+    options: of the connection; in_config: whether a config says how to reach it, for the hints of errors.
     """
 
-    words = "SQLite"
-
-    def __init__(self, listener: AuditTable, sandbox: SandboxBase | None) -> None:
-        super().__init__(listener)
+    def __init__(
+        self,
+        listener: AuditTable,
+        tunnel: Tunnel | None = None,
+        sandbox: SandboxBase | None = None,
+        options: Mapping[str, str] = {},
+        in_config: bool = True,
+    ) -> None:
+        self.listener = listener
+        self.tunnel = tunnel
         self.sandbox = sandbox
+        self.options = options
+        self.in_config = in_config
+        self.schema = {"mysql": listener.database, "sqlite": "main"}.get(listener.kind, listener.schema)
         self._shells: list[SshShell] = []
 
-    def _ask(self, what: str, table: str, seconds: float) -> Any:
+    def tables(self) -> dict[str, Table]:
+        """The tables, but for the one that the worker itself fills, by the names that rules have for them."""
+        found: dict[str, Table] = {}
+        for schema, table, column, kind, is_key in self.query(_COLUMNS.get(self.listener.kind, "")):
+            name = table if schema == self.schema else f"{schema}.{table}"
+            found.setdefault(name, Table(schema, table)).columns.append((column, kind, bool(is_key)))
+        found.pop(self.listener.table, None)
+        return found
+
+    def examples(self, table: Table) -> list[Sequence[str | None]]:
+        """A few rows as texts, long values cut off where they are."""
+        mark, kind = ("`", "CHAR") if self.listener.kind == "mysql" else ('"', "TEXT")
+
+        def quoted(name: str) -> str:
+            return mark + name.replace(mark, 2 * mark) + mark
+
+        cast = f"substr(CAST({{}} AS {kind}), 1, {AUDIT_EXAMPLE_CHARACTERS})"
+        values = ", ".join(
+            "'(binary)'" if _NO_TEXT.search(column_kind) else cast.format(quoted(name))
+            for name, column_kind, _ in table.columns
+        )
+        place = f"{quoted(table.schema)}.{quoted(table.name)}"
+        return self.query(f"SELECT {values} FROM {place} LIMIT {AUDIT_EXAMPLE_ROWS}")  # noqa: S608  (quoted)
+
+    def query(self, statement: str) -> list[Sequence[Any]]:
+        """The rows of a statement, which can read only. DatabaseError, TimedOutError."""
+        if self.listener.kind == "sqlite":
+            return self._query_file(statement)
+        if self.listener.kind not in AUDIT_PACKAGES:
+            raise self.failure(f"audit-ui cannot look into databases of the type {self.listener.kind}")
+        driver = import_package(*AUDIT_PACKAGES[self.listener.kind])
+        names: dict[str, Any] = {
+            "host": "127.0.0.1" if self.tunnel else self.listener.host,
+            "port": self.tunnel.port if self.tunnel else self.listener.port,
+            "user": self.listener.user,
+            "password": self.listener.password,
+            "database": self.listener.database,
+            "connect_timeout": AUDIT_CONNECT_SECONDS,
+            **self.options,
+        }
+        connection = None
+        try:
+            if self.listener.kind == "postgresql":
+                connection = driver.connect(**names, gssencmode="disable", client_encoding="UTF8")
+                connection.set_session(readonly=True)
+                limit = f"SET statement_timeout = '{AUDIT_QUERY_SECONDS}s'"
+            else:
+                connection = driver.connect(**names, charset="utf8mb4", read_timeout=AUDIT_QUERY_SECONDS)
+                limit = "SET SESSION TRANSACTION READ ONLY"
+            with connection.cursor() as cursor:
+                cursor.execute(limit)
+                cursor.execute(statement)
+                return list(cursor.fetchall())
+        except Exception as error:  # noqa: BLE001  (the drivers have no class of errors in common)
+            raise self._failure_of(error, connection is not None) from None
+        finally:
+            if connection is not None and getattr(connection, "open", True):
+                connection.close()
+
+    def _query_file(self, statement: str) -> list[Sequence[Any]]:
+        """SQLite is read by the Python of the machine where the file is."""
         import json
 
-        words = [self._path(), what, table, seconds, AUDIT_EXAMPLE_ROWS, AUDIT_EXAMPLE_CHARACTERS]
-        command = ["-I", "-c", _SQLITE_READER, *map(str, words)]
-        outcome = self._run_there(command, seconds) if self.sandbox else self._run_here(command, seconds)
-        if outcome.code:
-            words_said = outcome.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
-            raise self.failure(words_said[-1])
-        try:
-            answer = as_dict(json.loads(outcome.stdout.decode("utf-8", "replace")))
-        except (ValueError, RecursionError):
-            answer = {}
-        if not {"slow", "error", "found"} & set(answer):
-            raise self.failure("what was read there cannot be understood")
-        if answer.get("slow"):
-            raise self.too_slow(seconds)
-        if "error" in answer:
-            raise DatabaseError(
-                f"The database of {self.listener.name!r} could not be read: {printable(answer['error'])}."
-            )
-        return answer["found"]
-
-    def _path(self) -> str:
         path = self.listener.database
-        if self.sandbox is None or path.startswith("/"):
-            return path
-        return f"{default_target(self.sandbox.state)}/{path}"
+        if self.sandbox is not None and not path.startswith("/"):
+            path = f"{default_target(self.sandbox.state)}/{path}"
+        words = ["-I", "-c", _SQLITE_READER, path, statement]
+        if self.sandbox is not None:
+            outcome = self._run_on_vm(shell_words(["python3", *words]))
+        else:
+            outcome = run_program([sys.executable, *words], Reporter(), seconds=AUDIT_QUERY_SECONDS)
+        if outcome.code:
+            said = outcome.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            raise self.failure(said or "no reason was given")
+        try:
+            return as_list(json.loads(outcome.stdout))
+        except (ValueError, RecursionError):
+            raise self.failure("what was read there cannot be understood") from None
 
-    @staticmethod
-    def _run_here(command: Sequence[str], seconds: float) -> Outcome:
-        program = [sys.executable, *command]
-        return run_program(program, Reporter(), seconds=seconds + AUDIT_CONNECT_SECONDS)
-
-    def _run_there(self, command: Sequence[str], seconds: float) -> Outcome:
+    def _run_on_vm(self, script: str) -> Outcome:
         sandbox: Any = self.sandbox
         shell = SshShell(sandbox.state, sandbox.settings, sandbox.reporter)
         self._shells.append(shell)
         try:
             shell.wait_until_ready(REQUEST_SECONDS)
-            return shell.run(shell_words(["python3", *command]), seconds=seconds + AUDIT_CONNECT_SECONDS)
+            return shell.run(script, seconds=AUDIT_QUERY_SECONDS)
         finally:
             self._shells.remove(shell)
             shell.close()
 
     def close(self) -> None:
+        """End what is under way."""
         for shell in self._shells:
             shell.end()
 
-    def tables(self) -> list[Table]:
-        found = []
-        for name, kind, rows, columns in self._ask("tables", "", AUDIT_LIST_SECONDS):
-            table = Table("main", name, kind, rows)
-            table.columns = [(column, type_name, is_key) for column, type_name, is_key in columns]
-            found.append(table)
-        return found
+    def failure(self, words: str, hint: str | None = None) -> DatabaseError:
+        whose = f"The database of {self.listener.name!r}" if self.in_config else "The database"
+        return DatabaseError(f"{whose} could not be read: {printable(words).rstrip('.')}.", hint=hint)
 
-    def count(self, table: Table) -> int:
-        return int(self._ask("count", table.name, AUDIT_COUNT_SECONDS))
-
-    def examples(self, table: Table) -> list[Sequence[str | None]]:
-        found: list[Sequence[str | None]] = self._ask("examples", table.name, AUDIT_EXAMPLE_SECONDS)
-        return [[None if value is None else str(value) for value in row] for row in found]
-
-
-def open_database(
-    listener: AuditTable,
-    tunnel: Tunnel | None,
-    sandbox: SandboxBase | None,
-    options: Mapping[str, str] = {},
-) -> Database:
-    """The database of a listener, not yet connected to."""
-    if listener.kind == "postgresql":
-        return PostgresDatabase(listener, tunnel, options)
-    if listener.kind == "mysql":
-        return MysqlDatabase(listener, tunnel)
-    if listener.kind == "sqlite":
-        return SqliteDatabase(listener, sandbox)
-    return Database(listener, tunnel)
+    def _failure_of(self, error: Exception, connected: bool) -> DatabaseError:
+        """An error in the database's own words; where it was not reached through a tunnel, in ours."""
+        said = str(error.args[-1] if error.args else error).strip()
+        refusal = re.search(r"(?:FATAL|ERROR): +(.*)", said)
+        words = refusal[1] if refusal else said.partition("\n")[0]
+        if connected or not self.in_config:
+            return self.failure(words)
+        if self.tunnel is None or refusal or error.args[0] not in (said, *_MYSQL_AWAY):
+            return self.failure(words, "Correct what the config says of this listener.")
+        if self.tunnel.problem:
+            return self.failure(self.tunnel.problem, f"See what the VM is doing: {PROGRAM} status")
+        return self.failure(
+            f"it does not answer on port {self.listener.port} of the VM",
+            f"If its container does not run, start it: {PROGRAM} start-services",
+        )
 
 
 def import_package(module: str, package: str) -> Any:
@@ -9588,6 +9126,55 @@ def missing_packages(packages: Sequence[str]) -> SandboxError:
     return SandboxError(f"audit-ui needs {names}, which this Python does not have: {command}")
 
 
+def check_audit_packages(databases: Sequence[Database]) -> None:
+    """SandboxError with the command that installs what is missing, before anything is started."""
+    import importlib.util
+
+    kinds = [database.listener.kind for database in databases if database.listener.kind in AUDIT_PACKAGES]
+    needed = dict([("streamlit", "streamlit"), *map(AUDIT_PACKAGES.__getitem__, kinds)])
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise missing_packages(missing)
+
+
+def database_url(url: str, environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of a listener and the connection's options. UsageError for anything else.
+
+    postgresql://user@host:port/database?sslmode=require, mysql://.., mariadb://.., sqlite:///path/of/file.
+    A password that it leaves out comes from PGPASSWORD or MYSQL_PWD.
+    """
+    import urllib.parse
+
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urllib.parse.urlsplit(""), None
+    scheme = parts.scheme.partition("+")[0]
+    kind = {"postgres": "postgresql", "mariadb": "mysql"}.get(scheme, scheme)
+    database = urllib.parse.unquote(parts.path[1:])
+    options = dict(urllib.parse.parse_qsl(parts.query))
+    if not database or kind not in _COLUMNS or not set(options) <= _URL_OPTIONS.get(kind, set()):
+        raise UsageError(
+            "--database-url is not the address of a database that can be read.",
+            hint="It looks like postgresql://user@host:5432/database (?sslmode=.. and ?sslrootcert=.. may"
+            " follow), mysql://user@host:3306/database or sqlite:///path/of/file.",
+        )
+    password = environment.get({"postgresql": "PGPASSWORD"}.get(kind, "MYSQL_PWD"), "")
+    fields = {
+        "db_type": kind,
+        "db_host": parts.hostname,
+        "db_port": port,
+        "db_user": urllib.parse.unquote(parts.username or ""),
+        "db_password": urllib.parse.unquote(parts.password or "") or password,
+        "db_database": os.path.abspath(database) if kind == "sqlite" else database,
+    }
+    return fields, options
+
+
+_URL_OPTIONS = {"postgresql": {"sslmode", "sslrootcert"}}
+
+
 def gateway_connection(settings: Settings, target: str) -> ssl.SSLSocket:
     """A connection to `<job id>--<port>`. NetworkError when the gateway does not give one."""
     deadline = time.monotonic() + AUDIT_CONNECT_SECONDS
@@ -9602,25 +9189,22 @@ class Tunnel:
     """
 
     def __init__(self, settings: Settings, target: str) -> None:
-        import socket
+        import socketserver
         import threading
 
         self.settings = settings
         self.target = target
         self.problem = ""
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        carry = self._carry
 
-    def _accept(self) -> None:
-        import threading
+        class Carrier(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                carry(self.request)
 
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._carry, args=(near,), daemon=True).start()
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Carrier)
+        self._server.daemon_threads = True
+        self.port: int = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def _carry(self, near: socket.socket) -> None:
         """One connection, which ends after a while whatever happens: a VM can go without a word."""
@@ -9631,7 +9215,6 @@ class Tunnel:
             far = gateway_connection(self.settings, self.target)
         except SandboxError as error:
             self.problem = error.message
-            near.close()
             return
         self.problem = ""
         timer = threading.Timer(TUNNEL_SECONDS, far.shutdown, [socket.SHUT_RDWR])
@@ -9644,725 +9227,231 @@ class Tunnel:
         finally:
             timer.cancel()
             far.close()
-            near.close()
 
     def close(self) -> None:
-        self._listener.close()
+        self._server.shutdown()
+        self._server.server_close()
 
 
-# The plan: what the command found out, and hands to the process that serves the page
+# What a visitor of the page has before them
 
 
 class AuditPlan:
-    """What a page shows, as plain data that goes through a pipe.
+    """What a page shows.
 
-    listeners: one dict each of name, fields (those of the config), target (`<job id>--<port>` to reach it
-    through the gateway, None for one reached directly) and options (of the connection); config: the path of
-    the file whose rules are edited, or None; directory: that of the sandbox, None without one.
+    config: the path of the file whose rules are edited, or None; url: of the application; read_changes: gives
+    the mutations that Plato tells now, by listener, or {} without a sandbox.
     """
 
     def __init__(
         self,
-        listeners: Sequence[Mapping[str, Any]],
+        databases: Sequence[Database],
+        read_changes: Callable[[], Mapping[str, list[Mutation]]],
         *,
         config: str | None,
         service: str | None,
         dataset: str,
-        directory: str | None,
         url: str | None,
     ) -> None:
-        self.listeners = list(listeners)
-        self.config = config
-        self.service = service
-        self.dataset = dataset
-        self.directory = directory
-        self.url = url
-
-    def table(self, number: int) -> AuditTable:
-        """A listener by its number, as the thing that can be connected to."""
-        entry = self.listeners[number]
-        return AuditTable(str(entry["name"]), as_dict(entry["fields"]))
-
-
-def database_url(url: str, environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str], bool]:
-    """The fields of a listener, the connection's options, and whether the URL itself holds a password.
-
-    postgresql://user@host:port/database?sslmode=require, mysql://.., mariadb://.., sqlite:///path/of/file.
-    A password that it leaves out comes from PGPASSWORD or MYSQL_PWD. UsageError for anything else.
-    """
-    import urllib.parse
-
-    scheme = url.partition("://")[0].partition("+")[0].lower()
-    kinds = {"postgres": "postgresql", "postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
-    if scheme == "sqlite" and url.partition("://")[2][1:]:
-        path = urllib.parse.unquote(url.partition("://")[2][1:])
-        return {"db_type": "sqlite", "db_database": os.path.abspath(path)}, {}, False
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port
-    except ValueError:
-        port, scheme = None, ""
-    database = urllib.parse.unquote(parts.path[1:]) if scheme in kinds else ""
-    options = dict(urllib.parse.parse_qsl(parts.query)) if scheme in kinds else {}
-    if not database or not set(options) <= ({"sslmode", "sslrootcert"} if scheme[:1] == "p" else set()):
-        raise UsageError(
-            "--database-url is not the address of a database that can be read.",
-            hint="It looks like postgresql://user@host:5432/database (?sslmode=.. and ?sslrootcert=.. may"
-            " follow), mysql://user@host:3306/database or sqlite:///path/of/file.",
-        )
-    kind = kinds[scheme]
-    variable = {"postgresql": "PGPASSWORD", "mysql": "MYSQL_PWD"}[kind]
-    password = urllib.parse.unquote(parts.password or "") or environment.get(variable, "")
-    fields = {
-        "db_type": kind,
-        "db_host": parts.hostname or "127.0.0.1",
-        "db_port": port or 0,
-        "db_user": urllib.parse.unquote(parts.username or ""),
-        "db_password": password,
-        "db_database": database,
-    }
-    return fields, options, bool(parts.password)
-
-
-# Pictures of what changed, as HTML that scripts no one and follows the page's colours
-
-_AUDIT_STYLE = """
-<style>
-[data-testid="stMainBlockContainer"] { max-width: 60rem; padding-top: 2.5rem; padding-bottom: 6rem; }
-[data-testid="stMainBlockContainer"] h1 { font-size: 2rem; padding-bottom: 0; }
-[data-testid="stMainBlockContainer"] h3 { font-size: 1.35rem; padding-top: 1.2rem; }
-button[data-testid="stBaseButton-primary"] { background: #3b70c4; border-color: #3b70c4; }
-button[data-testid="stBaseButton-primary"]:hover { background: #2f5ea8; border-color: #2f5ea8; }
-.pa-bars { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr max-content;
-  gap: .35rem .9rem; align-items: center; font-size: .9rem; }
-.pa-name { overflow-wrap: anywhere; max-width: 18rem; }
-.pa-bar { display: flex; height: .8rem; gap: 2px; }
-.pa-bar i { display: block; min-width: 3px; border-radius: 2px; }
-.pa-inserted { background: #2f9e68; } .pa-updated { background: #4b83d6; }
-.pa-deleted { background: #d2574d; } .pa-other { background: #8a8f98; }
-.pa-faded { opacity: .28; }
-.pa-count { font-variant-numeric: tabular-nums; opacity: .75; text-align: right; }
-.pa-key { display: flex; flex-wrap: wrap; gap: 1.1rem; margin-top: .8rem; font-size: .8rem; opacity: .8; }
-.pa-key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem; }
-.pa-head { font-weight: 600; overflow-wrap: anywhere; }
-.pa-head span { font-weight: 400; opacity: .7; margin-left: .6rem; }
-.pa-table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: .88rem;
-  margin-top: .5rem; }
-.pa-table td { padding: .3rem .9rem .3rem 0; vertical-align: top; border: 0; overflow-wrap: anywhere;
-  border-top: 1px solid color-mix(in srgb, currentColor 12%, transparent); }
-.pa-table td:first-child { width: 11rem; }
-.pa-table td.pa-times { font-variant-numeric: tabular-nums; opacity: .7; width: 3.6rem; }
-.pa-value { font-family: "Source Code Pro", ui-monospace, monospace; font-size: .8rem; line-height: 1.5; }
-.pa-value del { text-decoration: none; opacity: .6; }
-.pa-quiet { opacity: .65; font-size: .85rem; }
-.pa-warn { color: #c77700; font-size: .85rem; }
-</style>
-"""
-_KINDS = ("inserted", "updated", "deleted", "other")
-SHOWN_GROUPS = 12
-SHOWN_BARS = 14
-SHOWN_COLUMNS = 8
-SHOWN_EXAMPLES = 2
-SHOWN_LISTED = 2000
-
-
-def html_of(text: str) -> str:
-    """Text from a database as HTML."""
-    import html
-
-    return html.escape(printable(text))
-
-
-def changes_picture(groups: Sequence[TableChanges], entries: Sequence[Any]) -> str:
-    """Bars: which tables changed how often, what the rules hide in a fainter shade."""
-    most = max((len(group.mutations) for group in groups), default=1)
-    rows = []
-    for group in groups[:SHOWN_BARS]:
-        left = remaining(group.mutations, entries)
-        bars = ""
-        for faded, mutations in (("", left), (" pa-faded", [m for m in group.mutations if m not in left])):
-            counts = summarize(mutations)["tables"][0] if mutations else {}
-            for kind in _KINDS:
-                if counts.get(kind):
-                    width = 100 * counts[kind] / most
-                    bars += f'<i class="pa-{kind}{faded}" style="width:{width:.1f}%"></i>'
-        hidden = len(group.mutations) - len(left)
-        told = html_of(counts_text(group.counts) + (f", {hidden} of them hidden" if hidden else ""))
-        rows.append(
-            f'<div class="pa-name">{html_of(group.table)}</div>'
-            f'<div class="pa-bar" role="img" aria-label="{told}" title="{told}">{bars}</div>'
-            f'<div class="pa-count">{len(group.mutations):,}</div>'
-        )
-    kinds = [kind for kind in _KINDS if any(group.counts.get(kind) for group in groups)]
-    key = "".join(f'<span><i class="pa-{kind}"></i>{kind}</span>' for kind in kinds)
-    if len(remaining([m for group in groups for m in group.mutations], entries)) < sum(
-        len(group.mutations) for group in groups
-    ):
-        key += '<span><i class="pa-other pa-faded"></i>faint: hidden by the rules</span>'
-    more = (
-        f"<span>and {counted(len(groups) - SHOWN_BARS, 'more table')}</span>"
-        if len(groups) > SHOWN_BARS
-        else ""
-    )
-    return f'<div class="pa-bars">{"".join(rows)}</div><div class="pa-key">{key}{more}</div>'
-
-
-def changes_table(group: TableChanges) -> str:
-    """What happened to a table: its changed columns with values before and after, then whole rows."""
-    rows = []
-    for name, pairs in list(group.columns.items())[:SHOWN_COLUMNS]:
-        distinct = list(dict.fromkeys((_value(before), _value(after)) for before, after in pairs))
-        values = "<br>".join(
-            f"<del>{html_of(before)}</del> → {html_of(after)}" for before, after in distinct[:SHOWN_EXAMPLES]
-        )
-        rows.append((html_of(name), f"{len(pairs):,}x", values))
-    if len(group.columns) > SHOWN_COLUMNS:
-        rows.append(
-            (f'<span class="pa-quiet">and {len(group.columns) - SHOWN_COLUMNS} more columns</span>', "", "")
-        )
-    by_action: dict[str, list[Mutation]] = {}
-    for mutation in group.whole_rows:
-        by_action.setdefault(mutation.action, []).append(mutation)
-    for action, mutations in by_action.items():
-        told = "<br>".join(html_of(mutation.told()[:300]) for mutation in mutations[:SHOWN_EXAMPLES])
-        rows.append(
-            (f'<span class="pa-quiet">{html_of(action.lower())}</span>', f"{len(mutations):,}x", told)
-        )
-    cells = "".join(
-        f'<tr><td>{name}</td><td class="pa-times">{times}</td><td class="pa-value">{value}</td></tr>'
-        for name, times, value in rows
-    )
-    head = f"{html_of(group.table)} <span>{html_of(counts_text(group.counts))}</span>"
-    return f'<div class="pa-head">{head}</div><table class="pa-table">{cells}</table>'
-
-
-def rule_words(entry: Any) -> str:
-    """A rule for people: `users: login_count, last_login_at` or `sessions`."""
-    target = rule_target(entry)
-    if target is None:
-        return yaml_inline(entry)
-    return target[0] if target[1] is None else f"{target[0]}: {', '.join(target[1])}"
-
-
-def rule_trouble(entry: Any, tables: Sequence[Table]) -> str:
-    """Why a rule can match nothing in a database of these tables; "" when it can."""
-    target = rule_target(entry)
-    if target is None:
-        return "not a rule that is understood here"
-    same = [table for table in tables if target[0] in (table.name, f"{table.schema}.{table.name}")]
-    if not same:
-        return "no such table"
-    known = {name for table in same for name in table.column_names()}
-    missing = [name for name in target[1] or () if name not in known]
-    return f"no such column: {', '.join(missing)}" if missing else ""
-
-
-def open_databases(plan: AuditPlan, settings: Settings, sandbox: SandboxBase | None) -> list[Database]:
-    """The databases of a plan's listeners, with the tunnels to them, which last as long as this process."""
-    found = []
-    for number, entry in enumerate(plan.listeners):
-        tunnel = Tunnel(settings, entry["target"]) if entry.get("target") else None
-        there = sandbox if entry.get("there") else None
-        found.append(open_database(plan.table(number), tunnel, there, as_dict(entry.get("options"))))
-    return found
-
-
-class AuditPage:
-    """The Streamlit page: one object and one run of `show`, top to bottom, each time something is clicked.
-
-    read_changes: gives the mutations that Plato tells now, by listener; None without a sandbox.
-    What lasts between runs is in Streamlit's session state, one dict per listener.
-    """
-
-    def __init__(
-        self,
-        plan: AuditPlan,
-        databases: Sequence[Database],
-        read_changes: Callable[[], Mapping[str, list[Mutation]]] | None,
-    ) -> None:
-        self.plan = plan
         self.databases = databases
         self.read_changes = read_changes
-        self.database = databases[0]
-        self.listener = self.database.listener
-        self.suffix = ""  # of the keys of widgets that each listener has its own of
-        self.memory: dict[str, Any] = {}
-        self.st: Any = None
+        self.config = config
+        self.config_name = os.path.basename(config or "")
+        self.service = service
+        self.dataset = dataset
+        self.url = url
+        self.visits: dict[str, list[Visit]] = {}
+        self.first: list[Visit] = []
 
-    def show(self) -> None:
-        """Draw the page."""
-        self.st = import_package("streamlit", "streamlit")
-        title = f"Ignore rules: {self.plan.service or 'database'}"
-        self.st.set_page_config(page_title=title, layout="wide")
-        self.st.html(_AUDIT_STYLE)
-        self._choose_listener()
-        self._load()
-        self._show_changes()
-        self._show_tables()
-        self._show_rules()
+    def begin(self) -> None:
+        """Start to read what the first visitor will see. SandboxError for an address that leads nowhere."""
+        self.first = self.visit()
+        for visit in self.first:
+            if not visit.database.in_config:
+                visit.settle()
+                if isinstance(visit.tables, SandboxError):
+                    raise visit.tables
 
-    # What lasts between runs
+    def visit(self) -> list[Visit]:
+        """What a new visitor has: something for each listener."""
+        changes = Aside(self.read_changes)
+        return [Visit(self, database, changes) for database in self.databases]
 
-    def _choose_listener(self) -> None:
-        st = self.st
-        st.title("Ignore rules")
-        names = [str(entry["name"]) for entry in self.plan.listeners]
-        number = 0
-        if len(names) > 1:
-            chosen = st.radio("Listener", range(len(names)), format_func=names.__getitem__, horizontal=True)
-            number = int(chosen or 0)
-        self.database = self.databases[number]
-        self.suffix = f" {number}" if number else ""
-        self.listener = self.database.listener
-        self.memory = st.session_state.setdefault(f"listener {number}", {})
-        words = self.database.words or self.listener.kind
-        parts = [self.plan.service, f"dataset {self.plan.dataset}" if self.plan.config else None]
-        parts += [f"{words} database {os.path.basename(self.listener.database)}"]
-        st.caption(" · ".join(_markdown(part) for part in parts if part))
+    def visits_of(self, token: str) -> list[Visit]:
+        """What a visitor has who comes back, as with a reload of the page, or is new."""
+        if token not in self.visits:
+            first, self.first = self.first, []
+            is_fresh = first and time.monotonic() - first[0].began < AUDIT_FRESH_SECONDS
+            self.visits[token] = first if is_fresh else self.visit()
+        return self.visits[token]
 
-    def _load(self) -> None:
-        """Read the file, the tables and the changes, each once; the slow ones at the same time."""
-        memory = self.memory
-        if "entries" not in memory:
-            memory.update(file=None, entries=[], counts={}, examples={}, file_problem="")
-            self._read_file()
-        slow: dict[str, Callable[[], Any]] = {}
-        if "tables" not in memory:
-            slow["tables"] = self.database.early or self.database.tables
-        if self.read_changes is not None and "changes" not in self.st.session_state:
-            slow["changes"] = self.read_changes
-        if slow:
-            with self.st.spinner("Looking at the database and at what changed ..."):
-                found = {name: _attempt(work) for name, work in [(n, Aside(w)) for n, w in slow.items()]}
-            if "tables" in found:
-                memory["tables"] = self._without_audit_table(found["tables"])
-            if "changes" in found:
-                self.st.session_state["changes"] = found["changes"]
 
-    def _without_audit_table(self, found: Any) -> Any:
-        """The tables without the one that the worker itself fills."""
-        if isinstance(found, SandboxError):
-            return found
-        own = self.listener.table
-        schemas = (self.listener.schema, self.listener.database, "main")
-        return [table for table in found if table.name != own or table.schema not in schemas]
+class Visit:
+    """What one visitor has of one listener: its tables, what changed, the rules in the file and those chosen.
 
-    def _read_file(self) -> None:
-        memory = self.memory
-        if self.plan.config is None:
-            memory["file_problem"] = "There is no plato-config.yml here to save to; copy the YAML instead."
-            return
+    tables, changes: what was read, or the error; changes is None without a sandbox. text: of the config, None
+    without one, where `problem` says why; saved: the rules in it. ticks: the rules chosen; drawn: those that
+    the grid was drawn with, for the `turn`-th time. recording: what had changed before.
+    """
+
+    def __init__(self, plan: AuditPlan, database: Database, changes: Aside) -> None:
+        self.plan = plan
+        self.database = database
+        self.schema = database.schema
+        self.saved: list[Any] = []
+        self.ticks: set[Tick] = set()
+        self.turn = 0
+        self.recording: Sequence[Mutation] | None = None
+        self.recorded: Changes | None = None
+        self.look(changes)
+
+    def look(self, changes: Aside | None = None) -> None:
+        """Read everything anew; choices that were made stay, on top of what the file has now."""
+        self.said: tuple[bool, str] | None = None
+        self.began = time.monotonic()
+        self._reading = [Aside(self.database.tables), changes or Aside(self.plan.read_changes)]
+        self.examples: dict[str, Any] = {}
+        before = self.saved_ticks()
+        self.text: str | None = None
+        self.problem = "There is no plato-config.yml here to save to; copy the YAML instead."
         try:
-            memory["file"] = RulesFile(self.plan.config, self.plan.dataset, self.listener.name)
-            memory["entries"] = list(memory["file"].entries)
+            if self.plan.config is not None:
+                text = read_text(self.plan.config)
+                self.saved = rules_in(
+                    text, self.plan.config_name, self.plan.dataset, self.database.listener.name
+                )
+                self.text = text
         except SandboxError as error:
-            memory["file_problem"] = error.message
+            self.problem = error.message
+        self.begin((self.saved_ticks() - (before - self.ticks)) | (self.ticks - before))
+
+    def settle(self) -> None:
+        """Wait for what is being read."""
+        if self._reading:
+            found: Any
+            self.tables, found = (_attempt(work) for work in self._reading)
+            self._reading = []
+            if not isinstance(found, SandboxError):
+                found = found.get(self.database.listener.name)
+            self.changes = Changes(found, self.schema) if isinstance(found, list) else found
+
+    def saved_ticks(self) -> set[Tick]:
+        return {tick for entry in self.saved for tick in ticks_of(entry, self.schema)}
 
     @property
     def entries(self) -> list[Any]:
         """The rules as they are chosen now."""
-        return list(self.memory["entries"])
+        return entries_with(self.saved, self.ticks, self.schema)
 
-    def _choose(self, change: Callable[..., list[Any]], *words: Any) -> None:
-        """Take a changed list of rules; called by buttons before the page is drawn again."""
-        self.memory["entries"] = change(self.entries, *words)
-        self.memory.pop("saved", None)
+    @property
+    def shown(self) -> Changes | SandboxError | None:
+        """The changes to be looked at: all, or what happened during a recording."""
+        return self.changes if self.recorded is None else self.recorded
 
-    def _tables(self) -> list[Table]:
-        found = self.memory.get("tables")
-        return found if isinstance(found, list) else []
+    def begin(self, ticks: Iterable[Tick]) -> None:
+        """Choose these rules, and have the grid drawn with them."""
+        self._choose(set(ticks))
+        self.drawn = frozenset(self.ticks)
+        self.turn += 1
 
-    def _mutations(self) -> list[Mutation] | SandboxError | None:
-        """What changed in this listener's database; None without a sandbox."""
-        changes = self.st.session_state.get("changes")
-        if changes is None or isinstance(changes, SandboxError):
-            return changes
-        return list(changes.get(self.listener.name) or [])
+    def tick(self, edits: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take what was ticked in the grid since it was drawn, by row."""
+        ticks = set(self.drawn)
+        for row, cells in edits.items():
+            (ticks.add if cells.get("Ignore") else ticks.discard)(self.rows[row])
+        self._choose(ticks)
 
-    # What changed
+    def _choose(self, ticks: set[Tick]) -> None:
+        if ticks != self.ticks:
+            self.ticks, self.said = ticks, None
 
-    def _show_changes(self) -> None:
-        st = self.st
-        mutations = self._mutations()
-        if mutations is None:
-            return
-        st.subheader("What changed", anchor="changes")
-        if isinstance(mutations, SandboxError):
-            st.info(_told(mutations), icon=":material/info:")
-            st.button("Look again", on_click=self._forget_changes, key="refresh")
-            return
-        mutations = self._recorded(mutations)
-        self._show_controls()
-        if not mutations:
-            recorded = "recorded" in self.memory
-            st.success("Nothing changed meanwhile." if recorded else "No changes since the last reset.")
-            return
-        groups = changes_by_table(mutations)
-        self._show_effect(mutations)
-        st.html(changes_picture(groups, self.entries))
-        self._show_groups(mutations)
+    def edit(self) -> tuple[str, list[str]]:
+        """What the file would be with these rules, and which other listeners they would change for."""
+        place = self.plan.config_name, self.plan.dataset, self.database.listener.name
+        return edit_rules(self.text or "", *place, self.entries)
 
-    def _forget_changes(self) -> None:
-        self.st.session_state.pop("changes", None)
+    def save(self) -> None:
+        """Write the rules into the file; `said` is how that went."""
+        try:
+            edited, _ = self.edit()
+            replace_text(self.plan.config or "", self.text or "", edited)
+            self.text, self.saved = edited, self.entries
+            self.said = True, "Saved. `start-worker --wait` gives the rules to the worker."
+        except SandboxError as error:
+            self.said = False, _told(error)
 
-    def _show_controls(self) -> None:
-        st = self.st
-        with st.container(horizontal=True, vertical_alignment="center"):
-            if "recording" in self.memory:
-                st.button(
-                    "Stop and show what happened", key="stop", type="primary", on_click=self._stop_recording
-                )
-                place = f"[the application]({self.plan.url})" if self.plan.url else "the application"
-                st.markdown(f":red[●] Recording. Do something in {place}, then stop.")
-                return
-            st.button("Look again", key="refresh", icon=":material/refresh:", on_click=self._forget_changes)
-            st.button(
-                "Record",
-                key="record",
-                icon=":material/radio_button_checked:",
-                on_click=self._start_recording,
-                help="See only what one thing that you do in the application changes",
-            )
-            if "recorded" in self.memory:
-                st.button("Show all changes", key="all", on_click=lambda: self.memory.pop("recorded"))
+    def look_into(self, name: str, table: Table) -> list[Sequence[str | None]] | SandboxError:
+        """Rows of a table, read once; or the error."""
+        if name not in self.examples:
+            self.examples[name] = _attempt(Aside(functools.partial(self.database.examples, table)))
+        found: list[Sequence[str | None]] | SandboxError = self.examples[name]
+        return found
 
-    def _start_recording(self) -> None:
+    def record(self) -> None:
         """Note what has changed so far, as it is now and not as the page shows it."""
-        self._look_again()
-        found = self._mutations()
-        self.memory.pop("recorded", None)
-        if isinstance(found, list):
-            self.memory["recording"] = found
+        self.look()
+        self.settle()
+        self.recorded = None
+        if isinstance(self.changes, Changes):
+            self.recording = self.changes.mutations
 
-    def _stop_recording(self) -> None:
-        self._look_again()
-        found = self._mutations()
-        if isinstance(found, list):
-            keys = {table.name: [name for name, _, key in table.columns if key] for table in self._tables()}
-            known = {name: names for name, names in keys.items() if names}
-            self.memory["recorded"] = changes_between(self.memory.pop("recording"), found, known)
+    def stop_recording(self) -> None:
+        self.look()
+        self.settle()
+        if isinstance(self.changes, Changes) and self.recording is not None:
+            happened = changes_between(self.recording, self.changes.mutations, self._row_key)
+            self.recorded, self.recording = Changes(happened, self.schema), None
 
-    def _look_again(self) -> None:
-        self._forget_changes()
-        self._load()
+    def show_all(self) -> None:
+        self.recorded = None
 
-    def _recorded(self, mutations: list[Mutation]) -> list[Mutation]:
-        if "recording" not in self.memory and "recorded" in self.memory:
-            self.st.caption("Only what happened during the recording")
-            return list(self.memory["recorded"])
-        return mutations
+    def _row_key(self, mutation: Mutation) -> str:
+        """What tells a row from all others: its table, and its primary key, `id`, or else the whole row."""
+        import json
 
-    def _show_effect(self, mutations: Sequence[Mutation]) -> None:
-        left = len(remaining(mutations, self.entries))
-        columns = self.st.columns(3)
-        columns[0].metric("Changes", f"{len(mutations):,}")
-        columns[1].metric("Hidden by the rules", f"{len(mutations) - left:,}")
-        columns[2].metric("Remaining", f"{left:,}")
-        file = self.memory["file"]
-        if file is not None and self.entries != file.entries:
-            self.st.markdown(":orange[●] Rules are chosen and not saved yet: [look at them and save](#rules)")
+        name, row = table_of(mutation, self.schema), mutation.before or mutation.after
+        table = self.tables.get(name) if isinstance(self.tables, dict) else None
+        keys = [column for column, _, is_key in table.columns if is_key] if table else []
+        known = {key: row[key] for key in keys or ["id"] if key in row}
+        return json.dumps([name, known or row or mutation.raw], sort_keys=True, default=str)
 
-    def _show_groups(self, mutations: Sequence[Mutation]) -> None:
-        st = self.st
-        left = remaining(mutations, self.entries)
-        groups = changes_by_table(left)
-        shown = len(groups) if self.memory.get("show all") else SHOWN_GROUPS
-        for group in groups[:shown]:
-            with st.container(border=True):
-                st.html(changes_table(group))
-                self._show_choices(group)
-        if len(groups) > shown:
-            words = f"Show {counted(len(groups) - shown, 'more table')}"
-            st.button(words, key="more", on_click=self.memory.update, args=({"show all": True},))
-        if not left:
-            st.success("The rules hide every change: `state -v` would pass.", icon=":material/check_circle:")
+    def grid(self, only_changed: bool, words: str) -> list[dict[str, Any]]:
+        """A row for each table and one for each column, what changed most first; `rows` has their ticks.
 
-    def _show_choices(self, group: TableChanges) -> None:
-        """The buttons under a table's changes, that of the suggested rule first."""
-        table, names = group.table, list(group.columns)
-        words = f"Ignore {_markdown(names[0])}" if len(names) == 1 else f"Ignore these {len(names)} columns"
-        buttons: list[tuple[str, str, tuple[Any, ...]]] = [
-            ("Ignore the whole table", f"table {table}", (with_table, table))
+        only_changed: no others, but for those with a rule; words: only those with a name that has them in it.
+        """
+        tables = self.tables if isinstance(self.tables, dict) else {}
+        changes = self.shown if isinstance(self.shown, Changes) else Changes([], "")
+        counts = changes.counts
+        kinds: dict[Tick, str] = {}
+        for name, table in tables.items():
+            kinds[name, WHOLE] = ""
+            kinds.update(((name, column), kind) for column, kind, _ in table.columns)
+        missing = "not in the database" if tables else ""
+        kinds.update(dict.fromkeys(sorted({*counts, *self.drawn} - set(kinds)), missing))
+        self.rows = [
+            place
+            for place in kinds
+            if (counts.get(place) or place in self.drawn or not only_changed)
+            and any(words in name.lower() for name in place)
         ]
-        if names:
-            buttons.append((words, f"columns {table}", (with_columns, table, names)))
-        if not isinstance(group.suggestion, str):
-            buttons.reverse()
-        with self.st.container(horizontal=True):
-            for label, key, words_of_rule in buttons:
-                self.st.button(label, key=key, on_click=self._choose, args=words_of_rule)
-
-    # The tables
-
-    def _show_tables(self) -> None:
-        st = self.st
-        st.subheader("Tables", anchor="tables")
-        found = self.memory["tables"]
-        if isinstance(found, SandboxError):
-            st.error(_told(found), icon=":material/database_off:")
-            st.button("Try again", key="again", on_click=lambda: self.memory.pop("tables"))
-            return
-        tables = self._matching(found)
-        if not tables:
-            st.caption("No table matches." if found else "The database has no tables.")
-            return
-        several = len({table.schema for table in found}) > 1
-        chosen = self._list_tables(tables, several)
-        names = [table_title(table, several) for table in tables]
-        key = "look" + self.suffix
-        if chosen is not None:
-            st.session_state[key] = names[chosen]
-        elif st.session_state.get(key) not in names:
-            st.session_state.pop(key, None)
-        name = st.selectbox("Look into", names, index=None, key=key, placeholder="Choose a table")
-        if name in names:
-            self._show_table(tables[names.index(name)])
-        self._show_common_columns(found)
-
-    def _matching(self, found: Sequence[Table]) -> list[Table]:
-        st = self.st
-        schemas = sorted({table.schema for table in found})
-        chosen = None
-        left, right = st.columns([2, 1], vertical_alignment="bottom") if len(schemas) > 1 else (st, st)
-        words = left.text_input(
-            "Search", key="search" + self.suffix, placeholder="Part of a table's or a column's name"
+        self.rows.sort(
+            key=lambda at: (-counts.get((at[0], WHOLE), 0), at[0], at[1] != WHOLE, -counts.get(at, 0))
         )
-        if len(schemas) > 1:
-            start = schemas.index(self.listener.schema) + 1 if self.listener.schema in schemas else 0
-            chosen = right.selectbox(
-                "Schema", ["all schemas", *schemas], index=start, key="schema" + self.suffix
-            )
-        needle = (words or "").strip().lower()
         return [
-            table
-            for table in found
-            if (chosen in (None, "all schemas", table.schema))
-            and any(needle in name.lower() for name in (table.name, *table.column_names()))
+            {
+                "Ignore": place in self.drawn,
+                "Table": printable(place[0]),
+                "Column": printable(place[1]) or "(whole table)",
+                "Changes": counts.get(place, 0),
+                "What happened": changes.told(place),
+                "Type": printable(kinds[place]),
+            }
+            for place in self.rows
         ]
 
-    def _list_tables(self, tables: Sequence[Table], several: bool) -> int | None:
-        """The list of tables; the number of the one that was clicked just now."""
-        rows = []
-        for table in tables[:SHOWN_LISTED]:
-            exact = self.memory["counts"].get((table.schema, table.name))
-            rows.append(
-                {
-                    **({"Schema": printable(table.schema)} if several else {}),
-                    "Table": printable(table.name),
-                    "Rows, about": exact if exact is not None else table.rows,
-                    "Columns": len(table.columns),
-                    "Kind": table.kind,
-                    "Rule": self._rule_of(table),
-                }
-            )
-        event = self.st.dataframe(
-            rows,
-            hide_index=True,
-            height=min(330, 38 + 35 * len(rows)),
-            on_select="rerun",
-            selection_mode="single-row",
-            column_config={"Rows, about": self.st.column_config.NumberColumn(format="localized")},
-            key=f"list {len(tables)} {tables[0].name}" + self.suffix,
-        )
-        more = len(tables) - len(rows)
-        about = f"{len(tables):,} tables and views" + (f", the first {len(rows):,} shown" if more else "")
-        self.st.caption(f"{about}. Rows are the database's own estimates; counting is one click, below.")
-        picked = list(event.selection.rows)
-        previous, self.memory["picked"] = self.memory.get("picked"), picked
-        return picked[0] if picked and picked != previous else None
 
-    def _rule_of(self, table: Table) -> str:
-        """What the rules ignore of a table: "", "ignored" or some columns."""
-        columns: list[str] = []
-        for target in filter(None, map(rule_target, self.entries)):
-            if target[0] in (table.name, f"{table.schema}.{table.name}"):
-                if target[1] is None:
-                    return "ignored"
-                columns += target[1]
-        return f"ignored: {', '.join(columns)}" if columns else ""
-
-    def _show_table(self, table: Table) -> None:
-        st, key = self.st, (table.schema, table.name)
-        with st.container(border=True):
-            exact = self.memory["counts"].get(key)
-            rows = f"{exact:,} rows" if isinstance(exact, int) else "rows not known"
-            if exact is None and table.rows is not None:
-                rows = f"about {table.rows:,} rows"
-            st.html(
-                f'<div class="pa-head">{html_of(table.name)} <span>{html_of(table.kind)}, {rows}</span></div>'
-            )
-            self._show_columns(table, self.memory["examples"].get(key))
-            with st.container(horizontal=True):
-                for word, label, work in (
-                    ("examples", "Show example values", self.database.examples),
-                    ("counts", "Count the rows", self.database.count),
-                ):
-                    known = key in self.memory[word]
-                    if not known:
-                        st.button(label, key=word, on_click=self._ask, args=(word, table, work))
-            self._show_column_choice(table)
-        problem = self.memory.pop("problem", None)
-        if problem is not None:
-            st.warning(_told(problem))
-
-    def _ask(self, word: str, table: Table, work: Callable[[Table], Any]) -> None:
-        """Ask the database something about a table, and remember the answer."""
-        answer = _attempt(Aside(lambda: work(table)))
-        if isinstance(answer, SandboxError):
-            self.memory["problem"] = answer
-        else:
-            self.memory[word][table.schema, table.name] = answer
-
-    def _show_columns(self, table: Table, examples: Sequence[Sequence[str | None]] | None) -> None:
-        rows = []
-        for number, (name, kind, is_key) in enumerate(table.columns):
-            row = {
-                "Column": printable(name),
-                "Type": printable(kind)[:60],
-                "Key": "primary" if is_key else "",
-            }
-            if examples is not None:
-                values = dict.fromkeys(row[number] for row in examples)
-                shown = ["NULL" if value is None else printable(value) for value in list(values)[:3]]
-                row["Examples"] = " · ".join(shown) if examples else "(no rows)"
-            rows.append(row)
-        self.st.dataframe(
-            rows, hide_index=True, height=min(300, 38 + 35 * len(rows)), key="shown columns" + self.suffix
-        )
-
-    def _show_column_choice(self, table: Table) -> None:
-        st = self.st
-        chosen = st.multiselect(
-            "Ignore only some of its columns",
-            table.column_names(),
-            key=f"some {table.schema} {table.name}" + self.suffix,
-        )
-        with st.container(horizontal=True):
-            if chosen:
-                words = "Ignore this column" if len(chosen) == 1 else f"Ignore these {len(chosen)} columns"
-                args = (with_columns, table.name, chosen)
-                st.button(words, key="ignore columns", type="primary", on_click=self._choose, args=args)
-            st.button(
-                "Ignore the whole table",
-                key="ignore table",
-                on_click=self._choose,
-                args=(with_table, table.name),
-            )
-
-    def _show_common_columns(self, tables: Sequence[Table]) -> None:
-        """One rule for a column that many tables have, `updated_at` say."""
-        st = self.st
-        having: dict[str, list[str]] = {}
-        for table in tables:
-            if table.kind not in ("view", "materialized view") and table.schema in (
-                self.listener.schema,
-                tables[0].schema,
-            ):
-                for name in table.column_names():
-                    having.setdefault(name, []).append(table.name)
-        common = sorted(
-            (name for name in having if len(having[name]) > 1), key=lambda name: -len(having[name])
-        )
-        if not common:
-            return
-        with st.expander("Ignore a column in every table that has it"):
-            words = {name: f"{printable(name)} ({len(having[name])} tables)" for name in common}
-            chosen = st.selectbox(
-                "Column", common, index=None, format_func=words.get, key="common" + self.suffix
-            )
-            if chosen:
-                args = (with_column_everywhere, chosen, sorted(set(having[chosen])))
-                label = f"Ignore it in {len(having[chosen])} tables"
-                st.button(label, key="everywhere", type="primary", on_click=self._choose, args=args)
-
-    # The rules, and the way into the file
-
-    def _show_rules(self) -> None:
-        st = self.st
-        st.subheader("Rules", anchor="rules")
-        if not self.entries:
-            st.caption("No rules yet: every change counts.")
-        found = self._mutations()
-        mutations = found if isinstance(found, list) else []
-        for number, entry in enumerate(self.entries):
-            self._show_rule(number, entry, mutations)
-        self._show_saving()
-        with st.expander("The rules as YAML, to copy"):
-            st.code(rules_text(self.entries), language="yaml")
-
-    def _show_rule(self, number: int, entry: Any, mutations: Sequence[Mutation]) -> None:
-        st = self.st
-        hidden = sum(ignores(entry, mutation) for mutation in mutations)
-        trouble = rule_trouble(entry, self._tables()) if self._tables() else ""
-        file = self.memory["file"]
-        notes = ["new"] if file is not None and entry not in file.entries else []
-        notes += [f"hides {counted(hidden, 'change')}"] if hidden else []
-        left, right = st.columns([6, 1], vertical_alignment="center")
-        mark = f' <span class="pa-warn">{html_of(trouble)}</span>' if trouble else ""
-        told = html_of(", ".join(notes))
-        left.html(f'<div>{html_of(rule_words(entry))}<span class="pa-quiet"> {told}</span>{mark}</div>')
-        args = (_without_number, number)
-        right.button("Remove", key=f"remove {number}", type="tertiary", on_click=self._choose, args=args)
-
-    def _show_saving(self) -> None:
-        st, file = self.st, self.memory["file"]
-        saved = self.memory.get("saved")
-        if saved is not None:
-            (st.success if saved[0] else st.error)(saved[1])
-        if file is None:
-            st.caption(_markdown(self.memory["file_problem"]))
-            return
-        if self.entries == file.entries:
-            if saved is None:
-                st.caption(f"{_markdown(file.name)} has these rules.")
-            return
-        try:
-            diff, shared = file.diff(self.entries), file.edit(self.entries).shared
-        except SandboxError as error:
-            st.error(_told(error))
-            return
-        st.markdown("**What saving changes in the file**")
-        st.code(diff, language="diff")
-        if shared:
-            st.warning(
-                f"These listeners take their rules from the same place, and change too: {', '.join(shared)}."
-            )
-        with st.container(horizontal=True):
-            st.button(f"Save to {file.name}", key="save", type="primary", on_click=self._save)
-            st.button("Discard", key="discard", on_click=self._discard)
-            if saved is not None and not saved[0]:
-                st.button("Load the file again", key="reload", on_click=self._reload)
-
-    def _save(self) -> None:
-        file = self.memory["file"]
-        try:
-            file.save(self.entries)
-        except SandboxError as error:
-            self.memory["saved"] = False, _told(error)
-            return
-        steps = "`start-worker --wait` gives them to the worker, and `reset` starts from a clean state."
-        self.memory["entries"] = list(file.entries)
-        self.memory["saved"] = True, f"Saved. {steps}"
-
-    def _discard(self) -> None:
-        self.memory["entries"] = list(self.memory["file"].entries)
-        self.memory.pop("saved", None)
-
-    def _reload(self) -> None:
-        """Read the file anew, and make the same choices in it again."""
-        file, chosen = self.memory["file"], self.entries
-        old = list(file.entries)
-        try:
-            file.read()
-        except SandboxError as error:
-            self.memory["saved"] = False, _told(error)
-            return
-        self.memory["entries"] = with_changes_between(file.entries, old, chosen)
-        self.memory.pop("saved", None)
-
-
-def _without_number(entries: Sequence[Any], number: int) -> list[Any]:
-    return [entry for position, entry in enumerate(entries) if position != number]
+AUDIT_FRESH_SECONDS = 10.0
 
 
 def _attempt(work: Aside) -> Any:
@@ -10373,8 +9462,231 @@ def _attempt(work: Aside) -> Any:
         return error
 
 
-def table_title(table: Table, several: bool) -> str:
-    return f"{table.schema}.{table.name}" if several else table.name
+# The page: drawn by Streamlit, top to bottom, each time something is clicked
+
+_AUDIT_STYLE = """
+<style>
+[data-testid="stMainBlockContainer"] { max-width: 72rem; padding-top: 2.5rem; padding-bottom: 1rem; }
+[data-testid="stMainBlockContainer"] h1 { font-size: 2rem; padding-bottom: 0; }
+button[data-testid="stBaseButton-primary"] { background: #3b70c4; border-color: #3b70c4; }
+button[data-testid="stBaseButton-primary"]:hover { background: #2f5ea8; border-color: #2f5ea8; }
+div:has(> .st-key-save) { position: sticky; bottom: 0; padding: .8rem 0 1.2rem; z-index: 9;
+  backdrop-filter: blur(16px); }
+.bars { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr max-content;
+  gap: .35rem .9rem; align-items: center; font-size: .9rem; }
+.bars .name { overflow-wrap: anywhere; max-width: 18rem; }
+.bars .bar { display: flex; height: .8rem; gap: 2px; }
+.bars .bar i { min-width: 3px; border-radius: 2px; }
+.bars .count { font-variant-numeric: tabular-nums; opacity: .75; text-align: right; }
+.key { display: flex; flex-wrap: wrap; gap: 1.1rem; margin-top: .8rem; font-size: .8rem; opacity: .8; }
+.key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem; }
+i.inserted { background: #2f9e68; } i.updated { background: #4b83d6; }
+i.deleted { background: #d2574d; } i.other { background: #8a8f98; } i.hidden { opacity: .28; }
+</style>
+"""
+_KINDS = ("inserted", "updated", "deleted", "other")
+SHOWN_BARS = 10
+
+
+def changes_picture(changes: Changes, ticks: Collection[Tick]) -> str:
+    """Bars, as HTML: which tables changed how often, what the rules hide in a fainter shade."""
+    import html
+
+    left = changes.remaining(ticks)
+    tables: dict[str, dict[str, int]] = {}
+    for what, number in changes.kinds.items():
+        bars = tables.setdefault(what[0], {})
+        shade = what[1] if what in left else f"{what[1]} hidden"
+        bars[shade] = bars.get(shade, 0) + number
+    order = sorted(tables, key=lambda name: (-sum(tables[name].values()), name))
+    most = sum(tables[order[0]].values())
+    rows = ""
+    for name in order[:SHOWN_BARS]:
+        shades = (shade for kind in _KINDS for shade in (kind, f"{kind} hidden") if shade in tables[name])
+        widths = ((shade, 100 * tables[name][shade] / most) for shade in shades)
+        bar = "".join(f'<i class="{shade}" style="width:{width:.1f}%"></i>' for shade, width in widths)
+        rows += (
+            f'<div class="name">{html.escape(printable(name))}</div><div class="bar">{bar}</div>'
+            f'<div class="count">{sum(tables[name].values()):,}</div>'
+        )
+    kinds = [kind for kind in _KINDS if any(kind in counts for counts in changes.tables.values())]
+    key = "".join(f'<span><i class="{kind}"></i>{kind}</span>' for kind in kinds)
+    if len(left) < len(changes.kinds):
+        key += '<span><i class="other hidden"></i>faint: hidden by the rules</span>'
+    if len(order) > SHOWN_BARS:
+        key += f"<span>and {counted(len(order) - SHOWN_BARS, 'more table')}</span>"
+    return f'<div class="bars">{rows}</div><div class="key">{key}</div>'
+
+
+def show_audit_page(plan: AuditPlan) -> None:
+    """Draw the page for whoever looks at it; a choice outlives a reload by a word in the page's address."""
+    import secrets
+
+    import streamlit as st
+
+    st.set_page_config(page_title=f"Ignore rules: {plan.service or 'database'}", layout="wide")
+    st.html(_AUDIT_STYLE)
+    if "visit" not in st.query_params:
+        st.query_params["visit"] = secrets.token_hex(8)
+    visits = plan.visits_of(st.query_params["visit"])
+    st.title("Ignore rules")
+    number = 0
+    if len(visits) > 1:
+        names = [_markdown(visit.database.listener.name) for visit in visits]
+        number = st.radio("Listener", range(len(names)), 0, names.__getitem__, horizontal=True) or 0
+    visit, listener = visits[number], visits[number].database.listener
+    with st.spinner("Looking at the database and at what changed ..."):
+        visit.settle()
+    parts = [plan.service, f"dataset {plan.dataset}" if plan.config else None]
+    parts.append(
+        f"{_DATABASES.get(listener.kind, listener.kind)} database {os.path.basename(listener.database)}"
+    )
+    parts.append(counted(len(visit.tables), "table") if isinstance(visit.tables, dict) else None)
+    st.caption(" · ".join(_markdown(part) for part in parts if part))
+    grid = st.session_state.get(f"grid {number} {visit.turn}")
+    if grid is None:  # it was not drawn in the last run
+        visit.begin(visit.ticks)
+    else:
+        visit.tick(grid["edited_rows"])
+    _show_controls(visit)
+    _show_changes(visit)
+    _show_grid(visit, number)
+    _show_rules(visit)
+
+
+def _show_controls(visit: Visit) -> None:
+    import streamlit as st
+
+    with st.container(horizontal=True, vertical_alignment="center"):
+        if visit.recording is not None:
+            words = "Stop and show what happened"
+            st.button(words, key="stop", type="primary", on_click=visit.stop_recording)
+            url = visit.plan.url
+            place = f"[the application]({url})" if url else "the application"
+            st.markdown(f":red[●] Recording. Do something in {place}, then stop.")
+            return
+        st.button("Look again", key="look", icon=":material/refresh:", on_click=visit.look)
+        if isinstance(visit.changes, Changes):
+            words = "See only what one thing that you do in the application changes"
+            icon = ":material/radio_button_checked:"
+            st.button("Record", key="record", icon=icon, on_click=visit.record, help=words)
+        if visit.recorded is not None:
+            st.button("Show all changes", key="all", on_click=visit.show_all)
+            st.caption("Only what happened during the recording")
+
+
+def _show_changes(visit: Visit) -> None:
+    """How much changed, and how much of it the rules hide."""
+    import streamlit as st
+
+    found = visit.shown
+    if isinstance(found, SandboxError):
+        known = isinstance(visit.tables, SandboxError)  # why, and what to do
+        st.info(_told(found, hint=not known), icon=":material/info:")
+    elif found is not None and not found.kinds:
+        recorded = visit.recorded is not None
+        st.success("Nothing changed meanwhile." if recorded else "No changes since the last reset.")
+    elif found is not None:
+        total, left = (sum(kinds.values()) for kinds in (found.kinds, found.remaining(visit.ticks)))
+        numbers = {"Changes": total, "Hidden by the rules": total - left, "Remaining": left}
+        with st.container(horizontal=True, gap="large"):
+            for label, number in numbers.items():
+                st.metric(label, f"{number:,}", width="content")
+        st.html(changes_picture(found, visit.ticks))
+        if not left:
+            words = "The rules hide every change: `state -v` would pass."
+            st.success(words, icon=":material/check_circle:")
+
+
+def _show_grid(visit: Visit, number: int) -> None:
+    import streamlit as st
+
+    if isinstance(visit.tables, SandboxError):
+        st.error(_told(visit.tables), icon=":material/database_off:")
+    changes = visit.shown if isinstance(visit.shown, Changes) else Changes([], "")
+    redraw: dict[str, Any] = {"on_change": lambda: visit.begin(visit.ticks)}
+    with st.container(horizontal=True, vertical_alignment="center"):
+        only = bool(changes.kinds) and st.toggle("Only what changed", True, key=f"only {number}", **redraw)
+        hint = "Search: part of a table's or a column's name"
+        words = st.text_input(
+            "Search", key=f"search {number}", placeholder=hint, label_visibility="collapsed", **redraw
+        )
+    words = words.strip().lower()
+    rows = visit.grid(only and not words, words)
+    if rows:
+        column = st.column_config
+        st.data_editor(
+            rows,
+            key=f"grid {number} {visit.turn}",
+            hide_index=True,
+            height=min(460, 38 + 35 * len(rows)),
+            disabled=list(rows[0])[1:],
+            column_config={
+                "Ignore": column.CheckboxColumn(width="small"),
+                "Changes": column.NumberColumn(width="small", format="localized"),
+                "What happened": column.TextColumn(width="large"),
+            },
+        )
+    else:
+        st.caption("Nothing here has such a name." if words else "There are no tables.")
+    tables = visit.tables if isinstance(visit.tables, dict) else {}
+    name: str | None
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        more, label = changes.noise(visit.ticks), "Ignore all that remains"
+        if words:
+            more = {place for place in visit.rows if words in place[1].lower()} - visit.ticks
+            label = f"Ignore {'this column' if len(more) == 1 else f'these {len(more)} columns'}"
+        if more:
+            st.button(label, key="more", on_click=visit.begin, args=(visit.ticks | more,))
+        name = st.selectbox("Look into a table", list(tables), None, printable, key=f"into {number}")
+    if name is not None and name in tables:
+        _show_examples(visit, name, tables[name])
+
+
+def _show_examples(visit: Visit, name: str, table: Table) -> None:
+    import streamlit as st
+
+    found = visit.look_into(name, table)
+    if isinstance(found, SandboxError):
+        st.warning(_told(found))
+        return
+    names = [printable(column) for column, _, _ in table.columns]
+    cells = [["NULL" if value is None else printable(str(value)) for value in row] for row in found]
+    st.dataframe([dict(zip(names, row)) for row in cells or [[""] * len(names)]], hide_index=True)
+
+
+def _show_rules(visit: Visit) -> None:
+    """The rules, and the way into the file, which stays in view while there is something to save."""
+    import streamlit as st
+
+    name = _markdown(visit.plan.config_name)
+    st.code(rules_text(visit.entries), language="yaml")
+    if visit.text is None:
+        st.caption(_markdown(visit.problem))
+        return
+    try:
+        edited, shared = visit.edit()
+    except SandboxError as error:
+        st.error(_told(error))
+        return
+    changed = edited != visit.text
+    if changed:
+        st.code(difference_of(visit.text, edited), language="diff")
+    elif visit.said is None:
+        st.caption(f"{name} has these rules.")
+        return
+    with st.container(key="save"):
+        if visit.said is not None:
+            (st.success if visit.said[0] else st.error)(visit.said[1])
+        if changed:
+            with st.container(horizontal=True, vertical_alignment="center"):
+                st.button(f"Save to {name}", key="save it", type="primary", on_click=visit.save)
+                st.button("Discard", key="discard", on_click=visit.begin, args=(visit.saved_ticks(),))
+                if shared:
+                    st.caption(f"The same list, so they change too: {_markdown(', '.join(shared))}")
+
+
+_DATABASES = {"postgresql": "PostgreSQL", "mysql": "MySQL", "sqlite": "SQLite"}
 
 
 def _markdown(text: str) -> str:
@@ -10382,112 +9694,66 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|$:~])", r"\\\1", printable(text))
 
 
-def _told(error: SandboxError) -> str:
+def _told(error: SandboxError, hint: bool = True) -> str:
     """An error and its hint, for the page."""
-    return _markdown(error.message) + (f"  \n{_markdown(error.hint)}" if error.hint else "")
+    return _markdown(error.message) + (f"  \n{_markdown(error.hint)}" if error.hint and hint else "")
 
 
-# The server: Streamlit as a child process, whose page is this file
+# The server: Streamlit in this process
 
 
-AUDIT_PAGE = "plato_sandbox_audit_page"  # the module whose `audit_page` the page is, while one is served
-AUDIT_START_SECONDS = 60.0
+AUDIT_PAGE = "plato_sandbox_audit_page"  # the module whose `show` draws the page, while one is served
 STREAMLIT_OPTIONS = {
-    "server.headless": "true",
     "server.address": "127.0.0.1",
     "server.fileWatcherType": "none",
-    "server.runOnSave": "false",
-    "browser.gatherUsageStats": "false",
+    "server.headless": True,
+    "browser.gatherUsageStats": False,
     "browser.serverAddress": "127.0.0.1",
     "client.toolbarMode": "minimal",
     "client.showErrorDetails": "none",
-    "client.showSidebarNavigation": "false",
-    "global.developmentMode": "false",
-    "runner.magicEnabled": "false",
-    "logger.level": "warning",
+    "client.showSidebarNavigation": False,
+    "global.developmentMode": False,
+    "runner.magicEnabled": False,
+    "logger.level": "error",
 }
 
 
-class AuditServer:
-    """The process that serves the page. It ends when this one does, whatever ends that: a pipe joins them."""
+def serve_page(draw: Callable[[], None], port: int, ready: Callable[[], None]) -> int:
+    """Serve a page until a signal comes; its number. ready: called once the page can be asked for."""
+    import asyncio
+    import contextlib
+    import io
+    import signal
+    import tempfile
+    import types
 
-    def __init__(self, plan: AuditPlan, port: int, reporter: Reporter) -> None:
-        import json
-        import subprocess
+    bootstrap = import_package("streamlit.web.bootstrap", "streamlit")
+    bootstrap.load_config_options({**STREAMLIT_OPTIONS, "server.port": port})
+    sys.modules[AUDIT_PAGE] = types.ModuleType(AUDIT_PAGE)
+    sys.modules[AUDIT_PAGE].draw = draw  # type: ignore[attr-defined]
+    signals: list[int] = []
 
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
-        command = [os.path.abspath(sys.executable), own_file(), "audit-server", str(port)]
-        environment = child_environment(os.environ)
-        if "PLATO_API_KEY" in os.environ:  # the page asks Plato what changed; the passwords are in the plan
-            environment["PLATO_API_KEY"] = os.environ["PLATO_API_KEY"]
-        pipe = subprocess.PIPE
-        streams = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.STDOUT}
-        # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-        self._process = launch(command, reporter, env=environment, start_new_session=True, **streams)
-        self._words: list[str] = []
-        self._listening = Aside(functools.partial(self._listen, reporter))
-        stdin: Any = self._process.stdin
-        _feed_line(stdin, json.dumps(vars(plan)).encode() + b"\n")
+    def end(number: int) -> None:
+        signals.append(number)
+        with contextlib.redirect_stdout(io.StringIO()):  # it says that it stops
+            server.stop()
 
-    def _listen(self, reporter: Reporter) -> None:
-        stdout: Any = self._process.stdout
-        for line in stdout:
-            text = line.decode("utf-8", "replace").rstrip()
-            self._words = [*self._words[-20:], text]
-            reporter.trace(printable(text))
+    async def serve() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                asyncio.get_running_loop().add_signal_handler(number, end, number)
+        await server.start()
+        ready()
+        await server.stopped
 
-    def wait_until_ready(self) -> None:
-        """Return when the page can be asked for. SandboxError when the server does not come up."""
-        deadline = time.monotonic() + AUDIT_START_SECONDS
-        while not self._answers():
-            if self._process.poll() is not None:
-                raise self._failure()
-            if time.monotonic() > deadline:
-                raise TimedOutError(f"Streamlit did not start within {AUDIT_START_SECONDS:g} s.")
-            time.sleep(0.05)
-
-    def _answers(self) -> bool:
-        import http.client
-
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", "/_stcore/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
-
-    def wait(self) -> None:
-        """Wait for the server's end, which is never as it should be."""
-        self._process.wait()
-        raise self._failure()
-
-    def _failure(self) -> SandboxError:
-        self._listening.result()
-        words = next((line for line in reversed(self._words) if line.strip()), "no reason given")
-        return SandboxError(f"The page's server ended: {printable(words.strip()).rstrip('.')}.")
-
-    def close(self) -> None:
-        """End the server and whatever it started."""
-        stdin: Any = self._process.stdin
-        try:
-            stdin.close()
-        except OSError:
-            pass
-        _end_group(self._process)
-        self._listening.result()
-        stdout: Any = self._process.stdout
-        stdout.close()
-
-
-def _feed_line(stream: Any, line: bytes) -> None:
-    try:
-        stream.write(line)
-        stream.flush()
-    except BrokenPipeError:
-        pass  # it has ended; `wait_until_ready` says why
+    Aside(functools.partial(__import__, "pandas"))  # the first page needs it
+    with tempfile.TemporaryDirectory() as place:
+        script = os.path.join(place, "page.py")  # Streamlit runs a file anew at each click
+        with open(script, "w", encoding="utf-8") as file:
+            file.write(f"import sys\nsys.modules[{AUDIT_PAGE!r}].draw()\n")
+        server = bootstrap.Server(script, False)
+        asyncio.run(serve())
+    return signals[0]
 
 
 def free_port(wanted: int | None) -> int:
@@ -10503,54 +9769,6 @@ def free_port(wanted: int | None) -> int:
             last = error
     why = reason(last) if last else "there is no such port"
     raise SandboxError(f"No port could be opened for the page: {why}.", hint="Name another one with --port.")
-
-
-def check_audit_packages(plan: AuditPlan) -> None:
-    """SandboxError with the command that installs what is missing, before anything is started."""
-    import importlib.util
-
-    needed = {"streamlit": "streamlit"}
-    for entry in plan.listeners:
-        kind = as_dict(entry["fields"]).get("db_type")
-        if kind in AUDIT_PACKAGES:
-            module, package = AUDIT_PACKAGES[kind]
-            needed[module] = package
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise missing_packages(missing)
-
-
-def serve_audit_page(port: int) -> None:
-    """Run Streamlit in this process, with this file as its page, until it is told to end."""
-    import threading
-
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _import_quietly(("pandas", "pyarrow"))
-    streamlit = import_package("streamlit.web.cli", "streamlit")
-    options = [f"--{name}={value}" for name, value in {**STREAMLIT_OPTIONS, "server.port": port}.items()]
-    streamlit.main(["run", own_file(), *options], prog_name="streamlit", standalone_mode=False)
-
-
-def _import_quietly(modules: Sequence[str]) -> None:
-    """Load what the first page will need before anybody can ask for it."""
-    import importlib
-
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            pass
-
-
-def _end_with_parent() -> None:
-    """End this process when the one at the other side of standard input has ended."""
-    import signal
-
-    while os.read(0, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(2.0)
-    os._exit(143)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -11456,22 +10674,21 @@ def plan_audit(
             raise
     config = sandbox._config(None, dataset, stored=bool(state))
     repair_ssh_config(state, sandbox.settings, sandbox.reporter)
-    listeners = []
+    databases = []
     for name, fields in _audit_listeners(config, listener).items():
-        kind, port = fields.get("db_type"), AuditTable(name, fields).port
-        through = bool(state) and not direct and kind in AUDIT_PACKAGES
-        target = f"{state['job_id']}--{port}" if through else None
-        there = kind == "sqlite" and not direct
-        listeners.append({"name": name, "fields": fields, "target": target, "there": there})
-    for entry in listeners:
-        if entry["target"]:
-            gateway_connection(sandbox.settings, str(entry["target"])).close()
+        at, tunnel = AuditTable(name, fields), None
+        if state and not direct and at.kind in AUDIT_PACKAGES:
+            target = f"{state['job_id']}--{at.port}"
+            gateway_connection(sandbox.settings, target).close()
+            tunnel = Tunnel(sandbox.settings, target)
+        databases.append(Database(at, tunnel, sandbox if state and not direct else None))
+    names = [database.listener.name for database in databases]
     return AuditPlan(
-        listeners,
+        databases,
+        functools.partial(audit_changes, sandbox.directory, names) if state else dict,
         config=config.path or None,
         service=config.service,
         dataset=config.dataset,
-        directory=sandbox.directory if state else None,
         url=as_text(state.get("url")),
     )
 
@@ -11494,29 +10711,29 @@ def _audit_listeners(config: Config, wanted: str | None) -> dict[str, dict[str, 
 
 def _plan_audit_of_url(sandbox: Sandbox, url: str, dataset: str | None, listener: str | None) -> AuditPlan:
     """A database by its address. Its rules are those of the only `db` listener here, or of the one named."""
-    fields, options, open_password = database_url(url, os.environ)
-    if open_password:
+    fields, options = database_url(url, os.environ)
+    if re.search("://[^/@]*:[^/@]", url):
         sandbox.reporter.warn(
             "Others on this machine can see the password in --database-url;"
             " leave it out, and set PGPASSWORD or MYSQL_PWD instead."
         )
-    config = None
+    config, name = None, "database"
     if listener or any(os.path.exists(os.path.join(sandbox.directory, name)) for name in CONFIG_NAMES):
         config = load_config(find_config(sandbox.directory), dataset)
-        names = list(_audit_listeners(config, listener))
-        if len(names) > 1:
+        name, *others = _audit_listeners(config, listener)
+        if others:
             raise UsageError(
                 "The config has several `db` listeners; name the one whose database this is.",
-                hint=f"--listener {' or --listener '.join(names)}",
+                hint=f"--listener {' or --listener '.join([name, *others])}",
             )
-        fields["audit_table_name"] = _audit_listeners(config, listener)[names[0]].get("audit_table_name")
-    name = names[0] if config else "database"
+        own = _audit_listeners(config, name)[name]
+        fields = {**fields, **{key: own[key] for key in ("audit_table_name", "db_schema") if key in own}}
     return AuditPlan(
-        [{"name": name, "fields": fields, "target": None, "there": False, "options": options}],
+        [Database(AuditTable(name, fields), options=options, in_config=False)],
+        dict,
         config=config.path if config else None,
         service=config.service if config else None,
         dataset=config.dataset if config else DEFAULT_DATASET,
-        directory=None,
         url=None,
     )
 
@@ -12584,32 +11801,34 @@ def run_audit_ui(
     output.step("Looking for the databases")
     plan = plan_audit(sandbox, url=database_url, **options)
     sandbox.api.transport.close()
-    check_audit_packages(plan)
-    server = None
+    check_audit_packages(plan.databases)
+    plan.begin()
+    output.step("Starting the page")
+    free, for_person = free_port(port), browser and not output.json
+
+    def ready() -> None:
+        show_audit_address(free, plan, output)
+        if for_person:
+            open_browser(f"http://127.0.0.1:{free}", output)
+
     try:
-        output.step("Starting the page", AUDIT_START_SECONDS)
-        server = AuditServer(plan, free_port(port), output)
-        server.wait_until_ready()
-        show_audit_address(server, plan, output)
-        if browser and not output.json:
-            open_browser(server.url, output)
-        server.wait()
-    except Interrupted as interruption:
-        if interruption.number != signal.SIGINT or server is None:
-            raise
+        number = serve_page(functools.partial(show_audit_page, plan), free, ready)
     finally:
-        if server is not None:
-            server.close()
+        for database in plan.databases:
+            database.close()
+    if number != signal.SIGINT:
+        raise Interrupted(number)
 
 
-def show_audit_address(server: AuditServer, plan: AuditPlan, output: Output) -> None:
+def show_audit_address(port: int, plan: AuditPlan, output: Output) -> None:
     """Where the page is; from here on, errors are told in words only, as the one document is written."""
+    url = f"http://127.0.0.1:{port}"
     if output.json:
-        names = [entry["name"] for entry in plan.listeners]
-        output.document({"url": server.url, "port": server.port, "listeners": names, "config": plan.config})
+        names = [database.listener.name for database in plan.databases]
+        output.document({"url": url, "port": port, "listeners": names, "config": plan.config})
         output.json = False
     else:
-        output.result(f"The page is at {server.url} (Ctrl-C ends it)")
+        output.result(f"The page is at {url} (Ctrl-C ends it)")
     output.stdout.flush()
 
 
@@ -12994,8 +12213,6 @@ def open_closed_streams() -> None:
 
 def run(arguments: Sequence[str], output: Output) -> int:
     """Parse the command line and run its command; whatever goes wrong is an exception."""
-    if arguments[:1] == ["audit-server"]:
-        return run_audit_server(arguments[1:])
     name = command_word(arguments)
     try:
         parsed, unknown = build_parser(name).parse_known_args(arguments or ["--help"])
@@ -13058,36 +12275,6 @@ def flush_result() -> None:
         ) from None
 
 
-def run_audit_server(arguments: Sequence[str]) -> int:
-    """The hidden command behind `audit-ui`: PORT, and the plan as a line of JSON on standard input."""
-    import json
-    import types
-
-    line = sys.stdin.buffer.readline() if arguments and arguments[0].isdigit() else b""
-    if not line:
-        raise UsageError("audit-server is for `audit-ui`.")
-    plan, settings = AuditPlan(**json.loads(line)), Settings.from_environment()
-    sandbox = reader = None
-    if plan.directory is not None:
-        sandbox = Sandbox(plan.directory)
-        sandbox.load()
-        names = [str(entry["name"]) for entry in plan.listeners]
-        reader = functools.partial(audit_changes, plan.directory, names)
-    databases = open_databases(plan, settings, sandbox)
-    for database in databases:
-        database.early = Early(database.tables)
-    page = functools.partial(AuditPage, plan, databases, reader)
-    module = types.ModuleType(AUDIT_PAGE)
-    module.show = lambda: page().show()  # type: ignore[attr-defined]
-    sys.modules[AUDIT_PAGE] = module
-    try:
-        serve_audit_page(int(arguments[0]))
-    finally:
-        for database in databases:
-            database.close()
-    return 0
-
-
 def version_text() -> str:
     """The version, and a hash of this file's text so that edited copies show."""
     import hashlib
@@ -13098,7 +12285,4 @@ def version_text() -> str:
 
 
 if __name__ == "__main__":
-    if AUDIT_PAGE in sys.modules:  # Streamlit runs this file as its page
-        sys.modules[AUDIT_PAGE].show()
-    else:
-        sys.exit(main())
+    sys.exit(main())

@@ -342,15 +342,17 @@ def fuzz_mutations(data: bytes) -> None:
     assert product.yaml_load(product.rules_text(rules))["audit_ignore_tables"] == rules
     told(lambda output: product.show_state(product.summarize(found), found, output))
     harmless(product.mutations_found(found).hint or "")
-    entries = product.as_list(value.get("rules"))
-    product.remaining(found, entries)
-    groups = product.changes_by_table(found)
-    product.changes_picture(groups, [*rules, *entries])
-    for group in groups:
-        product.changes_table(group)
-    product.changes_between(found[:1], found, {})
+    entries = [*rules, *product.as_list(value.get("rules"))]
+    ticks = {tick for entry in entries for tick in product.ticks_of(entry, "public")}
+    changes = product.Changes(found, "public")
+    assert changes.remaining(ticks | changes.noise(ticks)) == {}
+    if found:
+        assert "<script" not in product.changes_picture(changes, ticks)
+    for place in changes.counts:
+        harmless(changes.told(place))
+    product.entries_with(entries, ticks | changes.noise(ticks), "public")
+    product.changes_between(found[:1], found, lambda one: one.table)
     product.new_mutations(found[:1], found)
-    assert not product.remaining(found, rules) or any(m.action == "UPDATE" or m.table == "?" for m in found)
 
 
 def fuzz_edit(data: bytes) -> None:
@@ -360,14 +362,14 @@ def fuzz_edit(data: bytes) -> None:
     entries: list[Any] = [{"table": n[1:], "columns": [n[1:], "x"]} if n[:1] == "{" else n for n in names]
     entries = [entry for entry in entries if entry != {"table": "", "columns": ["", "x"]}]
     try:
-        edit = product.edit_rules(text, "plato-config.yml", "base", "db", entries)
+        new, shared = product.edit_rules(text, "plato-config.yml", "base", "db", entries)
     except product.SandboxError as error:
         harmless(error.message)
         return
-    before, after = product.yaml_load(text), product.yaml_load(edit.text)
+    before, after = product.yaml_load(text), product.yaml_load(new)
     assert (after["datasets"]["base"]["listeners"]["db"].get("audit_ignore_tables") or []) == entries
-    product.without_secrets(edit.text)
-    if not edit.shared and "*" not in text:  # an alias may be anywhere
+    product.difference_of(text, new)
+    if not shared and "*" not in text:  # an alias may be anywhere
         after["datasets"]["base"]["listeners"]["db"].pop("audit_ignore_tables", None)
         before["datasets"]["base"]["listeners"]["db"].pop("audit_ignore_tables", None)
         assert exact(before) == exact(after)

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import SIMULATOR, eventually, missing
+from conftest import SIMULATOR, missing
 
 import plato_sandbox
 from plato_sandbox import (
-    AuditPage,
     AuditPlan,
     AuditTable,
+    Changes,
     Database,
     DatabaseError,
-    Early,
     Mutation,
     Table,
-    TimedOutError,
     WorkerNotUpError,
-    changes_by_table,
     changes_picture,
-    changes_table,
-    rule_trouble,
-    rule_words,
+    show_audit_page,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
 
 KEY = "audit_ignore_tables"
 SCRIPT = "<script>alert(1)</script> *bold* 'x' \"y\" 😀"
+WHOLE = "(whole table)"
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +43,8 @@ def streamlit() -> Any:
     return streamlit
 
 
-def update(table: str, before: dict[str, Any], after: dict[str, Any]) -> Mutation:
-    return Mutation({"table_name": table, "action": "UPDATE", "before": before, "after": after})
+def update(table: str, before: dict[str, Any], after: dict[str, Any], **more: Any) -> Mutation:
+    return Mutation({"table_name": table, "action": "UPDATE", "before": before, "after": after, **more})
 
 
 def insert(table: str, row: dict[str, Any]) -> Mutation:
@@ -62,32 +60,26 @@ LOGIN = [
 class Shelf(Database):
     """A database of tables that a test lays out; every look at it is counted."""
 
-    words = "PostgreSQL"
-
-    def __init__(self, **tables: list[str]) -> None:
-        super().__init__(AuditTable("db", {"db_type": "postgresql", "db_database": "taskboard"}))
-        self.found = [self.table(name, columns) for name, columns in tables.items()]
+    def __init__(self, name: str = "db", **tables: list[str]) -> None:
+        super().__init__(AuditTable(name, {"db_type": "postgresql", "db_database": "taskboard"}))
+        self.found: dict[str, Table] = {}
+        for title, columns in tables.items():
+            self.put(title, columns)
         self.looks: list[str] = []
         self.trouble: Exception | None = None
 
-    @staticmethod
-    def table(name: str, columns: list[str], schema: str = "public", rows: int | None = 1000) -> Table:
-        table = Table(schema, name, "table", rows)
-        table.columns = [(column, "text", column == "id") for column in columns]
-        return table
+    def put(self, name: str, columns: list[str], keys: Sequence[str] = ("id",)) -> None:
+        self.found[name] = Table("public", name)
+        self.found[name].columns = [(column, "text", column in keys) for column in columns]
 
     def look(self, what: str) -> None:
         self.looks.append(what)
         if self.trouble is not None:
             raise self.trouble
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> dict[str, Table]:
         self.look("tables")
         return self.found
-
-    def count(self, table: Table) -> int:
-        self.look(f"count {table.name}")
-        return 1234567
 
     def examples(self, table: Table) -> list[Sequence[str | None]]:
         self.look(f"examples {table.name}")
@@ -109,29 +101,31 @@ class Stage:
         self.reads = 0
         self.has_sandbox = True
         self.path: str | None = str(self.config)
-        self.others: dict[str, Shelf] = {}
+        self.others: list[Shelf] = []
+        self.plan: AuditPlan | None = None
 
     def read(self) -> dict[str, list[Mutation]]:
         self.reads += 1
         if isinstance(self.changes, Exception):
             raise self.changes
-        return {"db": list(self.changes), **{name: [] for name in self.others}}
+        return {"db": list(self.changes), **{other.listener.name: [] for other in self.others}}
 
     def show(self) -> None:
-        fields = {"db_type": "postgresql", "db_database": "taskboard"}
-        plan = AuditPlan(
-            [{"name": name, "fields": fields} for name in ("db", *self.others)],
-            config=self.path,
-            service="taskboard",
-            dataset="base",
-            directory=None,
-            url="https://app.example/",
-        )
-        databases = [self.database, *self.others.values()]
-        AuditPage(plan, databases, self.read if self.has_sandbox else None).show()
+        if self.plan is None:
+            reader = self.read if self.has_sandbox else dict
+            self.plan = AuditPlan(
+                [self.database, *self.others],
+                reader,
+                config=self.path,
+                service="taskboard",
+                dataset="base",
+                url="https://app.example/",
+            )
+            self.plan.begin()
+        show_audit_page(self.plan)
 
-    def open(self) -> Any:
-        """The page in a new browser, so to say."""
+    def open(self, visit: str | None = None) -> Any:
+        """The page in a new browser, so to say; or in one that comes back."""
         from streamlit.testing.v1 import AppTest
 
         def script() -> None:
@@ -140,7 +134,10 @@ class Stage:
             test_audit_page.Stage.shown.show()
 
         Stage.shown = self
-        page = AppTest.from_function(script, default_timeout=30).run()
+        page = AppTest.from_function(script, default_timeout=30)
+        if visit is not None:
+            page.query_params["visit"] = visit
+        page.run()
         assert not page.exception, page.exception
         return page
 
@@ -161,27 +158,43 @@ def click(page: Any, key: str) -> Any:
     return page
 
 
+def grid(page: Any) -> Any:
+    return page.dataframe[0]
+
+
+def rows(page: Any) -> list[tuple[str, str]]:
+    """The tables and columns of the grid, from the top."""
+    value = grid(page).value
+    return list(zip(value["Table"], value["Column"]))
+
+
+def tick(page: Any, *places: tuple[str, str], to: bool = True) -> Any:
+    """Tick rows of the grid, as Streamlit's own front end tells it: all edits since it was drawn."""
+    found, element = rows(page), grid(page)
+    edits = page.__dict__.setdefault("edits", {}).setdefault(element.proto.id, {})
+    edits.update({str(found.index(place)): {"Ignore": to} for place in places})
+    states = page._tree.get_widget_states()
+    state = states.widgets.add()
+    state.id = element.proto.id
+    state.string_value = json.dumps({"edited_rows": edits, "added_rows": [], "deleted_rows": []})
+    page._run(states)
+    assert not page.exception, page.exception
+    return page
+
+
 def keys(page: Any) -> set[str]:
     return {button.key for button in page.button}
 
 
 def text(page: Any) -> str:
     """All that a person could read."""
-    kinds = (
-        "title",
-        "subheader",
-        "caption",
-        "markdown",
-        "info",
-        "success",
-        "warning",
-        "error",
-        "code",
-        "html",
-    )
+    kinds = ("title", "caption", "markdown", "info", "success", "warning", "error", "code")
     parts = [str(part.value) for kind in kinds for part in page.get(kind) if hasattr(part, "value")]
-    parts += [str(part.proto.body) for part in page.get("html")]
-    return "\n".join(parts)
+    return "\n".join([*parts, html(page)])
+
+
+def html(page: Any) -> str:
+    return "\n".join(str(part.proto.body) for part in page.get("html"))
 
 
 def numbers(page: Any) -> list[str]:
@@ -192,73 +205,112 @@ def numbers(page: Any) -> list[str]:
 # Choosing
 
 
-def test_what_changed_is_there_at_once_with_a_rule_for_each_table(stage: Stage) -> None:
+def test_what_changed_is_there_at_once_by_table_and_column(stage: Stage) -> None:
     page = stage.open()
     assert numbers(page) == ["2", "0", "2"]
-    assert {"columns users", "table users", "table activity"} <= keys(page)
-    shown = text(page)
-    assert "login_count" in shown
-    assert "<del>0</del> → 1" in shown
-    assert stage.database.looks == ["tables"]
-    assert stage.reads == 1
+    assert rows(page) == [
+        ("activity", WHOLE),
+        ("users", WHOLE),
+        ("users", "login_count"),
+        ("users", "last"),
+        ("sessions", WHOLE),
+    ]
+    assert list(grid(page).value["Ignore"]) == [False, False, False, False, True]
+    assert list(grid(page).value["What happened"])[:4] == [
+        "1 inserted: id=1, action=login",
+        "1 updated",
+        "0 → 1",
+        "null → now",
+    ]
+    assert (stage.database.looks, stage.reads) == (["tables"], 1)
 
 
-def test_two_clicks_and_saving(stage: Stage) -> None:
-    page = stage.open()
-    click(page, "columns users")
+def test_ticks_are_the_rules_and_saving_writes_them(stage: Stage) -> None:
+    page = tick(stage.open(), ("users", "login_count"))
+    assert numbers(page) == ["2", "0", "2"], "another column changed, too"
+    tick(page, ("users", "last"))
     assert numbers(page) == ["2", "1", "1"]
-    assert "columns users" not in keys(page)
     assert stage.rules == ["sessions"], "nothing is written before Save"
-    click(page, "table activity")
+    tick(page, ("activity", WHOLE))
     assert numbers(page) == ["2", "2", "0"]
-    (diff,) = [code.value for code in page.code if code.value.startswith("---")]
+    assert "would pass" in text(page)
+    (diff,) = [code.value for code in page.code if code.value.startswith("@@")]
     assert "+          - activity" in diff
     assert "empty/db" in text(page), "the listener that shares the list is named"
-    click(page, "save")
-    assert stage.rules == ["sessions", {"table": "users", "columns": ["login_count", "last"]}, "activity"]
+    click(page, "save it")
+    assert stage.rules == ["sessions", "activity", {"table": "users", "columns": ["last", "login_count"]}]
     assert "Saved" in text(page)
     assert "start-worker" in text(page)
-    assert "save" not in keys(page)
-    assert stage.database.looks == ["tables"], "choosing asks no database again"
-    assert stage.reads == 1
+    assert "save it" not in keys(page)
+    assert (stage.database.looks, stage.reads) == (["tables"], 1), "choosing asks nobody again"
 
 
-def test_rules_are_removed_and_choices_discarded(stage: Stage) -> None:
-    page = stage.open()
-    click(page, "remove 0")
-    assert "No rules yet" in text(page)
+def test_rules_are_taken_back_and_choices_discarded(stage: Stage) -> None:
+    page = tick(stage.open(), ("sessions", WHOLE), to=False)
+    assert f"{KEY}: []" in text(page)
     click(page, "discard")
-    assert "save" not in keys(page)
-    click(click(page, "remove 0"), "save")
+    assert "save it" not in keys(page)
+    click(tick(page, ("sessions", WHOLE), to=False), "save it")
     assert stage.rules == []
 
 
+def test_all_that_remains_is_ignored_with_one_click(stage: Stage) -> None:
+    page = click(tick(stage.open(), ("users", "last")), "more")
+    assert numbers(page) == ["2", "2", "0"]
+    click(page, "save it")
+    assert stage.rules == ["sessions", "activity", {"table": "users", "columns": ["last", "login_count"]}]
+
+
+def test_a_column_is_ignored_in_every_table_that_has_it(stage: Stage) -> None:
+    """A rule for a whole table stays one."""
+    page = stage.open()
+    page.text_input(key="search 0").set_value("LAST").run()
+    assert rows(page) == [("users", "last"), ("sessions", "last")]
+    click(click(page, "more"), "save it")
+    assert stage.rules == ["sessions", {"table": "users", "columns": ["last"]}]
+
+
 def test_a_file_that_changed_meanwhile_keeps_both(stage: Stage) -> None:
-    page = click(stage.open(), "table activity")
+    page = tick(stage.open(), ("activity", WHOLE))
     stage.config.write_text(stage.config.read_text().replace("- sessions", "- sessions\n          - mine"))
-    click(page, "save")
+    click(page, "save it")
     assert stage.rules == ["sessions", "mine"]
     assert "was changed" in text(page)
-    click(click(page, "reload"), "save")
+    click(click(page, "look"), "save it")
     assert stage.rules == ["sessions", "mine", "activity"]
 
 
 def test_a_config_that_cannot_be_edited_leaves_the_block_to_copy(stage: Stage) -> None:
-    broken = stage.config.read_text().replace("audit_ignore_tables:\n", "audit_ignore_tables: &a\n")
-    stage.config.write_text(broken)
-    page = click(stage.open(), "table activity")
+    page = tick(stage.open(), ("activity", WHOLE))
     stage.config.write_text("nonsense: [")
-    click(click(page, "save"), "reload")
+    click(click(page, "save it"), "look")
     assert "cannot be used" in text(page)
+    assert "save it" not in keys(page)
     assert any("- activity" in code.value and code.value.startswith(KEY) for code in page.code)
 
 
 def test_without_a_config_there_is_the_block_to_copy(stage: Stage) -> None:
     stage.path = None
-    page = click(stage.open(), "columns users")
-    assert "save" not in keys(page)
+    page = tick(stage.open(), ("users", "login_count"))
+    assert "save it" not in keys(page)
     (block,) = [code.value for code in page.code]
-    assert yaml.safe_load(block) == {KEY: [{"table": "users", "columns": ["login_count", "last"]}]}
+    assert yaml.safe_load(block) == {KEY: [{"table": "users", "columns": ["login_count"]}]}
+
+
+def test_a_reload_keeps_what_is_not_saved(stage: Stage) -> None:
+    page = tick(stage.open(), ("activity", WHOLE))
+    again = stage.open("".join(page.query_params["visit"]))
+    assert numbers(again) == ["2", "1", "1"]
+    assert list(grid(again).value["Ignore"])[:2] == [True, False]
+    click(again, "save it")
+    assert stage.rules == ["sessions", "activity"]
+    assert numbers(stage.open()) == ["2", "1", "1"]
+
+
+def test_two_people_have_choices_of_their_own(stage: Stage) -> None:
+    first = tick(stage.open(), ("activity", WHOLE))
+    second = stage.open()
+    assert (numbers(first), numbers(second)) == (["2", "1", "1"], ["2", "0", "2"])
 
 
 # Looking
@@ -271,10 +323,23 @@ def test_recording_shows_only_what_happened_meanwhile(stage: Stage) -> None:
     stage.changes = [*LOGIN, insert("tasks", {"id": 5, "title": "mine"})]
     click(page, "stop")
     assert numbers(page) == ["1", "0", "1"]
-    assert {"table tasks"} <= keys(page)
-    assert "table activity" not in keys(page)
+    assert rows(page)[0] == ("tasks", WHOLE)
+    assert "activity" not in html(page)
     click(page, "all")
     assert numbers(page) == ["3", "0", "3"]
+
+
+def test_a_row_is_recorded_by_its_real_key(stage: Stage) -> None:
+    """Its table has no `id`: another row of it is no later state of the first."""
+    stage.database.put("prices", ["country", "amount"], keys=["country"])
+    first = insert("prices", {"country": "de", "amount": 1})
+    stage.changes = [first]
+    page = click(stage.open(), "record")
+    stage.changes = [insert("prices", {"country": "at", "amount": 1}), first]
+    assert "1 inserted: country=at, amount=1" in list(grid(click(page, "stop")).value["What happened"])
+    page = click(click(page, "all"), "record")
+    stage.changes = [*stage.changes[:1], insert("prices", {"country": "de", "amount": 2})]
+    assert rows(click(page, "stop"))[:2] == [("prices", WHOLE), ("prices", "amount")]
 
 
 def test_a_recording_in_which_nothing_happened(stage: Stage) -> None:
@@ -285,12 +350,15 @@ def test_a_recording_in_which_nothing_happened(stage: Stage) -> None:
     assert "worker went away" in text(page)
 
 
-def test_looking_again(stage: Stage) -> None:
+def test_looking_again_renews_everything(stage: Stage) -> None:
     stage.changes = []
+    stage.database.trouble = DatabaseError("It does not answer.", hint="Start it.")
     page = stage.open()
     assert "No changes since the last reset" in text(page)
-    stage.changes = LOGIN
-    assert numbers(click(page, "refresh")) == ["2", "0", "2"]
+    assert "does not answer" in text(page)
+    stage.changes, stage.database.trouble = LOGIN, None
+    assert numbers(click(page, "look")) == ["2", "0", "2"]
+    assert "does not answer" not in text(page)
 
 
 def test_a_worker_that_is_not_up_leaves_the_tables(stage: Stage) -> None:
@@ -298,176 +366,152 @@ def test_a_worker_that_is_not_up_leaves_the_tables(stage: Stage) -> None:
     page = stage.open()
     assert "not up" in text(page)
     assert "start\\-worker" in text(page)
-    assert len(page.dataframe[0].value) == 3
+    assert len(rows(page)) == 10
     stage.changes = LOGIN
-    assert numbers(click(page, "refresh")) == ["2", "0", "2"]
+    assert numbers(click(page, "look")) == ["2", "0", "2"]
 
 
-def test_a_database_that_is_away_leaves_the_changes(stage: Stage) -> None:
-    stage.database.trouble = DatabaseError("It does not answer.", hint="Start it.")
-    page = click(stage.open(), "table activity")
-    assert "does not answer" in text(page)
-    assert numbers(page) == ["2", "1", "1"]
-    stage.database.trouble = None
-    assert len(click(page, "again").dataframe[0].value) == 3
+def test_of_a_database_that_is_away_only_its_own_hint_is_told(stage: Stage) -> None:
+    stage.database.trouble = DatabaseError("It does not answer.", hint="Start its services.")
+    stage.changes = WorkerNotUpError("The worker is not up.", hint="Start the worker.")
+    page = stage.open()
+    assert "Start its services" in text(page)
+    assert "Start the worker" not in text(page)
+    stage.changes = LOGIN
+    tick(click(page, "look"), ("activity", WHOLE))
+    assert numbers(page) == ["2", "1", "1"], "what changed is there without the database"
 
 
 def test_without_a_sandbox_there_are_tables_and_rules(stage: Stage) -> None:
     stage.has_sandbox = False
     page = stage.open()
-    assert [heading.value for heading in page.subheader] == ["Tables", "Rules"]
+    assert numbers(page) == []
+    assert len(rows(page)) == 10
 
 
 def test_tables_are_searched_by_their_names_and_their_columns(stage: Stage) -> None:
     page = stage.open()
-    for words, names in (("ACTIV", ["activity"]), ("last", ["users", "sessions"]), ("zzz", [])):
-        page.text_input(key="search").set_value(words).run()
-        found = list(page.dataframe[0].value["Table"]) if names else []
-        assert found == names
-    assert "No table matches" in text(page)
+    for words, names in (("ACTIV", {"activity"}), ("last", {"users", "sessions"}), ("zzz", set())):
+        page.text_input(key="search 0").set_value(words).run()
+        assert ({name for name, _ in rows(page)} if names else set()) == names
+    assert "Nothing here has such a name" in text(page)
+    page.text_input(key="search 0").set_value("").run()
+    page.toggle(key="only 0").set_value(False).run()
+    assert len(rows(page)) == 10
 
 
-def test_schemas_can_be_told_apart(stage: Stage) -> None:
-    stage.database.found.append(Shelf.table("users", ["id"], schema="archive"))
-    page = stage.open()
-    assert list(page.dataframe[0].value["Schema"]) == ["public"] * 3
-    page.selectbox(key="schema").set_value("all schemas").run()
-    assert list(page.dataframe[0].value["Schema"]) == ["public"] * 3 + ["archive"]
-    page.selectbox(key="look").set_value("archive.users").run()
-    assert not page.exception
+def test_choices_outlive_another_view(stage: Stage) -> None:
+    page = tick(stage.open(), ("activity", WHOLE))
+    page.text_input(key="search 0").set_value("users").run()
+    tick(page, ("users", "last"))
+    page.text_input(key="search 0").set_value("").run()
+    click(page, "save it")
+    assert stage.rules == ["sessions", "activity", {"table": "users", "columns": ["last"]}]
 
 
 def test_a_table_is_looked_into_on_demand(stage: Stage) -> None:
     page = stage.open()
-    page.selectbox(key="look").set_value("activity").run()
-    assert stage.database.looks == ["tables"]
-    assert "about 1,000 rows" in text(page)
-    click(click(page, "examples"), "counts")
-    assert stage.database.looks == ["tables", "examples activity", "count activity"]
-    assert "1,234,567 rows" in text(page)
-    assert list(page.dataframe[1].value["Examples"]) == ["1 · 2", "a\\x1b[2J · NULL"]
-    page.multiselect[0].set_value(["action"]).run()
-    click(page, "ignore columns")
-    click(page, "save")
-    assert stage.rules == ["sessions", {"table": "activity", "columns": ["action"]}]
+    page.selectbox(key="into 0").set_value("activity").run()
+    assert stage.database.looks == ["tables", "examples activity"]
+    assert list(page.dataframe[1].value["action"]) == ["a\\x1b[2J", "NULL"]
+    tick(page, ("users", "last"))
+    assert stage.database.looks == ["tables", "examples activity"]
+    stage.database.trouble = DatabaseError("It took too long.")
+    page.selectbox(key="into 0").set_value("users").run()
+    assert "took too long" in text(page)
 
 
-def test_a_look_that_fails_is_told_beside_the_table(stage: Stage) -> None:
-    page = stage.open()
-    page.selectbox(key="look").set_value("activity").run()
-    stage.database.trouble = TimedOutError("It took too long.")
-    assert "took too long" in text(click(page, "counts"))
-    assert "counts" in keys(page)
-
-
-def test_a_column_is_ignored_in_every_table_that_has_it(stage: Stage) -> None:
-    page = stage.open()
-    page.selectbox(key="common").set_value("last").run()
-    click(click(page, "everywhere"), "save")
-    assert stage.rules == ["sessions", {"table": "users", "columns": ["last"]}]
-
-
-def test_many_changes_are_not_all_drawn(stage: Stage) -> None:
-    stage.changes = [insert(f"t{number}", {"id": number}) for number in range(300)]
-    page = stage.open()
-    assert len([key for key in keys(page) if key.startswith("table ")]) == plato_sandbox.SHOWN_GROUPS
-    assert len([key for key in keys(click(page, "more")) if key.startswith("table ")]) == 300
-
-
-@pytest.mark.parametrize("choose", ["columns", "table"])
-def test_names_from_a_database_are_text_and_nothing_else(stage: Stage, choose: str) -> None:
+@pytest.mark.parametrize("column", [SCRIPT, WHOLE])
+def test_names_from_a_database_are_text_and_nothing_else(stage: Stage, column: str) -> None:
     stage.changes = [update(SCRIPT, {SCRIPT: SCRIPT}, {SCRIPT: SCRIPT + "2"})]
-    stage.database.found = [Shelf.table(SCRIPT, [SCRIPT, "id"])]
-    page = click(stage.open(), f"{choose} {SCRIPT}")
-    page.selectbox(key="look").set_value(SCRIPT).run()
-    click(page, "save")
-    assert stage.rules[1] == (SCRIPT if choose == "table" else {"table": SCRIPT, "columns": [SCRIPT]})
-    html = "\n".join(str(part.proto.body) for part in page.get("html"))
-    assert "<script" not in html
-    assert "&lt;script&gt;" in html
+    stage.database.found = {}
+    stage.database.put(SCRIPT, [SCRIPT, "id"])
+    page = tick(stage.open(), (SCRIPT, column))
+    page.selectbox(key="into 0").set_value(SCRIPT).run()
+    click(page, "save it")
+    assert stage.rules[1] == (SCRIPT if column == WHOLE else {"table": SCRIPT, "columns": [SCRIPT]})
+    assert "<script" not in html(page)
+    assert "&lt;script&gt;" in html(page)
 
 
-def test_work_begun_early_is_used_once_and_only_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[int] = []
-
-    def work() -> int:
-        done.append(len(done))
-        return done[-1]
-
-    early = Early(work)
-    assert (early(), early()) == (0, 1)
-    stale = Early(work)
-    eventually(lambda: len(done) == 3)
-    monkeypatch.setattr(plato_sandbox, "AUDIT_FRESH_SECONDS", 0.0)
-    assert stale() == 3
-
-
-def test_each_listener_has_its_own_tables_changes_and_choices(stage: Stage) -> None:
-    text_of_config = stage.config.read_text().replace("  empty:\n", "      other: *listener\n\n  empty:\n")
-    stage.config.write_text(text_of_config)
-    stage.others["other"] = Shelf(users=["id", "only_here"], extra=["id"])
-    stage.others["other"].listener.name = "other"
-    page = click(stage.open(), "table activity")
-    page.selectbox(key="look").set_value("users").run()
-    page.radio[0].set_value(1).run()
-    assert not page.exception
-    assert "No changes since the last reset" in text(page)
-    assert list(page.dataframe[0].value["Table"]) == ["users", "extra"]
-    page.selectbox(key="look 1").set_value("users").run()
-    assert list(page.dataframe[1].value["Column"]) == ["id", "only_here"]
-    assert "save" not in keys(page)
-    page.radio[0].set_value(0).run()
-    assert numbers(page) == ["2", "1", "1"]
-    assert "save" in keys(page)
-    assert stage.database.looks == stage.others["other"].looks == ["tables"]
-
-
-@pytest.mark.parametrize("name", ["of it", "rules", "0", " "])
+@pytest.mark.parametrize("name", ["of it", "rules", "0", " ", "(whole table)"])
 def test_names_of_tables_do_not_get_in_the_way_of_the_page_itself(stage: Stage, name: str) -> None:
-    stage.changes = [update(name, {"a": 1}, {"a": 2})]
-    stage.database.found = [Shelf.table(name, ["a"])]
+    stage.changes = [update(name, {"a": 1, name: 1}, {"a": 2, name: 2})]
+    stage.database.found = {}
+    stage.database.put(name, ["a", name])
     page = stage.open()
-    page.selectbox(key="look").set_value(name).run()
-    click(click(page, f"columns {name}"), "save")
+    page.selectbox(key="into 0").set_value(name).run()
+    click(tick(page, (name, "a")), "save it")
     assert stage.rules == ["sessions", {"table": name, "columns": ["a"]}]
 
 
-# Pictures and words
+def test_rules_for_what_is_not_there_are_marked(stage: Stage) -> None:
+    text_of_config = stage.config.read_text().replace(
+        "- sessions\n", "- gone\n          - {table: users, columns: [id, nope]}\n"
+    )
+    stage.config.write_text(text_of_config)
+    value = grid(stage.open()).value
+    marked = value[value["Type"] == "not in the database"]
+    assert list(zip(marked["Table"], marked["Column"])) == [("users", "nope"), ("gone", WHOLE)]
+
+
+def test_each_listener_has_its_own_tables_changes_and_choices(stage: Stage) -> None:
+    """Tables of the same name are two."""
+    text_of_config = stage.config.read_text().replace("  empty:\n", "      other: *listener\n\n  empty:\n")
+    stage.config.write_text(text_of_config)
+    stage.others.append(Shelf("other", users=["id", "only_here"], extra=["id"]))
+    page = tick(stage.open(), ("activity", WHOLE))
+    page.radio[0].set_value(1).run()
+    assert not page.exception
+    assert "No changes since the last reset" in text(page)
+    assert [place for place in rows(page) if place[0] == "users"] == [
+        *(("users", WHOLE), ("users", "id"), ("users", "only_here"))
+    ]
+    assert "save it" not in keys(page)
+    page.radio[0].set_value(0).run()
+    assert numbers(page) == ["2", "1", "1"]
+    assert "save it" in keys(page)
+    assert stage.database.looks == stage.others[0].looks == ["tables"]
+    assert stage.reads == 1
+
+
+def test_what_was_read_beforehand_is_used_once_and_only_while_it_is_fresh(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.open()
+    assert stage.reads == 1
+    stage.open()
+    assert stage.reads == 2
+    monkeypatch.setattr(plato_sandbox, "AUDIT_FRESH_SECONDS", 0.0)
+    stage.plan = None
+    stage.open()
+    assert stage.reads == 4
+
+
+# Much, and pictures
+
+
+def test_the_effect_of_a_tick_does_not_depend_on_how_much_changed() -> None:
+    """Each of so many changes is looked at once, when they are read."""
+    row = {f"c{number}": 0 for number in range(12)}
+    mutations = [update("wide", row, {**row, f"c{number % 12}": number}) for number in range(1, 30_001)]
+    changes = Changes(mutations, "public")
+    assert len(changes.kinds) == 12
+    assert sum(changes.kinds.values()) == 30_000 == changes.counts["wide", ""]
+    assert sum(changes.remaining({("wide", "c0")}).values()) == 27_500
+    began = time.process_time()
+    for number in range(1000):
+        changes_picture(changes, {("wide", f"c{number % 12}")})
+    assert time.process_time() - began < 10, "a thousand times"
 
 
 def test_the_picture_has_each_kind_and_fades_what_is_hidden() -> None:
     mutations = [*LOGIN, Mutation({"table": "activity", "action": "DELETE", "row_data": {"id": 2}})]
-    groups = changes_by_table(mutations)
-    plain, faded = changes_picture(groups, []), changes_picture(groups, ["activity"])
-    assert 'aria-label="1 inserted, 1 deleted"' in plain
-    assert "pa-faded" not in plain
-    assert 'aria-label="1 inserted, 1 deleted, 2 of them hidden"' in faded
-    assert faded.count("pa-faded") == 3  # two bars and the key
-    assert "more table" in changes_picture(groups * 10, [])
-
-
-def test_a_table_of_changes_does_not_grow_without_end() -> None:
-    before = {f"c{number}": 0 for number in range(50)}
-    mutations = [update("wide", before, dict.fromkeys(before, time)) for time in range(1, 200)]
-    (group,) = changes_by_table(mutations)
-    shown = changes_table(group)
-    assert shown.count("<tr>") == plato_sandbox.SHOWN_COLUMNS + 1
-    assert "and 42 more columns" in shown
-    assert len(shown) < 6000
-
-
-@pytest.mark.parametrize(
-    ("rule", "words", "trouble"),
-    [
-        ("users", "users", ""),
-        ("public.users", "public.users", ""),
-        ("gone", "gone", "no such table"),
-        ({"table": "users", "columns": ["id", "x", "y"]}, "users: id, x, y", "no such column: x, y"),
-        ({"odd": 1}, "{odd: 1}", "not a rule"),
-    ],
-)
-def test_rules_that_match_nothing_are_marked(rule: Any, words: str, trouble: str) -> None:
-    assert rule_words(rule) == words
-    found = rule_trouble(rule, [Shelf.table("users", ["id"])])
-    assert found.startswith(trouble)
-    assert bool(found) is bool(trouble)
+    changes = Changes(mutations, "public")
+    plain, faded = changes_picture(changes, []), changes_picture(changes, [("activity", "")])
+    assert '<i class="inserted" style="width:50.0%"></i><i class="deleted"' in plain
+    assert "hidden" not in plain
+    assert faded.count("hidden") == 4  # two bars, and the key with its word
+    many = Changes([insert(f"t{number}", {}) for number in range(300)], "public")
+    assert changes_picture(many, []).count("count") == plato_sandbox.SHOWN_BARS
+    assert "and 290 more tables" in changes_picture(many, [])
