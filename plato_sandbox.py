@@ -58,6 +58,7 @@ transport, api, ssh, heartbeat, sync, services, worker, flow, audit, sandbox, ou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import subprocess
+    import tarfile
     import urllib.parse
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
@@ -1819,38 +1821,50 @@ class Outcome:
 
 
 def run_program(
-    command: Sequence[str], reporter: Reporter, *, seconds: float, stdin: Iterable[bytes] = (), **options: Any
+    command: Sequence[str],
+    reporter: Reporter,
+    *,
+    seconds: float,
+    feed: Callable[[Any], object] | None = None,
+    **options: Any,
 ) -> Outcome:
     """Run a child process to its end. It is ended whenever this does not return.
 
-    stdin: what it reads, piece by piece. TimedOutError after `seconds`.
+    feed: writes its standard input to a file. TimedOutError when it has not ended so many seconds later.
     """
     import subprocess
-    from tempfile import TemporaryFile
+    import tempfile
 
-    with TemporaryFile() as stdout, TemporaryFile() as stderr:
-        streams: Json = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": stderr}
+    # Its outputs go to files: a process that it leaves behind, as ssh may, could hold a pipe open for ever.
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-        process = launch(command, reporter, start_new_session=True, **streams, **options)
-        pipe: Any = process.stdin
+        process = launch(
+            command,
+            reporter,
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            **options,
+        )
         try:
-            _feed(pipe, stdin)
+            _feed(process.stdin, feed)
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
         finally:
             _end_group(process)
-            pipe.close()
         stdout.seek(0)
         stderr.seek(0)
         return Outcome(process.returncode, stdout.read(), stderr.read())
 
 
-def _feed(stream: Any, pieces: Iterable[bytes]) -> None:
-    """Write all pieces and close; a child that does not want them says why elsewhere."""
+def _feed(stdin: Any, feed: Callable[[Any], object] | None) -> None:
+    """Have a child's input written and close it; a child that does not want it says why elsewhere."""
     try:
-        stream.writelines(pieces)
-        stream.close()
+        with stdin:
+            if feed is not None:
+                feed(stdin)
     except BrokenPipeError:
         pass
 
@@ -2851,6 +2865,11 @@ SSH_KEPT_SECONDS = 300  # without use
 SSH_EXIT_SECONDS = 5.0
 SSH_FIRST_SECONDS = 30.0  # until a VM that was just connected answers
 SOCKET_PATH_BYTES = 86  # of the 104 that some systems allow; ssh adds 17 while it makes one
+SSH_ANSWER_SECONDS = 20.0
+VM_SECONDS = 120.0  # the longest wait for a script on the VM to end
+COMMAND_BYTES = 131_071  # Linux takes no longer argument, and the API's `execute` hands a command on as one
+PART_BYTES = 97_500  # of input, in a command as base64
+PARTS_AT_ONCE = 16
 
 
 class SshFiles:
@@ -3136,20 +3155,6 @@ def _write_all(sink: int, data: bytes) -> None:
         view = view[os.write(sink, view) :]
 
 
-# Runs on the VM: reads a length and so many bytes of a script, runs it, tells how it ended; again and again.
-# What a script prints stands between two lines with a word that nothing else holds, whatever a login shell
-# prints before. A script whose exit code is 64 or more may have left input unread, so it is the last one.
-_SHELL_LOOP = r"""
-printf '\n%s\n' WORD
-while IFS= read -r n; do
-  c=$(head -c "$n"); printf '\n%s\n' WORD
-  { e=$( { eval "$c"; } 2>&1 1>&3 3>&- ); r=$?; } 3>&1
-  printf '\n%s %s %s\n' WORD "$r" "$(printf %s "$e" | tail -c 4000 | base64 | tr -d '\n')"
-  [ "$r" -lt 64 ] || exit 0
-done
-"""
-
-
 def trusted_ssh_config(state: Mapping[str, Any], settings: Settings) -> str:
     """The SSH config of a sandbox; SandboxError for one that lies where no client writes them.
 
@@ -3212,124 +3217,206 @@ def connect_again(sandbox: SandboxBase) -> bool:
         return False
 
 
-class SshShell:
-    """A shell on the VM that runs scripts one after another over one SSH connection."""
+class OvertakenError(ConflictError):
+    """What was planned for is not there any more; looking again helps."""
 
-    def __init__(self, state: Mapping[str, Any], settings: Settings, reporter: Reporter) -> None:
+
+class Vm:
+    """Runs scripts on the VM of a sandbox: over SSH, or through the API where that does not answer.
+
+    A script is POSIX sh. Its standard input is what `feed` writes to a file; how it fails is the last that it
+    says on standard error, and its exit code: 73 for a conflict, 75 when looking again may help.
+    via: "ssh" or "api". One connection to the VM serves all scripts: ssh itself keeps it, where it can.
+    """
+
+    def __init__(self, sandbox: SandboxBase, via: str = "auto") -> None:
+        has_ssh = bool(sandbox.state.get("ssh_config_path") and sandbox.state.get("ssh_host"))
+        if via == "ssh" and not has_ssh:
+            raise SandboxError("This sandbox has no SSH.", hint="Go through the API: --via api")
+        self.sandbox = sandbox
+        self.via = "ssh" if has_ssh and via != "api" else "api"
+        self._ssh_only = via == "ssh"
+        self._opening: Aside | None = None
+        if self.via == "ssh":
+            repair_ssh_config(sandbox.state, sandbox.settings, sandbox.reporter)
+            self._opening = Aside(lambda: self._by_ssh(":", None, SSH_ANSWER_SECONDS))
+
+    def run(
+        self, script: str, feed: Callable[[Any], object] | None = None, seconds: float = VM_SECONDS
+    ) -> bytes:
+        """What a script prints; SandboxError with its last words when it fails."""
+        return check_script(self.outcome(script, feed, seconds))
+
+    def outcome(
+        self, script: str, feed: Callable[[Any], object] | None = None, seconds: float = VM_SECONDS
+    ) -> Outcome:
+        """How a script ended. SSH that is silent at first gets the network connected again; a connection that
+        breaks is opened once more, or left for the API."""
+        again = True
+        while self.via == "ssh":
+            opening, self._opening = self._opening, None
+            try:
+                if opening is not None:
+                    opening.result()
+                    opening = None
+                return self._by_ssh(script, feed, seconds)
+            except OvertakenError:
+                raise
+            except SandboxError as error:
+                if again and opening is not None and connect_again(self.sandbox):
+                    again = False
+                    continue
+                if self._ssh_only and not (again and isinstance(error, NetworkError)):
+                    raise
+                further = "Connecting again." if self._ssh_only else "Going on through the API."
+                self.sandbox.reporter.note(f"{error.message} {further}")
+                again = False
+                self.via = "ssh" if self._ssh_only else "api"
+        return self._by_api(script, feed, seconds)
+
+    def _by_ssh(self, script: str, feed: Callable[[Any], object] | None, seconds: float) -> Outcome:
+        """The script goes ahead of its input, so that it stands in no argument list, and is run as a whole or
+        not at all. What a login shell prints goes before a word that nothing else holds."""
         import secrets
-        import subprocess
 
-        word = secrets.token_hex(16)
-        self._word = word.encode()
-        loop = shell_words(["exec", "sh", "-c", _SHELL_LOOP.replace("WORD", word)])
-        command = [
-            "ssh",
-            *("-T", "-F", trusted_ssh_config(state, settings), "-o", "BatchMode=yes"),
-            *("-c", SSH_CIPHERS),
-            state["ssh_host"],
-            loop,
-        ]
-        pipe = subprocess.PIPE
-        # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-        self._process = launch(
-            command, reporter, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
-        )
-        complaints: Any = self._process.stderr
-        self._complaint = Aside(complaints.read)
-        self._buffer = bytearray()
+        state = self.sandbox.state
+        word, body = secrets.token_hex(16), f"{{\n{script}\n}}".encode()
+        there = f'printf %s {word}; c=$(head -c {len(body)}); eval "$c"'
+        config = trusted_ssh_config(state, self.sandbox.settings)
+        command = ["ssh", "-T", "-F", config, "-o", "BatchMode=yes", "-c", SSH_CIPHERS, state["ssh_host"]]
 
-    def wait_until_ready(self, seconds: float) -> None:
-        """Wait for the VM's first word. NetworkError or TimedOutError when it does not come."""
-        if self._word:
-            self._read_through(b"\n" + self._word + b"\n", time.monotonic() + seconds)
+        def fed(stdin: Any) -> None:
+            stdin.write(body)
+            if feed is not None:
+                feed(stdin)
 
-    def run(self, script: str, *, seconds: float, data: Iterable[bytes] = ()) -> Outcome:
-        """Run a script with `data` as its standard input, of which it must know the end.
+        command.append(shell_words(["exec", "sh", "-c", there]))
+        outcome = run_program(command, self.sandbox.reporter, seconds=seconds, feed=fed)
+        _, begun, stdout = outcome.stdout.partition(word.encode())
+        if outcome.code not in range(255) or not begun:
+            raise ssh_broken(outcome.stderr)
+        return Outcome(outcome.code, stdout, outcome.stderr)
 
-        seconds: the longest wait for its end once it has its input. NetworkError when the connection breaks.
-        """
+    def _by_api(self, script: str, feed: Callable[[Any], object] | None, seconds: float) -> Outcome:
+        """Large input goes ahead in files, each as base64 in a command; small input is in the command."""
+        import secrets
+
+        place = f"/var/tmp/plato-sandbox-{secrets.token_hex(12)}"  # noqa: S108  (nobody else can know it)
+        parts = Parts(self, place)
+        if feed is not None:
+            feed(parts)
+        if parts.count or len(script.encode()) + len(parts.rest) * 4 // 3 > COMMAND_BYTES - 1000:
+            parts.send()
+        data = f"printf %s '{parts.text()}' | base64 -d"
+        if parts.count:
+            parts.wait()
+            data = f"cat {place}/*"
+        return self.execute(f"{data} | {{\n{script}\n}}\ncode=$?; rm -rf {place}*; exit $code", seconds)
+
+    def execute(self, command: str, seconds: float, api: PlatoApi | None = None) -> Outcome:
+        """Run a command through the API, which may do it twice."""
+        state = self.sandbox.state
+        answer = (api or self.sandbox.api).execute(state["session_id"], command, seconds)
+        return execute_outcome(answer, state.get("job_id"), seconds)
+
+
+class Parts:
+    """A file whose content goes to the VM through the API in numbered parts, several at once."""
+
+    def __init__(self, vm: Vm, place: str) -> None:
+        self.rest = bytearray()
+        self.count = 0
+        self._vm = vm
+        self._place = place
+        self._under_way: list[Aside] = []
+        self._idle: list[PlatoApi] = []
+
+    def write(self, data: bytes) -> None:
+        self.rest += data
+        while len(self.rest) >= PART_BYTES:
+            self.send()
+
+    def text(self) -> str:
+        """The next part as base64."""
         import binascii
 
-        body = script.encode()
-        whole = self._write(b"%d\n" % len(body) + body)
-        for piece in data:
-            if not whole or self._has_answered():
-                break
-            whole = self._write(piece)
-        deadline = time.monotonic() + seconds
-        self._read_through(b"\n" + self._word + b"\n", deadline)
-        stdout = self._read_through(b"\n" + self._word + b" ", deadline)
-        code, _, words = self._read_through(b"\n", deadline).partition(b" ")
+        return binascii.b2a_base64(self.rest[:PART_BYTES], newline=False).decode()
+
+    def send(self) -> None:
+        if len(self._under_way) >= PARTS_AT_ONCE:
+            self._under_way.pop(0).result()
+        put = functools.partial(self._put, self.count, self.text())
+        self._under_way.append(Aside(put))
+        self.count += 1
+        del self.rest[:PART_BYTES]
+
+    def _put(self, number: int, text: str) -> None:
+        place, name = self._place, f"{self._place}.$$"
+        command = f"umask 077; mkdir -p {place} && printf %s {text or chr(39) * 2} | base64 -d > {name}"
+        command += f" && mv -f {name} {place}/{number:06d}"
+        if not number:  # what others left who were broken off
+            old = "find /var/tmp -maxdepth 1 -name 'plato-sandbox-*' -mmin +60 -exec rm -rf {} + 2>/dev/null"
+            command = f"{old}\n{command}"
         try:
-            return Outcome(int(code), stdout, binascii.a2b_base64(words))
-        except ValueError:
-            raise NetworkError("The VM's answer over SSH cannot be understood.", sent=True) from None
+            api = self._idle.pop()
+        except IndexError:
+            api = self._vm.sandbox.api.another()
+        outcome = self._vm.execute(command, VM_SECONDS, api)
+        self._idle.append(api)
+        if outcome.code:
+            raise SandboxError(f"The VM could not take the files: {last_words(outcome.stderr)}.")
 
-    def _write(self, data: bytes) -> bool:
-        """Whether the other side still reads."""
-        stdin: Any = self._process.stdin
-        try:
-            _write_all(stdin.fileno(), data)
-        except BrokenPipeError:
-            return False
-        return True
+    def wait(self) -> None:
+        """Wait until every part is there."""
+        for part in self._under_way:
+            part.result()
+        for api in self._idle:
+            api.transport.close()
 
-    def _has_answered(self) -> bool:
-        """Whether a script has ended before it had all of its input: it failed."""
-        import select
 
-        stdout: Any = self._process.stdout
-        ready = select.select([stdout], [], [], 0)[0]
-        if ready and len(self._buffer) < 1000:
-            self._buffer += os.read(stdout.fileno(), 65536)
-        return self._buffer.count(self._word) > 1
-
-    def _read_through(self, mark: bytes, deadline: float) -> bytes:
-        """What comes before a mark; both are taken away."""
-        import select
-
-        stdout: Any = self._process.stdout
-        searched = 0
-        while True:
-            found = self._buffer.find(mark, searched)
-            if found >= 0:
-                taken = bytes(self._buffer[:found])
-                del self._buffer[: found + len(mark)]
-                return taken
-            searched = max(0, len(self._buffer) - len(mark))
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([stdout], [], [], left)[0]:
-                raise TimedOutError(
-                    "The VM did not answer over SSH in time.", hint=f"See what it is doing: {PROGRAM} status"
-                )
-            data = os.read(stdout.fileno(), 1 << 18)
-            if not data:
-                raise self._broken()
-            self._buffer += data
-
-    def _broken(self) -> NetworkError:
-        self._process.wait()
-        words, hint = ssh_complaint(self._complaint.result())
-        hint = hint or f"Run the command again; see what the VM is doing: {PROGRAM} status"
-        return NetworkError(
-            f"The SSH connection to the VM broke{words and ': '}{words}.", hint=hint, sent=True
+def execute_outcome(answer: Mapping[str, Any], job_id: str | None, seconds: float) -> Outcome:
+    """What a command did, in an answer of `execute`. Raises when it did not run to its end."""
+    result = job_of(answer, job_id)
+    code = result.get("exit_code", 0 if result.get("success") else 1)
+    stdout, stderr = as_text(result.get("stdout")) or "", as_text(result.get("stderr")) or ""
+    if result.get("timed_out"):
+        raise TimedOutError(
+            f"A command on the VM did not end within {seconds:g} s.",
+            hint="Run the command again with a larger --timeout.",
         )
+    if not result or not isinstance(code, int) or code < 0:
+        words = printable(stderr.strip()) or "no result came back"
+        raise ApiError(
+            f"Plato could not run a command on the VM: {words}.",
+            hint=f"See what it is doing: {PROGRAM} status",
+        )
+    return Outcome(code, stdout.encode("utf-8", "replace"), stderr.encode("utf-8", "replace"))
 
-    def end(self) -> None:
-        """End the connection, at once; whoever still reads from it is told that it broke."""
-        self._process.kill()
-        self._process.wait()
 
-    def close(self) -> None:
-        """End the connection, and forget it."""
-        self.end()
-        self._complaint.result()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:
-                    pass  # what was still to be written has nowhere to go
+def check_script(outcome: Outcome) -> bytes:
+    """What a script printed; SandboxError with its last words when it failed (see `Vm`)."""
+    if not outcome.code:
+        return outcome.stdout
+    kind = {73: ConflictError, 75: OvertakenError}.get(outcome.code, SandboxError)
+    raise kind(last_words(outcome.stderr) or f"A command on the VM ended with {outcome.code}.")
+
+
+def ssh_broken(stderr: bytes) -> NetworkError:
+    """The error for an ssh that ended by itself."""
+    words, hint = ssh_complaint(stderr)
+    hint = hint or f"Run the command again; see what the VM is doing: {PROGRAM} status"
+    return NetworkError(f"The SSH connection to the VM broke{words and ': '}{words}.", hint=hint, sent=True)
+
+
+def last_words(stderr: bytes) -> str:
+    """The end of what a command complained of, in one line."""
+    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    return printable("; ".join(lines))[-600:]
+
+
+def assigned(**values: object) -> str:
+    """Shell assignments; the one place where values become part of a script."""
+    return "".join(f"{name}={shell_words([str(value)])}\n" for name, value in values.items())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3774,28 +3861,22 @@ def run_child(arguments: Sequence[str]) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# sync: ignore rules, scan, plan, archive, and the two ways to the VM
+# sync: ignore rules, the local tree, the plan, the archive, what runs on the VM, the watch
 # ----------------------------------------------------------------------------------------------------------
 # One look at the VM brings what is there and the manifest of the last sync. The plan is a pure function of
 # that and of the local tree; what differs travels in one archive. On the VM the archive is unpacked beside
-# the tree and checked before anything in the tree is touched; then it is moved in by links and renames, under
-# a lock and only if no other sync came between.
+# the tree before anything in the tree is touched; then it is moved in by links and renames, under a lock and
+# only if no other sync came between.
 # Paths inside the trees are bytes, relative, without a leading "./"; no path of a tree is ever part of a
 # command: they travel as NUL-terminated fields inside the archive.
+# A stamp is what `find` on the VM says of an entry: `d MODE`, `f MODE SIZE MTIME`, `l TARGET` or one letter.
+# What is alike on both sides has equal stamps.
 
 SYNC_ROOT = "/home/plato/worktree"
 SYNC_SECONDS = 120.0
 PATIENCE_SHARE = 0.5  # of a command's seconds the VM waits for another sync: it must be able to say so
 SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes while it is read
 SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
-SYNC_CONNECTIONS = 8  # for parts; sshd starts to turn connections away when it has ten to let in
-SSH_ANSWER_SECONDS = 20.0
-COMMAND_BYTES = 131_071  # Linux takes no longer argument, and the API's `execute` hands a command on as one
-BLOCK_BYTES = 256 * 1024
-FRAME_BYTES = 1024 * 1024
-PROBE_BYTES = 512 * 1024  # what a connection has to take before its speed says anything
-GZIP_LEVEL = 3
-SAMPLED_BYTES = 4096  # files from this size on are looked at for whether compression gains anything
 PRIVATE_KEY_BYTES = 64 * 1024
 EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tree
 WATCH_QUIET_SECONDS = 0.3
@@ -3819,404 +3900,260 @@ REFUSED_TARGETS = (
 
 # Ignore rules: git's syntax and semantics (gitignore(5), and git's wildmatch where that is silent)
 
-
-class IgnoreRules:
-    """The patterns of one ignore file. The last one that matches decides."""
-
-    def __init__(self, text: bytes) -> None:
-        lines = list(_ignore_lines(text))
-        self._rules = [rule for rule in map(_ignore_rule, lines) if rule is not None]
-        self._taken_back = [line[1:].rstrip(b"/").rpartition(b"/")[2] for line in lines if line[:1] == b"!"]
-
-    def __bool__(self) -> bool:
-        return bool(self._rules)
-
-    def takes_back(self, name: bytes) -> bool:
-        """Whether a directory of that name may be re-included somewhere."""
-        rules = IgnoreRules(b"\n".join(b"/" + part for part in self._taken_back))
-        return rules.decide(name, name, True) is True
-
-    def decide(self, path: bytes, name: bytes, is_directory: bool) -> bool | None:
-        """Whether a path is ignored; None when no pattern matches.
-
-        path: relative to the file's directory; name: its last part.
-        """
-        by_name, by_path = self._directories if is_directory else self._files
-        best = max(by_name(name), by_path(path))
-        return None if best < 0 else not self._rules[best][0]
-
-    @functools.cached_property
-    def _files(self) -> tuple[Callable[[bytes], int], Callable[[bytes], int]]:
-        return self._compiled(is_directory=False)
-
-    @functools.cached_property
-    def _directories(self) -> tuple[Callable[[bytes], int], Callable[[bytes], int]]:
-        return self._compiled(is_directory=True)
-
-    def _compiled(self, is_directory: bool) -> tuple[Callable[[bytes], int], Callable[[bytes], int]]:
-        usable = [
-            (number, by_name, pieces)
-            for number, (_, directories_only, by_name, pieces) in enumerate(self._rules)
-            if is_directory or not directories_only
-        ]
-        return (
-            _last_match([(number, pieces) for number, by_name, pieces in usable if by_name]),
-            _last_match([(number, pieces) for number, by_name, pieces in usable if not by_name]),
-        )
-
-
-def _ignore_lines(text: bytes) -> Iterator[bytes]:
-    """The pattern of every line, its end and its unescaped trailing spaces cut off."""
-    for line in text[3 if text.startswith(b"\xef\xbb\xbf") else 0 :].split(b"\n"):
-        if line.startswith(b"#"):
-            continue
-        line = line[:-1] if line.endswith(b"\r") else line
-        line = line.partition(b"\0")[0]
-        kept = len(line.rstrip(b" "))
-        backslashes = kept - len(line[:kept].rstrip(b"\\"))
-        if backslashes % 2 and kept < len(line):
-            kept += 1
-        if kept:
-            yield line[:kept]
-
-
-def _ignore_rule(line: bytes) -> tuple[bool, bool, bool, list[bytes]] | None:
-    """Re-includes, directories only, by name alone, pieces of its expression; None: it never matches."""
-    negated = line.startswith(b"!")
-    pattern = line[1:] if negated else line
-    directories_only = pattern.endswith(b"/")
-    pattern = pattern[:-1] if directories_only else pattern
-    by_name = b"/" not in pattern
-    if by_name:
-        literal = b""
-    else:
-        pattern = pattern[1:] if pattern.startswith(b"/") else pattern
-        # git compares the text before the first wildcard by itself, so what follows starts a pattern anew
-        literal = re.split(rb"[*?\[\\]", pattern, maxsplit=1)[0]
-    pieces = _glob_pieces(pattern[len(literal) :], pathname=not by_name) if pattern else None
-    if pieces is None:
-        return None
-    return negated, directories_only, by_name, [re.escape(literal), *pieces]
-
-
-_STAR = b"*"
-
-
-def _glob_pieces(pattern: bytes, *, pathname: bool) -> list[bytes] | None:
-    """A wildcard pattern as pieces of a regular expression, _STAR for itself; None: it matches nothing."""
-    pieces: list[bytes] = []
-    at = 0
-    while at < len(pattern):
-        char = pattern[at : at + 1]
-        if char == b"*":
-            piece, at = _glob_stars(pattern, at, pathname)
-        elif char == b"?":
-            piece, at = b"[^/]", at + 1
-        elif char == b"[":
-            found = _glob_class(pattern, at + 1)
-            if found is None:
-                return None
-            piece, at = found
-        else:
-            at += char == b"\\"
-            if at == len(pattern):
-                return None
-            piece, at = re.escape(pattern[at : at + 1]), at + 1
-        pieces.append(piece)
-    return pieces
-
-
-def _glob_stars(pattern: bytes, at: int, pathname: bool) -> tuple[bytes, int]:
-    """The piece for the stars at an offset, and where it ends; `**` is special only as a whole path part."""
-    end = at + len(pattern[at:]) - len(pattern[at:].lstrip(b"*"))
-    starts_part = at == 0 or pattern[at - 1 : at] == b"/"
-    if pathname and end - at > 1 and starts_part:
-        if pattern[end : end + 1] == b"/":
-            return b"(?:.*/)?", end + 1
-        if end == len(pattern) or pattern[end : end + 2] == b"\\/":
-            return b".*", end
-    return _STAR, end
-
-
+_GLOB = re.compile(
+    rb"(?P<above>(?:^|(?<=/))\*\*+/)|(?P<below>(?:^|(?<=/))\*\*+(?=$|\\/))|(?P<star>\*+)|(?P<one>\?)"
+    rb"|\[(?P<set>[!^]?\]?(?:\[:\w*:\]|\\.|[^\]\\])*)\]|\\(?P<plain>.)|(?P<other>[^\[\\])",
+    re.DOTALL,
+)
+_STAR = b"\n"  # in an expression that is not finished: no pattern holds a line break
+_GLOB_PARTS = {"above": rb"(?:[^\0]*/)?", "below": rb"[^\0]*", "star": _STAR, "one": rb"[^\x2f\0]"}
 _GLOB_CLASSES = {
-    b"alnum": rb"[0-9A-Za-z]",
-    b"alpha": rb"[A-Za-z]",
-    b"blank": rb"[ \t]",
-    b"cntrl": rb"[\x00-\x1f\x7f]",
-    b"digit": rb"[0-9]",
-    b"graph": rb"[!-~]",
-    b"lower": rb"[a-z]",
-    b"print": rb"[ -~]",
-    b"punct": rb"[!-/:-@\[-`{-~]",
-    b"space": rb"[ \t\n\r]",
-    b"upper": rb"[A-Z]",
-    b"xdigit": rb"[0-9A-Fa-f]",
+    b"alnum": rb"0-9A-Za-z",
+    b"alpha": rb"A-Za-z",
+    b"blank": rb" \t",
+    b"cntrl": rb"\x01-\x1f\x7f",
+    b"digit": rb"0-9",
+    b"graph": rb"!-~",
+    b"lower": rb"a-z",
+    b"print": rb" -~",
+    b"punct": rb"!-/:-@\[-`{-~",
+    b"space": rb" \t\n\r",
+    b"upper": rb"A-Z",
+    b"xdigit": rb"0-9A-Fa-f",
 }
 
 
-def _glob_class(pattern: bytes, at: int) -> tuple[bytes, int] | None:
-    """The piece for a bracket expression whose inside starts at an offset; None when it is malformed."""
-    negated = pattern[at : at + 1] in (b"!", b"^") and at < len(pattern)
-    at += negated
-    start, previous = at, -1
-    members: set[int] = set()
-    while at < len(pattern) and (pattern[at : at + 1] != b"]" or at == start):
-        char = pattern[at]
-        if pattern[at : at + 2] == b"[:":
-            close = pattern.find(b"]", at + 2)
-            if close < 0:
-                return None
-            if close > at + 2 and pattern[close - 1 : close] == b":":
-                named = _GLOB_CLASSES.get(pattern[at + 2 : close - 1])
-                if named is None:
-                    return None
-                members.update(code for code in range(1, 256) if re.match(named, bytes([code])))
-                at, previous = close + 1, -1
-                continue
-        is_range = char == 0x2D and previous >= 0 and pattern[at + 1 : at + 2] not in (b"", b"]")
-        at += is_range
-        at += pattern[at : at + 1] == b"\\"
-        if at >= len(pattern):
-            return None
-        members.update(range(previous if is_range else pattern[at], pattern[at] + 1))
-        previous = -1 if is_range else pattern[at]
-        at += 1
-    if at >= len(pattern):
-        return None
-    chosen = (set(range(1, 256)) - members if negated else members) - {0x2F}
-    piece = b"[" + b"".join(b"\\x%02x" % code for code in sorted(chosen)) + b"]" if chosen else b"(?!)"
-    return piece, at + 1
+def _glob_part(found: re.Match[bytes]) -> bytes:
+    """A part of a pattern as a regular expression."""
+    kind = found.lastgroup or ""
+    if kind != "set":
+        return _GLOB_PARTS.get(kind) or re.escape(found[kind])
+    negated = found["set"][:1] in (b"!", b"^")
+    inside = re.sub(rb"\[:(\w*):\]|\\?([^-]|(?<=\\)-)", _set_member, found["set"][negated:], flags=re.DOTALL)
+    return rb"(?![\x2f\0])[" + b"^" * negated + inside + b"]"
 
 
-def _last_match(rules: Sequence[tuple[int, list[bytes]]]) -> Callable[[bytes], int]:
-    """One expression for numbered rules: a function that gives the number of the last one to match, or -1."""
-    if not rules:
-        return lambda text: -1
-    alternatives: list[bytes] = []
-    numbers: dict[int, int] = {}
-    groups = 0
-    for number, pieces in reversed(rules):
-        numbers[groups + 1] = number
-        expression, inner = _joined(pieces, groups + 1)
-        alternatives.append(b"(" + expression + b")")
-        groups += 1 + inner
-    match = re.compile(b"(?:" + b"|".join(alternatives) + rb")\Z", re.DOTALL).match
-
-    def last(text: bytes) -> int:
-        found = match(text)
-        return numbers[found.lastindex or 0] if found else -1
-
-    return last
+def _set_member(found: re.Match[bytes]) -> bytes:
+    return re.escape(found[2]) if found[2] else _GLOB_CLASSES.get(found[1], b"[")  # which is no expression
 
 
-def _joined(pieces: Sequence[bytes], groups: int) -> tuple[bytes, int]:
-    """Pieces as one expression, and how many groups it opens; `groups` are open before it.
+def ignore_expression(pattern: bytes, name: bytes) -> bytes:
+    """A pattern as a regular expression; `name` begins the names of its groups.
 
-    A star takes the first place where what stands before the next star fits, once and for all: the next
-    star makes up for the rest. So the time stays in proportion, however many stars there are.
+    git compares the text before the first wildcard of a path by itself; what follows starts a pattern anew.
+    A star takes the first place where what stands before the next star fits, once and for all: the next star
+    makes up for the rest. So the time stays in proportion, however many stars there are.
     """
-    out: list[bytes] = []
-    at = opened = 0
-    while at < len(pieces):
-        if pieces[at] != _STAR:
-            out.append(pieces[at])
-            at += 1
-            continue
-        end = next((index for index in range(at + 1, len(pieces)) if pieces[index] in _NOT_ONE), len(pieces))
-        if end == len(pieces) or pieces[end] != _STAR:
-            out.append(b"[^/]*")
-            at += 1
-            continue
-        opened += 1
-        name = b"g%d" % (groups + opened)
-        out.append(b"(?=(?P<" + name + b">[^/]*?" + b"".join(pieces[at + 1 : end]) + b"))(?P=" + name + b")")
-        at = end
-    return b"".join(out), opened
+    import itertools
+
+    plain = re.split(rb"[*?\[\\]", pattern, maxsplit=1)[0] if b"/" in pattern else b""
+    text = re.escape(plain) + _GLOB.sub(_glob_part, pattern[len(plain) :])
+    groups = (name + b"%d" % number for number in itertools.count())
+
+    def settled(found: re.Match[bytes]) -> bytes:
+        group = next(groups)
+        return rb"(?=(?P<%s>[^/\0]*?%s))(?P=%s)" % (group, found[1], group)
+
+    return re.sub(rb"\n([^\n/]*)(?=\n)", settled, text).replace(_STAR, rb"[^/\0]*")
 
 
-_NOT_ONE = (_STAR, b"/", b".*", b"(?:.*/)?")  # the pieces that do not stand for one character of a name
+class IgnoreFile:
+    """The patterns of one ignore file. The last one that matches decides.
+
+    unreadable: patterns that are none, which match nothing, as in git; taken_back: those with "!".
+    """
+
+    def __init__(self, text: bytes) -> None:
+        self.unreadable: list[bytes] = []
+        self.taken_back: list[bytes] = []
+        alternatives: list[bytes] = []
+        for line in text[3 if text.startswith(b"\xef\xbb\xbf") else 0 :].split(b"\n"):
+            pattern = re.sub(rb"(?<!\\)((?:\\\\)*) +$", rb"\1", re.sub(rb"\r$|\0.*", b"", line))
+            if pattern.startswith(b"#"):
+                continue
+            negated = pattern.startswith(b"!")
+            wanted = pattern[1:] if negated else pattern
+            only_directories = wanted.endswith(b"/")
+            wanted = wanted[:-1] if only_directories else wanted
+            kind = b"kept" if negated else b"ignored"
+            try:
+                if wanted:
+                    alternatives.append(
+                        _alternative(wanted, b"%s%d" % (kind, len(alternatives)), only_directories)
+                    )
+                if negated:
+                    self.taken_back.append(wanted)
+            except re.error:
+                self.unreadable.append(pattern)
+        self._match = re.compile(b"|".join(reversed(alternatives)) or b"(?!)", re.DOTALL).fullmatch
+
+    def verdict(self, path: bytes, is_directory: bool) -> bool | None:
+        """Whether a path, relative to the file's directory, is ignored; None when no pattern matches."""
+        found = self._match(b"/" * is_directory + path.rpartition(b"/")[2] + b"\0" + path)
+        return None if found is None else (found.lastgroup or "").startswith("ignored")
 
 
-class IgnoreTree:
-    """The ignore rules of a tree: those of a directory win over those above it."""
+def _alternative(pattern: bytes, name: bytes, only_directories: bool) -> bytes:
+    """What matches `/` of a directory, the name, NUL, and the path. re.error for what is no pattern."""
+    by_name = b"/" not in pattern
+    expression = ignore_expression(pattern[1:] if pattern.startswith(b"/") else pattern, name + b"_")
+    re.compile(expression)
+    form = rb"(?P<%s>/%s%s\0.*)" if by_name else rb"(?P<%s>/%s[^\0]*\0%s)"
+    optional = b"" if only_directories else b"?"
+    return form % (name, optional, expression)
 
-    def __init__(self) -> None:
-        built_in = IgnoreRules(b"\n".join(EXCLUDED_PATTERNS))
-        self._chains: dict[bytes, tuple[tuple[int, IgnoreRules], ...]] = {b"": ((0, built_in),)}
 
-    def add(self, directory: bytes, rules: IgnoreRules) -> None:
-        """Take up an ignore file of a directory; a later one wins. Parents come before their children."""
-        start = len(directory) + 1 if directory else 0
-        self._chains[directory] = ((start, rules), *self._chain(directory))
+# The local tree
 
-    def _chain(self, directory: bytes) -> tuple[tuple[int, IgnoreRules], ...]:
-        while directory not in self._chains:
+
+class LocalTree:
+    """What there is to sync: stamps by path; what is left out, and why; ignore patterns that are none.
+
+    single: the name of the only file to look at. also: what .gitignore files do not hide.
+    """
+
+    def __init__(
+        self, root: bytes, *, gitignore: bool = False, single: bytes = b"", also: Sequence[bytes] = ()
+    ) -> None:
+        self.root = root
+        self.stamps: dict[bytes, bytes] = {}
+        self.skipped: dict[bytes, str] = {}
+        self.unread_patterns: list[bytes] = []
+        self._names = (b".platoignore", b".gitignore") if gitignore else (b".platoignore",)
+        self._files: dict[bytes, tuple[tuple[int, IgnoreFile], ...]] = {
+            b"": ((0, IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))),)
+        }
+        waiting = [b""]
+        while waiting:
+            waiting += self._scan(waiting.pop(), single)
+        if gitignore and any(name not in self.stamps for name in also):
+            hidden = LocalTree(root).stamps
+            self.stamps.update((path, hidden[path]) for path in hidden if _is_near(path, also))
+        self._also = also
+
+    def _scan(self, directory: bytes, single: bytes) -> list[bytes]:
+        """Take up what a directory holds; the directories in it to go into."""
+        below = []
+        prefix = directory + b"/" if directory else b""
+        try:
+            with os.scandir(self.location(directory)) as listing:
+                entries = list(listing)
+            if not single:
+                self._read_ignore_files(directory, prefix, {entry.name for entry in entries})
+            for entry in entries:
+                path, is_directory = prefix + entry.name, entry.is_dir(follow_symlinks=False)
+                if entry.name != single if single else self.ignores(path, is_directory):
+                    continue
+                self._take(path, entry)
+                if is_directory and path in self.stamps:
+                    below.append(path)
+        except FileNotFoundError:
+            pass  # gone meanwhile
+        except OSError as error:
+            raise _unreadable(error) from None
+        return below
+
+    def _read_ignore_files(self, directory: bytes, prefix: bytes, names: set[bytes]) -> None:
+        found = [
+            name for name in self._names if name in names and os.path.isfile(self.location(prefix + name))
+        ]
+        for name in reversed(found):
+            with open(self.location(prefix + name), "rb") as file:
+                rules = IgnoreFile(file.read())
+            self._files[directory] = ((len(prefix), rules), *self._files_for(directory))
+            self.unread_patterns += [prefix + name + b": " + pattern for pattern in rules.unreadable]
+
+    def _take(self, path: bytes, entry: os.DirEntry[bytes]) -> None:
+        import stat
+
+        try:
+            status = entry.stat(follow_symlinks=False)
+            mode = stat.S_IMODE(status.st_mode)
+            if stat.S_ISREG(status.st_mode):
+                moment = divmod(status.st_mtime_ns, 1_000_000_000)
+                self.stamps[path] = b"f %o %d %d.%09d0" % (mode, status.st_size, *moment)
+            elif stat.S_ISDIR(status.st_mode):
+                self.stamps[path] = b"d %o" % mode
+            elif not stat.S_ISLNK(status.st_mode):
+                self.skipped[path] = "not a file, a directory or a symbolic link"
+            elif link_leaves(path, target := os.readlink(entry.path)):
+                self.skipped[path] = "a symbolic link that leads out of the tree"
+            else:
+                self.stamps[path] = b"l " + target
+        except FileNotFoundError:
+            pass  # gone since the directory was listed
+
+    def location(self, path: bytes) -> bytes:
+        return os.path.join(self.root, path) or b"."
+
+    def _files_for(self, directory: bytes) -> tuple[tuple[int, IgnoreFile], ...]:
+        while directory not in self._files:
             directory = directory.rpartition(b"/")[0]
-        return self._chains[directory]
+        return self._files[directory]
 
     def ignores(self, path: bytes, is_directory: bool) -> bool:
         """Whether a path stays out, given that the directories above it do not."""
         directory, _, name = path.rpartition(b"/")
         if NEVER_SENT.fullmatch(name):
             return True
-        for start, rules in self._chain(directory):
-            verdict = rules.decide(path[start:], name, is_directory)
+        for start, rules in self._files_for(directory):
+            verdict = rules.verdict(path[start:], is_directory)
             if verdict is not None:
                 return verdict
         return False
 
+    def keeps_away(self, path: bytes, is_directory: bool) -> bool:
+        """Whether what is not in this tree is none of its business on the VM."""
+        above = list(lineage(path))
+        return not self.skipped.keys().isdisjoint(above) or (
+            not _is_near(path, self._also)
+            and any(self.ignores(one, one != path or is_directory) for one in above)
+        )
+
     def takes_back(self, name: bytes) -> bool:
-        """Whether some ignore file may re-include directories of a name."""
-        return any(rules.takes_back(name) for chain in self._chains.values() for _, rules in chain)
+        """Whether an excluded directory of that name may be wanted somewhere."""
+        files = {rules for chain in self._files.values() for _, rules in chain}
+        return any(name in text or b"*" in text for rules in files for text in rules.taken_back)
 
-    def ignores_at_all(self, path: bytes, is_directory: bool) -> bool:
-        """Whether a path, or a directory above it, stays out."""
-        ends = [index for index, code in enumerate(path) if code == 0x2F]
-        return any(self.ignores(path[:end], True) for end in ends) or self.ignores(path, is_directory)
+    def files(self, paths: Iterable[bytes]) -> list[bytes]:
+        """Those of some paths that are no directories."""
+        return [path for path in paths if self.stamps[path][:1] != b"d"]
 
-
-# The local tree
-
-
-class Entry(bytes):
-    """A file, a directory or a symbolic link, as either side knows it: one small object, as a tree may have
-    hundreds of thousands. Equal ones are alike in everything.
-
-    kind: "f", "d" or "l", on the VM also other letters of `find`; mode: permission bits; size in bytes and
-    mtime in nanoseconds since 1970, of files; target of a link.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, kind: str, mode: int, size: int = 0, mtime: int = 0, target: bytes = b"") -> Entry:  # noqa: PYI034
-        return super().__new__(cls, b"%s %o %d %d %s" % (kind.encode(), mode, size, mtime, target))
-
-    @property
-    def kind(self) -> str:
-        return chr(self[0])
-
-    @property
-    def mode(self) -> int:
-        return int(self.split(b" ", 2)[1], 8)
-
-    @property
-    def size(self) -> int:
-        return int(self.split(b" ", 3)[2])
-
-    @property
-    def mtime(self) -> int:
-        return int(self.split(b" ", 4)[3])
-
-    @property
-    def target(self) -> bytes:
-        return self.split(b" ", 4)[4]
-
-    def same_as(self, other: Entry) -> bool:
-        """Whether nothing needs to travel to make one the other."""
-        return self == other or (self.kind == other.kind == "l" and self.target == other.target)
+    def check_before_sending(self, paths: Iterable[bytes]) -> None:
+        """Leave out what turns out to be a private key. SandboxError for what cannot be read."""
+        unreadable: dict[bytes, OSError] = {}
+        for path in paths:
+            if self.stamps[path][:1] != b"f":
+                continue
+            try:
+                handle = os.open(self.location(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    small = os.fstat(handle).st_size < PRIVATE_KEY_BYTES
+                    if small and PRIVATE_KEY.match(os.read(handle, 100)):
+                        self.skipped[path] = "a private key"
+                        del self.stamps[path]
+                finally:
+                    os.close(handle)
+            except FileNotFoundError:
+                del self.stamps[path]
+            except OSError as error:
+                unreadable[path] = error
+        if unreadable:
+            raise _unreadable(min(unreadable.values(), key=str), listed_paths(sorted(unreadable)))
 
 
-class LocalTree:
-    """What there is to sync: entries by path; what cannot be read and what is left out, each with why; the
-    SHA-256 of files where it was asked for."""
-
-    def __init__(self, root: bytes) -> None:
-        self.root = root
-        self.entries: dict[bytes, Entry] = {}
-        self.unreadable: dict[bytes, str] = {}
-        self.skipped: dict[bytes, str] = {}
-        self.digests: dict[bytes, bytes] = {}
-        self.ignore = IgnoreTree()
-
-    def location(self, path: bytes) -> bytes:
-        return os.path.join(self.root, path)
-
-    def protects(self, path: bytes) -> bool:
-        """Whether something local that was not looked at stands at a path or above it."""
-        if not self.unreadable and not self.skipped:
-            return False
-        while path:
-            if path in self.unreadable or path in self.skipped:
-                return True
-            path = path.rpartition(b"/")[0]
-        return False
-
-    def files(self, paths: Iterable[bytes] | None = None) -> int:
-        """How many of all entries, or of those at some paths, are files or links."""
-        entries = self.entries.values() if paths is None else map(self.entries.__getitem__, paths)
-        return sum(entry.kind != "d" for entry in entries)
-
-    def drop(self, path: bytes, why: str, *, unreadable: bool = False) -> None:
-        """Leave a path out after all."""
-        self.entries.pop(path, None)
-        (self.unreadable if unreadable else self.skipped)[path] = why
+def _unreadable(error: OSError, names: str = "") -> SandboxError:
+    return SandboxError(
+        f"{names or shown_path(os.fsdecode(error.filename))} cannot be read: {reason(error)}."
+        " Nothing was sent.",
+        hint="Make it readable, or list it in .platoignore.",
+    )
 
 
-def scan_tree(root: bytes, *, gitignore: bool) -> LocalTree:
-    """Look at a directory; what the ignore rules exclude is never entered."""
-    tree = LocalTree(root)
-    names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
-    waiting = [b""]
-    while waiting:
-        directory = waiting.pop()
-        try:
-            with os.scandir(tree.location(directory) or b".") as listing:
-                found = list(listing)
-        except OSError as error:
-            tree.drop(directory, reason(error), unreadable=True)
-            continue
-        here = {entry.name for entry in found}
-        for name in names:
-            if name in here:
-                _read_ignore_file(tree, directory, name)
-        prefix = directory + b"/" if directory else b""
-        for entry in found:
-            path = prefix + entry.name
-            is_directory = entry.is_dir(follow_symlinks=False)
-            if not tree.ignore.ignores(path, is_directory) and _take(tree, path, entry):
-                waiting.append(path)
-    return tree
-
-
-def _read_ignore_file(tree: LocalTree, directory: bytes, name: bytes) -> None:
-    path = os.path.join(directory, name)
-    try:
-        with open(tree.location(path), "rb") as file:
-            rules = IgnoreRules(file.read())
-    except OSError as error:
-        if not os.path.isdir(tree.location(path)):
-            tree.unreadable[path] = reason(error)
-        return
-    if rules:
-        tree.ignore.add(directory, rules)
-
-
-def _take(tree: LocalTree, path: bytes, found: os.DirEntry[bytes]) -> bool:
-    """Note what a directory holds; True for a directory to go into."""
-    import stat
-
-    try:
-        status = found.stat(follow_symlinks=False)
-        kind = stat.S_IFMT(status.st_mode)
-        target = os.readlink(tree.location(path)) if kind == stat.S_IFLNK else b""
-    except FileNotFoundError:
-        return False  # gone since the directory was listed
-    except OSError as error:
-        tree.drop(path, reason(error), unreadable=True)
-        return False
-    mode = stat.S_IMODE(status.st_mode)
-    if kind == stat.S_IFREG:
-        tree.entries[path] = Entry("f", mode, status.st_size, status.st_mtime_ns)
-    elif kind == stat.S_IFDIR:
-        tree.entries[path] = Entry("d", mode)
-        return True
-    elif kind == stat.S_IFLNK and link_leaves(path, target):
-        tree.drop(path, "a symbolic link that leads out of the tree")
-    elif kind == stat.S_IFLNK:
-        tree.entries[path] = Entry("l", 0o777, mtime=status.st_mtime_ns, target=target)
-    else:
-        tree.drop(path, "not a file, a directory or a symbolic link")
-    return False
+def _is_near(path: bytes, names: Iterable[bytes]) -> bool:
+    """Whether a path is one of these, below one, or above one."""
+    parts = [(path + b"/", name + b"/") for name in names]
+    return any(one.startswith(other) or other.startswith(one) for one, other in parts)
 
 
 def link_leaves(path: bytes, target: bytes) -> bool:
@@ -4225,410 +4162,73 @@ def link_leaves(path: bytes, target: bytes) -> bool:
     return target.startswith(b"/") or inside == b".." or inside.startswith(b"../")
 
 
-def scan_file(path: bytes) -> LocalTree:
-    """A single file as a tree of its own; the ignore rules have no say in what was named."""
-    directory, name = os.path.split(path)
-    tree = LocalTree(directory)
-    if NEVER_SENT.fullmatch(name):
-        raise UsageError(f"{shown_path(os.fsdecode(path))} never leaves this machine.")
-    with os.scandir(directory or b".") as listing:
-        for entry in listing:
-            if entry.name == name:
-                _take(tree, name, entry)
-    return tree
-
-
-def check_before_sending(tree: LocalTree, remote: RemoteTree, paths: Iterable[bytes]) -> None:
-    """Take out of a tree what turns out to be a private key, or cannot be read, or is gone."""
-    for path in paths:
-        entry = tree.entries[path]
-        if entry.kind != "f":
-            continue
-        why, unreadable = _why_not_sent(tree.location(path), entry)
-        if why:
-            remote.hold(path)
-            tree.drop(path, why, unreadable=unreadable)
-
-
-def _why_not_sent(location: bytes, entry: Entry) -> tuple[str, bool]:
-    """Why a file stays out, "" if it does not; and whether that is because it cannot be read."""
-    try:
-        handle = os.open(location, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if entry.size < PRIVATE_KEY_BYTES and PRIVATE_KEY.match(os.read(handle, 100)):
-                return "a private key", False
-        finally:
-            os.close(handle)
-    except FileNotFoundError:
-        return "it vanished", False
-    except OSError as error:
-        return reason(error), True
-    return "", False
-
-
-def add_digests(tree: LocalTree, remote: RemoteTree) -> None:
-    """SHA-256 of every local file that could be the one on the VM."""
-    import hashlib
-
-    for path in remote.digests:
-        entry, theirs = tree.entries.get(path), remote.entries.get(path)
-        if entry is None or theirs is None or entry.kind != "f" or theirs.size != entry.size:
-            continue
-        digest = hashlib.sha256()
-        try:
-            with open(tree.location(path), "rb") as file:
-                for block in iter(lambda: file.read(BLOCK_BYTES), b""):
-                    digest.update(block)
-        except OSError:
-            continue  # said when it is to be sent
-        tree.digests[path] = digest.digest()
-
-
-# The tree on the VM
-
-
-class Overlay:
-    """A mapping by path that is nearly another one, `base`: only what is different takes memory.
-
-    view: what a value of the base means here. The base must not change where the two agree.
-    """
-
-    def __init__(
-        self, base: Mapping[bytes, Any] | None = None, view: Callable[[Any], Any] = lambda value: value
-    ) -> None:
-        self.base: Mapping[bytes, Any] = {} if base is None else base
-        self.view = view
-        self.own: dict[bytes, Any] = {}
-        self.gone: set[bytes] = set()  # paths of the base that are not here, or with a value of our own
-
-    def fill(self, items: Iterable[tuple[bytes, Any]]) -> None:
-        """Take these items and nothing else."""
-        unseen = set(self.base)
-        for path, value in items:
-            if path in unseen and self.view(self.base[path]) == value:
-                unseen.discard(path)
-            else:
-                self.own[path] = value
-        self.gone = set(unseen) if 4 * len(unseen) < len(self.base) else unseen  # a set never shrinks
-
-    def get(self, path: bytes) -> Any:
-        """The value at a path, or None."""
-        if path in self.own:
-            return self.own[path]
-        return self.view(self.base[path]) if path in self.base and path not in self.gone else None
-
-    def __getitem__(self, path: bytes) -> Any:
-        if path not in self:
-            raise KeyError(path)
-        return self.get(path)
-
-    def __setitem__(self, path: bytes, value: Any) -> None:
-        self.discard(path)
-        self.own[path] = value
-
-    def discard(self, path: bytes) -> None:
-        self.own.pop(path, None)
-        if path in self.base:
-            self.gone.add(path)
-
-    def __contains__(self, path: bytes) -> bool:
-        return path in self.own or (path in self.base and path not in self.gone)
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self.own
-        yield from (path for path in self.base if path not in self.gone)
-
-    def __len__(self) -> int:
-        return len(self.own) + len(self.base) - len(self.gone)
-
-    def items(self) -> Iterator[tuple[bytes, Any]]:
-        return ((path, self.get(path)) for path in self)
-
-    def same_as(self, other: Overlay) -> bool:
-        if self.base is other.base:
-            return self.gone == other.gone and self.own == other.own
-        return len(self) == len(other) and all(other.get(path) == value for path, value in self.items())
-
-    def differing(self, other: Mapping[bytes, Any]) -> Iterable[bytes]:
-        """Paths of another mapping: all those with another value than here, or with none here."""
-        return [path for path in self.gone if path in other] if other is self.base else other
-
-    def beyond(self, other: Mapping[bytes, Any]) -> Iterator[bytes]:
-        """The paths here that another mapping does not have."""
-        return (path for path in (self.own if other is self.base else self) if path not in other)
-
-
-def _kind(entry: Entry) -> str:
-    return entry.kind
-
-
-class RemoteTree:
-    """What a look at the VM found.
-
-    entries by path; closed: directories of excluded names, which were not entered; manifest: kind by path
-    of what the last sync left there; generation: names that sync, "" before the first one; exists: whether
-    the target does; stale: uploads that were broken off; digests: SHA-256 of files where it was asked for.
-    local: entries that those on the VM are likely to be equal to.
-    """
-
-    def __init__(self, local: Mapping[bytes, Entry] | None = None) -> None:
-        self.entries = Overlay(local)
-        self.manifest = Overlay(local, _kind)
-        self.closed: set[bytes] = set()
-        self.digests: dict[bytes, bytes] = {}
-        self.generation = ""
-        self.exists = False
-        self.stale = 0
-
-    def hold(self, path: bytes) -> None:
-        """Keep what is known of a path, whatever becomes of the local one."""
-        for known in (self.entries, self.manifest):
-            if path in known:
-                known[path] = known[path]
-
-
-def parse_look(packed: bytes, local: Mapping[bytes, Entry]) -> RemoteTree:
-    """Read the answer of `look_script`. ApiError when it is not one."""
-    import zlib
-
-    tree = RemoteTree(local)
-    try:
-        fields = _fields(packed)
-        if next(fields) != b"plato-sync-1":
-            raise ValueError("another beginning")
-        tree.exists = next(fields) == b"here"
-        tree.generation = next(fields).decode("ascii", "replace")
-        tree.stale = int(next(fields))
-        tree.manifest.fill((field[1:], chr(field[0])) for field in _until_empty(fields))
-        tree.entries.fill(_found(tree, field, next(fields)) for field in _until_empty(fields))
-        for field in _until_empty(fields):
-            digest, _, path = field.partition(b"  ")
-            tree.digests[path[2:]] = bytes.fromhex(digest.decode())
-        if next(fields) != b"end":
-            raise ValueError("no end")
-    except (ValueError, IndexError, StopIteration, RuntimeError, zlib.error):
-        raise ApiError(
-            "What the VM told about its files cannot be understood; nothing was changed.",
-            hint="Run the command again.",
-        ) from None
-    return tree
-
-
-def _fields(packed: bytes) -> Iterator[bytes]:
-    """The NUL-terminated fields of a gzip stream, unpacked a little at a time."""
-    import zlib
-
-    unpacker = zlib.decompressobj(31)
-    rest = b""
-    for at in range(0, len(packed), SAMPLED_BYTES):
-        *fields, rest = (rest + unpacker.decompress(packed[at : at + SAMPLED_BYTES])).split(b"\0")
-        yield from fields
-    if not unpacker.eof:
-        raise ValueError("cut off")
-
-
-def _until_empty(fields: Iterator[bytes]) -> Iterator[bytes]:
-    """Fields up to an empty one; ValueError when there is none."""
-    for field in fields:
-        if not field:
-            return
-        yield field
-    raise ValueError("no end of a list")
-
-
-def _found(tree: RemoteTree, field: bytes, target: bytes) -> tuple[bytes, Entry]:
-    """One entry: `kind mode size seconds.fraction path`, in `find`'s words."""
-    kind, mode, size, moment, path = field.split(b" ", 4)
-    if kind == b"x":
-        tree.closed.add(path)
-        kind = b"d"
-    if kind != b"f":
-        return path, Entry(kind.decode("ascii", "replace"), int(mode, 8), target=target)
-    seconds, _, fraction = moment.partition(b".")
-    mtime = int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, b"0") or 0)
-    return path, Entry("f", int(mode, 8), int(size), mtime)
-
-
-# The plan: pure, from the two trees to what must be done
-
-
-class SyncPlan:
-    """What one sync does. Lists of paths, sorted.
-
-    send: entries that travel; remove: files and links; remove_trees: directories of excluded names, whole;
-    remove_directories: empty by then, the deepest first; extra: those of the removals that no earlier sync
-    put there; touched: directories on the VM in which something changes; changed: those that get another
-    mode; replaced: directories that give way to something else, with how many entries they are and hold;
-    unchanged: how many files are.
-    """
-
-    def __init__(self) -> None:
-        self.send: list[bytes] = []
-        self.remove: list[bytes] = []
-        self.remove_trees: list[bytes] = []
-        self.remove_directories: list[bytes] = []
-        self.extra: list[bytes] = []
-        self.touched: list[bytes] = []
-        self.changed: set[bytes] = set()
-        self.replaced: dict[bytes, int] = {}
-        self.manifest = Overlay()
-        self.unchanged = 0
-
-    @property
-    def removed(self) -> list[bytes]:
-        """Everything that goes, sorted."""
-        return sorted([*self.remove, *self.remove_trees, *self.remove_directories])
-
-
-def plan_sync(
-    local: LocalTree,
-    remote: RemoteTree,
-    *,
-    delete_extra: bool = False,
-    force: bool = False,
-    single: bool = False,
-) -> SyncPlan:
-    """Compare the two trees. ConflictError when a directory of the VM's own stands where a file must go;
-    SandboxError, unless `force`, when nearly everything would be removed. single: nothing is removed."""
-    plan = SyncPlan()
-    candidates = local.entries if local.digests else remote.entries.differing(local.entries)
-    for path in candidates:
-        theirs = remote.entries.get(path)
-        if theirs is None or not _same(local, remote, path):
-            plan.send.append(path)
-            if theirs is not None and theirs.kind == local.entries[path].kind == "d":
-                plan.changed.add(path)
-    plan.unchanged = local.files() - local.files(plan.send)
-    in_the_way = _in_the_way(local, remote)
-    _check_conflicts(in_the_way, remote, force=force or delete_extra)
-    gone = set() if single else _no_longer_local(local, remote)
-    extra = _extra(local, remote) - gone if delete_extra and not single else set()
-    if not force and not delete_extra:
-        _check_emptied(remote, gone)
-    _sort_removals(plan, remote, gone | extra | in_the_way)
-    plan.replaced = _replaced(local, remote, in_the_way)
-    plan.extra = sorted(path for path in extra if remote.entries[path].kind != "d")
-    plan.send.sort()
-    plan.manifest = remote.manifest if single else manifest_of(local, remote)
-    changed = {os.path.dirname(path) for path in (*plan.send, *plan.removed)}
-    standing = {path for path in changed if path in remote.entries and remote.entries[path].kind == "d"}
-    plan.touched = sorted((standing | ({b""} & changed if remote.exists else set())) - set(plan.removed))
-    return plan
-
-
-def _same(local: LocalTree, remote: RemoteTree, path: bytes) -> bool:
-    """Whether nothing needs to travel for a path that both have; digests, if known, speak for the content."""
-    mine, theirs = local.entries[path], remote.entries[path]
-    if path not in local.digests or path not in remote.digests:
-        return mine.same_as(theirs)
-    same = local.digests[path] == remote.digests[path]
-    return same and (mine.kind, mine.mode, mine.size) == (theirs.kind, theirs.mode, theirs.size)
-
-
-def manifest_of(local: LocalTree, remote: RemoteTree) -> Overlay:
-    """What this sync vouches for, and what earlier ones did and this one could not look at."""
-    manifest = Overlay(local.entries, _kind)
-    for path in remote.manifest.beyond(local.entries):
-        if local.protects(path):
-            manifest[path] = remote.manifest[path]
-    return manifest
-
-
-def _in_the_way(local: LocalTree, remote: RemoteTree) -> set[bytes]:
-    """What must go because something of another kind comes: itself and, for a directory, all below it."""
-    roots = {
-        path
-        for path in remote.entries.differing(local.entries)
-        if path in remote.entries and remote.entries[path].kind != local.entries[path].kind
-    }
-    if not roots:
-        return set()
-    return {path for path in remote.entries if not roots.isdisjoint(_lineage(path))}
-
-
-def _replaced(local: LocalTree, remote: RemoteTree, in_the_way: set[bytes]) -> dict[bytes, int]:
-    """The directories in the way whose contents are known to the last entry."""
-    counts = {path: 0 for path in in_the_way if path in local.entries and remote.entries[path].kind == "d"}
-    for path in in_the_way if counts else ():
-        for above in _lineage(path):
-            if above in counts:
-                counts[above] += 1 if path not in remote.closed else -(1 << 40)
-    return {path: count for path, count in counts.items() if count > 0}
-
-
-def _lineage(path: bytes) -> Iterator[bytes]:
+def lineage(path: bytes) -> Iterator[bytes]:
     """A path and every directory above it, up to the root's child."""
     while path:
         yield path
         path = path.rpartition(b"/")[0]
 
 
-def _check_conflicts(in_the_way: set[bytes], remote: RemoteTree, *, force: bool) -> None:
-    own = sorted(
-        path
-        for path in in_the_way
-        if (remote.entries[path].kind != "d" or path in remote.closed)
-        and path not in remote.manifest
-        and not in_the_way.isdisjoint(_lineage(os.path.dirname(path)))
-    )
-    if own and not force:
-        raise ConflictError(
-            "Nothing was changed: a file must replace a directory on the VM that holds what no sync put"
-            f" there, {listed_paths(own)}.",
-            hint="Move it away on the VM, or give --force to remove it.",
+# The plan: pure, from the two trees to what must be done
+
+
+class SyncPlan:
+    """What one sync does. Lists of paths, sorted; `remove_directories` from the deepest up.
+
+    send: entries that travel; archived: these and the directories around all that changes; touched:
+    directories of the VM in which something changes; created: new directories; modes: what must get its mode
+    at the end, by mode; changed: directories of the VM among that; lost: how many files go because they are
+    gone here; blocked: what no sync put into a directory that has to give way.
+    """
+
+    def __init__(
+        self, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes], *, single: bool
+    ) -> None:
+        local = tree.stamps
+        self.send = sorted(path for path, stamp in local.items() if remote.get(path) != stamp)
+        going = set() if single else {path for path in manifest if _is_going(path, tree, remote, manifest)}
+        self.lost = sum(manifest[path] != b"d" for path in going)
+        replaced = {path for path in self.send if path in remote and remote[path][:1] != local[path][:1]}
+        going |= replaced
+        staying = [path for path in remote if path not in going and path not in local] if going else []
+        self.blocked = sorted(path for path in staying if not replaced.isdisjoint(lineage(path)))
+        going -= {above for path in staying for above in lineage(os.path.dirname(path))}
+        self.remove = sorted(path for path in going if remote[path][:1] != b"d")
+        self.remove_directories = sorted((path for path in going if remote[path][:1] == b"d"), reverse=True)
+        holding = {os.path.dirname(path) for path in (*self.send, *going)}
+        around = {above for path in holding for above in lineage(path) if above in local}
+        self.archived = sorted(around.union(self.send))
+        there = (
+            {path for path, stamp in remote.items() if stamp[:1] == b"d"} if self.archived or going else set()
         )
+        self.touched = sorted((holding & there - going) | {b""})
+        self.created = [path for path in self.send if local[path][:1] == b"d" and path not in there]
+        self.modes: dict[int, list[bytes]] = {}
+        sent = set(self.send)
+        for path in reversed(self.archived):
+            kind, _, rest = local[path].partition(b" ")
+            mode = 0 if kind == b"l" else int(rest.split(b" ")[0], 8)
+            # What was opened for a while is closed again; a new owner takes set-user-ID away.
+            if mode & 0o6000 if kind == b"f" else kind == b"d" and (path in sent or mode & 0o300 != 0o300):
+                self.modes.setdefault(mode, []).append(path)
+        self.changed = [path for paths in self.modes.values() for path in paths if path in there]
+
+    def lists(self) -> dict[str, Sequence[bytes]]:
+        """What the script on the VM is told, by the names of the lists."""
+        lists = {"remove": self.remove, "rmdir": self.remove_directories, "touched": self.touched}
+        # five digits, as chmod lets a directory keep what it inherited of set-group-ID at four
+        modes = {f"mode.{mode:05o}": paths for mode, paths in self.modes.items()}
+        return {**lists, "created": self.created, "changed": self.changed, **modes}
 
 
-def _no_longer_local(local: LocalTree, remote: RemoteTree) -> set[bytes]:
-    """What an earlier sync put there, is still there, and is neither local nor excluded by now."""
-    return {
-        path
-        for path in remote.manifest.beyond(local.entries)
-        if path in remote.entries
-        and (remote.entries[path].kind == "d") == (remote.manifest[path] == "d")
-        and not local.protects(path)
-        and not local.ignore.ignores_at_all(path, remote.manifest[path] == "d")
-    }
-
-
-def _extra(local: LocalTree, remote: RemoteTree) -> set[bytes]:
-    """Everything on the VM that is not local; what the ignore rules exclude is nobody's business."""
-    return {
-        path
-        for path in remote.entries.beyond(local.entries)
-        if path not in remote.closed
-        and not local.protects(path)
-        and not local.ignore.ignores_at_all(path, remote.entries[path].kind == "d")
-    }
-
-
-def _check_emptied(remote: RemoteTree, gone: set[bytes]) -> None:
-    files = sum(kind != "d" for _, kind in remote.manifest.items())
-    lost = sum(remote.manifest[path] != "d" for path in gone)
-    if lost >= EMPTIED_FILES and lost * 2 > files:
-        raise SandboxError(
-            f"This would remove {lost} of the {files} files that were synced before. Nothing was changed.",
-            hint="If they are meant to go, run it again with --force. See which: --dry-run --force",
-        )
-
-
-def _sort_removals(plan: SyncPlan, remote: RemoteTree, going: set[bytes]) -> None:
-    """Removals by how they are done; a directory only goes if nothing stays in it."""
-    if not going:
-        return
-    staying = {
-        above for path in remote.entries if path not in going for above in _lineage(os.path.dirname(path))
-    }
-    for path in going:
-        if path in remote.closed:
-            plan.remove_trees.append(path)
-        elif remote.entries[path].kind != "d":
-            plan.remove.append(path)
-        elif path not in staying:
-            plan.remove_directories.append(path)
-    plan.remove.sort()
-    plan.remove_trees.sort()
-    plan.remove_directories.sort(reverse=True)
+def _is_going(
+    path: bytes, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes]
+) -> bool:
+    """Whether an earlier sync put there what is still there, and neither here nor excluded by now."""
+    is_directory, kind = manifest[path] == b"d", remote.get(path, b"x")[:1]
+    if path in tree.stamps or kind == b"x" or (kind == b"d") != is_directory:
+        return False
+    return not tree.keeps_away(path, is_directory)
 
 
 def listed_paths(paths: Sequence[bytes], limit: int = 5) -> str:
@@ -4639,137 +4239,6 @@ def listed_paths(paths: Sequence[bytes], limit: int = 5) -> str:
 
 def shown_name(path: bytes) -> str:
     return printable(os.fsdecode(path))
-
-
-# The archive: a tar stream, made while it is sent; equal trees give equal bytes. How it is packed for its way
-# is another matter: in gzip members, or as it is where the connection is faster than compression.
-
-
-class SyncArchive:
-    """The archive of a plan as a stream. Iterate over it once; the counts and the digest are then final.
-
-    Gives blocks of the tar stream, each with the level that it is worth to be compressed with. files, bytes:
-    content so far; digest: of the tar stream; packed: bytes that travelled, kept by who sends them; unsteady:
-    files that changed while they were read; vanished: files that were gone. `meta/` holds the lists for the
-    VM, `tree/` the entries.
-    """
-
-    def __init__(self, tree: LocalTree, plan: SyncPlan, manifest: Overlay | None) -> None:
-        import hashlib
-
-        self.tree = tree
-        self.plan = plan
-        self.manifest = manifest
-        self._sent_directories = {path for path in plan.send if tree.entries[path].kind == "d"}
-        self._around = sorted(set(self._directories()) - self._sent_directories)
-        self.files = self.bytes = self.packed = 0
-        self.unsteady: list[bytes] = []
-        self.vanished: list[bytes] = []
-        self._hash = hashlib.sha256()
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-    @property
-    def progress(self) -> str:
-        return f"{self.files} files, {size_text(self.bytes)}"
-
-    def __iter__(self) -> Iterator[tuple[bytes, int]]:
-        for data, level in self._tar():
-            self._hash.update(data)
-            yield data, level
-
-    def _tar(self) -> Iterator[tuple[bytes, int]]:
-        import heapq
-
-        for name, data in self._lists():
-            header = tar_header(b"meta/" + name, Entry("f", 0o644, len(data)))
-            yield header + data + bytes(-len(data) % 512), GZIP_LEVEL
-        if self.manifest is not None:
-            yield from ((block, GZIP_LEVEL) for block in self._manifest_file(self.manifest))
-        for path in heapq.merge(self.plan.send, self._around):
-            entry = self.tree.entries[path]
-            if entry.kind == "f":
-                yield from self._file(path, entry)
-            else:
-                yield tar_header(b"tree/" + path, entry), GZIP_LEVEL
-                self.files += entry.kind == "l"
-        yield bytes(1024), GZIP_LEVEL
-
-    def _directories(self) -> Iterator[bytes]:
-        """The directories around all that changes: unpacking must give them their modes (again)."""
-        for path in (*self.plan.send, *self.plan.removed):
-            for above in _lineage(os.path.dirname(path)):
-                if above in self.tree.entries:
-                    yield above
-
-    def _lists(self) -> Iterator[tuple[bytes, bytes]]:
-        plan, entries = self.plan, self.tree.entries
-        lists = {
-            b"remove": plan.remove,
-            b"trees": plan.remove_trees,
-            b"directories": plan.remove_directories,
-            b"touched": plan.touched,
-            b"created": [
-                path for path in plan.send if entries[path].kind == "d" and path not in plan.changed
-            ],
-            b"changed": sorted(plan.changed),
-        }
-        for path in self._with_modes():
-            # five digits, as chmod lets a directory keep what it inherited of set-group-ID at four
-            lists.setdefault(b"mode.%05o" % entries[path].mode, []).append(path)
-        counts = [field for path, count in plan.replaced.items() for field in (b"./" + path, b"%d" % count)]
-        yield b"replaced", nul_ended(counts)
-        for name, paths in lists.items():
-            yield name, nul_ended([b"./" + path for path in paths])
-
-    def _manifest_file(self, manifest: Overlay) -> Iterator[bytes]:
-        """The manifest as an entry of the archive, a few paths at a time."""
-        paths = sorted(manifest)
-        size = sum(map(len, paths)) + 2 * len(paths)
-        yield tar_header(b"meta/manifest", Entry("f", 0o644, size))
-        for at in range(0, len(paths), 1000):
-            yield nul_ended([manifest[path].encode() + path for path in paths[at : at + 1000]])
-        yield bytes(-size % 512)
-
-    def _with_modes(self) -> Iterator[bytes]:
-        """What must get its mode at the end: new and changed directories, those that had to be opened for
-        a while, and files that lose set-user-ID when their owner is set."""
-        entries = self.tree.entries
-        files = (path for path in self.plan.send if entries[path].kind == "f")
-        special = [path for path in files if entries[path].mode & 0o6000]
-        opened = [path for path in self._around if entries[path].mode & 0o300 != 0o300]
-        yield from sorted([*special, *opened, *self._sent_directories], reverse=True)
-
-    def _file(self, path: bytes, entry: Entry) -> Iterator[tuple[bytes, int]]:
-        """A file as it is now, exactly as long as its header says whatever happens to it meanwhile."""
-        try:
-            file = open(self.tree.location(path), "rb", buffering=0)  # noqa: SIM115  (closed below)
-        except OSError:
-            self.vanished.append(path)
-            return
-        with file:
-            before = os.fstat(file.fileno())
-            now = Entry("f", entry.mode, before.st_size, before.st_mtime_ns)
-            block = file.read(min(BLOCK_BYTES, now.size)) if now.size else b""
-            level = 0 if now.size >= SAMPLED_BYTES and is_dense(block) else GZIP_LEVEL
-            left, padding = now.size, bytes(-now.size % 512)
-            head = tar_header(b"tree/" + path, now)
-            while left and block:
-                left -= len(block)
-                self.bytes += len(block)
-                yield b"".join((head, block, b"" if left else padding)), level
-                head, block = b"", file.read(min(BLOCK_BYTES, left)) if left else b""
-            if left or not now.size:
-                yield head, GZIP_LEVEL
-                yield from ((bytes(min(left - done, BLOCK_BYTES)), 1) for done in range(0, left, BLOCK_BYTES))
-                yield padding, GZIP_LEVEL
-            after = os.fstat(file.fileno())
-        self.files += 1
-        if left or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            self.unsteady.append(path)
-        self.tree.entries[path] = now
 
 
 def counted(count: int, what: str) -> str:
@@ -4788,467 +4257,521 @@ def size_text(count: float) -> str:
     raise AssertionError("the last unit fits all")
 
 
-def nul_ended(fields: Sequence[bytes]) -> bytes:
+def nul_ended(fields: Iterable[bytes]) -> bytes:
     return b"".join(field + b"\0" for field in fields)
 
 
-def is_dense(sample: bytes) -> bool:
-    """Whether compression would gain next to nothing: nearly every byte value occurs in a short stretch."""
-    middle = len(sample) // 2
-    return len(set(sample[middle : middle + 1024])) > 230
+def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
+    """What `_LOOK` prints: the name of the last sync, the kinds of what it left there, and stamps, by path.
 
+    The stamp of a directory that was not entered is "x".
+    """
+    import binascii
+    import gzip
+    import zlib
 
-class GzipMembers:
-    """Compresses a stream whose level changes on the way: each run of one level is a gzip member."""
-
-    def __init__(self) -> None:
-        self._level = -1
-        self._member: Any = None
-        self._ready: list[bytes] = []
-        self._size = 0
-
-    def add(self, data: bytes, level: int) -> Iterator[bytes]:
-        """Take data; give out what is ready, in pieces of at least BLOCK_BYTES."""
-        import zlib
-
-        if level != self._level:
-            self._end_member()
-            self._level, self._member = level, zlib.compressobj(level, zlib.DEFLATED, 31)
-        self._keep(self._member.compress(data))
-        if self._size >= BLOCK_BYTES:
-            yield self._taken()
-
-    def finish(self) -> Iterator[bytes]:
-        self._end_member()
-        if self._size:
-            yield self._taken()
-
-    def _end_member(self) -> None:
-        if self._member is not None:
-            self._keep(self._member.flush())
-
-    def _keep(self, data: bytes) -> None:
-        if data:
-            self._ready.append(data)
-            self._size += len(data)
-
-    def _taken(self) -> bytes:
-        data, self._ready, self._size = b"".join(self._ready), [], 0
-        return data
-
-
-def packed(archive: SyncArchive, reporter: Reporter) -> Iterator[bytes]:
-    """An archive in gzip members, for a way where every byte counts."""
-    packer = GzipMembers()
-    for data, level in archive:
-        for piece in packer.add(data, level):
-            archive.packed += len(piece)
-            reporter.detail(archive.progress)
-            yield piece
-    for piece in packer.finish():
-        archive.packed += len(piece)
-        yield piece
-
-
-class Frames:
-    """An archive as `receive_script` reads it: lines `gzip N` or `raw N`, each with so many bytes, then `end`
-    and the digest. Frames are packed while earlier ones are being written, and compressed as long as the
-    connection is slower than that."""
-
-    def __init__(self, archive: SyncArchive, reporter: Reporter) -> None:
-        self._archive = archive
-        self._reporter = reporter
-        self._writing = 0.0  # seconds that the reader of this iterator has taken, for so many bytes:
-        self._written = 0
-        self._packing_speed = 0.0  # bytes a second
-
-    def __iter__(self) -> Iterator[bytes]:
-        for frame in made_ahead(self._frames()):
-            self._reporter.detail(self._archive.progress)
-            began = time.monotonic()
-            yield frame
-            self._writing += time.monotonic() - began
-            self._written += len(frame)
-        self._archive.packed = self._written
-        yield f"end\n{self._archive.digest}\n".encode()
-
-    def _frames(self) -> Iterator[bytes]:
-        blocks: list[tuple[bytes, int]] = []
-        size = 0
-        for block in self._archive:
-            blocks.append(block)
-            size += len(block[0])
-            if size >= FRAME_BYTES:
-                yield self._frame(blocks)
-                blocks, size = [], 0
-        if blocks:
-            yield self._frame(blocks)
-
-    def _frame(self, blocks: list[tuple[bytes, int]]) -> bytes:
-        if not any(level for _, level in blocks) or not self._compression_pays():
-            body = b"".join([data for data, _ in blocks])
-            return b"raw %d\n" % len(body) + body
-        began = time.monotonic()
-        packer = GzipMembers()
-        pieces = [piece for data, level in blocks for piece in packer.add(data, level)]
-        body = b"".join([*pieces, *packer.finish()])
-        self._packing_speed = sum(len(data) for data, _ in blocks) / max(1e-6, time.monotonic() - began)
-        return b"gzip %d\n" % len(body) + body
-
-    def _compression_pays(self) -> bool:
-        if self._written < PROBE_BYTES:
-            return True
-        return self._written / max(1e-6, self._writing) < self._packing_speed
-
-
-def made_ahead(pieces: Iterator[bytes], count: int = 2) -> Iterator[bytes]:
-    """The same pieces, made by a thread of their own, at most so many ahead of the reader."""
-    import queue
-
-    ready: queue.Queue[bytes | None] = queue.Queue(count)
-    wanted = [True]
-
-    def make() -> None:
-        try:
-            for piece in pieces:
-                if not wanted[0]:
-                    break
-                ready.put(piece)
-        finally:
-            ready.put(None)
-
-    maker = Aside(make)
     try:
-        yield from iter(ready.get, None)
-        maker.result()
-    finally:  # a maker that waits for room makes one more piece at most
-        wanted[0] = False
-        while not ready.empty():
-            ready.get_nowait()
+        generation, *fields = gzip.decompress(binascii.a2b_base64(answer)).split(b"\0")
+        end = fields.index(b"")
+        found = iter(fields[end + 1 : -1])
+        manifest = {field[1:]: field[:1] for field in fields[:end]}
+        return generation.decode("ascii"), manifest, {path: stamp for stamp, path in zip(found, found)}
+    except (ValueError, EOFError, OSError, zlib.error):
+        raise ApiError(
+            "What the VM told about its files cannot be understood; nothing was changed.",
+            hint="Run the command again.",
+        ) from None
 
 
-_TAR_TYPES = {"f": b"0", "l": b"2", "d": b"5"}
+# The archive
 
 
-def tar_header(path: bytes, entry: Entry) -> bytes:
-    """The header of one entry: owner 0, no names; in POSIX's extended form where ustar is too small."""
-    name = path + b"/" if entry.kind == "d" else path
-    seconds, fraction = divmod(entry.mtime, 1_000_000_000)
-    records = b""
-    if fraction or not 0 <= seconds < 8**11:
-        sign = b"-" if entry.mtime < 0 else b""
-        records += pax_record(b"mtime", sign + b"%d.%09d" % divmod(abs(entry.mtime), 1_000_000_000))
-    for key, value in ((b"path", name), (b"linkpath", entry.target)):
-        if len(value) > 100:
-            records += pax_record(key, value)
-    if entry.size >= 8**11:
-        records += pax_record(b"size", b"%d" % entry.size)
-    seconds = seconds if 0 <= seconds < 8**11 else 0
-    size = entry.size if entry.kind == "f" and entry.size < 8**11 else 0
-    block = ustar_block(name, entry.mode, size, seconds, _TAR_TYPES[entry.kind], entry.target)
-    if not records:
-        return block
-    extended = ustar_block(b"pax", 0o644, len(records), 0, b"x", b"")
-    return extended + records + bytes(-len(records) % 512) + block
+class TreeArchive:
+    """A tar file of what changes, written to a file as often as wanted; equal trees give equal bytes.
+
+    `tree/` holds the entries, and `meta/` lists for the VM, the manifest last: when it has come, all has.
+    files, bytes: content so far; packed: bytes that travelled; unsteady: files that changed while they were
+    read, or were gone. zip: whether it is compressed, as it is if the largest file gains by that.
+    """
+
+    def __init__(self, tree: LocalTree, plan: SyncPlan, manifest: bytes, reporter: Reporter) -> None:
+        self._tree = tree
+        self._plan = plan
+        self._manifest = manifest
+        self._reporter = reporter
+        self._out: Any = None
+        self._clear()
+        files = [path for path in plan.send if tree.stamps[path][:1] == b"f"]
+        largest = max(files, key=lambda path: int(tree.stamps[path].split(b" ")[2]), default=b"")
+        self.zip = not files or _compresses(tree.location(largest))
+
+    def _clear(self) -> None:
+        self.files = self.bytes = self.packed = 0
+        self.unsteady: list[bytes] = []
+
+    def write_to(self, out: Any) -> None:
+        """Write it whole. OvertakenError when a file has become shorter while it was read."""
+        import gzip
+        import tarfile
+
+        self._clear()
+        self._out = out
+        file: Any = gzip.GzipFile(fileobj=self, mode="wb", compresslevel=1, mtime=0) if self.zip else self  # type: ignore[call-overload]
+        with tarfile.TarFile(
+            fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8", copybufsize=1 << 18
+        ) as tar:
+            for path in self._plan.archived:
+                self._add(tar, path, self._tree.stamps[path])
+                tar.members = []  # type: ignore[attr-defined]
+            for name, paths in self._plan.lists().items():
+                _add_meta(tar, name, nul_ended(b"./" + path for path in paths))
+            _add_meta(tar, "manifest", self._manifest)
+        if self.zip:
+            file.close()
+
+    def write(self, data: bytes) -> int:
+        self._out.write(data)
+        self.packed += len(data)
+        self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
+        return len(data)
+
+    def tell(self) -> int:
+        return self.packed
+
+    def _add(self, tar: tarfile.TarFile, path: bytes, stamp: bytes) -> None:
+        import stat
+        import tarfile
+
+        info = tarfile.TarInfo("tree/" + path.decode("utf-8", "surrogateescape"))
+        if stamp[:1] == b"l":
+            info.type, info.linkname = tarfile.SYMTYPE, stamp[2:].decode("utf-8", "surrogateescape")
+            tar.addfile(info)
+            self.files += 1
+            return
+        if stamp[:1] == b"d":
+            info.type, info.mode = tarfile.DIRTYPE, int(stamp[2:], 8)
+            tar.addfile(info)
+            return
+        try:
+            with open(self._tree.location(path), "rb") as file:
+                before = os.fstat(file.fileno())
+                info.size, info.mode = before.st_size, stat.S_IMODE(before.st_mode)
+                seconds, fraction = divmod(abs(before.st_mtime_ns), 1_000_000_000)
+                sign = "-" if before.st_mtime_ns < 0 else ""
+                info.pax_headers = {"mtime": f"{sign}{seconds}.{fraction:09}"}
+                tar.addfile(info, file)
+                after = os.fstat(file.fileno())
+        except FileNotFoundError:
+            self.unsteady.append(path)
+            return
+        except BrokenPipeError:
+            raise  # it is not the file's
+        except OSError as error:
+            raise OvertakenError(f"{shown_name(path)} changed while it was read: {reason(error)}.") from None
+        self.files += 1
+        self.bytes += info.size
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            self.unsteady.append(path)
 
 
-def pax_record(key: bytes, value: bytes) -> bytes:
-    """`length key=value`, where the length counts itself."""
-    rest = len(key) + len(value) + 3
-    length = rest + len(str(rest))
-    length = rest + len(str(length))
-    return b"%d %s=%s\n" % (length, key, value)
+def _add_meta(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    import io
+    import tarfile
+
+    info = tarfile.TarInfo("meta/" + name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
 
 
-def ustar_block(name: bytes, mode: int, size: int, seconds: int, kind: bytes, target: bytes) -> bytes:
-    head = b"".join(
-        (
-            name[:100].ljust(100, b"\0"),
-            b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, 0, 0, size, seconds),
-            b" " * 8,
-            kind,
-            target[:100].ljust(100, b"\0"),
-            b"ustar\x0000",
-        )
-    ).ljust(512, b"\0")
-    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
+def _compresses(location: bytes) -> bool:
+    """Whether compression would gain a tenth or more, judging by a file's beginning."""
+    import zlib
+
+    try:
+        with open(location, "rb") as file:
+            sample = file.read(1 << 16)
+    except OSError:
+        return True
+    return len(zlib.compress(sample, 1)) < 0.9 * len(sample) + 100
 
 
-# What runs on the VM. POSIX sh with the GNU tools of every Linux; everything in it is quoted by `assigned`.
+# What runs on the VM: POSIX sh with the GNU tools of every Linux
 
-
-def assigned(**values: object) -> str:
-    """Shell assignments; the one place where values become part of a command."""
-    return "".join(f"{name}={shell_words([str(value)])}\n" for name, value in values.items())
-
-
-_SHELL_HEAD = """\
+_SHELL_HEAD = r"""
 LC_ALL=C; export LC_ALL; umask 022; trap '' HUP PIPE
-sweep() { for dir; do [ ! -d "$dir" ] || rm -rf -- "$dir" 2>/dev/null || {
-  find "$dir" -type d ! -perm -700 -exec chmod u+rwx {} + ; rm -rf -- "$dir"; }; done; }
-quit() { sweep "$upload" "$new"; rmdir -- "$target/.plato-sync.new" 2>/dev/null; fail "$@"; }
-room() { df -Pk "$1" 2>/dev/null | tail -n 1 | { read -r system all used left rest
-  [ "${left:-100}" -ge 100 ]; }; }
-told() { room "$upload" && room "$target" || echo 'no space left on the device'
-  printf %s "$words" | tail -c 1000; }
-fail() { code=$1; shift; printf '%s\\n' "$*" >&2; exit "$code"; }
-own() { if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -h "$owner" -- "$@"; fi; }
-near() { near=$1; while [ ! -d "$near" ]; do
-  if [ -e "$near" ] || [ -L "$near" ]; then fail 66 "$near"; fi
-  near=${near%/*}; near=${near:-/}; done; }
-made() { dir=$1; set --; while [ ! -d "$dir" ]; do set -- "$dir" "$@"; dir=${dir%/*}; dir=${dir:-/}; done
-  for dir; do mkdir "$dir" 2>/dev/null || [ -d "$dir" ] || fail 77 "$dir"; own "$dir"; done; }
+fail() { code=$1; shift; printf '%s\n' "$*" >&2; exit "$code"; }
+generation() { cat "$state/generation" 2>/dev/null; }
 """
 
-_LOOK_BODY = """\
-for tool in base64 chmod chown cp df find gzip head id mkdir mv rm rmdir \\
-    sha256sum stat tail tar tee tr wc xargs; do
-  command -v "$tool" >/dev/null 2>&1 || fail 69 "$tool"
+# New files and directories belong to whom the place belongs where they come, whoever logs in.
+_OWNER = r"""
+near=$target; while [ ! -d "$near" ]; do
+  if [ -e "$near" ] || [ -L "$near" ]; then
+    fail 66 "$near on the VM is not a directory, so nothing can be put below it."; fi
+  near=${near%/*}; near=${near:-/}; done
+owner=$(stat -c %u:%g -- "$near")
+case $target:$near in /home/plato/*:/|/home/plato/*:/home)  # plato's home is made with what goes into it
+  ! id plato >/dev/null 2>&1 || owner=$(id -u plato):$(id -g plato) ;;
+esac
+own() { [ "$(id -u)" != 0 ] || [ "${owner%%:*}" = 0 ] || chown -hR "$owner" -- "$@"; }
+made() {
+  [ -d "${1:-/}" ] || { made "${1%/*}" && { mkdir -- "$1" 2>/dev/null || [ -d "$1" ]; } && own "$1"; } ||
+    fail 77 "$1 on the VM cannot be made by the user who syncs."
+}
+"""
+
+_LOOK = r"""
+for tool in base64 chmod chown cp find gzip id mkdir mktemp mv rm rmdir stat tar xargs; do
+  command -v "$tool" >/dev/null 2>&1 || fail 69 "The VM has no $tool, which sync needs there; install it."
 done
-find / -maxdepth 0 -printf '' 2>/dev/null || fail 69 "GNU find (with -printf)"
-near "$target"
+find / -maxdepth 0 -printf '' 2>/dev/null || fail 69 "The VM has no GNU find, which sync needs; install it."
 if [ -d "$target" ]; then
-  cd -- "$target" 2>/dev/null || fail 77 "$target"
-  real=$(pwd -P)
-  case " $refused " in *" $real "*) fail 68 "$real";; esac
-  here=here
-else here=missing; fi
+  cd -- "$target" || fail 77 "$target on the VM cannot be entered by the user who syncs."
+  case " $refused " in *" $(pwd -P) "*)
+    fail 68 "The remote path leads to $(pwd -P) on the VM, which is never synced; choose another one.";; esac
+else depth='-maxdepth 0'; cd /; fi
 if [ -e "$state/lock" ] && command -v flock >/dev/null 2>&1; then
-  exec 9<"$state/lock"; flock -s -w "$patience" 9 || fail 75 lock
+  exec 9<"$state/lock"
+  flock -s -w "$patience" 9 || fail 73 "Another sync has been at work on the VM all the while."
 fi
-looked() { [ "$here" = missing ] || find . -mindepth 1 $depth "$@" 2>/dev/null; }
-{
-  stale=0; for upload in "$state"/up.*; do [ ! -d "$upload" ] || stale=$((stale+1)); done
-  printf '%s\\0' plato-sync-1 "$here" "$(cat "$state/generation" 2>/dev/null)" "$stale"
-  cat "$state/manifest.$source" 2>/dev/null; printf '\\0'
-  looked -type d '(' CLOSED ')' -prune -printf 'x 0 0 0 %P\\0\\0' -o -printf '%y %m %s %T@ %P\\0%l\\0'
-  printf '\\0'
-  [ "$digests" = no ] || looked -type d '(' CLOSED ')' -prune -o -type f -print0 |
-    xargs -0 -r sha256sum -z -- 2>/dev/null
-  printf '\\0end\\0'
-} | gzip -1"""
-
-_UPLOAD_BEGIN = """\
-near "$target"; owner=$(stat -c %u:%g -- "$near")
-case $target:$near in /home/plato/*:/|/home/plato/*:/home) ! id plato >/dev/null 2>&1 ||
-  owner=$(id -u plato):$(id -g plato) ;; esac
-upload=$state/up.$id; new=$upload/new
-overtaken() { [ -d "$upload" ] || fail 78 "$upload"
-  [ "$(cat "$state/generation" 2>/dev/null)" = "$expected" ] || quit 76 generation; }
-staging() {
-  if [ -d "$target" ] && [ "$(stat -c %d -- "$target")" != "$(stat -c %d -- "$upload")" ]; then
-    new=$target/.plato-sync.new/$id  # neither links nor renames lead from one file system to another
-    mkdir -p -- "$target/.plato-sync.new" || quit 77 "$target"
-  fi
-  sweep "$new"; mkdir "$new" "$new/tree" || quit 77 "$new"
-}
-digest_of() {
-  if openssl dgst -sha256 -r </dev/null >/dev/null 2>&1; then openssl dgst -sha256 -r; else sha256sum; fi
-}
-unpack() { tar -xp --no-same-owner -f - -C "$new" 2>&1; }
+{ generation; printf '\0'; cat "$state/manifest.$source" 2>/dev/null; printf '\0'
+  find . -mindepth 1 $depth -type d '(' CLOSED ')' -prune -printf 'x\0%P\0' \
+    -o -type d -printf 'd %m\0%P\0' -o -type f -printf 'f %m %s %T@\0%P\0' \
+    -o -type l -printf 'l %l\0%P\0' -o -printf '%y\0%P\0' 2>/dev/null
+} | gzip -1 | base64
 """
 
-_PART_BODY = """\
-made "$state"; mkdir "$upload" 2>/dev/null || [ -d "$upload" ] || fail 77 "$upload"
-base64 -d > "$upload/part.$$" && mv -f -- "$upload/part.$$" "$upload/$part" || fail 74 "part $part"
-"""
-
-# What comes is unpacked and hashed at the same time: `tee` also writes to descriptor 4, which leads to the
-# hash. It ends as soon as `tar` does not go on, and with it the reading of frames.
-_RECEIVE_BODY = r"""
-made "$state"; mkdir "$upload" || fail 77 "$upload"
-staging
-frames() {
-  while IFS=' ' read -r form count && [ "$form" != end ]; do
-    case $form in
-      gzip) head -c "$count" | gzip -cd ;;
-      *) head -c "$count" ;;
-    esac || return
-  done
-}
-sum=$(trap - PIPE; { { frames | tee /dev/fd/4; } 2>/dev/null |
-  { unpack > "$upload/words" 4>&- && : > "$upload/whole"; }; } 4>&1 | digest_of)
-[ -e "$upload/whole" ] || { overtaken; words=$(cat "$upload/words"); quit 74 "$(told)"; }
-IFS= read -r digest && [ "${sum%% *}" = "$digest" ] || quit 67 digest
-"""
-
-_LOCK_BODY = r"""
+_PLACE = r"""
+sweep() { find "$@" -type d ! -perm -700 -exec chmod u+rwx {} + 2>/dev/null; rm -rf -- "$@"; }
 made "$state"
-[ -e "$state/lock" ] || { : > "$state/lock"; own "$state/lock"; }
+[ "$(generation)" != "$id" ] || exit 0  # this came twice
+if [ -d "$target" ] && [ "$(stat -c %d -- "$target")" != "$(stat -c %d -- "$state")" ]; then
+  base=$target/.plato-sync.new; made "$base"  # neither links nor renames lead to another file system
+else base=$state; fi
+new=$(mktemp -d "$base/new.XXXXXXXX") || fail 77 "$base on the VM cannot be written by the user who syncs."
+trap 'sweep "$new"; rmdir -- "$target/.plato-sync.new" 2>/dev/null
+  [ -z "$held" ] || rmdir -- "$held"; own "$state"' EXIT
+turn() {
+  [ "$(generation)" != "$id" ] || exit 0
+  [ "$(generation)" = "$expected" ] || fail 75 "Another sync changed the tree on the VM meanwhile."
+}
+torn() { turn; fail 74 "The VM could not take the files, and nothing was changed: $words"; }
+words=$(tar -x${zip}p --no-same-owner -f - -C "$new" 2>&1) || torn
+words='not everything arrived'; [ -e "$new/meta/manifest" ] || torn
+mkdir -p "$new/tree" && own "$new"
+busy='Another sync has been at work on the VM all the while.'
+[ -e "$state/lock" ] || : > "$state/lock"
 if command -v flock >/dev/null 2>&1; then
-  exec 9<"$state/lock"; flock -w "$patience" 9 || fail 75 lock
+  exec 9<"$state/lock"; flock -w "$patience" 9 || fail 73 "$busy"
 else
   find "$state" -maxdepth 1 -name lock.held -mmin +15 -exec rmdir -- {} + 2>/dev/null
   tries=0; until mkdir "$state/lock.held" 2>/dev/null; do
-    tries=$((tries+1)); [ "$tries" -le "$patience" ] || fail 75 lock; sleep 1; done
-  trap 'rmdir -- "$state/lock.held"' EXIT
+    tries=$((tries+1)); [ "$tries" -le "$patience" ] || fail 73 "$busy"; sleep 1; done
+  held=$state/lock.held
 fi
-"""
-
-_TURN_BODY = r"""
-now=$(cat "$state/generation" 2>/dev/null)
-[ "$now" != "$id" ] || exit 0
-overtaken
-"""
-
-_CHECK_PARTS_BODY = r"""
-whole() { cat "$upload"/[0-9]* | gzip -cd 2>/dev/null; }
-sum=$(whole | digest_of); [ "${sum%% *}" = "$digest" ] || quit 67 digest
-staging
-words=$(whole | unpack) || quit 74 "$(told)"
-rm -f -- "$upload"/[0-9]*
-"""
-
-_PLACE_BODY = r"""
-meta=$new/meta; own "$meta"/*
-if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -hR "$owner" -- "$new/tree" || quit 74 chown; fi
+turn
+meta=$new/meta
+each() { xargs -0 -r sh -c "for d; do $1 || printf '%s ' \"\$d\"; done" - 2>/dev/null; }
 if [ -d "$target" ]; then
-  cd -- "$target" || quit 77 "$target"
-  may='for d; do { [ -w "$d" ] && [ -x "$d" ]; } || [ -O "$d" ] || printf "%s " "$d"; done'
-  ours='[ "$(id -u)" = 0 ] || for d; do [ -O "$d" ] || printf "%s " "$d"; done'
-  open='for d; do { [ -w "$d" ] && [ -x "$d" ]; } || chmod u+rwx "$d" || printf "%s " "$d"; done'
-  closed=$(xargs -0 -r sh -c "$may" - < "$meta/touched" 2>/dev/null
-    xargs -0 -r sh -c "$ours" - < "$meta/changed" 2>/dev/null)
-  [ -n "$closed" ] || closed=$(xargs -0 -r sh -c "$open" - < "$meta/touched" 2>/dev/null)
-  [ -z "$closed" ] || quit 77 "$closed"
-  same='[ "$(find "$1" -printf x 2>/dev/null | wc -c)" -eq "$2" ]'  # the VM may have put something there
-  xargs -0 -r -n 2 sh -c "$same" - < "$meta/replaced" || quit 76 replaced
+  cd -- "$target" || fail 77 "$target on the VM cannot be entered by the user who syncs."
+  closed=$(each '{ [ -w "$d" ] && [ -x "$d" ]; } || [ -O "$d" ]' < "$meta/touched"
+    [ "$(id -u)" = 0 ] || each '[ -O "$d" ]' < "$meta/changed")
+  [ -n "$closed" ] || closed=$(each '{ [ -w "$d" ] && [ -x "$d" ]; } || chmod u+rwx "$d"' < "$meta/touched")
+  [ -z "$closed" ] || fail 77 "Nothing was changed: the user who syncs cannot write to $closed in $target."
 else
-  mv -T -- "$new/tree" "$target" || quit 76 "$target"
-  mkdir "$new/tree"; cd -- "$target" || quit 77 "$target"
+  mv -T -- "$new/tree" "$target" || fail 75 "Something else made $target on the VM meanwhile."
+  mkdir "$new/tree"; cd -- "$target"
 fi
-words=$(xargs -0 -r rm -f -- 2>&1 < "$meta/remove") || quit 74 "$(told)"
-words=$(xargs -0 -r rm -rf -- 2>&1 < "$meta/trees") || quit 74 "$(told)"
-xargs -0 -r rmdir -- < "$meta/directories" 2>/dev/null
+broken() { fail 74 "The VM could not take all of the files; run sync again: $words"; }
+words=$(xargs -0 -r rm -f -- 2>&1 < "$meta/remove") || broken
+xargs -0 -r rmdir -- < "$meta/rmdir" 2>/dev/null
 move() { (cd "$new/tree" && find . -mindepth 1 -maxdepth 1 -print0 |
-  xargs -0 -r cp -RPf "$@" -t "$OLDPWD" -- 2>&1); }
-words=$(move -l) || words=$(move --remove-destination --preserve=mode,ownership,timestamps) ||
-  quit 74 "$(told)"
-if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then xargs -0 -r chown -h "$owner" -- < "$meta/created"; fi
+  xargs -0 -r cp -RPf "$@" -t "$target" -- 2>&1); }
+words=$(move -l) || words=$(move --remove-destination --preserve=mode,ownership,timestamps) || broken
+[ "$(id -u)" != 0 ] || [ "${owner%%:*}" = 0 ] || xargs -0 -r chown -h "$owner" -- < "$meta/created"
 for list in "$meta"/mode.*; do
-  [ ! -e "$list" ] || words=$(xargs -0 -r chmod "${list##*.}" -- 2>&1 < "$list") || quit 74 "$(told)"
+  [ ! -e "$list" ] || words=$(xargs -0 -r chmod "${list##*.}" -- 2>&1 < "$list") || broken
 done
-[ ! -e "$meta/manifest" ] || mv -f -- "$meta/manifest" "$state/manifest.$source"
-printf %s "$id" > "$upload/generation"; own "$upload/generation"
-mv -f -- "$upload/generation" "$state/generation"
-sweep "$state"/up.* "$target/.plato-sync.new"
+[ -n "$single" ] || mv -f -- "$meta/manifest" "$state/manifest.$source"
+printf %s "$id" > "$new/generation" && mv -f -- "$new/generation" "$state/generation"
+sweep "$state"/new.*
 """
 
 
-class SyncTarget:
-    """Where a tree goes on the VM, and the scripts that work there.
+# One sync, and the watch
 
-    path: absolute and normal; source: names the local tree among those that are synced to this target.
-    """
 
-    def __init__(self, path: str, source: str, seconds: float) -> None:
-        parent, _, name = path.rpartition("/")
-        self.path = path
-        self.seconds = seconds
-        self._values = {
-            "target": path,
+class Syncer:
+    """Brings one local tree to one directory on the VM, once or again and again."""
+
+    def __init__(
+        self,
+        sandbox: SandboxBase,
+        path: str,
+        remote_path: str | None = None,
+        *,
+        dry_run: bool = False,
+        gitignore: bool = False,
+        also: Sequence[bytes] = (),
+        force: bool = False,
+        via: str = "auto",
+        timeout: float = SYNC_SECONDS,
+    ) -> None:
+        if via not in ("auto", "api", "ssh"):
+            raise UsageError(f"via is {via!r}; it must be auto, api or ssh.")
+        if not 1 <= timeout <= 86400:
+            raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
+        self.sandbox = sandbox
+        self.reporter = sandbox.reporter
+        self.root = os.path.normpath(os.path.join(sandbox.directory, path))
+        self.single = os.path.basename(os.fsencode(self.root)) if os.path.isfile(self.root) else b""
+        if not path or not os.path.lexists(self.root):
+            raise UsageError(f"There is no {shown_path(self.root)} to sync.")
+        if not self.single and not os.path.isdir(self.root):
+            raise UsageError(f"{shown_path(self.root)} is neither a file nor a directory.")
+        if NEVER_SENT.fullmatch(self.single):
+            raise UsageError(f"{shown_path(self.root)} never leaves this machine.")
+        self.target = normal_target(remote_path or default_target(sandbox.state))
+        self.dry_run = dry_run
+        self.force = force
+        self.timeout = timeout
+        self._via = via
+        self._gitignore = gitignore
+        self._also = also
+        self._warned: set[bytes] = set()
+        self._vm: Vm | None = None
+        parent, _, name = self.target.rpartition("/")
+        self._values: dict[str, object] = {
+            "target": self.target,
             "state": f"{parent}/{SYNC_STATE}/{name}",
-            "source": source,
-            "patience": max(1, int(seconds * PATIENCE_SHARE)),
+            "source": hashed(os.path.relpath(self.root, sandbox.directory)),
+            "patience": max(1, int(timeout * PATIENCE_SHARE)),
         }
 
-    def look_script(self, local: LocalTree, *, digests: bool, single: bool) -> str:
-        """Prints, packed, what `parse_look` reads. Nothing on the VM changes."""
-        inside = {part for path in local.entries for part in path.split(b"/")}
-        taken_back = local.ignore.takes_back
-        closed = [
-            name.decode() for name in EXCLUDED_DIRECTORIES if name not in inside and not taken_back(name)
-        ]
-        tests = shell_words(
-            [word for name in (*closed, SYNC_STATE, SYNC_STATE + ".new") for word in ("-o", "-name", name)][
-                1:
-            ]
+    def connect(self) -> Vm:
+        """The VM; a connection to it is opened while this goes on."""
+        self._vm = self._vm or Vm(self.sandbox, self._via)
+        return self._vm
+
+    def scan(self) -> LocalTree:
+        root = os.fsencode(os.path.dirname(self.root) if self.single else self.root)
+        return LocalTree(root, gitignore=self._gitignore, single=self.single, also=self._also)
+
+    def run(self) -> dict[str, Any]:
+        """Sync once; what was done, as `Sandbox.sync` tells it. Again when another sync came between, or a
+        file changed while it was read."""
+        began = time.monotonic()
+        total = dict.fromkeys(("sent", "removed", "bytes", "archive_bytes"), 0)
+        with taking_turns(self.sandbox.directory, self.reporter, self.timeout):
+            for left in reversed(range(SYNC_TRIES)):
+                try:
+                    report, unsteady = self._run_plan()
+                except OvertakenError:
+                    if not left:
+                        raise
+                    continue
+                total = {key: count + report[key] for key, count in total.items() if key in report}
+                if not unsteady:
+                    break
+            else:
+                names = listed_paths(unsteady)
+                self.reporter.warn(
+                    f"{names}: still changing while read, so the VM may have half of a change."
+                )
+        seconds = round(time.monotonic() - began, 3)
+        return {**report, **total, "seconds": seconds, "via": self.connect().via, "remote_path": self.target}
+
+    def _run_plan(self) -> tuple[dict[str, Any], list[bytes]]:
+        """What was done, and the files that changed meanwhile."""
+        vm = self.connect()
+        tree = self.scan()
+        if not tree.stamps and not self.force:
+            raise SandboxError(
+                f"There is nothing to sync in {shown_path(self.root)}; nothing was changed.",
+                hint="If it is meant to be empty, give --force.",
+            )
+        self.reporter.step("Looking at the VM", self.timeout)
+        generation, manifest, remote = self._look(vm, tree)
+        tree.check_before_sending([path for path, stamp in tree.stamps.items() if remote.get(path) != stamp])
+        self.warn(tree)
+        plan = SyncPlan(tree, remote, manifest, single=bool(self.single))
+        self._check(plan, manifest)
+        report: dict[str, Any] = {
+            "unchanged": len(tree.files(tree.stamps)) - len(tree.files(plan.send)),
+            "skipped": [
+                {"path": os.fsdecode(path), "reason": why} for path, why in sorted(tree.skipped.items())
+            ],
+        }
+        if self.dry_run:
+            send = [os.fsdecode(path) + "/" * (tree.stamps[path][:1] == b"d") for path in plan.send]
+            remove = [os.fsdecode(path) for path in plan.remove]
+            remove += [os.fsdecode(path) + "/" for path in plan.remove_directories]
+            return {"dry_run": True, "send": send, "remove": sorted(remove), **report}, []
+        kept = {path: kind for path, kind in manifest.items() if path in remote and path not in tree.stamps}
+        kept = {path: kind for path, kind in kept.items() if tree.keeps_away(path, kind == b"d")}
+        vouched = {**kept, **{path: stamp[:1] for path, stamp in tree.stamps.items()}}
+        counts = {"sent": 0, "removed": len(plan.remove), "bytes": 0, "archive_bytes": 0}
+        if not (
+            plan.send or plan.remove or plan.remove_directories or (vouched != manifest and not self.single)
+        ):
+            return {**counts, **report}, []
+        listed = nul_ended(kind + path for path, kind in sorted(vouched.items()))
+        archive = self._send(vm, tree, plan, listed, generation)
+        counts.update(sent=archive.files, bytes=archive.bytes, archive_bytes=archive.packed)
+        return {**counts, **report}, archive.unsteady
+
+    def _look(self, vm: Vm, tree: LocalTree) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
+        """What is on the VM (see `parse_look`). Directories of excluded names are not entered there."""
+        inside = {part for path in tree.stamps for part in path.split(b"/")}
+        closed = [name for name in EXCLUDED_DIRECTORIES if name not in inside and not tree.takes_back(name)]
+        names = [*(name.decode() for name in closed), SYNC_STATE, SYNC_STATE + ".new"]
+        tests = shell_words([word for name in names for word in ("-o", "-name", name)][1:])
+        depth = "-maxdepth 1" if self.single else ""
+        values = assigned(**self._values, refused=" ".join(REFUSED_TARGETS), depth=depth)
+        return parse_look(vm.run(values + _SHELL_HEAD + _LOOK.replace("CLOSED", tests), None, self.timeout))
+
+    def warn(self, tree: LocalTree) -> None:
+        """Say what is left out, once."""
+        for path, why in sorted(tree.skipped.items()):
+            if path not in self._warned:
+                self.reporter.warn(f"{shown_name(path)} is left out: {why}.")
+        for pattern in tree.unread_patterns:
+            if pattern not in self._warned:
+                self.reporter.warn(
+                    f"{shown_name(pattern)} is not a pattern that git knows, and matches nothing."
+                )
+        self._warned.update(tree.skipped, tree.unread_patterns)
+
+    def _check(self, plan: SyncPlan, manifest: Mapping[bytes, bytes]) -> None:
+        files = sum(kind != b"d" for kind in manifest.values())
+        if plan.lost >= EMPTIED_FILES and plan.lost * 2 > files and not self.force:
+            raise SandboxError(
+                f"This would remove {plan.lost} of the {files} files that were synced before."
+                " Nothing was changed.",
+                hint="If they are meant to go, run it again with --force. See which: --dry-run --force",
+            )
+        if plan.blocked:
+            raise ConflictError(
+                "Nothing was changed: a file must replace a directory on the VM that holds what no sync put"
+                f" there, {listed_paths(plan.blocked)}.",
+                hint="Move it away on the VM, then run this again.",
+            )
+
+    def _send(self, vm: Vm, tree: LocalTree, plan: SyncPlan, manifest: bytes, generation: str) -> TreeArchive:
+        """Carry out a plan."""
+        import secrets
+
+        total = sum(
+            int(tree.stamps[path].split(b" ")[2]) for path in plan.send if tree.stamps[path][:1] == b"f"
         )
+        sending = f"Sending {counted(len(tree.files(plan.send)), 'file')}, {size_text(total)}"
+        self.reporter.step(sending if plan.send else "Removing what is gone here")
+        archive = TreeArchive(tree, plan, manifest, self.reporter)
         values = assigned(
             **self._values,
-            refused=" ".join(REFUSED_TARGETS),
-            digests="yes" if digests else "no",
-            depth="-maxdepth 1" if single else "",
+            id=secrets.token_hex(12),
+            expected=generation,
+            zip="z" if archive.zip else "",
+            single=os.fsdecode(self.single),
+            held="",
         )
-        return values + _SHELL_HEAD + _LOOK_BODY.replace("CLOSED", tests)
+        vm.run(values + _SHELL_HEAD + _OWNER + _PLACE, archive.write_to, self.timeout)
+        return archive
 
-    def part_script(self, upload: str, number: int) -> str:
-        """Keeps one part of an upload, given as base64 on its standard input. May be run again."""
-        return (
-            assigned(**self._values, id=upload, part=f"{number:06d}")
-            + _SHELL_HEAD
-            + _UPLOAD_BEGIN
-            + _PART_BODY
-        )
+    # The watch
 
-    def receive_script(self, upload: str, expected: str) -> str:
-        """Takes an archive from standard input (see `Frames`) and makes it the tree."""
-        values = assigned(**self._values, id=upload, expected=expected)
-        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _RECEIVE_BODY + _LOCK_BODY + _TURN_BODY + _PLACE_BODY
+    def watch(self, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
+        something. Returns the sums of all reports; Interrupted when there is none yet."""
+        import signal
 
-    def commit_script(self, upload: str, expected: str, archive: SyncArchive) -> str:
-        """Makes the parts of an upload the tree. May be run again."""
-        values = assigned(**self._values, id=upload, expected=expected, digest=archive.digest)
-        placing = _CHECK_PARTS_BODY + _PLACE_BODY
-        return values + _SHELL_HEAD + _UPLOAD_BEGIN + _LOCK_BODY + _TURN_BODY + placing
+        total = {"syncs": 0, "sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
+        began = time.monotonic()
+        report: dict[str, Any] = {}
+        try:
+            while True:
+                seen, latest = self._sync_for_watch(bool(report))
+                report = latest or report
+                if latest.get("sent") or latest.get("removed") or not total["syncs"]:
+                    total = {key: value + latest.get(key, 1) for key, value in total.items()}
+                    told(latest)
+                self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
+                self._wait_for_change(seen)
+        except Interrupted as interruption:
+            if interruption.number != signal.SIGINT or not report:
+                raise
+        return {**report, **total, "seconds": round(time.monotonic() - began, 3)}
 
-    def clean_script(self) -> str:
-        """Removes uploads that were broken off."""
-        return assigned(**self._values) + _SHELL_HEAD + 'sweep "$state"/up.* "$target/.plato-sync.new"\n'
+    def _sync_for_watch(self, has_synced: bool) -> tuple[dict[bytes, bytes], dict[str, Any]]:
+        """Sync until it succeeds: a lost connection is tried again, other trouble waits for a change."""
+        delays = iter(WATCH_RETRY_SECONDS)
+        while True:
+            seen = self._seen()
+            try:
+                return seen, self.run()
+            except (NetworkError, TimedOutError) as error:
+                delay = next(delays, WATCH_RETRY_SECONDS[-1])
+                self.reporter.warn(f"{error.message} Trying again in {delay:g} s.")
+                self._vm = None
+                time.sleep(delay)
+            except (AuthenticationError, NoSandboxError, UsageError, StateError):
+                raise
+            except SandboxError as error:
+                if not has_synced:
+                    raise
+                self.reporter.warn(f"{error.message} Waiting for the next change.")
+                return seen, {}
 
-    def failure(self, outcome: Outcome) -> SandboxError | None:
-        """The error that the end of one of these scripts means, or None."""
-        if outcome.code == 0:
-            return None
-        words = printable("; ".join(outcome.stderr.decode("utf-8", "replace").split("\n"))).strip("; ")[-600:]
-        where = f"{words or self.path} on the VM"
-        again = f"Nothing was changed in the tree; run `{PROGRAM} sync` again."
-        known: dict[int, tuple[str, str | None]] = {
-            66: (
-                f"{where} is not a directory, so nothing can be put below it.",
-                "Choose another --remote-path.",
-            ),
-            67: ("The archive did not arrive on the VM as it was sent.", again),
-            68: (
-                f"The remote path leads to {where}, which is never synced.",
-                "Choose another --remote-path.",
-            ),
-            69: (
-                f"The VM has no {words}, which `sync` needs there.",
-                "Install it on the VM, then sync again.",
-            ),
-            74: (
-                f"The VM could not take the files: {words}.",
-                "The tree there is as it was; make room, then sync again.",
-            ),
-            77: (
-                f"{where} cannot be written by the user who syncs.",
-                "Nothing was changed; check its owner and mode.",
-            ),
-        }
-        if outcome.code == 75:
-            return ConflictError("Another sync has been at work on the VM all the while.", hint=again)
-        if outcome.code in (76, 78):
-            return OvertakenError("Another sync changed the tree on the VM meanwhile.", hint=again)
-        message, hint = known.get(
-            outcome.code, (f"The VM could not do it (exit {outcome.code}): {words}.", again)
-        )
-        return SandboxError(message, hint=hint)
+    def _seen(self) -> dict[bytes, bytes]:
+        """What tells whether the tree has changed."""
+        try:
+            return self.scan().stamps
+        except SandboxError:
+            return {}
+
+    def _wait_for_change(self, seen: dict[bytes, bytes]) -> None:
+        """Return when the tree is another one and still for a moment. A large one is looked at less often."""
+        current = previous = seen
+        while current == seen or current != previous:
+            self.sandbox.check_still_there()
+            began = time.monotonic()
+            previous, current = current, self._seen()
+            time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
 
 
-class OvertakenError(ConflictError):
-    """Another sync came between the look and the change; looking again helps."""
+@contextlib.contextmanager
+def taking_turns(directory: str, reporter: Reporter, seconds: float) -> Iterator[None]:
+    """Hold the kernel's lock on a directory's .sandbox.yaml: syncs of one sandbox take turns."""
+    import fcntl
+
+    deadline = time.monotonic() + seconds
+    told = False
+    with open(state_path(directory), "rb") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConflictError(
+                        "Another sync of this sandbox is still at work.",
+                        hint="Wait for it to end, then run this again.",
+                    ) from None
+            if not told:
+                reporter.step("Waiting for another sync of this sandbox to end", seconds)
+                told = True
+            time.sleep(0.05)
+        yield
 
 
 def normal_target(text: str) -> str:
     """A remote path in its normal form; UsageError for one that must not become a synced tree."""
-    parts = [part for part in text.split("/") if part not in ("", ".")]
-    path = "/" + "/".join(parts)
+    path = "/" + "/".join(part for part in text.split("/") if part not in ("", "."))
     try:
-        text.encode()
+        is_text = bool(text.encode()) and not {"\0", "\n"} & set(text)
     except UnicodeEncodeError:
-        raise UsageError("The remote path is not valid UTF-8.") from None
-    if not text.startswith("/") or ".." in parts or "\0" in text or "\n" in text:
+        is_text = False
+    if not is_text or not text.startswith("/") or ".." in path.split("/"):
         raise UsageError(
             f"The remote path {printable(text)!r} is not an absolute path of one line without '..'.",
             hint=f"It looks like {SYNC_ROOT}/NAME.",
@@ -5261,594 +4784,10 @@ def normal_target(text: str) -> str:
     return path
 
 
-# The two ways to the VM: both run the scripts above; they differ in how an archive gets there
-
-
-class SshWay:
-    """One SSH connection for everything; the archive goes as one stream."""
-
-    name = "ssh"
-    words = "over SSH"
-
-    def __init__(self, sandbox: SandboxBase, seconds: float) -> None:
-        self._sandbox = sandbox
-        self._seconds = seconds
-        self._reporter = sandbox.reporter
-        self._shell = SshShell(sandbox.state, sandbox.settings, sandbox.reporter)
-
-    def ready(self) -> None:
-        """Wait until the VM answers; if it does not, connect it to the network again, once."""
-        sandbox = self._sandbox
-        try:
-            self._shell.wait_until_ready(min(self._seconds, SSH_ANSWER_SECONDS))
-        except (NetworkError, TimedOutError):
-            if not connect_again(sandbox):
-                raise
-            self._shell.close()
-            self._shell = SshShell(sandbox.state, sandbox.settings, sandbox.reporter)
-            self._shell.wait_until_ready(min(self._seconds, SSH_ANSWER_SECONDS))
-
-    def run(self, script: str, seconds: float | None = None) -> Outcome:
-        return self._shell.run(script, seconds=seconds or self._seconds)
-
-    def look(self, script: str) -> Outcome:
-        return self.run(script)
-
-    def deliver(self, target: SyncTarget, upload: str, expected: str, archive: SyncArchive) -> Outcome:
-        """Send the archive and make it the tree."""
-        script = target.receive_script(upload, expected)
-        return self._shell.run(script, seconds=self._seconds, data=Frames(archive, self._reporter))
-
-    def close(self) -> None:
-        self._shell.close()
-
-
-class ApiWay:
-    """The API's `execute`: the archive goes as base64 in commands, several at once."""
-
-    name = "api"
-    words = "through the API"
-
-    def __init__(self, sandbox: SandboxBase, seconds: float) -> None:
-        self._sandbox = sandbox
-        self._seconds = seconds
-        self._api = sandbox.api
-
-    def ready(self) -> None:
-        pass
-
-    def run(self, script: str, api: PlatoApi | None = None) -> Outcome:
-        state = self._sandbox.state
-        answer = (api or self._api).execute(state["session_id"], script, self._seconds)
-        return execute_outcome(answer, state.get("job_id"), self._seconds)
-
-    def look(self, script: str) -> Outcome:
-        import binascii
-
-        outcome = self.run(script + " | base64")
-        try:
-            return Outcome(outcome.code, binascii.a2b_base64(outcome.stdout), outcome.stderr)
-        except binascii.Error:
-            return Outcome(outcome.code, b"", outcome.stderr)
-
-    def deliver(self, target: SyncTarget, upload: str, expected: str, archive: SyncArchive) -> Outcome:
-        """Send the archive in parts, then make it the tree; a small one does both in one command."""
-        commit_room = len(target.commit_script(upload, expected, archive)) + 200
-        size = (COMMAND_BYTES - len(self._part(target, upload, 0, b"").encode()) - 64) // 4 * 3
-        parts = in_parts(packed(archive, self._sandbox.reporter), size)
-        first = next(parts, b"")
-        second = next(parts, None)
-        if second is None and len(first) * 4 // 3 + 2 * commit_room < COMMAND_BYTES:
-            both = self._part(target, upload, 0, first) + " || exit $?\n"
-            return self.run(both + target.commit_script(upload, expected, archive))
-        failed = PartUpload(self, target, upload).send(
-            first, *(() if second is None else (second,)), rest=parts
-        )
-        if failed is not None:
-            return failed
-        return self.run(target.commit_script(upload, expected, archive))
-
-    def send_part(self, api: PlatoApi, target: SyncTarget, upload: str, number: int, data: bytes) -> Outcome:
-        return self.run(self._part(target, upload, number, data), api)
-
-    def another(self) -> PlatoApi:
-        return self._api.another()
-
-    @staticmethod
-    def _part(target: SyncTarget, upload: str, number: int, data: bytes) -> str:
-        import binascii
-
-        text = binascii.b2a_base64(data, newline=False).decode()
-        return f"printf %s {text or chr(39) * 2} | {{\n{target.part_script(upload, number)}}}"
-
-    def close(self) -> None:
-        pass
-
-
-def execute_outcome(answer: Mapping[str, Any], job_id: str | None, seconds: float) -> Outcome:
-    """What a command did, in an answer of `execute`. Raises when it did not run to its end."""
-    result = job_of(answer, job_id)
-    code = result.get("exit_code", 0 if result.get("success") else 1)
-    stdout, stderr = as_text(result.get("stdout")) or "", as_text(result.get("stderr")) or ""
-    if result.get("timed_out"):
-        raise TimedOutError(
-            f"A command on the VM did not end within {seconds:g} s.",
-            hint="Run the command again with a larger --timeout.",
-        )
-    if not result or not isinstance(code, int) or code < 0:
-        words = printable(stderr.strip()) or "no result came back"
-        raise ApiError(
-            f"Plato could not run a command on the VM: {words}.",
-            hint=f"See what it is doing: {PROGRAM} status",
-        )
-    return Outcome(code, stdout.encode("utf-8", "replace"), stderr.encode("utf-8", "replace"))
-
-
-def in_parts(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """A stream cut into parts of one size, the last one shorter."""
-    kept = bytearray()
-    for piece in pieces:
-        kept += piece
-        while len(kept) >= size:
-            yield bytes(kept[:size])
-            del kept[:size]
-    if kept:
-        yield bytes(kept)
-
-
-class PartUpload:
-    """Parts of an archive on their way over several connections; at most a few are in memory at a time."""
-
-    def __init__(self, way: ApiWay, target: SyncTarget, upload: str) -> None:
-        import queue
-
-        self._way = way
-        self._target = target
-        self._upload = upload
-        self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(SYNC_CONNECTIONS)
-        self._failure: Outcome | BaseException | None = None
-
-    def send(self, *first: bytes, rest: Iterator[bytes]) -> Outcome | None:
-        """Send all parts; the outcome of one that failed, or None."""
-        import itertools
-
-        workers: list[Aside] = []
-        for number, part in enumerate(itertools.chain(first, rest)):
-            if self._failure is not None:
-                break
-            if len(workers) < SYNC_CONNECTIONS:
-                workers.append(Aside(self._work))
-            self._queue.put((number, part))
-        for _ in workers:
-            self._queue.put(None)
-        for worker in workers:
-            worker.result()
-        if isinstance(self._failure, BaseException):
-            raise self._failure
-        return self._failure
-
-    def _work(self) -> None:
-        api = self._way.another()
-        try:
-            for number, part in iter(self._queue.get, None):
-                if self._failure is None:
-                    self._send_one(api, number, part)
-        finally:
-            api.transport.close()
-
-    def _send_one(self, api: PlatoApi, number: int, part: bytes) -> None:
-        try:
-            outcome = self._way.send_part(api, self._target, self._upload, number, part)
-        except BaseException as error:  # noqa: BLE001  (handed to the main thread)
-            self._failure = error
-            return
-        if outcome.code:
-            self._failure = outcome
-
-
-# One sync, and the watch
-
-
-class SyncLock:
-    """The kernel's lock on the file that records a sandbox: syncs of one sandbox take turns."""
-
-    def __init__(self, sandbox: SandboxBase, reporter: Reporter, seconds: float) -> None:
-        self._path = sandbox.state.get("slot_path") or state_path(sandbox.directory)
-        self._reporter = reporter
-        self._seconds = seconds
-        self._handle = -1
-
-    def __enter__(self) -> SyncLock:  # noqa: PYI034  (Self is newer than 3.9)
-        import fcntl
-
-        self._handle = os.open(self._path, os.O_RDONLY)
-        deadline = time.monotonic() + self._seconds
-        waiting = False
-        try:
-            while True:
-                try:
-                    fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._wait(deadline, told=waiting)
-                    waiting = True
-                else:
-                    return self
-        except BaseException:
-            os.close(self._handle)
-            raise
-
-    def _wait(self, deadline: float, *, told: bool) -> None:
-        if not told:
-            self._reporter.step("Waiting for another sync of this sandbox to end", self._seconds)
-        if time.monotonic() > deadline:
-            raise ConflictError(
-                "Another sync of this sandbox is still at work.",
-                hint="Wait for it to end, then run this again.",
-            )
-        time.sleep(0.05)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-
-class SyncOptions:
-    """What a sync was asked to do; see `Sandbox.sync`."""
-
-    def __init__(
-        self,
-        *,
-        dry_run: bool = False,
-        checksum: bool = False,
-        gitignore: bool = False,
-        delete_extra: bool = False,
-        confirm: Callable[[Sequence[str]], bool] | None = None,
-        force: bool = False,
-        keep_going: bool = False,
-        via: str = "auto",
-        timeout: float = SYNC_SECONDS,
-    ) -> None:
-        if via not in ("auto", "api", "ssh"):
-            raise UsageError(f"via is {via!r}; it must be auto, api or ssh.")
-        if not 1 <= timeout <= 86400:
-            raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
-        self.dry_run = dry_run
-        self.checksum = checksum
-        self.gitignore = gitignore
-        self.delete_extra = delete_extra
-        self.confirm = confirm
-        self.force = force
-        self.keep_going = keep_going
-        self.via = via
-        self.timeout = timeout
-
-
-class Syncer:
-    """Brings one local tree to one target, once or again and again."""
-
-    def __init__(
-        self, sandbox: SandboxBase, path: str, remote_path: str | None, options: SyncOptions
-    ) -> None:
-        self.sandbox = sandbox
-        self.reporter = sandbox.reporter
-        self.options = options
-        self.root = os.path.normpath(os.path.join(sandbox.directory, path))
-        self.single = os.path.isfile(self.root)
-        self._check_root(path)
-        source = hashed(os.path.relpath(self.root, sandbox.directory))
-        target = normal_target(remote_path or default_target(sandbox.state))
-        self.target = SyncTarget(target, source, options.timeout)
-        self.remote: RemoteTree | None = None
-        self._way: SshWay | ApiWay | None = None
-        self._warned: set[bytes] = set()
-        self._ssh_failed = False
-
-    def _check_root(self, path: str) -> None:
-        if self.single and self.options.delete_extra:
-            raise UsageError("--delete-extra needs a directory to mirror, not a single file.")
-        if not path or not os.path.lexists(self.root):
-            raise UsageError(f"There is no {shown_path(self.root)} to sync.")
-        if not self.single and not os.path.isdir(self.root):
-            raise UsageError(f"{shown_path(self.root)} is neither a file nor a directory.")
-
-    # One sync
-
-    def run(self) -> dict[str, Any]:
-        """Sync once; what was done, as `Sandbox.sync` tells it."""
-        started = time.monotonic()
-        with SyncLock(self.sandbox, self.reporter, self.options.timeout):
-            report = self._run_by_any_way()
-        report["seconds"] = round(time.monotonic() - started, 3)
-        return report
-
-    def _run_by_any_way(self) -> dict[str, Any]:
-        try:
-            return self._run_until_settled()
-        except (NetworkError, TimedOutError) as error:
-            if self.options.via != "auto" or not isinstance(self._way, SshWay):
-                raise
-            self.reporter.note(f"{error.message} Going on through the API.")
-            self.forget()
-            self._ssh_failed = True
-            return self._run_until_settled()
-
-    def _run_until_settled(self) -> dict[str, Any]:
-        """Plan and send; again when another sync came between, or a file changed while it was read."""
-        total: dict[str, Any] = {"sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
-        for attempt in range(SYNC_TRIES):
-            last = attempt + 1 == SYNC_TRIES
-            try:
-                report, unsteady = self._run_plan()
-            except OvertakenError:
-                self.remote = None
-                if last:
-                    raise
-                continue
-            for key in total:
-                if isinstance(report.get(key), int):
-                    total[key] += report[key]
-            if not unsteady:
-                break
-            if last:
-                names = listed_paths(unsteady)
-                self.reporter.warn(
-                    f"{names}: still changing while read, so the VM may have half of a change."
-                )
-        return {**report, **({} if self.options.dry_run else total)}
-
-    def _run_plan(self) -> tuple[dict[str, Any], list[bytes]]:
-        options = self.options
-        self._open_way()
-        local = self._scan()
-        remote = self._look(local)
-        if options.checksum:
-            add_digests(local, remote)
-        plan = self._plan(local, remote)
-        check_before_sending(local, remote, plan.send)
-        self._warn_of_skipped(local)
-        self._refuse_unreadable(local)
-        plan = self._plan(local, remote) if any(path not in local.entries for path in plan.send) else plan
-        report: dict[str, Any] = {
-            **self._counts(local, plan),
-            "unchanged": plan.unchanged,
-            "skipped": told_paths(local.skipped),
-            "unreadable": told_paths(local.unreadable),
-            "via": self.way.name,
-            "remote_path": self.target.path,
-        }
-        if options.dry_run:
-            return report, []
-        self._ask(plan)
-        archive = self._send(local, remote, plan)
-        if archive is None:
-            return report, []
-        vanished = [path for path in archive.vanished if path not in self._warned]
-        if vanished:
-            self.reporter.warn(f"Vanished while it was to be sent: {listed_paths(vanished)}.")
-        report["sent"] -= len(archive.vanished)
-        report["bytes"], report["archive_bytes"] = archive.bytes, archive.packed
-        return report, archive.unsteady
-
-    def _counts(self, local: LocalTree, plan: SyncPlan) -> dict[str, Any]:
-        """For a dry run the paths, else the numbers of files and links (and bytes)."""
-        if self.options.dry_run:
-            send = [os.fsdecode(path) + "/" * (local.entries[path].kind == "d") for path in plan.send]
-            directories = {*plan.remove_directories, *plan.remove_trees}
-            remove = [os.fsdecode(path) + "/" * (path in directories) for path in plan.removed]
-            return {"dry_run": True, "send": send, "remove": remove}
-        return {"sent": local.files(plan.send), "removed": len(plan.remove), "bytes": 0, "archive_bytes": 0}
-
-    def _plan(self, local: LocalTree, remote: RemoteTree) -> SyncPlan:
-        options = self.options
-        return plan_sync(
-            local, remote, delete_extra=options.delete_extra, force=options.force, single=self.single
-        )
-
-    def _scan(self) -> LocalTree:
-        root = os.fsencode(self.root)
-        if self.single:
-            return scan_file(root)
-        local = scan_tree(root, gitignore=self.options.gitignore)
-        if b"" in local.unreadable:
-            raise SandboxError(f"{shown_path(self.root)} cannot be read: {local.unreadable[b'']}.")
-        if not local.entries and not self.options.force:
-            raise SandboxError(
-                f"There is nothing to sync in {shown_path(self.root)}; nothing was changed.",
-                hint="If it is meant to be empty, give --force.",
-            )
-        return local
-
-    def _look(self, local: LocalTree) -> RemoteTree:
-        """What is on the VM: asked once, then known from what was sent."""
-        if self.remote is None:
-            self.reporter.step("Looking at the VM", self.options.timeout)
-            self.way.ready()
-            script = self.target.look_script(local, digests=self.options.checksum, single=self.single)
-            outcome = self.way.look(script)
-            failure = self.target.failure(outcome)
-            if failure is not None:
-                raise failure
-            self.remote = parse_look(outcome.stdout, local.entries)
-        return self.remote
-
-    def _warn_of_skipped(self, local: LocalTree) -> None:
-        for path, why in sorted(local.skipped.items()):
-            if path not in self._warned:
-                self._warned.add(path)
-                self.reporter.warn(f"{shown_name(path)} is left out: {why}.")
-
-    def _refuse_unreadable(self, local: LocalTree) -> None:
-        if not local.unreadable:
-            return
-        for path, why in sorted(local.unreadable.items()):
-            if path not in self._warned:
-                self._warned.add(path)
-                self.reporter.warn(f"{shown_name(path)} cannot be read: {why}.")
-        if not self.options.keep_going:
-            names = listed_paths(sorted(local.unreadable))
-            raise SandboxError(
-                f"Not everything can be read: {names}. Nothing was sent.",
-                hint="Make it readable, list it in .platoignore, or sync the rest with --keep-going.",
-            )
-
-    def _ask(self, plan: SyncPlan) -> None:
-        if not plan.extra:
-            return
-        names = [os.fsdecode(path) for path in plan.extra]
-        if self.options.confirm is not None and not self.options.confirm(names):
-            raise SandboxError("Nothing was changed.")
-
-    def _send(self, local: LocalTree, remote: RemoteTree, plan: SyncPlan) -> SyncArchive | None:
-        """Carry out a plan; None when there is nothing to do."""
-        import secrets
-
-        same_manifest = plan.manifest.same_as(remote.manifest)
-        if not plan.send and not plan.removed and (same_manifest or self.single):
-            if remote.stale:
-                self.way.run(self.target.clean_script())
-                remote.stale = 0
-            return None
-        total = sum(local.entries[path].size for path in plan.send)
-        sending = f"Sending {counted(local.files(plan.send), 'file')}, {size_text(total)}"
-        self.reporter.step(sending if plan.send else "Removing what is gone here")
-        manifest = None if same_manifest or self.single else plan.manifest
-        archive = SyncArchive(local, plan, manifest)
-        upload = secrets.token_hex(12)
-        outcome = self.way.deliver(self.target, upload, remote.generation, archive)
-        failure = self.target.failure(outcome)
-        if failure is not None:
-            self._clean_up(failure)
-            raise failure
-        self._learn(local, remote, plan, archive, upload)
-        return archive
-
-    def _clean_up(self, failure: SandboxError) -> None:
-        """Free the VM of an upload that failed, if that is easily done; the next sync does it anyway."""
-        self.remote = None
-        if isinstance(self._way, SshWay):  # its shell ends with a script that fails
-            self.forget()
-        if isinstance(self._way, ApiWay) and not isinstance(failure, OvertakenError):
-            try:
-                self._way.run(self.target.clean_script())
-            except SandboxError as error:
-                self.reporter.trace(error.message)
-
-    def _learn(
-        self, local: LocalTree, remote: RemoteTree, plan: SyncPlan, archive: SyncArchive, upload: str
-    ) -> None:
-        """What is on the VM from now on."""
-        for path in plan.removed:
-            remote.entries.discard(path)
-            remote.closed.discard(path)
-            remote.digests.pop(path, None)
-        for path in plan.send:
-            if path not in archive.vanished:
-                remote.entries[path] = local.entries[path]
-                remote.digests.pop(path, None)
-        remote.manifest, remote.generation, remote.exists = plan.manifest, upload, True
-
-    # The way
-
-    @property
-    def way(self) -> SshWay | ApiWay:
-        if self._way is None:
-            raise TypeError("no way to the VM was opened")
-        return self._way
-
-    def _open_way(self) -> None:
-        """Begin to connect; SSH does so by itself while the local tree is looked at."""
-        if self._way is not None:
-            return
-        via, sandbox = self.options.via, self.sandbox
-        has_ssh = bool(sandbox.state.get("ssh_config_path") and sandbox.state.get("ssh_host"))
-        if via == "ssh" and not has_ssh:
-            raise SandboxError("This sandbox has no SSH.", hint="Sync through the API: --via api")
-        if via == "api" or not has_ssh or self._ssh_failed:
-            self._way = ApiWay(sandbox, self.options.timeout)
-            return
-        repair_ssh_config(sandbox.state, sandbox.settings, self.reporter)
-        try:
-            self._way = SshWay(sandbox, self.options.timeout)
-        except SandboxError as error:
-            if via == "ssh":
-                raise
-            self.reporter.note(f"{error.message} Going on through the API.")
-            self._way = ApiWay(sandbox, self.options.timeout)
-
-    def forget(self) -> None:
-        """Drop the connection and what is known of the VM."""
-        if self._way is not None:
-            self._way.close()
-        self._way = self.remote = None
-
-    # The watch
-
-    def watch(self, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
-        something. Returns the sums of all reports; Interrupted when there is none yet."""
-        import signal
-
-        total: dict[str, Any] = {"syncs": 0, "sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
-        started = time.monotonic()
-        report: dict[str, Any] = {}
-        try:
-            while True:
-                seen, latest = self._sync_for_watch(report)
-                report = latest or report
-                if latest.get("sent") or latest.get("removed") or not total["syncs"]:
-                    total = {key: value + latest.get(key, 1) for key, value in total.items()}
-                    told(latest)
-                self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
-                self._wait_for_change(seen)
-        except Interrupted as interruption:
-            if interruption.number != signal.SIGINT or not report:
-                raise
-        return {**report, **total, "seconds": round(time.monotonic() - started, 3)}
-
-    def _sync_for_watch(self, before: dict[str, Any]) -> tuple[dict[bytes, Entry], dict[str, Any]]:
-        """Sync until it succeeds: a lost connection is tried again, other trouble waits for a change."""
-        delays = iter(WATCH_RETRY_SECONDS)
-        while True:
-            seen = self._snapshot()
-            try:
-                return seen, self.run()
-            except (NetworkError, TimedOutError) as error:
-                delay = next(delays, WATCH_RETRY_SECONDS[-1])
-                self.reporter.warn(f"{error.message} Trying again in {delay:g} s.")
-                self.forget()
-                self._ssh_failed = False
-                time.sleep(delay)
-            except (AuthenticationError, NoSandboxError, UsageError, StateError):
-                raise
-            except SandboxError as error:
-                if not before:
-                    raise
-                self.reporter.warn(f"{error.message} Waiting for the next change.")
-                self.forget()
-                return seen, {}
-
-    def _snapshot(self) -> dict[bytes, Entry]:
-        """What tells whether the tree has changed."""
-        root = os.fsencode(self.root)
-        try:
-            tree = scan_file(root) if self.single else scan_tree(root, gitignore=self.options.gitignore)
-        except OSError:
-            return {}
-        return tree.entries
-
-    def _wait_for_change(self, seen: dict[bytes, Entry]) -> None:
-        """Return when the tree is another one and still for a moment. A large one is looked at less often."""
-        current = previous = seen
-        while current == seen or current != previous:
-            self.sandbox.check_still_there()
-            began = time.monotonic()
-            previous, current = current, self._snapshot()
-            time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
-
-
 def default_target(state: Mapping[str, Any]) -> str:
     """The remote path of the specification; UsageError when the service's name cannot be part of one."""
-    service = state.get("service")
-    if not isinstance(service, str) or not service or "/" in service or service in (".", ".."):
+    service = as_text(state.get("service")) or "."
+    if "/" in service or service in (".", ".."):
         raise UsageError(
             "This sandbox has no service whose name could make a remote path.",
             hint=f"Say where to: --remote-path {SYNC_ROOT}/NAME",
@@ -5862,67 +4801,34 @@ def hashed(text: str) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
-def told_paths(reasons: Mapping[bytes, str]) -> list[dict[str, str]]:
-    """Paths and why, for --json."""
-    return [{"path": os.fsdecode(path), "reason": why} for path, why in sorted(reasons.items())]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # services: the Gitea push, the clone on the VM, Docker Compose
 # ----------------------------------------------------------------------------------------------------------
 # The code goes from a bare repository of ours, under PLATO_HOME, to a workspace branch in Gitea: the user's
-# own `.git`, index, hooks and git configuration take no part. The VM fetches that one commit and takes over
-# the files that differ. Gitea's credentials go to git through the environment here, and there through the
-# standard input of a shell: no argument, URL, configuration or file holds them.
+# own `.git`, index, hooks and git configuration take no part. The VM fetches that one commit, which makes the
+# tree there a clone that stands at it, and the same files come as `sync` brings them. Gitea's credentials go
+# to git through the environment here, and there through the standard input of a shell: no argument, URL,
+# configuration or file holds them.
 
 GIT_SECONDS = 900.0
 GIT_TRIES = 3
-GIT_IDENTITY = "plato-sandbox <plato-sandbox@localhost>"
 UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
 COMPOSE_POLL_SECONDS = (0.2, 0.5, 1.0)
 HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
 LOG_LINES = 20
 COMPOSE_FILE = "docker-compose.yml"  # where a service names none
-WHOLE_FILE_BYTES = 4 * 1024 * 1024
 
 # What git asks for is answered from the environment; the text itself holds no secret.
 _CREDENTIAL_HELPER = (
     '!f() { [ "$1" != get ] || printf "username=%s\\npassword=%s\\n"'
     ' "$GITEA_USERNAME" "$GITEA_PASSWORD"; }; f'
 )
-_GIT_SETTINGS = (
-    *("-c", "core.hooksPath=/dev/null", "-c", "http.followRedirects=false", "-c", "gc.auto=0"),
+_GIT = (
+    *("git", "-c", "core.hooksPath=/dev/null", "-c", "http.followRedirects=false", "-c", "gc.auto=0"),
+    *("-c", "core.autocrlf=false", "-c", "core.fileMode=true", "-c", "core.protectNTFS=false"),
     *("-c", "credential.helper=", "-c", "credential.helper=" + _CREDENTIAL_HELPER),
 )
-
-
-class Steps:
-    """The steps of a long operation: told as they begin, named in an error, timed for the report.
-
-        with steps("push", "Pushing the code"):
-            ...
-
-    done: a list of {"step": NAME, "seconds": SECONDS}.
-    """
-
-    def __init__(self, reporter: Reporter) -> None:
-        self.done: list[dict[str, Any]] = []
-        self._reporter = reporter
-        self._name = self._words = ""
-        self._began = 0.0
-
-    def __call__(self, name: str, words: str, limit: float | None = None) -> Steps:
-        self._name, self._words = name, words
-        self._reporter.step(words, limit)
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self.done.append({"step": self._name, "seconds": round(time.monotonic() - self._began, 3)})
-        if isinstance(error, SandboxError):
-            error.message = f"{self._words}: {error.message}"
+_AS_IT_IS = "* -text -eol -ident -filter -working-tree-encoding"  # git's attributes for: byte for byte
 
 
 # What is to be started, and from which files
@@ -5953,50 +4859,24 @@ def plan_services(config: Config) -> list[ComposeService]:
     root = os.path.dirname(config.path)
     planned, problems = [], []
     for name, part in wanted.items():
-        file = part.get("file") or COMPOSE_FILE
-        inside = os.path.normpath(file)
-        if os.path.isabs(file) or inside.startswith(".."):
+        file = os.path.normpath(part.get("file") or COMPOSE_FILE)
+        if os.path.isabs(file) or file.startswith(".."):
             problems.append(f"services.{name}.file is {file!r}; it must lie in the directory of the config")
         elif not os.path.isfile(os.path.join(root, file)):
             problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
         required = [text for text in part.get("required_healthy_containers") or [] if text != "all"]
         seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
-        inside = "./-" if inside == "-" else inside  # which means standard input to Compose
-        planned.append(ComposeService(str(name), inside, required, float(seconds)))
+        file = "./-" if file == "-" else file  # which means standard input to Compose
+        planned.append(ComposeService(str(name), file, required, float(seconds)))
     if problems:
         raise unusable_config(shown_path(from_here(config.path)), problems)
     return planned
 
 
-def tree_to_push(config: Config, *, gitignore: bool) -> LocalTree:
-    """The directory of a config as it goes to Gitea; what git ignores only if the config names it."""
-    root = os.fsencode(os.path.dirname(config.path))
-    tree = scan_tree(root, gitignore=gitignore)
-    missing = [name for name in named_files(config.content) if name not in tree.entries]
-    if gitignore and missing:
-        everything = scan_tree(root, gitignore=False)
-        for path, entry in everything.entries.items():
-            if any(path == name or path.startswith(name + b"/") for name in missing):
-                tree.entries[path] = entry
-    files = sorted(path for path, entry in tree.entries.items() if entry.kind != "d")
-    check_before_sending(tree, RemoteTree(), files)
-    if tree.unreadable:
-        path, why = min(tree.unreadable.items())
-        raise SandboxError(
-            f"{shown_name(path)} cannot be read: {why}. Nothing was pushed.",
-            hint="Make it readable, or list it in .platoignore.",
-        )
-    tree.entries = {path: tree.entries[path] for path in files if path in tree.entries}
-    if not tree.entries:
-        raise SandboxError(f"There is nothing to push in {shown_path(os.fsdecode(root))}.")
-    return tree
-
-
 def named_files(dataset: Mapping[str, Any]) -> list[bytes]:
     """The files and directories that a dataset names, relative to its config."""
     found: list[Any] = [as_dict(dataset.get("metadata")).get("flows_path")]
-    for service in as_dict(dataset.get("services")).values():
-        found.append(service.get("file") or COMPOSE_FILE)
+    found += [service.get("file") or COMPOSE_FILE for service in as_dict(dataset.get("services")).values()]
     for listener in as_dict(dataset.get("listeners")).values():
         found += [listener.get("seed_data_path"), *as_list(listener.get("seed_data_paths"))]
     paths = [os.path.normpath(path) for path in filter(as_text, found)]
@@ -6006,35 +4886,12 @@ def named_files(dataset: Mapping[str, Any]) -> list[bytes]:
 # Gitea
 
 
-class GiteaRepository:
-    """Where the code of a simulator goes, and with which credentials. clone_url holds none."""
-
-    def __init__(self, clone_url: str, default_branch: str, username: str, password: str) -> None:
-        self.clone_url = clone_url
-        self.default_branch = default_branch
-        self.username = username
-        self.password = password
-
-    def environment(self) -> dict[str, str]:
-        """What the credential helper answers with."""
-        return {"GITEA_USERNAME": self.username, "GITEA_PASSWORD": self.password}
-
-    def hide(self, text: str) -> str:
-        """A text without the password, whichever way it was written in it."""
-        misread = self.password.encode().decode("latin-1")  # as git takes a text without a charset
-        for secret in (self.password, quoted(self.password), misread):
-            if len(secret) >= SHORTEST_SECRET:
-                text = text.replace(secret, "***")
-        return text
-
-
-def find_repository(api: PlatoApi, service: str) -> GiteaRepository:
-    """The repository of the simulator of a service, made if it has none yet."""
-    credentials = api.gitea_credentials()
+def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
+    """The clone URL and the default branch of the repository of a service's simulator, made if need be."""
     listed = [as_dict(entry) for entry in api.gitea_simulators()]
     simulators = {name: entry for entry in listed if (name := as_text(entry.get("name")))}
-    found = [entry for name, entry in simulators.items() if name.lower() == service.lower()]
-    if not found:
+    found = next((simulators[name] for name in simulators if name.lower() == service.lower()), None)
+    if found is None:
         close = closest(service.lower(), [name.lower() for name in simulators])
         raise SandboxError(
             f"Gitea lists no simulator {service!r} for this API key."
@@ -6042,37 +4899,27 @@ def find_repository(api: PlatoApi, service: str) -> GiteaRepository:
             hint=f"It lists: {_listed(sorted(simulators)) or 'none'}."
             f" Without Gitea: {PROGRAM} start-services --via sync",
         )
-    identifier = str(found[0].get("id"))
-    repository = _existing_repository(api, identifier) if found[0].get("has_repo") else {}
-    repository = repository or _new_repository(api, identifier)
-    return GiteaRepository(
-        plain_clone_url(as_text(repository.get("clone_url")) or "", api.settings),
-        as_text(repository.get("default_branch")) or "main",
-        _credential(credentials, "username"),
-        _credential(credentials, "password"),
-    )
+    identifier = str(found.get("id"))
+    repository = api.gitea_repository(identifier) if found.get("has_repo") else {"has_repo": False}
+    if repository.get("has_repo") is False:
+        try:
+            repository = api.create_gitea_repository(identifier)
+        except ApiError as error:
+            if error.status != 409:  # another one has just done so, or our own first try
+                raise
+            repository = api.gitea_repository(identifier)
+    url = plain_clone_url(as_text(repository.get("clone_url")) or "", api.settings)
+    return url, as_text(repository.get("default_branch")) or "main"
 
 
-def _existing_repository(api: PlatoApi, identifier: str) -> dict[str, Any]:
-    answer = api.gitea_repository(identifier)
-    return answer if answer.get("has_repo") is not False else {}
-
-
-def _new_repository(api: PlatoApi, identifier: str) -> dict[str, Any]:
-    """Create it; another one may just have done so, or our own first try."""
-    try:
-        return api.create_gitea_repository(identifier)
-    except ApiError as error:
-        if error.status != 409:
-            raise
-        return api.gitea_repository(identifier)
-
-
-def _credential(credentials: Mapping[str, Any], name: str) -> str:
-    value = as_text(credentials.get(name))
-    if value is None or any(mark in value for mark in "\n\r\0"):
-        raise ApiError(f"Plato's answer holds no usable {name} for Gitea.")
-    return value
+def gitea_credentials(api: PlatoApi) -> dict[str, str]:
+    """What the credential helper answers with, as environment variables."""
+    answer = api.gitea_credentials()
+    found = {name: as_text(answer.get(name)) or "\n" for name in ("username", "password")}
+    for name, value in found.items():
+        if any(mark in value for mark in "\n\r\0"):
+            raise ApiError(f"Plato's answer holds no usable {name} for Gitea.")
+    return {f"GITEA_{name.upper()}": value for name, value in found.items()}
 
 
 def plain_clone_url(url: str, settings: Settings) -> str:
@@ -6093,20 +4940,20 @@ def plain_clone_url(url: str, settings: Settings) -> str:
 class GitStore:
     """Our bare repository of one sandbox, through which its code goes to Gitea. `stop` removes it."""
 
-    def __init__(
-        self, path: str, repository: GiteaRepository, settings: Settings, reporter: Reporter
-    ) -> None:
-        self.path = path
-        self.repository = repository
-        self.reporter = reporter
-        self.ca_file = settings.ca_file
+    def __init__(self, sandbox: SandboxBase, root: str, url: str, credentials: Mapping[str, str]) -> None:
+        self.path = git_store_path(sandbox.settings.home, sandbox.state["session_id"])
+        self._reporter = sandbox.reporter
+        self._ca_file = sandbox.settings.ca_file
+        self._root = root
+        self._url = url
+        self._credentials = credentials
         if find_program("git") is None:
             raise SandboxError(
                 "git cannot be found on this machine.",
                 hint="Install git, or bring the code over without it: start-services --via sync",
             )
-        self.is_old = os.path.isfile(os.path.join(path, "HEAD")) and not os.path.islink(path)
-        if not self.is_old:
+        self._is_old = os.path.isfile(os.path.join(self.path, "HEAD")) and not os.path.islink(self.path)
+        if not self._is_old:
             self._make()
 
     def _make(self) -> None:
@@ -6115,22 +4962,24 @@ class GitStore:
 
         shutil.rmtree(self.path, ignore_errors=True)
         _unlink_quietly(self.path)  # a link is not followed
-        self.is_old = False
+        self._is_old = False
         self.run("init", "--quiet", "--bare", "--template=", self.path)
+        os.makedirs(os.path.join(self.path, "info"), exist_ok=True)
+        with open(os.path.join(self.path, "info", "attributes"), "w", encoding="ascii") as file:
+            file.write(_AS_IT_IS + "\n")
 
-    def run(self, *arguments: str, stdin: Iterable[bytes] = (), credentials: Mapping[str, str] = {}) -> str:
+    def run(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run git on this repository; what it prints, or the error that its failure means."""
-        command = ["git", f"--git-dir={self.path}", *_GIT_SETTINGS, *arguments]
         outcome = run_program(
-            command,
-            self.reporter,
+            [*_GIT, f"--git-dir={self.path}", *arguments],
+            self._reporter,
             seconds=GIT_SECONDS,
-            stdin=stdin,
-            env={**self._environment(), **credentials},
-            cwd="/",
+            feed=lambda file: file.write(stdin),
+            env=self._environment(),
+            cwd=self._root,
         )
         if outcome.code:
-            raise git_error(outcome, self.repository)
+            raise git_error(outcome.stderr, self._credentials)
         return outcome.stdout.decode("utf-8", "replace").strip()
 
     def _environment(self) -> dict[str, str]:
@@ -6145,140 +4994,79 @@ class GitStore:
             "HOME": self.path,  # a git that does not know GIT_CONFIG_GLOBAL looks here
             "XDG_CONFIG_HOME": self.path,
             "LC_ALL": "C",
+            **{f"GIT_{who}_NAME": "plato-sandbox" for who in ("AUTHOR", "COMMITTER")},
+            **{f"GIT_{who}_EMAIL": "plato-sandbox@localhost" for who in ("AUTHOR", "COMMITTER")},
         }
-        if self.ca_file:
-            own["GIT_SSL_CAINFO"] = self.ca_file
-        return {**child_environment(kept), **own}
+        if self._ca_file:
+            own["GIT_SSL_CAINFO"] = self._ca_file
+        return {**child_environment(kept), **own, **self._credentials}
 
-    def _remotely(self, *arguments: str) -> str:
-        """The same for what needs the network: once more when the connection broke."""
+    def push(self, paths: Sequence[bytes], branch: str, default: str) -> tuple[str, bool]:
+        """Make these files the newest commit of a branch in Gitea; that commit, and whether it is a new one.
+
+        Again when the connection broke, another push came between, or what an earlier run left is of no use.
+        """
         for attempt in range(GIT_TRIES):
             try:
-                return self.run(*arguments, credentials=self.repository.environment())
-            except NetworkError as error:
-                delay = 0.4 * 2**attempt
-                if attempt + 1 == GIT_TRIES:
+                return self._push(paths, f"refs/heads/{branch}", f"refs/heads/{default}")
+            except (NetworkError, OvertakenError, GitFailureError) as error:
+                if attempt + 1 == GIT_TRIES or (isinstance(error, GitFailureError) and not self._is_old):
                     raise
-                self.reporter.trace(f"git {arguments[0]}: {error.message} Again in {delay:.1f} s.")
-                time.sleep(delay)
+                self._reporter.trace(f"{error.message} Once more.")
+                if isinstance(error, GitFailureError):
+                    self._make()
+                elif isinstance(error, NetworkError):
+                    time.sleep(0.4 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    def push(self, tree: LocalTree, branch: str) -> tuple[str, bool]:
-        """Make the tree the newest commit of a branch in Gitea; that commit, and whether it is a new one."""
-        for attempt in range(GIT_TRIES):
-            try:
-                return self._push(tree, branch)
-            except PushOvertakenError as error:
-                if attempt + 1 == GIT_TRIES:
-                    raise
-                self.reporter.trace(f"{error.message} Again from what is there now.")
-            except GitFailureError as error:
-                if not self.is_old:
-                    raise
-                # What an earlier run left, when it was killed or the disk was full, may be of no use.
-                self.reporter.trace(f"{error.message} Again with a new {self.path}.")
-                self._make()
-        raise AssertionError("the last attempt returns or raises")
-
-    def _push(self, tree: LocalTree, branch: str) -> tuple[str, bool]:
-        reference = f"refs/heads/{branch}"
-        names = (reference, f"refs/heads/{self.repository.default_branch}")
-        lines = self._remotely("ls-remote", "--", self.repository.clone_url, *names).splitlines()
+    def _push(self, paths: Sequence[bytes], reference: str, default: str) -> tuple[str, bool]:
+        lines = self.run("ls-remote", "--", self._url, reference, default).splitlines()
         listed = {name: commit for commit, _, name in (line.partition("\t") for line in lines)}
-        parent = next((listed[name] for name in names if name in listed), None)
-        if parent is not None:
-            self._fetch(parent, next(name for name in names if name in listed))
-        commit = self._write(tree, parent)
-        if parent is not None and self._tree_of(commit) == self._tree_of(parent):
-            commit = parent
+        known = next((name for name in (reference, default) if name in listed), None)
+        parent = listed[known] if known else None
+        self.run("read-tree", "--empty")
+        add = (f"--work-tree={self._root}", "update-index", "--add", "--remove", "-z", "--stdin")
+        self.run(*add, stdin=nul_ended(paths))
+        tree = self.run("write-tree")
+        commit = parent
+        if known is None or parent is None:
+            commit = self._commit(tree)
+        elif tree != self._tree_of(parent, known):
+            commit = self._commit(tree, "-p", parent)
         if listed.get(reference) != commit:
-            self._remotely("push", "--quiet", "--", self.repository.clone_url, f"{commit}:{reference}")
-        return commit, commit != parent
+            self.run("push", "--quiet", "--", self._url, f"{commit}:{reference}")
+        return str(commit), commit != parent
 
-    def _tree_of(self, commit: str) -> str:
-        return self.run("rev-parse", "--verify", f"{commit}^{{tree}}")
+    def _commit(self, tree: str, *parents: str) -> str:
+        return self.run("commit-tree", *parents, "-m", "The workspace of a sandbox", tree)
 
-    def _fetch(self, commit: str, reference: str) -> None:
-        """Have that one commit here, without the history before it."""
+    def _tree_of(self, commit: str, reference: str) -> str:
+        """The tree of a commit in Gitea, which is brought here without the history before it."""
+        words = ("rev-parse", "--verify", "--quiet", f"{commit}^{{tree}}")
         try:
-            self.run("cat-file", "-e", f"{commit}^{{tree}}")
-        except SandboxError:
-            fetch = ("fetch", "--quiet", "--no-tags", "--depth=1", "--", self.repository.clone_url, reference)
-            self._remotely(*fetch)
-
-    def _write(self, tree: LocalTree, parent: str | None) -> str:
-        """A commit that holds the tree and nothing else, byte for byte."""
-        for attempt in range(SYNC_TRIES):
-            try:
-                self.run("fast-import", "--quiet", "--force", "--done", stdin=import_stream(tree, parent))
-                return self.run("rev-parse", "--verify", "refs/heads/new")
-            except UnsteadyFileError:
-                if attempt + 1 == SYNC_TRIES:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+            return self.run(*words)
+        except GitFailureError:
+            self.run("fetch", "--quiet", "--no-tags", "--depth=1", "--", self._url, reference)
+        return self.run(*words)
 
 
 class GitFailureError(SandboxError):
     """git failed, and neither the network nor the server is known to be the reason."""
 
 
-class PushOvertakenError(ConflictError):
-    """The branch moved between the look at it and the push: another one, or our own whose answer was lost."""
-
-
-class UnsteadyFileError(SandboxError):
-    """A file changed while it was read."""
-
-
-def import_stream(tree: LocalTree, parent: str | None) -> Iterator[bytes]:
-    """A tree as `git fast-import` reads it: one commit on the branch `new`."""
-    message = b"The workspace of a sandbox\n"
-    yield b"commit refs/heads/new\ncommitter %s %d +0000\n" % (GIT_IDENTITY.encode(), int(time.time()))
-    yield b"data %d\n%s\n" % (len(message), message)
-    if parent is not None:
-        yield b"from %s\n" % parent.encode()
-    yield b"deleteall\n"
-    for path, entry in sorted(tree.entries.items()):
-        mode = b"120000" if entry.kind == "l" else b"100755" if entry.mode & 0o100 else b"100644"
-        name = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
-        yield b'M %s inline "%s"\n' % (mode, name)
-        yield from _content(tree, path, entry)
-    yield b"done\n"
-
-
-def _content(tree: LocalTree, path: bytes, entry: Entry) -> Iterator[bytes]:
-    """The bytes of a file or link with their count before them."""
-    if entry.kind == "l":
-        yield b"data %d\n%s\n" % (len(entry.target), entry.target)
-        return
-    try:
-        with open(tree.location(path), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            yield b"data %d\n" % size
-            left = size
-            while left:
-                piece = file.read(min(left, WHOLE_FILE_BYTES))
-                if not piece:
-                    break
-                left -= len(piece)
-                yield piece
-            if left or file.read(1):
-                raise UnsteadyFileError(f"{shown_name(path)} changed while it was read; run this again.")
-    except OSError as error:
-        raise UnsteadyFileError(f"{shown_name(path)} cannot be read any more: {reason(error)}.") from None
-    yield b"\n"
-
-
-def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
+def git_error(stderr: bytes, credentials: Mapping[str, str]) -> SandboxError:
     """The error that a failed git means, with the last words of git and of the server."""
-    text = repository.hide(outcome.stderr.decode("utf-8", "replace"))
+    text = stderr.decode("utf-8", "replace")
+    password = credentials["GITEA_PASSWORD"]
+    # git takes a text without a charset for Latin-1
+    for secret in (password, quoted(password), password.encode().decode("latin-1")):
+        text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("fatal:", "error:", "remote:"))]
-    words = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:]
-    words = words or f"git ended with {outcome.code}"
+    words = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:] or "it gave no reason"
     low = "\n".join(lines).lower()
     if re.search(r"cannot lock ref|failed to update ref|fetch first|non-fast-forward|stale info", low):
-        return PushOvertakenError(
+        return OvertakenError(
             f"Something else pushed to the branch meanwhile: {words}.", hint="Run this again."
         )
     if re.search(r"\b413\b|too large|exceeds|remote rejected|hook declined", low):
@@ -6302,164 +5090,88 @@ def git_error(outcome: Outcome, repository: GiteaRepository) -> SandboxError:
     return GitFailureError(f"git failed: {words}.", hint="Run the command again; --verbose shows each step.")
 
 
-# The clone on the VM. POSIX sh with GNU tools and git, like the scripts of `sync`, whose helpers it uses:
-# everything new is fetched, checked and written beside the tree before the first file in it changes.
+def git_store_path(home: str, session_id: str) -> str:
+    """Where the bare repository of a sandbox is."""
+    return os.path.join(home, f"git_{short_id(session_id)}")
 
-_CLONE_BODY = r"""
-command -v git >/dev/null 2>&1 || fail 69 git
-new=$upload/new; mkdir "$upload" "$new" "$new/tree" || fail 77 "$upload"
-made "$target"; cd -- "$target" || quit 77 "$target"
+
+# Makes a directory a clone that stands at a commit, by git's own records; `sync` brings the files.
+_CLONE = r"""
+IFS= read -r GITEA_USERNAME; IFS= read -r GITEA_PASSWORD
+command -v git >/dev/null 2>&1 || fail 69 "The VM has no git; bring the code over with --via sync."
+made "$target"; cd -- "$target" || fail 77 "$target on the VM cannot be entered."
+repo=$target/.git
+[ -d "$repo" ] || [ ! -e "$repo" ] ||
+  fail 73 "$repo on the VM is no repository; remove it, then run this again."
 export GIT_TERMINAL_PROMPT=0 GIT_CONFIG_NOSYSTEM=1
 g() { git --git-dir="$repo" --work-tree="$target" -c safe.directory='*' -c core.hooksPath=/dev/null \
-  -c http.followRedirects=false -c credential.helper= -c credential.helper="$helper" \
-  -c core.autocrlf=false -c core.fileMode=true -c core.quotePath=true -c core.fsmonitor=false "$@"; }
-repo=$target/.git
-if [ ! -d "$repo" ]; then
-  [ ! -e "$repo" ] || quit 73 .git
-  repo=$upload/repo.git
-  words=$(git -c init.defaultBranch=main init -q --bare --template= "$repo" 2>&1) || quit 74 "$words"
-  g config core.bare false
-fi
+  -c http.followRedirects=false -c credential.helper= -c credential.helper="$helper" -c core.fsmonitor=false \
+  -c core.autocrlf=false -c core.fileMode=true -c core.protectNTFS=false "$@"; }
+trap 'own "$repo"' EXIT
+broken() { fail 74 "git on the VM failed: $words"; }
+[ -d "$repo" ] || words=$(git -c init.defaultBranch=main init -q --template= . 2>&1) || broken
+origin=refs/remotes/origin/$branch
 words=$(export GITEA_USERNAME GITEA_PASSWORD
-  g fetch -q --no-tags --depth=1 "$url" "+refs/heads/$branch:refs/remotes/origin/$branch" 2>&1) ||
-  quit 80 "$words"
-unset GITEA_USERNAME GITEA_PASSWORD
-[ "$(g rev-parse "refs/remotes/origin/$branch")" = "$commit" ] || quit 76 branch
-mkdir -p "$repo/info"
-printf '%s\n' '* -text -eol -ident -filter -working-tree-encoding' > "$repo/info/attributes"
-g config remote.origin.url "$url"
-g config remote.origin.fetch "+refs/heads/*:refs/remotes/origin/*"
-g update-index -q --refresh >/dev/null 2>&1
-gone=$upload/gone; write=$upload/write
-words=$({ g diff-index --no-renames -z --name-only --diff-filter=A "$commit" -- > "$gone" &&
-  g diff-index --no-renames -z --name-only --diff-filter=DMTU "$commit" -- > "$write"; } 2>&1) ||
-  quit 74 "$words"
-words=$({ export GIT_INDEX_FILE="$upload/index"; g read-tree "$commit" &&
-  g checkout-index -q -z --stdin --prefix="$new/tree/" < "$write"; } 2>&1) || quit 74 "$(told)"
-if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then chown -hR "$owner" -- "$new/tree" || quit 74 chown; fi
-standing='for p; do if [ -d "$p" ] && [ ! -L "$p" ]; then find "./$p" ! -type d -print0; fi; done'
-blocking='for p; do if [ -L "$p" ] || { [ -e "$p" ] && [ ! -d "$p" ]; }; then printf "%s\0" "./$p"; fi; done'
-{ xargs -0 -r sh -c "$standing" - < "$write"
-  g ls-tree -r -d -z --name-only "$commit" | xargs -0 -r sh -c "$blocking" -; } |
-  tr '\0\n' '\n?' | sed 's|^\./||' | sort -u > "$upload/there"
-tr '\0\n' '\n?' < "$gone" | sort -u > "$upload/going"
-words=$(comm -23 "$upload/there" "$upload/going" | head -n 5)
-[ -z "$words" ] || quit 73 "$words"
-words=$(xargs -0 -r rm -f -- 2>&1 < "$gone") || quit 74 "$words"
-xargs -0 -r dirname -z -- < "$gone" | sort -zru | xargs -0 -r rmdir -p -- 2>/dev/null
-empty='for p; do [ ! -d "$p" ] || [ -L "$p" ] || find "./$p" -depth -type d -exec rmdir {} +; done'
-xargs -0 -r sh -c "$empty" - < "$write" 2>/dev/null
-absent='for p; do [ -d "$p" ] || printf "%s\0" "$p"; done'
-(cd "$new/tree" && find . -mindepth 1 -type d -print0) | xargs -0 -r sh -c "$absent" - > "$upload/created"
-move() { (cd "$new/tree" && find . -mindepth 1 -maxdepth 1 -print0 |
-  xargs -0 -r cp -RPf "$@" -t "$target" -- 2>&1); }
-words=$(move -l) || words=$(move --remove-destination --preserve=mode,ownership,timestamps) ||
-  quit 74 "$(told)"
-if [ "$repo" != "$target/.git" ]; then
-  mv -- "$repo" "$target/.git" || quit 74 "$(told)"
-  repo=$target/.git
-fi
-g update-ref "refs/heads/$branch" "$commit" && g symbolic-ref HEAD "refs/heads/$branch" &&
-  mv -f -- "$upload/index" "$repo/index" || quit 74 "$(told)"
-g update-index -q --refresh >/dev/null 2>&1
-if [ "$(id -u)" = 0 ] && [ "${owner%%:*}" != 0 ]; then
-  xargs -0 -r chown -h "$owner" -- < "$upload/created"; chown -R "$owner" -- "$repo"
-fi
-changed=$(cat "$gone" "$write" | tr -dc '\0' | wc -c)
-printf %s "$id" > "$upload/generation"; own "$upload/generation"
-mv -f -- "$upload/generation" "$state/generation"  # what a sync saw before is not what is there now
-sweep "$state"/up.*
-printf '%s\n' "$changed"
+  g fetch -q --no-tags --depth=1 "$url" "+refs/heads/$branch:$origin" 2>&1) || fail 80 "$words"
+[ "$(g rev-parse "$origin")" = "$commit" ] ||
+  fail 75 "Something else pushed to the branch meanwhile; run this again."
+mkdir -p "$repo/info" && printf '%s\n' "$attributes" > "$repo/info/attributes"
+words=$({ g config remote.origin.url "$url" && g config core.bare false &&
+  g config remote.origin.fetch '+refs/heads/*:refs/remotes/origin/*' &&
+  g update-ref "refs/heads/$branch" "$commit" && g symbolic-ref HEAD "refs/heads/$branch" &&
+  g reset -q; } 2>&1) || broken
 """
-
-
-def clone_script(target: str, branch: str, commit: str, repository: GiteaRepository, seconds: float) -> str:
-    """Makes a directory on the VM a clone of one commit. To be read from standard input, never an argument.
-
-    Prints the number of files that changed. What is there and not tracked stays.
-    """
-    import secrets
-
-    parent, _, name = target.rpartition("/")
-    values = assigned(
-        target=target,
-        state=f"{parent}/{SYNC_STATE}/{name}",
-        id=secrets.token_hex(12),
-        patience=max(1, int(seconds)),
-        url=repository.clone_url,
-        branch=branch,
-        commit=commit,
-        helper=_CREDENTIAL_HELPER,
-        **repository.environment(),
-    )
-    return values + _SHELL_HEAD + _UPLOAD_BEGIN + _LOCK_BODY + _CLONE_BODY
-
-
-def clone_failure(outcome: Outcome, target: str, repository: GiteaRepository) -> SandboxError | None:
-    """The error that the end of the script means, or None."""
-    if outcome.code == 0:
-        return None
-    lines = [line for line in outcome.stderr.decode("utf-8", "replace").split("\n") if line.strip()]
-    words = printable(repository.hide("; ".join(lines)))[-600:].rstrip(".")
-    if outcome.code == 80:
-        return git_error(Outcome(1, b"", outcome.stderr), repository)
-    if outcome.code == 69:
-        return SandboxError(f"The VM has no {words}.", hint="Bring the code over with --via sync.")
-    if outcome.code == 73:
-        return ConflictError(
-            f"On the VM something that is not in the code stands where it has to go: {words}.",
-            hint=f"Nothing was changed; remove it from {target}, then run this again.",
-        )
-    if outcome.code in (75, 76):
-        return ConflictError(
-            "Another `start-services` or `sync` is at work on this sandbox.", hint="Run this again."
-        )
-    if outcome.code in (66, 77):
-        return SandboxError(f"{words} on the VM cannot be written.", hint="Check its owner and mode.")
-    return SandboxError(f"The VM could not take the code (exit {outcome.code}): {words}.")
 
 
 # Docker Compose on the VM
 
 _COMPOSE_HEAD = r"""
-cd -- "$target" || fail 77 "$target"
+cd -- "$target" || fail 77 "$target on the VM cannot be entered."
 if [ -z "$DOCKER_HOST" ] && [ -S /var/run/docker-user.sock ]; then
   DOCKER_HOST=unix:///var/run/docker-user.sock; export DOCKER_HOST
 fi
 """
 
 # The services of the file, and `up` begun in the background: it outlives a connection that breaks.
-_UP_BODY = r"""
-command -v docker >/dev/null 2>&1 || fail 69 docker
-words=$(docker version --format '{{.Server.Version}}' 2>&1) || fail 70 "$words"
-near "$target"; owner=$(stat -c %u:%g -- "$near"); made "$run"
+_UP = r"""
+command -v docker >/dev/null 2>&1 || fail 69 "The VM has no docker."
+words=$(docker version --format '{{.Server.Version}}' 2>&1) ||
+  fail 70 "Docker on the VM does not answer: $words"
+mkdir -p "$run" || fail 77 "$run on the VM cannot be made."
+[ -e "$run/lock" ] || : > "$run/lock"
 rm -f -- "$run"/*.code "$run"/*.code.new "$run"/*.output "$run"/*.services "$run"/*.stop
 run=$run/$id
 words=$(docker compose -f "$file" config --services 2>&1 > "$run.services") || {
-  docker compose version >/dev/null 2>&1 || fail 69 'docker compose (Compose v2)'
-  fail 71 "$words"
+  docker compose version >/dev/null 2>&1 || fail 69 "The VM has no docker compose (Compose v2)."
+  fail 71 "$file is not a valid Compose file: $words"
 }
-[ -e "${run%/*}/lock" ] || : > "${run%/*}/lock"
 : > "$run.output"; : > "$run.code.new"
-own "${run%/*}/lock" "$run.output" "$run.services" "$run.code.new"
+[ "$(id -u)" != 0 ] || chown -hR --reference="$target" "${run%/*}"
 up='echo $$ > "$run.pid"
   if command -v flock >/dev/null 2>&1; then exec 8<"${run%/*}/lock"; flock 8; fi
   [ ! -e "$run.stop" ] || exit
   docker compose -f "$file" up -d "$@" > "$run.output" 2>&1 < /dev/null 8<&-
   echo $? > "$run.code.new"; mv -f "$run.code.new" "$run.code"; rm -f "$run.pid"'
 if command -v setsid >/dev/null 2>&1; then alone=setsid; else alone=nohup; fi
-run="$run" file="$file" "$alone" sh -c "$up" - OPTIONS > /dev/null 2>&1 < /dev/null 9>&- &
+run="$run" file="$file" "$alone" sh -c "$up" - OPTIONS > /dev/null 2>&1 < /dev/null &
 cat "$run.services"
 """
 
-_LOOK_AT_BODY = r"""
+# The code of `up`, the time a second ago, and the last lines of `up`; after an empty line the containers.
+_LOOK_AT = r"""
 run=$run/$id
-cat "$run.code" 2>/dev/null || echo -
-tail -n 15 "$run.output" 2>/dev/null | tr '\r' '\n' | tail -c 3000 | base64 | tr -d '\n'; echo
-docker compose -f "$file" ps --all --format json
+code=$(cat "$run.code" 2>/dev/null) || code=-
+echo "$code $(date -u -d '1 second ago' +%Y-%m-%dT%H:%M:%S)"
+tail -n 15 "$run.output" 2>/dev/null | tr '\r' '\n' | grep . | tail -c 3000; printf '\n\n'
+ids=$(docker compose -f "$file" ps -aq) || [ "$code" = - ] ||
+  fail 72 "The containers of $file cannot be listed."
+form='{{.Name}} {{index .Config.Labels "com.docker.compose.service"}} {{.State.Status}} {{.State.ExitCode}} '
+form=$form'{{with .State.Health}}{{.Status}}{{else}}-{{end}} {{.State.StartedAt}}'
+[ -z "$ids" ] || docker inspect --format "$form" $ids
+:
 """
 
-_STOP_UP_BODY = r"""
+_STOP_UP = r"""
 : > "$run/$id.stop"
 pid=$(cat "$run/$id.pid" 2>/dev/null) || exit 0
 kill -0 "-$pid" 2>/dev/null && pid=-$pid  # its group; dash knows no -- here
@@ -6468,21 +5180,20 @@ for n in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$pid" 2>/dev/null || break; sleep 0.2
 kill -KILL "$pid" 2>/dev/null; rm -f "$run/$id.pid"
 """
 
-_LOGS_BODY = r"""
+_LOGS = r"""
 docker logs --tail "$lines" -- "$name" 2>&1
 """
 
 
 class Container:
-    """A container as `docker compose ps` tells of it."""
+    """A container as `docker inspect` tells of it. is_new: whether it began within the last second."""
 
-    def __init__(self, entry: Mapping[str, Any]) -> None:
-        self.name = as_text(entry.get("Name")) or "?"
-        self.service = as_text(entry.get("Service")) or self.name
-        self.state = (as_text(entry.get("State")) or "unknown").lower()
-        self.health = (as_text(entry.get("Health")) or "").lower()
-        self.exit_code = whole_number(entry.get("ExitCode")) or 0
-        self.is_new = "less than a second" in (as_text(entry.get("Status")) or "").lower()
+    def __init__(self, line: str, moment: str) -> None:
+        name, self.service, self.state, code, health, started = line.split(" ")
+        self.name = name.lstrip("/")
+        self.health = "" if health == "-" else health
+        self.exit_code = int(code)
+        self.is_new = started > moment
 
     @property
     def word(self) -> str:
@@ -6503,214 +5214,147 @@ class Container:
         dead = self.state == "dead" or (self.state == "exited" and self.exit_code != 0)
         return dead or (self.state == "running" and self.health == "unhealthy")
 
-    def told(self) -> dict[str, Any]:
-        """The same for --json."""
-        return {
-            "name": self.name,
-            "service": self.service,
-            "state": self.state,
-            "health": self.health or None,
-        }
-
-
-def parse_containers(text: str) -> list[Container]:
-    """The containers in the JSON of `docker compose ps`: a list, or since Compose 2.21 a line each."""
-    import json
-
-    entries: list[Any] = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line) if line.strip() else []
-        except (ValueError, RecursionError):
-            continue
-        entries += value if isinstance(value, list) else [value]
-    return sorted((Container(as_dict(entry)) for entry in entries), key=lambda found: found.name)
-
 
 class ComposeLook:
-    """What one look at a service showed. code: of `up`, or None while it works; output: its last lines."""
+    """What one look at a service showed: what `_LOOK_AT` prints.
 
-    def __init__(self, outcome: Outcome) -> None:
-        import binascii
+    code: of `up`, or "-" while it works; output: its last lines; containers by name, of these services.
+    """
 
-        code, _, rest = outcome.stdout.partition(b"\n")
-        output, _, listing = rest.partition(b"\n")
-        self.code = int(code) if re.fullmatch(rb"\d{1,3}", code.strip()) else None
-        try:
-            lines = binascii.a2b_base64(output).decode("utf-8", "replace").splitlines()
-        except binascii.Error:
-            lines = []
-        self.output = [line.strip() for line in lines if line.strip()]
-        self.containers = parse_containers(listing.decode("utf-8", "replace"))
+    def __init__(self, answer: bytes, services: Sequence[str]) -> None:
+        head, _, listing = answer.decode("utf-8", "replace").partition("\n\n")
+        first, *self.output = head.split("\n")
+        self.code, _, moment = first.partition(" ")
+        found = []
+        for line in listing.splitlines():
+            try:
+                found.append(Container(line, moment))
+            except ValueError:
+                continue  # what else docker says
+        found = [container for container in found if container.service in services]
+        self.containers = sorted(found, key=lambda container: container.name)
 
     def of(self, names: Sequence[str]) -> list[Container]:
         """The containers with one of these names or service names."""
         return [found for found in self.containers if found.name in names or found.service in names]
 
-    @property
-    def complaints(self) -> list[str]:
-        """The output without what tells of progress, if there is such."""
-        progress = r"(\S+ )?\S+\s+(Creat|Recreat|Start|Stopp|Remov|Pull|Runn|Wait|Buil|Healthy|Exited)\w*"
-        return [line for line in self.output if not re.fullmatch(progress, line)] or self.output
 
-    @property
-    def words(self) -> str:
-        """Which container is in which state; before there are any, what `up` is doing."""
-        states = [f"{found.service} {found.word}" for found in self.containers]
-        if self.code is None and self.output and not states:
-            return self.output[-1]
-        return ", ".join(states)
+def states_of(containers: Iterable[Container], verb: str = " ") -> str:
+    return _listed(f"{found.service}{verb}{found.word}" for found in containers)
 
 
 class ComposeRun:
-    """Starts Compose services on the VM, one after another, and waits until they are healthy."""
+    """One Compose service on the VM: brings it up and waits until it is healthy."""
 
-    def __init__(
-        self, connect: Callable[[], SshWay | ApiWay], target: str, reporter: Reporter, seconds: float
-    ) -> None:
-        self.way: SshWay | ApiWay | None = None
-        self.connect = connect
-        self.target = target
-        self.reporter = reporter
-        self.seconds = seconds
-        self.id = ""
-
-    def close(self) -> None:
-        """End the connection; the next step opens another."""
-        if self.way is not None:
-            self.way.close()
-        self.way = None
-
-    def _run(self, service: ComposeService, body: str, **values: object) -> Outcome:
-        parent, _, name = self.target.rpartition("/")
-        run = f"{parent}/{SYNC_STATE}/{name}/compose-{hashed(service.file)}"
-        head = assigned(target=self.target, file=service.file, run=run, id=self.id, **values)
-        self.way = self.way or self.connect()
-        return self.way.run(head + _SHELL_HEAD + _COMPOSE_HEAD + body)
-
-    def start(self, service: ComposeService, options: Sequence[str]) -> list[Container]:
-        """Bring one service up and wait for the containers that must be healthy; all of its containers."""
+    def __init__(self, vm: Vm, target: str, service: ComposeService, reporter: Reporter) -> None:
         import secrets
 
-        self.id = secrets.token_hex(12)
+        self._vm = vm
+        self._service = service
+        self._reporter = reporter
+        parent, _, name = target.rpartition("/")
+        self._head = assigned(
+            target=target,
+            file=service.file,
+            run=f"{parent}/{SYNC_STATE}/{name}/compose-{hashed(service.file)}",
+            id=secrets.token_hex(12),
+        )
+        self._names: list[str] = []
+
+    def _run(self, script: str, **values: object) -> bytes:
+        return self._vm.run(self._head + assigned(**values) + _SHELL_HEAD + _COMPOSE_HEAD + script)
+
+    def start(self, options: Sequence[str], seconds: float) -> list[Container]:
+        """All of its containers, once those that must be are healthy. seconds: the longest wait for `up`."""
         try:
-            names = self._begin(service, options)
-            look = self._wait_for_up(service, names)
+            said = self._run(_UP.replace("OPTIONS", shell_words(options)))
+            self._names = said.decode("utf-8", "replace").split()
+            self._wait_for_up(seconds)
         except Interrupted:
-            self._stop_up(service)
+            self._stop_up()
             raise
-        unknown = [name for name in service.required if not look.of([name])]
-        if unknown:
-            known = _listed(names)
-            raise SandboxError(
-                f"`required_healthy_containers` names {_listed(unknown)}; {service.file} has none such.",
-                hint=f"Its services are: {known}.",
-            )
-        return self._wait_until_healthy(service, names, look)
+        return self._wait_until_healthy()
 
-    def _stop_up(self, service: ComposeService) -> None:
+    def _stop_up(self) -> None:
         """After an interruption: end `docker compose up`, which would go on without us."""
-        self.close()  # it may be in the middle of an answer
         try:
-            self._run(service, _STOP_UP_BODY)
+            self._run(_STOP_UP)
         except SandboxError as error:
-            self.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
+            self._reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
 
-    def _begin(self, service: ComposeService, options: Sequence[str]) -> list[str]:
-        """Check the file and start `docker compose up`; the names of the services in the file."""
-        outcome = self._run(service, _UP_BODY.replace("OPTIONS", shell_words(options)))
-        words = printable("; ".join(outcome.stderr.decode("utf-8", "replace").split("\n"))).strip("; ")[-800:]
-        known = {
-            69: (f"The VM has no {words}.", "Install it there, or start from an image that has it."),
-            70: (
-                f"Docker on the VM does not answer: {words}",
-                "Start its Docker service, then run this again.",
-            ),
-            71: (f"{service.file} is not a valid Compose file: {words}", "Correct it, then run this again."),
-            77: (f"{words} on the VM cannot be entered.", "Check its owner and mode."),
-        }
-        if outcome.code:
-            message, hint = known.get(outcome.code, (f"The VM could not start it: {words}", None))
-            raise SandboxError(message, hint=hint)
-        return outcome.stdout.decode("utf-8", "replace").split()
-
-    def _look(self, service: ComposeService, names: Sequence[str]) -> ComposeLook:
-        try:
-            outcome = self._run(service, _LOOK_AT_BODY)
-        except NetworkError as error:
-            self.reporter.note(f"{error.message} Connecting again.")
-            self.close()
-            outcome = self._run(service, _LOOK_AT_BODY)
-        look = ComposeLook(outcome)
-        if outcome.code and look.code is not None:
-            words = printable(outcome.stderr.decode("utf-8", "replace").strip())[-400:]
-            raise SandboxError(f"The containers of {service.file} cannot be listed: {words}")
-        look.containers = look.of(names)
-        self.reporter.detail(look.words)
-        return look
-
-    def _wait_for_up(self, service: ComposeService, names: Sequence[str]) -> ComposeLook:
-        deadline = time.monotonic() + self.seconds
+    def _looks(self) -> Iterator[ComposeLook]:
+        """One look after another, with pauses."""
         pauses = iter(COMPOSE_POLL_SECONDS)
         while True:
-            look = self._look(service, names)
-            if look.code == 0:
-                return look
-            if look.code is not None:
-                failed = [found for found in look.containers if found.has_failed]
-                words = printable("; ".join(look.complaints[-5:]))[-800:]
-                raise self._failure(service, f"`docker compose up` failed: {words}", failed)
-            if time.monotonic() > deadline:
-                raise TimedOutError(
-                    f"`docker compose up` of {service.file} did not end within {self.seconds:g} s"
-                    f" ({look.words or 'no container yet'}).",
-                    hint="It goes on there; run this again with a larger --timeout.",
-                )
+            look = ComposeLook(self._run(_LOOK_AT), self._names)
+            self._reporter.detail(states_of(look.containers) or "".join(look.output[-1:]))
+            yield look
             time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
 
-    def _wait_until_healthy(
-        self, service: ComposeService, names: Sequence[str], look: ComposeLook
-    ) -> list[Container]:
-        deadline = time.monotonic() + service.seconds
-        pauses = iter(COMPOSE_POLL_SECONDS)
-        while True:
-            awaited = look.of(service.required) if service.required else look.containers
+    def _wait_for_up(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for look in self._looks():
+            if look.code == "0":
+                return
+            if look.code != "-":
+                words = printable("; ".join(look.output[-5:]))[-800:]
+                failed = [found for found in look.containers if found.has_failed]
+                raise self._failure(f"`docker compose up` failed: {words}", failed)
+            if time.monotonic() > deadline:
+                state = states_of(look.containers) or "".join(look.output[-1:]) or "no container yet"
+                raise TimedOutError(
+                    f"`docker compose up` of {self._service.file} did not end within {seconds:g} s"
+                    f" ({state}).",
+                    hint="It goes on there; run this again with a larger --timeout.",
+                )
+
+    def _wait_until_healthy(self) -> list[Container]:
+        required, limit = self._service.required, self._service.seconds
+        deadline = time.monotonic() + limit
+        for look in self._looks():
+            unknown = [name for name in required if not look.of([name])]
+            if unknown:
+                raise SandboxError(
+                    f"`required_healthy_containers` names {_listed(unknown)}; {self._service.file} has none"
+                    " such.",
+                    hint=f"Its services are: {_listed(self._names)}.",
+                )
+            awaited = look.of(required) if required else look.containers
             failed = [found for found in awaited if found.has_failed]
             if failed:
-                states = _listed(f"{found.service} is {found.word}" for found in failed)
-                raise self._failure(service, f"{states}.", failed)
+                raise self._failure(f"{states_of(failed, ' is ')}.", failed)
             late = [found for found in awaited if not found.is_up]
             if not late:
                 return look.containers
             if time.monotonic() > deadline:
-                states = _listed(f"{found.service} is {found.word}" for found in late)
-                failure = self._failure(service, f"Not healthy within {service.seconds:g} s: {states}.", late)
-                raise TimedOutError(failure.message, hint=failure.hint)
-            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
-            look = self._look(service, names)
+                words = f"Not healthy within {limit:g} s: {states_of(late, ' is ')}."
+                raise self._failure(words, late, TimedOutError)
+        raise AssertionError("looks do not end")
 
-    def _failure(self, service: ComposeService, words: str, failed: Sequence[Container]) -> SandboxError:
+    def _failure(
+        self, words: str, failed: Sequence[Container], kind: type[SandboxError] = SandboxError
+    ) -> SandboxError:
         """The error, with the last log lines of the first container that is to blame."""
-        tail: list[str] = []
-        if failed:
-            name = printable(failed[0].service)
+        failure = kind(words, hint="Correct what is wrong there, then run this again.")
+        for found in failed[:1]:
             try:
-                outcome = self._run(service, _LOGS_BODY, name=failed[0].name, lines=LOG_LINES)
-                lines = outcome.stdout.decode("utf-8", "replace").splitlines()
+                lines = (
+                    self._run(_LOGS, name=found.name, lines=LOG_LINES).decode("utf-8", "replace").splitlines()
+                )
             except SandboxError as error:
                 lines = [error.message]
-            tail = [f"  {name} | {printable(line)[:300]}" for line in lines if line.strip()]
-            tail = tail or [f"  {name} | (it wrote nothing)"]
-        failure = SandboxError(words, hint="Correct what is wrong there, then run this again.")
-        failure.message = "\n".join([failure.message, *tail])
+            said = [printable(line)[:300] for line in lines if line.strip()] or ["(it wrote nothing)"]
+            failure.message += "".join(f"\n  {printable(found.service)} | {line}" for line in said)
         return failure
 
 
-class ServiceOptions:
-    """What `start-services` was asked to do; see `Sandbox.start_services`."""
+class ServiceStarter:
+    """One `start-services`: the code to Gitea and to the VM, then the services one by one."""
 
     def __init__(
         self,
+        sandbox: SandboxBase,
+        config: Config,
         *,
         via: str = "git",
         build: bool = False,
@@ -6722,140 +5366,110 @@ class ServiceOptions:
             raise UsageError(f"via is {via!r}; it must be git or sync.")
         if not 1 <= timeout <= 86400:
             raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
-        self.via = via
-        self.gitignore = gitignore
-        self.timeout = timeout
-        self.up = [
-            *(["--build"] if build else []),
-            *(["--force-recreate"] if force_recreate else []),
-        ]
-
-
-class ServiceStarter:
-    """One `start-services`: the code to Gitea and from there to the VM, then the services one by one."""
-
-    def __init__(self, sandbox: SandboxBase, config: Config, options: ServiceOptions) -> None:
         self.sandbox = sandbox
-        self.config = config
-        self.options = options
         self.reporter = sandbox.reporter
         self.services = plan_services(config)
-        self.target = normal_target(default_target(sandbox.state))
-        self.steps = Steps(sandbox.reporter)
-        self.compose = ComposeRun(self._connect, self.target, sandbox.reporter, options.timeout)
+        self.via = via
+        self.timeout = timeout
+        self.up = ["--build"] * build + ["--force-recreate"] * force_recreate
+        self.steps: list[dict[str, Any]] = []
+        git = via == "git"
+        self.syncer = Syncer(
+            sandbox,
+            os.path.dirname(config.path),
+            gitignore=git and gitignore,
+            also=named_files(config.content) if git else (),
+            force=git,  # what is gone is in Gitea's history
+            via="ssh" if git else "auto",
+        )
+
+    @contextlib.contextmanager
+    def _step(self, name: str, words: str, limit: float | None = None) -> Iterator[None]:
+        """A part of the whole: told as it begins, named in an error, timed for the report."""
+        self.reporter.step(words, limit)
+        began = time.monotonic()
+        try:
+            yield
+        except SandboxError as error:
+            error.message = f"{words}: {error.message}"
+            raise
+        finally:
+            self.steps.append({"step": name, "seconds": round(time.monotonic() - began, 3)})
 
     def run(self) -> dict[str, Any]:
         """Do it; what was done, as `Sandbox.start_services` tells it."""
         began = time.monotonic()
-        report: dict[str, Any] = {"via": self.options.via, "path": self.target}
-        try:
-            if self.options.via == "git":
-                with SyncLock(self.sandbox, self.reporter, GIT_SECONDS):
-                    report.update(self._bring_by_git())
-            else:
-                report.update(self._bring_by_sync())
-            report["services"] = [self._start(service) for service in self.services]
-        finally:
-            self.compose.close()
-        report["steps"] = self.steps.done
-        report["seconds"] = round(time.monotonic() - began, 3)
-        return report
+        pushed: dict[str, Any] = {"branch": None, "commit": None, "repository": None}
+        if self.via == "git":
+            pushed, credentials = self._push()
+            with self._step("clone", "Cloning on the VM", GIT_SECONDS):
+                self._clone(pushed, credentials)
+        with self._step("sync", "Syncing the code"):
+            done = self.syncer.run()
+        services = [self._start(service) for service in self.services]
+        return {
+            "via": self.via,
+            "path": self.syncer.target,
+            **pushed,
+            "changed": done["sent"] + done["removed"],
+            "services": services,
+            "steps": self.steps,
+            "seconds": round(time.monotonic() - began, 3),
+        }
 
-    def _bring_by_sync(self) -> dict[str, Any]:
-        with self.steps("sync", "Syncing the code"):
-            syncer = Syncer(self.sandbox, os.path.dirname(self.config.path), None, SyncOptions())
-            try:
-                done = syncer.run()
-            finally:
-                syncer.forget()
-        return {"branch": None, "commit": None, "repository": None, "changed": done["sent"] + done["removed"]}
-
-    def _bring_by_git(self) -> dict[str, Any]:
+    def _push(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """What was pushed, and the credentials."""
         sandbox, state = self.sandbox, self.sandbox.state
         if not (state.get("ssh_config_path") and state.get("ssh_host")):
             raise SandboxError(
                 "This sandbox has no SSH, and Gitea's credentials must not go to the VM in a command line.",
                 hint=f"Bring the code over without Gitea: {PROGRAM} start-services --via sync",
             )
-        with self.steps("tree", "Looking at the code"):
-            tree = tree_to_push(self.config, gitignore=self.options.gitignore)
-            for path, why in sorted(tree.skipped.items()):
-                self.reporter.warn(f"{shown_name(path)} is left out: {why}.")
-        with self.steps("connect", "Connecting to the VM"):
-            way = self._open_ssh()  # goes on by itself while the code is pushed
-        with self.steps("repository", "Finding the repository"):
-            repository = find_repository(sandbox.api, state["service"])
+        self.syncer.connect()
+        with self._step("repository", "Finding the repository"):
+            credentials = gitea_credentials(sandbox.api)
+            url, default = find_repository(sandbox.api, state["service"])
+        tree = self.syncer.scan()
+        tree.check_before_sending(list(tree.stamps))
+        self.syncer.warn(tree)
+        files = tree.files(tree.stamps)
+        if not files:
+            raise SandboxError(f"There is nothing to push in {shown_path(self.syncer.root)}.")
         branch = f"workspace-{short_id(state['session_id'])}"
-        with self.steps("push", f"Pushing {counted(len(tree.entries), 'file')}", GIT_SECONDS):
+        pushing = self._step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS)
+        with pushing, taking_turns(sandbox.directory, self.reporter, GIT_SECONDS):
             make_home(sandbox.settings.home)
-            place = git_store_path(sandbox.settings.home, state["session_id"])
-            store = GitStore(place, repository, sandbox.settings, self.reporter)
-            commit, is_new = store.push(tree, branch)
-        with self.steps("clone", "Cloning on the VM", GIT_SECONDS):
-            changed = self._clone(way, branch, commit, repository)
-        return {
-            "branch": branch,
-            "commit": commit,
-            "pushed": is_new,
-            "repository": repository.clone_url,
-            "changed": changed,
-        }
+            store = GitStore(sandbox, self.syncer.root, url, credentials)
+            commit, is_new = store.push(files, branch, default)
+        return {"branch": branch, "commit": commit, "pushed": is_new, "repository": url}, credentials
 
-    def _open_ssh(self) -> SshWay:
-        """Begin to connect; the connection is closed with everything else."""
-        repair_ssh_config(self.sandbox.state, self.sandbox.settings, self.reporter)
-        way = self.compose.way = SshWay(self.sandbox, SYNC_SECONDS)
-        return way
-
-    def _clone(self, way: SshWay, branch: str, commit: str, repository: GiteaRepository) -> int:
-        """The number of files that changed. A connection that broke meanwhile is opened anew, once."""
-        for again in (True, False):
-            try:
-                way.ready()
-                script = clone_script(self.target, branch, commit, repository, SYNC_SECONDS)
-                outcome = way.run(script, GIT_SECONDS)
-                break
-            except NetworkError as error:
-                if not again:
-                    raise
-                self.reporter.note(f"{error.message} Connecting again.")
-                self.compose.close()
-                way = self._open_ssh()
-        failure = clone_failure(outcome, self.target, repository)
-        if failure is not None:
-            raise failure
-        count = (outcome.stdout.split() or [b""])[-1]
-        return int(count) if re.fullmatch(rb"\d{1,9}", count) else 0
+    def _clone(self, pushed: Mapping[str, Any], credentials: Mapping[str, str]) -> None:
+        values = assigned(
+            target=self.syncer.target,
+            url=pushed["repository"],
+            branch=pushed["branch"],
+            commit=pushed["commit"],
+            helper=_CREDENTIAL_HELPER,
+            attributes=_AS_IT_IS,
+        )
+        words = "".join(f"{value}\n" for value in credentials.values()).encode()
+        script = values + _SHELL_HEAD + _OWNER + _CLONE
+        outcome = self.syncer.connect().outcome(script, lambda file: file.write(words), GIT_SECONDS)
+        if outcome.code == 80:
+            raise git_error(outcome.stderr, credentials)
+        check_script(outcome)
 
     def _start(self, service: ComposeService) -> dict[str, Any]:
         words = f"Starting {service.name} ({service.file})"
-        with self.steps(service.name, words, self.options.timeout):
-            containers = self.compose.start(service, self.options.up)
-        return {
-            "name": service.name,
-            "type": "docker-compose",
-            "file": service.file,
-            "containers": [found.told() for found in containers],
-        }
-
-    def _connect(self) -> SshWay | ApiWay:
-        """SSH if the sandbox has it and it answers, else the API."""
-        state = self.sandbox.state
-        if state.get("ssh_config_path") and state.get("ssh_host"):
-            try:
-                way = self._open_ssh()
-                way.ready()
-            except SandboxError as error:
-                self.compose.close()
-                self.reporter.note(f"{error.message} Going on through the API.")
-            else:
-                return way
-        return ApiWay(self.sandbox, SYNC_SECONDS)
-
-
-def git_store_path(home: str, session_id: str) -> str:
-    """Where the bare repository of a sandbox is."""
-    return os.path.join(home, f"git_{short_id(session_id)}")
+        with self._step(service.name, words, self.timeout):
+            compose = ComposeRun(self.syncer.connect(), self.syncer.target, service, self.reporter)
+            containers = compose.start(self.up, self.timeout)
+        keys = ("name", "service", "state")
+        told = [
+            {**{key: getattr(found, key) for key in keys}, "health": found.health or None}
+            for found in containers
+        ]
+        return {"name": service.name, "type": "docker-compose", "file": service.file, "containers": told}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7012,34 +5626,6 @@ def rules_text(entries: Sequence[Any]) -> str:
     return "\n".join([f"{RULES_KEY}:", *yaml_items("  ", entries)])
 
 
-# Emptying the audit tables where the API cannot: by the database's own client, in its container. The script
-# goes to the standard input of a shell on the VM, as it holds the database's password.
-
-_CLEAR_AUDIT_BODY = r"""
-if [ -z "$DOCKER_HOST" ] && [ -S /var/run/docker-user.sock ]; then
-  DOCKER_HOST=unix:///var/run/docker-user.sock; export DOCKER_HOST
-fi
-PGPASSWORD=$password; MYSQL_PWD=$password
-container=; inner=$port
-if command -v docker >/dev/null 2>&1; then
-  found=$(docker ps --format '{{.ID}} {{.Ports}}' 2>/dev/null | grep -- ":$port->" | head -n 1)
-  container=${found%% *}
-  inner=$(printf %s "$found" | sed -n "s|.*:$port->\([0-9]*\)/.*|\1|p")
-fi
-client() { (export PGPASSWORD MYSQL_PWD
-  if [ -n "$container" ]; then docker exec -i -e PGPASSWORD -e MYSQL_PWD "$container" "$@"
-  else "$@"; fi); }
-where=127.0.0.1; [ -n "$container" ] || where=$host
-case $kind in
-postgresql) printf '%s\n' "$statement" | client psql -X -q -v ON_ERROR_STOP=1 \
-  -h "$where" -p "$inner" -U "$user" -d "$database" ;;
-mysql)
-  program=mariadb; client sh -c 'command -v mariadb' >/dev/null 2>&1 || program=mysql
-  printf '%s\n' "$statement" | client "$program" -h "$where" -P "$inner" -u "$user" -- "$database" ;;
-esac
-"""
-
-
 class AuditTable:
     """The audit table of a `db` listener, and how to reach it from the VM."""
 
@@ -7055,35 +5641,6 @@ class AuditTable:
         self.database = str(listener.get("db_database"))
         self.schema = as_text(listener.get("db_schema")) or as_text(listener.get("schema_name")) or "public"
         self.table = as_text(listener.get("audit_table_name")) or "audit_log"
-
-    def script(self) -> str:
-        """Empties the table. To be read from standard input, never an argument."""
-        if self.kind not in ("postgresql", "mysql"):
-            raise SandboxError(
-                f"The audit table of {self.name!r} ({self.kind}) can only be emptied by the Plato worker."
-            )
-        values = assigned(
-            kind=self.kind,
-            host=self.host,
-            port=self.port,
-            user=self.user,
-            password=self.password,
-            database=self.database,
-            statement=self._statement(),
-        )
-        return values + _CLEAR_AUDIT_BODY
-
-    def _statement(self) -> str:
-        if self.kind == "mysql":
-            return "TRUNCATE TABLE `{}`;".format(self.table.replace("`", "``"))
-        schema, table = (name.replace('"', '""') for name in (self.schema, self.table))
-        return f'TRUNCATE TABLE "{schema}"."{table}";'
-
-
-def audit_tables(dataset: Mapping[str, Any]) -> list[AuditTable]:
-    """The audit tables of a dataset's `db` listeners."""
-    listeners = as_dict(dataset.get("listeners"))
-    return [AuditTable(str(name), part) for name, part in listeners.items() if part.get("type", "db") == "db"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8985,7 +7542,6 @@ class Database:
         self.options = options
         self.in_config = in_config
         self.schema = {"mysql": listener.database, "sqlite": "main"}.get(listener.kind, listener.schema)
-        self._shells: list[SshShell] = []
 
     def tables(self) -> dict[str, Table]:
         """The tables, but for the one that the worker itself fills, by the names that rules have for them."""
@@ -9068,19 +7624,7 @@ class Database:
 
     def _run_on_vm(self, script: str) -> Outcome:
         sandbox: Any = self.sandbox
-        shell = SshShell(sandbox.state, sandbox.settings, sandbox.reporter)
-        self._shells.append(shell)
-        try:
-            shell.wait_until_ready(REQUEST_SECONDS)
-            return shell.run(script, seconds=AUDIT_QUERY_SECONDS)
-        finally:
-            self._shells.remove(shell)
-            shell.close()
-
-    def close(self) -> None:
-        """End what is under way."""
-        for shell in self._shells:
-            shell.end()
+        return Vm(sandbox, "ssh").outcome(script, seconds=AUDIT_QUERY_SECONDS)
 
     def failure(self, words: str, hint: str | None = None) -> DatabaseError:
         whose = f"The database of {self.listener.name!r}" if self.in_config else "The database"
@@ -10113,32 +8657,32 @@ class Sandbox(SandboxBase):
         is gone here is removed, what the VM made stays.
 
         path: relative to the sandbox's directory; a single file goes into remote_path under its name.
-        remote_path: default /home/plato/worktree/<service>. options: those of `SyncOptions` (dry_run,
-        checksum, gitignore, delete_extra, confirm, force, keep_going, via "auto", "api" or "ssh", timeout in
-        seconds). watch: follow the tree until SIGINT, and call this with the report of each sync.
-        Returns sent, removed, unchanged (numbers of files), bytes, archive_bytes, skipped, unreadable (lists
-        of path and reason), seconds, via and remote_path; with dry_run the lists send and remove of paths.
+        remote_path: default /home/plato/worktree/<service>. options: those of `Syncer` (dry_run, gitignore,
+        force, via "auto", "api" or "ssh", timeout in seconds). watch: follow the tree until SIGINT, and call
+        this with the report of each sync.
+        Returns sent, removed, unchanged (numbers of files), bytes, archive_bytes, skipped (a list of path and
+        reason), seconds, via and remote_path; with dry_run the lists send and remove of paths.
         """
         self._load_for_use()
-        syncer = Syncer(self, path, remote_path, SyncOptions(**options))
+        syncer = Syncer(self, path, remote_path, **options)
         self.revive_heartbeat()
         try:
             return syncer.run() if watch is None else syncer.watch(watch)
         except ApiError as error:
             raise self._gone_or(error) from None
         finally:
-            syncer.forget()
+            self.api.transport.close()
 
     def start_services(self, *, dataset: str | None = None, **options: Any) -> dict[str, Any]:
         """Push the code to Gitea, clone it on the VM, and start the dataset's Docker Compose services there.
 
-        dataset: default the sandbox's. options: those of `ServiceOptions` (via "git" or "sync", build,
+        dataset: default the sandbox's. options: those of `ServiceStarter` (via "git" or "sync", build,
         force_recreate, gitignore, timeout in seconds of one `docker compose up`).
         Returns via, branch, commit, repository (its URL), path (on the VM), changed (number of files),
         services (a list of name, type, file and containers), steps (of step and seconds) and seconds.
         """
         self._load_for_use()
-        starter = ServiceStarter(self, self._config(None, dataset), ServiceOptions(**options))
+        starter = ServiceStarter(self, self._config(None, dataset), **options)
         self.revive_heartbeat()
         try:
             return starter.run()
@@ -10250,10 +8794,7 @@ class Sandbox(SandboxBase):
         return answer
 
     def clear_audit(self) -> dict[str, Any]:
-        """Empty the audit tables: by the API, or where it knows of no simulator, in the databases themselves.
-
-        Returns via ("api" or "database") and listeners (the names, if it was done in the databases).
-        """
+        """Empty the audit tables. Returns via ("api") and listeners (none: it is done for all)."""
         state = self._load_for_use()
         self.revive_heartbeat()
         self.reporter.step("Emptying the audit tables", RESET_SECONDS)
@@ -10265,36 +8806,16 @@ class Sandbox(SandboxBase):
             gone = self.end_of_vm()
             if gone is not None:
                 raise gone from None
-            return {"via": "database", "listeners": self._clear_databases()}
+            raise SandboxError(
+                "Plato knows of no simulator in this session, so it cannot empty its audit tables.",
+                hint=f"`{PROGRAM} reset` puts the whole environment back to its initial state.",
+            ) from None
         finally:
             self.api.transport.close()
         if answer.get("success") is False:
             said = as_text(answer.get("error")) or "no reason was given"
             raise SandboxError(f"The audit tables could not be emptied: {printable(said).rstrip('.')}.")
         return {"via": "api", "listeners": []}
-
-    def _clear_databases(self) -> list[str]:
-        tables = audit_tables(self._config(None, None).content)
-        if not tables:
-            raise SandboxError("The dataset has no `db` listener, so there is no audit table to empty.")
-        if not (self.state.get("ssh_config_path") and self.state.get("ssh_host")):
-            raise SandboxError(
-                "Plato knows of no simulator in this session, and there is no SSH to reach its databases by.",
-                hint=f"Start the worker, then try again: {PROGRAM} start-worker --wait",
-            )
-        scripts = [(table, table.script()) for table in tables]
-        repair_ssh_config(self.state, self.settings, self.reporter)
-        way = SshWay(self, RESET_SECONDS)
-        try:
-            way.ready()
-            for table, script in scripts:
-                outcome = way.run(script)
-                if outcome.code:
-                    words = printable(outcome.stderr.decode("utf-8", "replace").strip())[-400:].rstrip(".")
-                    raise SandboxError(f"The audit table of {table.name!r} could not be emptied: {words}.")
-        finally:
-            way.close()
-        return [table.name for table in tables]
 
     # Artifacts
 
@@ -11811,11 +10332,7 @@ def run_audit_ui(
         if for_person:
             open_browser(f"http://127.0.0.1:{free}", output)
 
-    try:
-        number = serve_page(functools.partial(show_audit_page, plan), free, ready)
-    finally:
-        for database in plan.databases:
-            database.close()
+    number = serve_page(functools.partial(show_audit_page, plan), free, ready)
     if number != signal.SIGINT:
         raise Interrupted(number)
 

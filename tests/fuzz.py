@@ -6,12 +6,14 @@ A target is called with bytes of any kind; whatever leaves it but an error of th
 
 from __future__ import annotations
 
+import base64
 import gzip
 import importlib
 import io
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -99,13 +101,13 @@ SLOT: dict[str, Any] = {
 SLOT.update(public_url="http://x.test/?a=b", dataset="base", provider="qemu", plato_config_path="p.yml")
 SLOT.update(ssh_key_path=".plato/ssh_key_x_545bdce1", heartbeat_pid=4194303, timeout=1800.0, stopped_at=None)
 SLOT.update(created_at=1.7e9, expires_at=1.7e9, artifact_id=None, attached=False)
+EMPTY = tempfile.TemporaryDirectory()
 RULES = (
     b"# c\n*.py[co]\n!keep\n/build/\na/**/b\n**/x\n\\#y\n[!a-z]*\n[[:alpha:]]?\ndoc/*.txt\nt \\ \n\0a/b/x.pyc"
 )
 LISTING = [
-    *(b"plato-sync-1", b"here", b"0123abcd", b"0", b"fa/b", b"da", b"", b"d 755 4096 1.0 a", b""),
-    *(b"f 644 3 1700000000.5000000000 a/b", b"", b"l 777 1 1.0 link", b"a/b", b"x 0 0 0 .git", b"", b""),
-    *(b"ab" * 32 + b"  ./a/b", b"", b"end", b""),
+    *(b"0123abcd", b"fa/b", b"da", b"fgone", b"", b"d 755", b"a", b"f 644 3 1700000000.5000000000", b"a/b"),
+    *(b"f 644 1 1.0000000000", b"gone", b"l a/b", b"link", b"x", b".git", b"s", b"a/socket", b""),
 ]
 
 
@@ -161,9 +163,6 @@ def fuzz_config(data: bytes) -> None:
         config = product.load_config("/nowhere/plato-config.yml", "base")
         json.dumps(config.for_setup(), allow_nan=False)
         product.named_files(config.content)
-        product.tree_to_push  # noqa: B018  (needs a directory; what it takes from the config is above)
-        for table in product.audit_tables(config.content):
-            table.script()
         product._plan_from_config(config)
         product.plan_services(config)
     except product.SandboxError as error:
@@ -199,14 +198,13 @@ def fuzz_flows(data: bytes) -> None:
 def fuzz_ignore(data: bytes) -> None:
     text, _, path = data.partition(b"\0")
     path = path.replace(b"\0", b"").strip(b"/") or b"a"
-    rules = product.IgnoreRules(text)
-    tree = product.IgnoreTree()
-    tree.add(b"", rules)
-    tree.add(path.partition(b"/")[0], rules)
+    rules = product.IgnoreFile(text)
+    tree = product.LocalTree(os.fsencode(EMPTY.name))
+    tree._files = dict.fromkeys((b"", path.partition(b"/")[0]), ((0, rules), *tree._files[b""]))
     for is_directory in (False, True):
-        rules.decide(path, path.rpartition(b"/")[2], is_directory)
+        rules.verdict(path, is_directory)
         tree.ignores(path, is_directory)
-        tree.ignores_at_all(path, is_directory)
+        tree.keeps_away(path, is_directory)
     tree.takes_back(path)
 
 
@@ -269,7 +267,7 @@ def fuzz_answers(data: bytes) -> None:
         lambda: product.execute_outcome(sandbox.api.checked(dict), JOB, 1.0),
         lambda: told(lambda output: product.show_flows(product.fetch_flows(sandbox), output)),
         lambda: product.find_repository(sandbox.api, "taskboard"),
-        lambda: product._credential(sandbox.api.checked(dict), "password"),
+        lambda: product.gitea_credentials(sandbox.api),
         lambda: product.plain_clone_url(str(value), sandbox.settings),
     ):
         try:
@@ -283,53 +281,27 @@ def shown_state(sandbox: Any, output: Any) -> None:
     product.show_state(report["summary"], sandbox.mutations(report), output)
 
 
-class Ended:
-    """A process that has ended, after it said something."""
-
-    stdout = open(os.devnull, "rb")  # noqa: SIM115  (for as long as the process lives)
-
-    def __init__(self, words: bytes) -> None:
-        self.words = words
-
-    def wait(self) -> int:
-        return 255
-
-    def result(self) -> bytes:
-        return self.words
-
-
 def fuzz_listings(data: bytes) -> None:
     """What the VM sends back: the answer of a look, of a shell, of git and of Docker Compose."""
-    local = {b"a": product.Entry("d", 0o755), b"a/b": product.Entry("f", 0o644, 3, 5)}
-    tree = product.LocalTree(b"/nowhere")
-    tree.entries.update(local)
+    tree = product.LocalTree(os.fsencode(EMPTY.name))
+    tree.stamps.update({b"a": b"d 755", b"a/b": b"f 644 3 5.0000000000"})
     for packed in (data, gzip.compress(data, 0)):
         try:
-            remote = product.parse_look(packed, local)
-            plan = product.plan_sync(tree, remote, delete_extra=True, force=len(data) % 2 == 0, single=False)
-            harmless(product.listed_paths(plan.removed))
+            _, manifest, remote = product.parse_look(base64.b64encode(packed))
+            plan = product.SyncPlan(tree, remote, manifest, single=False)
+            harmless(product.listed_paths([*plan.remove, *plan.remove_directories, *plan.blocked]))
+            assert {*plan.remove, *plan.remove_directories} <= remote.keys()
         except product.SandboxError as error:
             harmless(error.message)
-    shell = product.SshShell.__new__(product.SshShell)
-    shell._word, shell._buffer = b"WORD", bytearray(data)
-    shell._process = shell._complaint = Ended(data)
-    shell._write = lambda piece: True
+    harmless(product.ssh_broken(data).message)
+    outcome = product.Outcome(data[0] if data else 1, data, data)
+    look = product.ComposeLook(data, ["s", "n"])
+    harmless(product.printable(product.states_of(look.containers) + "".join(look.output)))
+    harmless(product.git_error(data, {"GITEA_USERNAME": "user", "GITEA_PASSWORD": "password-1"}).message)
     try:
-        shell.run("true", seconds=5.0)
+        product.check_script(outcome)
     except product.SandboxError as error:
         harmless(error.message)
-    outcome = product.Outcome(data[0] if data else 1, data, data)
-    look = product.ComposeLook(outcome)
-    harmless(product.printable(look.words + "".join(look.complaints)))
-    for container in look.containers:
-        container.told()
-    repository = product.GiteaRepository("https://g.test/x", "main", "user", "password-1")
-    for failure in (
-        product.clone_failure(outcome, "/x", repository),
-        product.git_error(outcome, repository),
-        product.SyncTarget("/x/y", "s", 5.0).failure(outcome),
-    ):
-        harmless(failure.message if failure else "")
 
 
 def fuzz_mutations(data: bytes) -> None:
@@ -445,9 +417,9 @@ def corpus(name: str) -> list[bytes]:
         "answers": [sign + answer for sign in (b"2", b"\4") for answer in answers],
         "listings": [
             b"\0".join(LISTING),
-            b"\nWORD\nout\nWORD 0 ZQ==\n",
-            b'0\nQ3JlYXRlZA==\n{"Name":"n","Service":"s","State":"running","Health":"","ExitCode":0}\n',
-            b'-\n\n[{"Name":"n","Service":"s","State":"exited","ExitCode":"3"}]',
+            b"0 2026-01-01T00:00:01\nContainer n Started\n\n/n s running 0 - 2026-01-01T00:00:00.5Z\n",
+            b"- 2026-01-01T00:00:01\n\n\n/n s exited 3 unhealthy 2026-01-01T00:00:02Z\n",
+            b"Error: the gateway said no.\nTry again.\n",
             b"\x50remote: x\nfatal: unable to access 'https://g.test/': 403",
         ],
         "mutations": [json.dumps({**STATE, "rules": ["s", {"table": "p.t", "columns": ["n"]}]}).encode()],

@@ -215,7 +215,7 @@ def test_sync(
         eventually(lambda: not place.exists() or files(place) in (old, new))  # noqa: B023 - used at once
         begun.good(*words)
         assert files(place) == new
-        assert not list(place.parent.glob(".plato-sync/*/up.*"))
+        eventually(lambda: not list(place.parent.glob(".plato-sync/*/new.*")))
         still_there(begun, session)
         count += 1
     assert shard or count

@@ -251,7 +251,7 @@ OTHERS = (
     Other("start *", "*", "gone", {3, 6}, "the session is the command's own"),
     Other("*", "*/state", "fields", {PLAIN, 0, 8, 9}, "the worker has nothing to tell, or other changes"),
     Other(
-        "clear-audit", "*/cleanup", "gone", {1, 3}, "404: the databases are tried, and there is no way here"
+        "clear-audit", "*/cleanup", "gone", {1, 3}, "404: there may be no simulator in a session that lives"
     ),
     Other("flow*", "*/public_url", "fields", {PLAIN, 1}, "1: Plato names no address"),
     Other("flow*", "*/flows", "gone", {0, 3, 8}, "404: those of the artifact, or none"),
@@ -327,7 +327,7 @@ SCENES = (
     Scene("reset", ("reset",)),
     Scene("clear-audit", ("clear-audit",)),
     Scene(
-        "clear-audit in the databases",
+        "clear-audit of no simulator",
         ("clear-audit",),
         plain=1,
         given=(given("status", "POST", "/api/v1/env/*/cleanup", status=404),),

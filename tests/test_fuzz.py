@@ -67,7 +67,7 @@ def test_a_wrong_answer_of_the_product_is_found(tmp_path: Path) -> None:
     """The targets do look: a reader that takes a word for another is caught by the first text that has it."""
     for target, change in (
         ("yaml", "product.yaml_load = lambda text, source='': {'a': 1}"),
-        ("ignore", "product.IgnoreRules.decide = lambda *words: 1 / 0"),
+        ("ignore", "product.IgnoreFile.verdict = lambda *words: 1 / 0"),
         ("state", "product.printable = str"),
     ):
         program = f"""

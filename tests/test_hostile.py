@@ -370,7 +370,6 @@ def test_text_of_the_config(sandbox: tuple[Desk, LocalPlato], shown: Shower) -> 
     shown(desk, "start-services", say="taskboard")
     shown(desk, "audit-ui", "--listener", "nope")
     plato.fault("status", path="*/cleanup", status=404, body={"detail": "no simulator"}, times=-1)
-    shown(desk, "clear-audit")
     (desk.work / NASTY_NAME).rename(desk.work / "flows.yml")
     config["datasets"]["base"]["metadata"]["flows_path"] = NASTY_NAME
     write_config(desk, config)
@@ -472,19 +471,17 @@ def programs_of_the_vm(desk: Desk, plato: LocalPlato, **programs: str) -> Iterat
         shutil.rmtree(place)
 
 
-CONTAINER = {
-    "Name": NASTY,
-    "Service": "app",
-    "State": "exited",
-    "Health": NASTY,
-    "ExitCode": 3,
-    "Status": NASTY,
-}
+ONE_LINE = " ".join(NASTY.split())
+CONTAINER = "/c app exited 3 - 2026-01-01T00:00:00Z"
+NASTY_CONTAINER = (
+    f"/{ONE_LINE.replace(' ', '_')} app exited 3 {ONE_LINE.replace(' ', '_')} 2026-01-01T00:00:00Z"
+)
 DOCKER = """case "$*" in
 version*|"compose version") echo 1;;
 *"config --services") %s;;
 *" up "*) %s;;
-*" ps "*) cat containers;;
+*" ps "*) echo 1;;
+inspect*) cat containers;;
 logs*) cat nasty;;
 *) exit 1;;
 esac"""
@@ -494,11 +491,11 @@ esac"""
 @pytest.mark.parametrize(
     ("config", "up", "containers", "say"),
     [
-        ("cat nasty >&2; exit 1", "", "[]", "purple"),
-        ("echo app", "cat nasty >&2; cat nasty; exit 1", "[]", "forged"),
-        ("echo app", "exit 1", json.dumps(CONTAINER), "purple"),
-        ("echo app", "exit 0", json.dumps([CONTAINER]), "purple"),
-        ("cat nasty", "exit 0", "[]", ""),
+        ("cat nasty >&2; exit 1", "", "", "purple"),
+        ("echo app", "cat nasty >&2; cat nasty; exit 1", "", "forged"),
+        ("echo app", "exit 1", NASTY_CONTAINER, "purple"),
+        ("echo app", "exit 0", f"{CONTAINER}\n{NASTY}", "purple"),
+        ("cat nasty", "exit 0", "", ""),
     ],
     ids=["compose file", "up", "container after up", "container", "names of services"],
 )
@@ -522,11 +519,11 @@ def test_text_of_containers(
         {"find": "cat nasty; cat nasty >&2; exit 1"},
         {"gzip": "cat nasty; cat nasty >&2; exit 0"},
         {"tar": "cat nasty; cat nasty >&2; exit 1"},
-        {"sha256sum": "cat nasty", "openssl": "cat nasty"},
+        {"base64": "cat nasty", "cp": "cat nasty >&2; exit 1"},
         {"stat": "cat nasty >&2; exit 1"},
         {"mkdir": "cat nasty >&2; exit 1"},
     ],
-    ids=["find", "gzip", "tar", "hash", "stat", "mkdir"],
+    ids=["find", "gzip", "tar", "base64", "stat", "mkdir"],
 )
 def test_text_of_the_vm(sandbox: tuple[Desk, LocalPlato], shown: Shower, programs: dict[str, str]) -> None:
     desk, plato = sandbox
@@ -546,7 +543,7 @@ def test_conflicts_on_the_vm_with_nasty_names(sandbox: tuple[Desk, LocalPlato], 
         shown(desk, "sync", str(source), "--via", way, "--remote-path", "/home/plato/worktree/conflict")
     shown(
         desk,
-        *("sync", str(source), "--force", "--delete-extra", "--dry-run"),
+        *("sync", str(source), "--force", "--dry-run"),
         *("--remote-path", "/home/plato/worktree/conflict"),
     )
 
@@ -726,7 +723,7 @@ def test_names_of_services_and_compose_files_are_only_words(
     docker = DOCKER % ("printf '%s\\0' \"$3\" >> asked; echo app", "exit 0")
     with programs_of_the_vm(desk, plato, docker=docker):
         evil = on_the_vm(desk, plato) / "evil"
-        (evil / "containers").write_text(json.dumps({"Name": "c", "Service": "app", "State": "running"}))
+        (evil / "containers").write_text("/c app running 0 - 2026-01-01T00:00:00Z\n")
         (evil / "asked").touch()
         (evil / "asked").chmod(0o666)
         result = desk.run("start-services", "--via", "sync", "--json")
@@ -764,38 +761,6 @@ def test_answers_about_gitea_are_only_words(
     assert canaries(desk, plato) == []
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
-def test_fields_of_a_database_are_only_words(
-    sandbox: tuple[Desk, LocalPlato], tally: Callable[[str, int], None], soaking: bool, kind: str
-) -> None:
-    """What empties an audit table goes to the database's client as it is written in the config."""
-    desk, plato = sandbox
-    config = yaml.safe_load((desk.work / "plato-config.yml").read_text())
-    listener = {**config["datasets"]["base"]["listeners"]["db"], "db_type": kind}
-    words = HOSTILE_WORDS if soaking else HOSTILE_WORDS[::4]
-    fields = ("db_user", "db_password", "db_database", "db_host", "audit_table_name")
-    listeners = {
-        f"l{number}": {**listener, **dict.fromkeys(fields, word)} for number, word in enumerate(words)
-    }
-    config["datasets"]["base"]["listeners"] = listeners
-    write_config(desk, config)
-    plato.fault("status", path="*/cleanup", status=404, body={"detail": "no simulator"}, times=-1)
-    told = 'cat >/dev/null; printf \'%s\\0\' "$@" "$PGPASSWORD$MYSQL_PWD" >> asked'
-    with programs_of_the_vm(desk, plato, psql=told, mariadb=told, mysql=told, docker="exit 1"):
-        evil = on_the_vm(desk, plato) / "evil"
-        (evil / "asked").touch()
-        (evil / "asked").chmod(0o666)
-        result = desk.run("clear-audit", "--json")
-        assert result.code == 0, result
-        asked = (evil / "asked").read_bytes().split(b"\0")
-    for word in words:
-        assert asked.count(word.encode()) == 3, word  # the user, the database, the host
-        assert word.encode() * 2 in asked  # the password, under both names
-    assert canaries(desk, plato) == []
-    tally("hostile words", len(words) * len(fields))
-
-
 @pytest.mark.parametrize("word", [word for word in HOSTILE_WORDS if word != "~root"])
 def test_datasets_and_services_of_the_command_line_are_only_words(
     sandbox: tuple[Desk, LocalPlato], word: str
@@ -815,7 +780,7 @@ def test_datasets_and_services_of_the_command_line_are_only_words(
 # a .sandbox.yaml that came with somebody's repository
 # ---------------------------------------------------------------------------
 
-USES_OF_SSH = (["sync", "--via", "ssh"], ["sync"], ["start-services"], ["clear-audit"])
+USES_OF_SSH = (["sync", "--via", "ssh"], ["sync"], ["start-services"])
 EVIL_CONFIG = (
     "Host *\n    ProxyCommand touch {canary}\n    PermitLocalCommand yes\n    LocalCommand touch {canary}\n"
 )
@@ -826,7 +791,6 @@ def test_a_record_cannot_name_an_ssh_config_of_its_own(
     sandbox: tuple[Desk, LocalPlato], words: list[str]
 ) -> None:
     desk, plato = sandbox
-    plato.fault("status", path="*/cleanup", status=404, body={"detail": "no simulator"}, times=-1)
     evil = desk.work / "evil.conf"
     evil.write_text(EVIL_CONFIG.format(canary=desk.work / "CANARY"))
     state = desk.state
@@ -842,7 +806,6 @@ def test_a_record_cannot_name_an_ssh_config_of_its_own(
 @pytest.mark.parametrize("words", USES_OF_SSH, ids=" ".join)
 def test_a_record_cannot_name_options_as_a_host(sandbox: tuple[Desk, LocalPlato], words: list[str]) -> None:
     desk, plato = sandbox
-    plato.fault("status", path="*/cleanup", status=404, body={"detail": "no simulator"}, times=-1)
     state = desk.state
     canary = desk.work / "CANARY"
     for host in (f"-oProxyCommand=touch {canary}", "-F/dev/null", "x -oProxyCommand=y", "a\nb", "user@host"):

@@ -13,7 +13,7 @@ from conftest import part
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from plato_sandbox import EXCLUDED_PATTERNS, IgnoreRules, scan_tree
+from plato_sandbox import EXCLUDED_PATTERNS, IgnoreFile, LocalTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,13 +87,11 @@ def compare(root: Path, tree: Files, ignore_files: dict[str, bytes]) -> None:
     paths = all_paths(root)
     ignored = git_ignores(root, paths) if paths else set()
     kept = {path for path in paths if path not in ignored}
-    ours = scan_tree(os.fsencode(root), gitignore=True)
-    assert set(ours.entries) == kept
-    assert not ours.unreadable
+    assert set(LocalTree(os.fsencode(root), gitignore=True).stamps) == kept
 
     lay_out(root, tree, ignore_files, ".platoignore")
     renamed = {path.replace(b".gitignore", b".platoignore") for path in kept}
-    assert set(scan_tree(os.fsencode(root), gitignore=False).entries) == renamed
+    assert set(LocalTree(os.fsencode(root)).stamps) == renamed
 
 
 NAMES = st.sampled_from(
@@ -165,7 +163,6 @@ ATOMS = st.sampled_from(
         "[[:bad:]]",
         "[[:]",
         "[a",
-        "[a-[:alpha:]]",
         ".",
         ".log",
         "c",
@@ -242,7 +239,7 @@ CASES: dict[str, tuple[bytes, list[str], list[str]]] = {
 def test_case(repository: Path, text: bytes, ignored: list[str], kept: list[str]) -> None:
     tree = dict.fromkeys([*ignored, *kept], b"")
     compare(repository, tree, {"": text})
-    entries = scan_tree(os.fsencode(repository), gitignore=False).entries
+    entries = LocalTree(os.fsencode(repository)).stamps
     assert not {os.fsencode(path) for path in ignored} & set(entries)
     assert {os.fsencode(path) for path in kept} <= set(entries)
 
@@ -252,7 +249,7 @@ def test_names_that_are_not_utf8(repository: Path) -> None:
     lay_out(repository, {}, {"": b"\xff*\n!\xffkeep\n"}, ".platoignore")
     for name in (b"\xffa", b"\xffkeep", b"\xfe"):
         Path(os.fsdecode(os.fsencode(repository) + b"/" + name)).write_bytes(b"")
-    entries = scan_tree(os.fsencode(repository), gitignore=False).entries
+    entries = LocalTree(os.fsencode(repository)).stamps
     assert set(entries) == {b".platoignore", b"\xffkeep", b"\xfe"}
 
 
@@ -268,7 +265,7 @@ def test_what_the_specification_excludes(tmp_path: Path) -> None:
         ".x.swo",
     ]
     lay_out(tmp_path, dict.fromkeys([*names, *(f"deep/{name}" for name in names), "kept.py"], b""), {}, "")
-    assert set(scan_tree(os.fsencode(tmp_path), gitignore=False).entries) == {
+    assert set(LocalTree(os.fsencode(tmp_path)).stamps) == {
         b"kept.py",
         b"a",
         b"deep",
@@ -284,7 +281,7 @@ def test_defaults_can_be_taken_back_but_not_all(tmp_path: Path) -> None:
         {"": b"!venv\n!.*\n!*\n"},
         ".platoignore",
     )
-    entries = set(scan_tree(os.fsencode(tmp_path), gitignore=False).entries)
+    entries = set(LocalTree(os.fsencode(tmp_path)).stamps)
     assert {b"venv/x", b"node_modules/x"} <= entries
     assert not {os.fsencode(name) for name in never} & entries
 
@@ -292,8 +289,8 @@ def test_defaults_can_be_taken_back_but_not_all(tmp_path: Path) -> None:
 def test_gitignore_counts_only_when_asked_and_platoignore_wins(tmp_path: Path) -> None:
     lay_out(tmp_path, {".env": b"", "x.log": b""}, {"": b".env\n*.log\n"}, ".gitignore")
     (tmp_path / ".platoignore").write_bytes(b"!.env\n")
-    assert {b".env", b"x.log"} <= set(scan_tree(os.fsencode(tmp_path), gitignore=False).entries)
-    entries = set(scan_tree(os.fsencode(tmp_path), gitignore=True).entries)
+    assert {b".env", b"x.log"} <= set(LocalTree(os.fsencode(tmp_path)).stamps)
+    entries = set(LocalTree(os.fsencode(tmp_path), gitignore=True).stamps)
     assert b".env" in entries
     assert b"x.log" not in entries
 
@@ -308,18 +305,18 @@ def test_excluded_directories_are_never_entered(tmp_path: Path, monkeypatch: pyt
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", noted)
-    scan_tree(os.fsencode(tmp_path), gitignore=False)
+    LocalTree(os.fsencode(tmp_path))
     assert sorted(os.path.relpath(path, os.fsencode(tmp_path)) for path in entered) == [b".", b"src"]
 
 
 def test_many_stars_end() -> None:
     """Tried one after the other, the ways to match would outlast the universe."""
-    rules = IgnoreRules(b"*a" * 40 + b"b\n" + b"?*" * 40 + b"z\n" + b"x/" + b"*a*" * 30 + b"b\n")
+    rules = IgnoreFile(b"*a" * 40 + b"b\n" + b"?*" * 40 + b"z\n" + b"x/" + b"*a*" * 30 + b"b\n")
     for path in (b"a" * 255, b"x/" + b"a" * 253):
-        assert rules.decide(path, path.rpartition(b"/")[2], False) is None
+        assert rules.verdict(path, False) is None
 
 
 def test_every_default_is_a_pattern_of_its_own() -> None:
     for pattern in EXCLUDED_PATTERNS:
         name = pattern.replace(b"*", b"x")
-        assert IgnoreRules(b"\n".join(EXCLUDED_PATTERNS)).decide(name, name, False) is True
+        assert IgnoreFile(b"\n".join(EXCLUDED_PATTERNS)).verdict(name, False) is True

@@ -136,23 +136,6 @@ def test_a_day_with_the_example_simulator(simulator: Desk, plato: LocalPlato) ->
 
 
 @pytest.mark.timeout(600)
-def test_the_audit_tables_are_emptied_in_their_container_where_the_api_cannot(
-    simulator: Desk, plato: LocalPlato
-) -> None:
-    desk = simulator
-    desk.good("start", "-c")
-    desk.good("start-services", timeout=LOOP_SECONDS)
-    desk.good("start-worker", "--wait", timeout=LOOP_SECONDS)
-    browser = Browser(desk.state["url"])
-    browser.add_task(browser.log_in(), "Water the plants")
-    assert summary(desk)["tasks"]["inserted"] == 1
-    plato.fault("status", path="*/cleanup", status=404, body={"detail": "Simulator not found"}, times=-1)
-    document = desk.good("clear-audit", "--json", "--verbose").document
-    assert document == {"cleared": True, "via": "database", "listeners": ["db"]}
-    assert summary(desk) == {}
-
-
-@pytest.mark.timeout(600)
 def test_what_a_login_changes_becomes_noise(
     simulator: Desk,
     plato: LocalPlato,
