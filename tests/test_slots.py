@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,7 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import BLANK, SIMULATOR, Desk, Result, eventually, heartbeats, is_running, living, missing, part
+from conftest import (
+    BLANK,
+    SIMULATOR,
+    Desk,
+    Result,
+    eventually,
+    heartbeats,
+    is_running,
+    living,
+    missing,
+    part,
+    processes_of,
+)
 from test_flow import browser, flow, step, write_flows
 from test_local_plato import SESSIONS, Client
 
@@ -688,11 +701,10 @@ class Newest:
 @pytest.fixture
 def newest(desk: Desk, newest_sdk: Path) -> Iterator[Newest]:
     yield Newest(desk, newest_sdk)
-    for path in desk.work.glob(".plato/sandboxes/*.json"):  # their heartbeat ends by itself, but later
-        fields = json.loads(path.read_text())
-        pid, session_id = fields.get("heartbeat_pid"), fields.get("session_id")
-        if pid and str(session_id).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+    for pid, command in processes_of(desk).items():  # their heartbeat ends by itself, but later
+        if b"plato-sandbox-heartbeat" in command:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 STARTS = {
