@@ -2366,18 +2366,23 @@ def shell_words(words: Sequence[str]) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-# Runs a file as Python runs an imported one: from its cached bytecode. Compiling this one for every child
-# takes five times as long and six times the memory.
+# Runs a child of this file as Python runs an imported module: from its cached bytecode. Where none can be
+# written, it compiles no more of the file than children need; the whole takes four times as long and 25 MB.
 _RUN_FILE = (
     "import os, sys; from importlib.machinery import SourceFileLoader as Loader; sys.argv.pop(0); "
-    'os.path.exists(sys.argv[0]) or sys.exit(sys.argv[0] + " is not there any more."); '
-    'exec(Loader("plato_sandbox", sys.argv[0]).get_code("plato_sandbox"),'
-    ' {"__name__": "__main__", "__file__": sys.argv[0]})'
+    'path = sys.argv[0]; os.path.exists(path) or sys.exit(path + " is not there any more."); '
+    "kept = not sys.dont_write_bytecode and os.access(os.path.dirname(path), os.W_OK); "
+    'sys.dont_write_bytecode = not kept; file = Loader("plato_sandbox", path); '
+    'kept or setattr(file, "source_to_code", lambda text, path, **_: compile(text.partition('
+    'b"\\n# Children of this file need nothing below.")[0], path, "exec", dont_inherit=True)); '
+    'names = {"__name__": "plato_sandbox", "__file__": path}; '
+    'exec(file.get_code("plato_sandbox"), names); sys.exit(names["run_child"](sys.argv[1:]))'
 )
 
 
 def own_command(*arguments: str) -> list[str]:
-    """The command that runs this very file again, without the user's site-packages and PYTHON* variables."""
+    """The command that runs `run_child` of this very file, without the user's site-packages and PYTHON*
+    variables."""
     if not sys.executable:
         raise SandboxError(
             "The path of the Python interpreter is unknown, so the heartbeat and SSH could not be started.",
@@ -2391,12 +2396,22 @@ def cache_bytecode() -> None:
     """Have the bytecode of this file in Python's cache, if that can be, for the children started later."""
     from importlib.machinery import SourceFileLoader
 
-    SourceFileLoader("plato_sandbox", own_file()).get_code("plato_sandbox")
+    if not sys.dont_write_bytecode and os.access(os.path.dirname(own_file()), os.W_OK):
+        SourceFileLoader("plato_sandbox", own_file()).get_code("plato_sandbox")
 
 
 def own_file() -> str:
     """The absolute path of this file, symbolic links kept."""
     return os.path.abspath(__file__)
+
+
+def invocation(program: str, environment: Mapping[str, str]) -> str:
+    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
+    if environment.get("PLATO_SANDBOX_COMMAND"):
+        return environment["PLATO_SANDBOX_COMMAND"]
+    if program.endswith(".py"):
+        return shell_words(["python3", program])
+    return shell_words([os.path.basename(program) or PROGRAM])
 
 
 def process_start_mark(pid: int) -> str | None:
@@ -3912,6 +3927,16 @@ def gateway_stream(host: str, port: int, target: str, ca_file: str | None) -> No
         stream.close()
 
 
+def run_gateway_stream(arguments: Sequence[str]) -> int:
+    """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
+    values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
+    if len(arguments) % 2 == 0 or not {"--host", "--port"} <= set(values) or not values["--port"].isdigit():
+        raise UsageError("gateway-stream is for the ProxyCommand of the SSH configs written by `start`.")
+    ca_file = values.get("--ca-file") or os.environ.get("SSL_CERT_FILE") or None
+    gateway_stream(values["--host"], int(values["--port"]), arguments[-1], ca_file)
+    return 0
+
+
 def _speak_through_ssh() -> bool:
     """Use the standard error of ssh, the parent, where it took this process's away; whether that was so.
 
@@ -4594,6 +4619,24 @@ def _ended_within(path: str, pid: int, seconds: float) -> bool:
     except ChildProcessError:
         pass
     return True
+
+
+def run_child(arguments: Sequence[str]) -> int:
+    """The hidden commands that `own_command` starts, the heartbeat and the ProxyCommand."""
+    if arguments[0] == "heartbeat-child":
+        return heartbeat_child()
+    try:
+        return run_gateway_stream(arguments[1:])
+    except SandboxError as error:
+        hint = (error.hint or "").replace(f"`{PROGRAM} ", f"`{invocation(own_file(), os.environ)} ")
+        lines = [f"Error: {error.message}", *([hint] if hint else [])]
+        os.write(2, "".join(printable(line) + "\n" for line in lines).encode("utf-8", "replace"))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+# Children of this file need nothing below.
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -14000,8 +14043,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unfit:
         print(unfit, file=sys.stderr)
         return 1
-    if arguments[:1] == ["heartbeat-child"]:
-        return heartbeat_child()
+    if arguments[:1] in (["heartbeat-child"], ["gateway-stream"]):
+        return run_child(arguments)
     open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -14073,19 +14116,8 @@ def asks_for_json(arguments: Sequence[str]) -> bool:
     return any(word == "--json" or re.match("-[bcqnyfvl]*j", word) for word in arguments)
 
 
-def invocation(program: str, environment: Mapping[str, str]) -> str:
-    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
-    if environment.get("PLATO_SANDBOX_COMMAND"):
-        return environment["PLATO_SANDBOX_COMMAND"]
-    if program.endswith(".py"):
-        return shell_words(["python3", program])
-    return shell_words([os.path.basename(program) or PROGRAM])
-
-
 def run(arguments: Sequence[str], output: Output) -> int:
     """Parse the command line and run its command; whatever goes wrong is an exception."""
-    if arguments[:1] == ["gateway-stream"]:
-        return run_gateway_stream(arguments[1:])
     if arguments[:1] == ["audit-server"]:
         return run_audit_server(arguments[1:])
     if arguments == ["--version"]:
@@ -14108,16 +14140,6 @@ def run(arguments: Sequence[str], output: Output) -> int:
     output.place = "" if options.working_dir == "." else " " + shell_words(["-w", options.working_dir])
     with SignalGuard(output):
         return int(options.handler(options, output))
-
-
-def run_gateway_stream(arguments: Sequence[str]) -> int:
-    """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
-    values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
-    if len(arguments) % 2 == 0 or not {"--host", "--port"} <= set(values) or not values["--port"].isdigit():
-        raise UsageError("gateway-stream is for the ProxyCommand of the SSH configs written by `start`.")
-    ca_file = values.get("--ca-file") or os.environ.get("SSL_CERT_FILE") or None
-    gateway_stream(values["--host"], int(values["--port"]), arguments[-1], ca_file)
-    return 0
 
 
 def run_audit_server(arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import yaml
 from localplato import LocalPlato
+from run import cache_directory, pins_mark, sdk_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -291,7 +294,7 @@ class Desk:
             process.communicate()
         for record in self.plato_home.glob("heartbeat_*.log") if self.plato_home.is_dir() else ():
             end_heartbeat(record)
-        for pid in heartbeats(self):
+        for pid in [*heartbeats(self), *heartbeats(self, SDK_HEARTBEAT)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -320,9 +323,9 @@ def processes_of(desk: Desk) -> dict[int, bytes]:
     return found
 
 
-def heartbeats(desk: Desk) -> list[int]:
+def heartbeats(desk: Desk, mark: bytes = b"heartbeat-child") -> list[int]:
     """The pids of the heartbeats that a desk has running, found by what they are and not by any record."""
-    return sorted(pid for pid, command in processes_of(desk).items() if b"heartbeat-child" in command)
+    return sorted(pid for pid, command in processes_of(desk).items() if mark in command)
 
 
 def ssh_processes(desk: Desk) -> dict[int, str]:
@@ -384,6 +387,107 @@ def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
         if time.monotonic() > deadline:
             pytest.fail(f"not within {seconds:g} s: {condition}")
         time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------
+# the SDK
+# ---------------------------------------------------------------------------
+
+NEWEST_SDK = "2.187.0"
+SDK_HEARTBEAT = b"plato-sandbox-heartbeat"  # in the command line of a heartbeat of the newest release
+SDK_SECONDS = 120.0
+# The newest release has the gateway's port 443 in its SSH config, whatever PLATO_GATEWAY_PORT says.
+SDK_OPENSSL = """\
+#!/bin/sh
+for word do
+    shift
+    case $word in *:443) word=${word%:443}:$PLATO_GATEWAY_PORT ;; esac
+    set -- "$@" "$word"
+done
+exec openssl "$@"
+"""
+
+
+def sdk_environment(version: str) -> Path:
+    """A virtual environment that holds that release of plato-sdk-v2, made at its first use.
+
+    It is kept inside that of the tests, or in the user's cache.
+    """
+    name = f"plato-sdk-{version}-python{sys.version_info[0]}.{sys.version_info[1]}"
+    inside = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
+    place = (Path(sys.prefix) if inside else cache_directory()) / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{place}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        problem = install_sdk(place, version)
+    if problem is not None:
+        missing(problem)
+    return place
+
+
+def install_sdk(place: Path, version: str) -> str | None:
+    """Make the virtual environment unless it is complete; why it could not be made, or None."""
+    complete, mark = place / "complete", pins_mark()
+    if complete.exists() and complete.read_text() == mark:
+        return None
+    venv.create(place, symlinks=True, clear=True)
+    pip = [sys.executable, "-m", "pip", f"--python={place / 'bin' / 'python'}", "install", "--quiet"]
+    done = subprocess.run([*pip, *sdk_words(version)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"plato-sdk-v2 {version} cannot be installed: {done.stderr.strip()[-400:]}"
+    complete.write_text(mark)
+    return None
+
+
+class NewestSdk:
+    """The newest release of the SDK, and its command line at any desk."""
+
+    def __init__(self, place: Path) -> None:
+        self.bin = place / "bin"
+        self.python = self.bin / "python"
+
+    def environment(self, desk: Desk) -> dict[str, str]:
+        """What its programs need at a desk, beside what the desk has."""
+        openssl = desk.place / "openssl"
+        if not openssl.exists():
+            openssl.write_text(SDK_OPENSSL)
+            openssl.chmod(0o755)
+        return {
+            "PATH": f"{self.bin}:{desk.environment['PATH']}",  # its heartbeat is whatever `python3` is
+            "PLATO_SSH_OPENSSL_BIN": str(openssl),
+            "COLUMNS": "1000",
+            "TERM": "dumb",
+        }
+
+    def run(self, desk: Desk, *words: str, **options: Any) -> Result:
+        """Run `plato sandbox WORDS` at a desk; `options` are those of `Desk.run`."""
+        command = [str(self.bin / "plato"), "sandbox", *words]
+        environment = {**self.environment(desk), **options.pop("environment", {})}
+        return desk.run(command=command, environment=environment, timeout=SDK_SECONDS, **options)
+
+    def good(self, desk: Desk, *words: str, **options: Any) -> Result:
+        """Run it; it must succeed."""
+        result = self.run(desk, *words, **options)
+        assert result.code == 0, f"exit {result.code}\n{result.out}\n{result.err}"
+        return result
+
+    def slot(self, desk: Desk) -> dict[str, Any]:
+        """The record of the sandbox that its commands at a desk work with."""
+        record: dict[str, Any] = json.loads((desk.work / ".plato" / "state.json").read_text())
+        return record
+
+
+@pytest.fixture(scope="session")
+def newest_sdk() -> NewestSdk:
+    """The newest release of the SDK; there is none for other Pythons."""
+    if not (3, 11) <= sys.version_info < (3, 14):
+        pytest.skip(f"plato-sdk-v2 {NEWEST_SDK} is for Python 3.11 to 3.13")
+    return NewestSdk(sdk_environment(NEWEST_SDK))
+
+
+# ---------------------------------------------------------------------------
+# servers and desks
+# ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 else:
     product = importlib.import_module("plato_sandbox")
 
-from test_yaml import exact, oracle_load  # noqa: E402  (after the instrumentation)
+from test_yaml import exact, oracle_load, sorted_form  # noqa: E402  (after the instrumentation)
 
 CONFIG = """service: taskboard
 datasets:
@@ -143,22 +143,13 @@ def fuzz_yaml(data: bytes) -> None:
         theirs = oracle_load(text)
     except Exception:  # noqa: BLE001  (what PyYAML cannot read is no witness)
         theirs = value
-    assert exact(value) == exact(theirs), (value, theirs)
+    form = sorted_form if "<<" in text else exact  # PyYAML's releases order merged keys differently
+    assert form(value) == form(theirs), (value, theirs)
     try:
         written = product.yaml_dump(value)
     except product.SandboxError:  # a key that takes more room as it is written than as it was read
         return
-    assert sorted_exact(product.yaml_load(written)) == sorted_exact(value)
-
-
-def sorted_exact(value: Any) -> Any:
-    """As `exact`, but the order of keys does not count: the writer sorts them."""
-    if isinstance(value, dict):
-        pairs = [[exact(key), sorted_exact(item)] for key, item in value.items()]
-        return ["dict", *sorted(pairs, key=repr)]
-    if isinstance(value, list):
-        return ["list", *map(sorted_exact, value)]
-    return exact(value)
+    assert sorted_form(product.yaml_load(written)) == sorted_form(value)
 
 
 def fuzz_config(data: bytes) -> None:

@@ -8,20 +8,27 @@
     python3 tests/run.py -m soak              every fault, crash point and race instead of a sample, long
                                               fuzzing, and how many of each there were
     python3 tests/run.py --check              linter, formatter's check and type checker
+    python3 tests/run.py --latest             the newest versions of everything, instead of those pinned in
+                                              tests/constraints*.txt (with the other arguments)
+    python3 tests/run.py --pin                pin the newest versions from now on: write those files anew
 
-The virtual environment is .venv-test in the repository, made anew when pyproject.toml changes; where the
-repository cannot be written, it is in a directory of the user's cache.
+The virtual environment is .venv-test in the repository, made anew when pyproject.toml or the pins change;
+where the repository cannot be written, it is in a directory of the user's cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from localplato import debian
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEM_PACKAGES = {
@@ -46,22 +53,31 @@ SYSTEM_PACKAGES = {
     "/usr/bin/chromium": "chromium",
     "/usr/share/fonts/truetype/dejavu": "fonts-dejavu-core",
 }
-# Compose v2 is in Debian's releases after 12; its package holds one static program.
-COMPOSE_SOURCE = (
-    "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]"
-    " http://deb.debian.org/debian trixie main\n"
-)
+# What Debian has in the release after 12: Compose v2, whose package holds one static program, and a Python
+# that is stricter in TLS.
+LATER_RELEASE = "trixie"
+LATER_PYTHON = "python3.13"
 COMPOSE_PACKAGE = "docker-compose"
 COMPOSE_IN_PACKAGE = "usr/libexec/docker/cli-plugins/docker-compose"
 CHECKED = ["plato_sandbox.py", "tests"]
+# The pinned versions, and the groups of pyproject.toml that they are for.
+PINS = {"constraints.txt": ("test", "setup", "sdk"), "constraints-newest-sdk.txt": ("newest-sdk", "setup")}
+OLDEST_PYTHON = "3.9"
+SDK_GROUPS = {"2.0.40": ("sdk", "constraints.txt"), "2.187.0": ("newest-sdk", "constraints-newest-sdk.txt")}
 
 
 def main(arguments: list[str]) -> int:
+    own = ("--all", "--check", "--latest", "--pin")
     everything = "--all" in arguments
-    rest = [argument for argument in arguments if argument not in ("--all", "--check")]
+    rest = [argument for argument in arguments if argument not in own]
+    if "--pin" in arguments:
+        return pin()
+    if "--latest" in arguments:
+        os.environ["PLATO_TESTS_LATEST"] = "1"
     if everything:
         install_system_packages()
         install_compose()
+        install_later_python()
         # Once for all test processes, which would wait for one another.
         run([sys.executable, str(ROOT / "tests" / "local_plato.py"), "images"], "no images for Docker in VMs")
     python = virtual_environment()
@@ -88,10 +104,46 @@ def check(python: str) -> int:
     return 1 if failed else 0
 
 
+def pin() -> int:
+    """Write the constraints anew: the newest versions, with all that they bring along, on every Python that
+    the tests run on."""
+    with tempfile.TemporaryDirectory() as place:
+        run([sys.executable, "-m", "venv", place], "python3 -m venv failed")
+        run([f"{place}/bin/python", "-m", "pip", "install", "--quiet", "uv"], "uv could not be installed")
+        for name, groups in PINS.items():
+            command = [f"{place}/bin/uv", "pip", "compile", "--quiet", "--universal", "--upgrade"]
+            command += ["--python-version", OLDEST_PYTHON, "--no-annotate", "--no-header"]
+            command += [f"--group={ROOT / 'pyproject.toml'}:{group}" for group in groups]
+            run([*command, "--output-file", str(ROOT / "tests" / name)], "the versions do not fit together")
+    return 0
+
+
+def pinned(name: str = "constraints.txt") -> list[str]:
+    """The words that keep pip to the pinned versions; none with --latest."""
+    if os.environ.get("PLATO_TESTS_LATEST"):
+        return []
+    return ["--constraint", str(ROOT / "tests" / name)]
+
+
+def sdk_words(release: str) -> list[str]:
+    """The words for `pip install` that bring a release of the SDK with all it needs, in pinned versions."""
+    group, name = SDK_GROUPS[release]
+    return [*pinned(name), f"--group={ROOT / 'pyproject.toml'}:{group}"]
+
+
+def pins_mark() -> str:
+    """What an environment depends on: the groups of pyproject.toml and their pins, or the day."""
+    texts = [(ROOT / "pyproject.toml").read_bytes(), sys.version.encode(), str(ROOT).encode()]
+    if pinned():
+        texts += [(ROOT / "tests" / name).read_bytes() for name in PINS]
+    else:
+        texts += [time.strftime("%Y-%m-%d").encode()]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
 def virtual_environment() -> str:
     """The interpreter of a virtual environment that holds the `test` group of pyproject.toml."""
-    text = (ROOT / "pyproject.toml").read_bytes()
-    mark = hashlib.sha256(text + sys.version.encode() + str(ROOT).encode()).hexdigest()[:16]
+    mark = pins_mark()
     place = environment_place()
     stamp, python = place / "stamp", place / "bin" / "python"
     if stamp.is_file() and stamp.read_text() == mark and python.exists():
@@ -102,9 +154,9 @@ def virtual_environment() -> str:
         [sys.executable, "-m", "venv", str(place)],
         "python3 -m venv failed; on Debian: apt-get install python3-venv",
     )
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pinned()]
     run(
-        [*pip, "--upgrade", "pip>=25.1"],
+        [*pip, "--upgrade", "pip>=25.3"],
         "pip could not be brought up to date; is the package index reachable?",
     )
     run([*pip, "--group", f"{ROOT / 'pyproject.toml'}:test"], "the test group could not be installed")
@@ -113,10 +165,13 @@ def virtual_environment() -> str:
 
 
 def environment_place() -> Path:
-    if os.access(ROOT, os.W_OK):
-        return ROOT / ".venv-test"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "plato-sandbox-tests"
+    return ROOT / ".venv-test" if os.access(ROOT, os.W_OK) else cache_directory() / "venv"
+
+
+def cache_directory() -> Path:
+    """Where what the tests need is kept between runs."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache).absolute() / "plato-sandbox-tests"
 
 
 def install_system_packages() -> None:
@@ -145,11 +200,11 @@ def install_compose() -> None:
     print("Installing Docker Compose ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        (place / "sources.list").write_text(COMPOSE_SOURCE)
+        source = later_source(place)
         for directory in ("state/lists/partial", "cache/archives/partial"):
             (place / directory).mkdir(parents=True)
         settings = {
-            "Dir::Etc::SourceList": place / "sources.list",
+            "Dir::Etc::SourceList": source,
             "Dir::Etc::SourceParts": "/dev/null",
             "Dir::State": place / "state",
             "Dir::Cache": place / "cache",
@@ -167,6 +222,49 @@ def install_compose() -> None:
         shutil.copy(place / "root" / COMPOSE_IN_PACKAGE, partial)
         partial.rename(plugins / "docker-compose")
     run(version, "Docker does not take the Compose plugin")
+
+
+def install_later_python() -> None:
+    """Put the Python of a later Debian at the end of PATH, unless there is one.
+
+    Only its files are fetched; it runs with libraries of its own.
+    """
+    if shutil.which(LATER_PYTHON) is None:
+        place = cache_directory() / f"{LATER_PYTHON}-{platform.machine()}"
+        if not place.exists():
+            make_later_python(place)
+        os.environ["PATH"] += os.pathsep + str(place / "bin")
+
+
+def make_later_python(place: Path) -> None:
+    print(f"Fetching {LATER_PYTHON} ...", file=sys.stderr, flush=True)
+    new = place.with_name(place.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    (new / "bin").mkdir(parents=True)
+    own_mounts = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command = [*own_mounts, "mmdebstrap", "--quiet", "--mode=root", "--variant=extract"]
+    command += [f"--include={LATER_PYTHON}", LATER_RELEASE, str(new / "root"), str(later_source(new))]
+    run(command, f"mmdebstrap could not fetch {LATER_PYTHON}")
+    # Python looks for its modules beside the name that it is started by, which is this script's.
+    (loader,) = (new / "root").glob("usr/lib/*/ld-linux*.so.*")
+    (new / "lib").symlink_to("root/usr/lib")
+    libraries = place / loader.parent.relative_to(new)
+    words = f'"{libraries / loader.name}" --library-path "{libraries}" --argv0 "$0"'
+    script = new / "bin" / LATER_PYTHON
+    script.write_text(f'#!/bin/sh\nexec {words} "{place}/root/usr/bin/{LATER_PYTHON}" "$@"\n')
+    script.chmod(0o755)
+    new.rename(place)
+
+
+def later_source(place: Path) -> Path:
+    """A file of apt's sources for that later Debian, made in a directory."""
+    source = debian.source_file(LATER_RELEASE, place)
+    if source is None:
+        run(["apt-get", "update", "-q"], "apt-get update failed")
+        source = debian.source_file(LATER_RELEASE, place)
+    if source is None:
+        sys.exit(f"apt knows no mirror of Debian, which --all needs for packages of {LATER_RELEASE}")
+    return source
 
 
 def venv_works() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import py_compile
 import re
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import BLANK, PRODUCT, ROOT, Desk, altered, is_running, living, missing
+from conftest import BLANK, PRODUCT, ROOT, Desk, altered, is_running, living, missing, part
 from localplato import LocalPlato
+from run import pinned
 
 import plato_sandbox
 
@@ -310,6 +312,41 @@ def test_file_runs_by_itself(desk: Desk) -> None:
     assert desk.good(command=command, directory=place).out == version
 
 
+def test_children_compile_no_more_than_they_need(desk: Desk, plato: LocalPlato) -> None:
+    """Where no bytecode is kept: they do not look at what follows the part for them."""
+    copy = desk.place / "plato.py"
+    shutil.copy(PRODUCT, copy)
+    desk.environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    spoil = "text = open(product.__file__).read()\n"
+    spoil += f"product.__file__ = {str(copy)!r}; open(product.__file__, 'w').write(text + '\\n)\\n')"
+    desk.good(command=altered(spoil, *BLANK))
+    assert desk.run(command=[sys.executable, str(copy), "--help"]).code == 1
+    plato.wait_for_request("POST", "/heartbeat", count=2)
+    assert desk.ssh("echo there") == (0, "there\n", "")
+    assert not list(desk.place.rglob("*.pyc"))
+    desk.good("stop")
+    assert living(plato) == []
+
+
+def test_children_in_a_directory_that_cannot_be_written(desk: Desk, plato: LocalPlato) -> None:
+    """Bytecode is not kept there; an older one of the whole file is used."""
+    tools = desk.place / "tools"
+    tools.mkdir()
+    copy = Path(shutil.copy(PRODUCT, tools))
+    shut = f"mount --bind {tools} {tools} && mount -o remount,bind,ro {tools} && exec"
+    words = [part("unshare", "util-linux"), "--mount"] if os.geteuid() == 0 else []
+    words += ["sh", "-c", f'{shut if words else "chmod a-w " + str(tools) + " && exec"} "$@"', "sh"]
+    desk.good(command=[*words, sys.executable, str(copy), *BLANK])
+    connect = ["ssh", "-F", desk.state["ssh_config_path"], "-S", "none", desk.state["ssh_host"], "echo there"]
+    plato.wait_for_request("POST", "/heartbeat", count=2)
+    assert desk.run(command=[*words, *connect]) == (0, "there\n", "")
+    assert [path.name for path in tools.iterdir()] == [copy.name]
+    tools.chmod(0o755)
+    py_compile.compile(str(copy))
+    assert desk.run(command=[*words, *connect]) == (0, "there\n", "")
+    desk.good("stop")
+
+
 def test_relative_path_and_another_working_directory(desk: Desk, plato: LocalPlato) -> None:
     """The heartbeat and SSH find the file although it was named by a relative path."""
     (desk.place / "tools").mkdir()
@@ -331,20 +368,31 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("plato_sandbox.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    venv.create(place / "venv", with_pip=True, symlinks=True)
-    pip = [str(place / "venv/bin/python"), "-m", "pip", "install", "--no-deps", "--quiet", str(source)]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    venv.create(place / "venv", symlinks=True)
+    build = {"PIP_BUILD_CONSTRAINT": Path(pinned()[1]).as_uri()} if pinned() else {}
+    done = subprocess.run(
+        [*pip_of(place), "install", "--no-deps", "--quiet", str(source)],
+        env={**os.environ, **build},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode and "flit" in done.stderr and "No matching distribution" in done.stderr:
         missing(f"flit_core cannot be had from the package index: {done.stderr[-300:]}")
     assert done.returncode == 0, done.stderr
     return place
 
 
+def pip_of(place: Path) -> list[str]:
+    """This environment's pip, at work on the virtual environment there, which has none."""
+    return [sys.executable, "-m", "pip", f"--python={place / 'venv/bin/python'}"]
+
+
 def test_installed_package(desk: Desk, plato: LocalPlato, installed: Path) -> None:
     python, program = str(installed / "venv/bin/python"), str(installed / "venv/bin/plato-sandbox")
     source = [python, str(installed / "source/plato_sandbox.py")]
     assert desk.good(command=[program, "--version"]).out == desk.good(command=[*source, "--version"]).out
-    listed = desk.good(command=[python, "-m", "pip", "show", "plato-sandbox"]).out
+    listed = desk.good(command=[*pip_of(installed), "show", "plato-sandbox"]).out
     assert f"\nVersion: {plato_sandbox.__version__}\n" in listed
     desk.good(command=[program, "start", "--from-config"])
     plato.wait_for_request("POST", "/heartbeat", count=2)

@@ -1396,3 +1396,40 @@ def test_an_ordinary_user_has_the_same(ordinary_user: tuple[list[str], Path], ss
         run("down", "--purge")
     assert not any(is_running(pid) for pid in pids)
     assert not (directory / "home").exists()
+
+
+def test_a_user_that_the_host_gets_later_does_not_matter(tmp_path: Path, ssh_place: Path) -> None:
+    """`useradd` puts new account files in the place of the old ones, which takes mounts over them away."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give the server an /etc to change")
+    etc = tmp_path / "etc"
+    subprocess.run(["cp", "-a", "/etc", str(etc)], check=True)
+    words = [
+        part("unshare", "util-linux"),
+        "--mount",
+        "sh",
+        "-c",
+        f'mount --bind {etc} /etc && exec "$@"',
+        "sh",
+    ]
+    line = [*words, sys.executable, str(COMMAND), "--home", str(tmp_path / "home")]
+    plato = LocalPlato(tmp_path / "home")
+    up = subprocess.run([*line, "up", "--boot-seconds", "0", "--json"], capture_output=True, check=True)
+    plato.information = json.loads(up.stdout)
+    try:
+        client = Client(plato)
+        session_id, job_id = client.start()
+        user = SshUser(plato, job_id, ssh_place)
+        for name in ("root", "plato"):
+            body = {"public_key": user.public_key, "username": name}
+            assert client.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", body)["success"]
+        for name, entry in (("passwd", "x:999:999::/home/plato:/bin/sh"), ("shadow", "!:19000:0:99999:7:::")):
+            new = etc / f"{name}.new"
+            new.write_text((etc / name).read_text() + f"plato:{entry}\n")
+            new.rename(etc / name)
+        for name in ("root", "plato"):
+            assert user.run(f"{name}@vm", "whoami").stdout.decode() == f"{name}\n"
+        client.output(session_id, "echo 127.0.0.1 mine >> /etc/hosts")
+        assert "mine" not in (etc / "hosts").read_text()
+    finally:
+        subprocess.run([*line, "down", "--purge"], check=True)

@@ -175,11 +175,11 @@ def test_retry_after_is_honoured(desk: Desk, plato: LocalPlato) -> None:
 
 
 def test_retry_after_beyond_the_window_is_not_waited_for(desk: Desk, plato: LocalPlato) -> None:
-    plato.fault("status", path="*/reset", status=429, headers={"Retry-After": "3600"})
+    plato.fault("status", path="*/add_ssh_key", status=429, headers={"Retry-After": "3600"})
     failed = desk.run("start", "--from-config", "--json")
     assert failed.code == 6
     assert "3600" in failed.error["hint"]
-    assert len(plato.requests("POST", "/reset")) == 1
+    assert len(plato.requests("POST", "/add_ssh_key")) == 1
     nothing_left(desk, plato)
 
 
@@ -394,7 +394,7 @@ def test_stop_during_sync(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", "--from-config")
     (desk.work / "big").mkdir()
     (desk.work / "big" / "noise").write_bytes(os.urandom(300_000))
-    plato.fault("latency", path="*/execute", seconds=1.5, times=-1)
+    plato.fault("latency", path="*/execute", seconds=4, times=-1)
     sync = desk.begin("sync", "big", "--via", "api", "--json")
     plato.wait_for_request("POST", "/execute", count=2)
     desk.good("stop")
@@ -448,7 +448,8 @@ def test_any_commands_at_once(
         results = [ending(process) for process in [desk.begin(*words, "--json") for words in chosen]]
         for words, result in zip(chosen, results):
             assert result.document
-            assert result.code in (0, 3, 5, 9), (words, result)
+            unready = words == ("reset",) and "worker is not started" in result.err
+            assert result.code in (0, 3, 5, 9, 1 if unready else 0), (words, result)
             assert "Traceback" not in result.err
         if desk.state_file.exists():
             assert living(plato) == [desk.state["job_id"]]

@@ -3,19 +3,16 @@ a sandbox that the other one started."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
-import sys
-import venv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import BLANK, SIMULATOR, Desk, Result, eventually, is_running, living, missing
+from conftest import BLANK, SIMULATOR, Desk, Result, eventually, is_running, living, missing, sdk_environment
 from test_local_plato import Client
 
 if TYPE_CHECKING:
@@ -23,47 +20,19 @@ if TYPE_CHECKING:
 
     from localplato import LocalPlato
 
-pytestmark = pytest.mark.timeout(900)  # the first test of all installs the SDK
-
-SDK = "plato-sdk-v2==2.0.40"
-NEEDS = ("playwright",)  # the SDK imports it without saying that it needs it
-pytestmark = pytest.mark.long
-
-
-def sdk_place() -> Path:
-    """Where the SDK's virtual environment is kept: inside that of the tests, or in the user's cache."""
-    name = f"plato-sdk-2.0.40-python{sys.version_info[0]}.{sys.version_info[1]}"
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        return Path(sys.prefix) / name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "plato-sandbox-tests" / name
-
-
-def install_sdk(place: Path) -> str | None:
-    """Make the virtual environment unless it is complete; why it could not be made, or None."""
-    complete = place / "complete"
-    if complete.exists():
-        return None
-    venv.create(place, with_pip=True, symlinks=True, clear=True)
-    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, SDK, *NEEDS], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return f"{SDK} cannot be installed: {done.stderr.strip()[-400:]}"
-    complete.touch()
-    return None
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the first test of all installs the SDK
 
 
 @pytest.fixture(scope="session")
 def sdk() -> Path:
     """The `bin` of a virtual environment that holds the SDK."""
-    place = sdk_place()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{place}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        problem = install_sdk(place)
-    if problem is not None:
-        missing(problem)
-    return place / "bin"
+    return sdk_environment("2.0.40") / "bin"
+
+
+@pytest.fixture
+def plato(new_plato: Callable[..., LocalPlato]) -> LocalPlato:
+    """A local Plato that has what this release calls and no newer one does."""
+    return new_plato(old_clients=True)
 
 
 class Theirs:
@@ -367,7 +336,7 @@ def test_their_start_services(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk], sdk: Path
 ) -> None:
     """It gives git the credentials in the URL, and only over HTTPS: its own git, and that of the VM."""
-    plato = new_plato(hub_scheme="https")
+    plato = new_plato(hub_scheme="https", old_clients=True)
     if plato.information["docker"] is not None:
         missing(plato.information["docker"])
     desk = new_desk(plato.environment)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -11,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +18,7 @@ from conftest import (
     BLANK,
     SIMULATOR,
     Desk,
+    NewestSdk,
     Result,
     eventually,
     heartbeats,
@@ -28,7 +26,6 @@ from conftest import (
     living,
     missing,
     part,
-    processes_of,
 )
 from test_flow import browser, flow, step, write_flows
 from test_local_plato import SESSIONS, Client
@@ -36,11 +33,10 @@ from test_local_plato import SESSIONS, Client
 import plato_sandbox as product
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from localplato import LocalPlato
 
-SDK = "plato-sdk-v2==2.187.0"
 LEASE = 1800.0
 ROOT = "/home/plato/worktree"
 # The fields of a slot of 2.187.0 that a sandbox of ours knows nothing of.
@@ -629,68 +625,23 @@ def test_the_slots_never_leave(slot: Slot, desk: Desk) -> None:
 # ---------------------------------------------------------------------------
 
 
-def sdk_environment(place: Path) -> str | None:
-    """Make a virtual environment with the newest SDK unless it is complete; why it could not be, or None."""
-    complete = place / "complete"
-    if complete.exists():
-        return None
-    venv.create(place, with_pip=True, symlinks=True, clear=True)
-    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, SDK], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return f"{SDK} cannot be installed: {done.stderr.strip()[-400:]}"
-    complete.touch()
-    return None
-
-
-@pytest.fixture(scope="session")
-def newest_sdk() -> Path:
-    """The `bin` of a virtual environment that holds the newest SDK."""
-    if not (3, 11) <= sys.version_info < (3, 14):
-        missing(f"{SDK} is for Python 3.11 to 3.13")
-    name = f"plato-sdk-2.187.0-python{sys.version_info[0]}.{sys.version_info[1]}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plato-sandbox-tests"
-    inside = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
-    place = Path(sys.prefix) / name if inside else cache / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{place}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        problem = sdk_environment(place)
-    if problem is not None:
-        missing(problem)
-    return place / "bin"
-
-
 class Newest:
-    """`plato sandbox` of the newest SDK at a desk."""
+    """`plato sandbox` of the newest SDK at the desk of a test."""
 
-    def __init__(self, desk: Desk, sdk: Path) -> None:
+    def __init__(self, desk: Desk, sdk: NewestSdk) -> None:
         self.desk = desk
         self.sdk = sdk
-        self.place = desk.work / ".plato"
-        path = f"{sdk}:{desk.environment['PATH']}"  # its heartbeat is whatever `python3` is
-        self.environment = {"PATH": path, "COLUMNS": "1000", "TERM": "dumb"}
-
-    def run(self, *words: str) -> Result:
-        command = [str(self.sdk / "plato"), "sandbox", *words]
-        return self.desk.run(command=command, environment=self.environment, timeout=120)
 
     def good(self, *words: str) -> Result:
-        result = self.run(*words)
-        assert result.code == 0, f"{result.out}\n{result.err}"
-        return result
+        return self.sdk.good(self.desk, *words)
 
     def document(self, *words: str) -> dict[str, Any]:
-        value = json.loads(self.good(*words, "--json").out)
-        assert isinstance(value, dict)
-        return value
+        return self.good(*words, "--json").document
 
     @property
     def fields(self) -> dict[str, Any]:
         """The current slot, as their other tools find it."""
-        fields = json.loads((self.place / "state.json").read_text())
-        assert isinstance(fields, dict)
-        return fields
+        return self.sdk.slot(self.desk)
 
     def listed(self) -> dict[str, Any]:
         (row,) = self.document("list")["sandboxes"]
@@ -699,12 +650,8 @@ class Newest:
 
 
 @pytest.fixture
-def newest(desk: Desk, newest_sdk: Path) -> Iterator[Newest]:
-    yield Newest(desk, newest_sdk)
-    for pid, command in processes_of(desk).items():  # their heartbeat ends by itself, but later
-        if b"plato-sandbox-heartbeat" in command:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+def newest(desk: Desk, newest_sdk: NewestSdk) -> Newest:
+    return Newest(desk, newest_sdk)
 
 
 STARTS = {

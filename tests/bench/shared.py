@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
+from run import SDK_GROUPS, sdk_words
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -22,9 +24,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRODUCT = ROOT / "plato_sandbox.py"
-RELEASES = ("2.0.40", "2.187.0")
+RELEASES = tuple(SDK_GROUPS)
 NEWEST = RELEASES[-1]
-MISSING_PARTS = {"2.0.40": ["playwright"]}  # imported at its start, and not among its requirements
 LIFETIME_SECONDS = "36000"  # of the SDKs' VMs; their default is shorter than a run
 BEAT_SECONDS = "3600"  # between heartbeats where they are not the question
 SERVER_PATIENCE_SECONDS = 86400  # without a heartbeat
@@ -32,7 +33,7 @@ RUNS = 10
 QUICK_RUNS = 2
 
 Number = Union[int, float]
-# Runs a file from its cached bytecode without site-packages, as the product runs itself for its children.
+# An interpreter without site-packages, as the product runs itself for its children.
 BARE = (sys.executable, "-I", "-S")
 ENTRY_POINT = """#!{python}
 import sys
@@ -180,8 +181,9 @@ def install(release: str, cache: Path) -> list[str]:
     if not program.exists():
         print(f"installing plato-sdk-v2 {release} into {place}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        packages = [f"plato-sdk-v2=={release}", *MISSING_PARTS.get(release, [])]
-        subprocess.run([str(place / "bin" / "pip"), "install", "-q", *packages], check=True)
+        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "-q"]
+        subprocess.run([*pip, "--upgrade", "pip>=25.3"], check=True)  # an older one knows no groups
+        subprocess.run([*pip, *sdk_words(release)], check=True)
     return [str(program), "sandbox"]
 
 

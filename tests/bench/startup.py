@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from localplato import LocalPlato  # noqa: E402
 
-import plato_sandbox as product  # noqa: E402
 from bench import shared  # noqa: E402
 from bench.shared import Contestants, Desk, Measured  # noqa: E402
 
@@ -32,6 +31,11 @@ BARE = '`python3 -I -S -c "import argparse, json, http.client"`'
 WARM = "the request in a warm process"
 FRESH = "the request in a fresh process"
 INSTALLED = "ours, installed command"
+RUN_CACHED = (
+    "import sys; from importlib.machinery import SourceFileLoader as Loader; sys.argv.pop(0); "
+    "exec(Loader('plato_sandbox', sys.argv[0]).get_code('plato_sandbox'),"
+    " {'__name__': '__main__', '__file__': sys.argv[0]})"
+)
 REQUEST = """
 import http.client, os, sys
 connection = http.client.HTTPConnection(*sys.argv[1].split(":"))
@@ -51,7 +55,7 @@ def our_programs(place: Path) -> tuple[dict[str, list[str]], Path]:
         "ours, script": [sys.executable, str(copy)],
         "ours, `python3 -m`": [sys.executable, "-m", "plato_sandbox"],
         INSTALLED: shared.installed_command(place),
-        "ours, `-I -S`, cached": [*shared.BARE, "-c", product._RUN_FILE, str(copy)],
+        "ours, `-I -S`, cached": [*shared.BARE, "-c", RUN_CACHED, str(copy)],
     }
     return programs, modules
 

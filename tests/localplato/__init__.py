@@ -5,8 +5,8 @@
 `gateway`, `certificates` and `relay` (TLS into VMs), `ssh`, `network`, `public_url`, `catalogue`
 (simulators and artifacts), `snapshots` and `artifacts` (making and showing those), `engine`, `keeper`,
 `images` and `programs` (Docker in VMs), `hub` and `git_server` (Gitea), `worker`, `database`,
-`sqlite_client` and `mutations` (changes in databases), `faults`, `admin`, `clock`, `home` (the data
-directory), `serve` and `cli`.
+`sqlite_client` and `mutations` (changes in databases), `debian` (its mirror), `faults`, `admin`, `clock`,
+`home` (the data directory), `serve` and `cli`.
 """
 
 from __future__ import annotations

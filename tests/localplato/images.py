@@ -1,9 +1,9 @@
 """The Docker images that every VM has from the start, for a VM has no network to pull any through.
 
-`busybox:latest` is the host's static busybox. `debian:bookworm-slim` is made by mmdebstrap from Debian's
-mirror, with the packages that the example simulator installs already in it. Both are imported once by an
-engine in a VM of its own, whose data root is kept in the user's cache, named after what it was made of.
-With PLATO_LOCAL_IMAGES=busybox in its environment a server makes the first alone.
+`busybox:latest` is the host's static busybox. `debian:bookworm-slim` is made by mmdebstrap from the mirror
+that the system uses, with the packages that the example simulator installs already in it. Both are imported
+once by an engine in a VM of its own, whose data root is kept in the user's cache, named after what it was
+made of. With PLATO_LOCAL_IMAGES=busybox in its environment a server makes the first alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import engine
+from . import debian, engine
 from .engine import EngineError
 from .machine import PATH, Machine, MachineError, create_directory, remove_tree
 
@@ -209,6 +209,10 @@ def pack(directory: Path, with_debian: bool) -> dict[str, str]:
         names["busybox:latest"] = '["sh"]'
     if with_debian:
         command = bootstrap_command(directory / "debian.tar")
+        source = debian.source_file(SUITE, directory)
+        command += (
+            [str(source)] if source is not None else []
+        )  # without one, mmdebstrap has a mirror of its own
         done = subprocess.run(
             command,
             capture_output=True,

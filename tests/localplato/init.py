@@ -174,6 +174,17 @@ def lay_over(overlays: dict[str, str]) -> None:
         mount("overlay", directory, "overlay", 0, f"lowerdir={layer}:{directory}")
 
 
+def cover_etc(directory: str) -> None:
+    """Lay the VM's account files over the host's /etc, for its own to be mounted over those.
+
+    A mount over a file of the host goes when the host puts another file in its place, as `useradd` does.
+    """
+    try:
+        lay_over({"/etc": os.path.join(directory, "etc")})
+    except OSError:
+        pass  # an ordinary user may not everywhere; then such a change is seen in the VM
+
+
 def open_host_files(shown: dict[str, str]) -> dict[str, int]:
     """Files of the host that are to be seen, opened before the VM's own files hide them."""
     return {target: os.open(source, os.O_PATH) for target, source in shown.items()}
@@ -271,6 +282,7 @@ def set_up(settings: dict[str, Any]) -> None:
     socket.sethostname(settings["hostname"])
     bring_loopback_up()
     lay_over(settings["overlays"])
+    cover_etc(settings["directory"])
     protect_host()
     shown = open_host_files(settings["shown"])
     bind_own_files(settings["directory"], settings["binds"])

@@ -134,7 +134,7 @@ def choose_isolation(wish: str) -> tuple[bool, list[str]]:
     ]
     if paths.find_nss_wrapper() is None:
         warnings.append(
-            "SSH lets in only users that this host has, and as you: "
+            "SSH lets in only the user who runs this, by that name: "
             "install the package libnss-wrapper for root and plato"
         )
     return False, warnings
