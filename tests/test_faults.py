@@ -17,7 +17,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 import zlib
 from pathlib import Path
@@ -238,7 +237,9 @@ OTHERS = (
     Other("snapshot --wait", "*/artifacts/*", "gone gateway", {6, 7}, "it may not be known everywhere yet"),
     Other("start *", "*/public_url", EVERY, {0}, "an address that can be asked for later"),
     Other("start that fails*", "*/close", EVERY, {PLAIN}, "the first failure is told, and what is left"),
-    Other("start *", "*/add_ssh_key", "gone refusal", {0, 6}, "404, 405, 501: there is an older way"),
+    Other("start *", "*/connect_network", EVERY, {PLAIN}, "a VM without SSH is of use, too"),
+    Other("start *", "*/reset", EVERY, {PLAIN}, "the VM is as it booted"),
+    Other("snapshot*", "*/prefetch", EVERY, {PLAIN}, "VMs start from an artifact without that, too"),
     Other("st*", "*/close", "gone", {PLAIN}, "what is to be closed is gone already"),
     Other("stop that*", V2, "gone", {0}, "what could not be closed is gone"),
     Other("start beside*", V2, "gone", {0}, "a sandbox that is gone gives way to a new one"),
