@@ -161,7 +161,7 @@ def fuzz_config(data: bytes) -> None:
     product.read_config = lambda path: text
     try:
         config = product.load_config("/nowhere/plato-config.yml", "base")
-        json.dumps(config.for_setup(), allow_nan=False)
+        json.dumps(config.for_worker(), allow_nan=False)
         product.named_files(config.content)
         product._plan_from_config(config)
         product.plan_services(config)
@@ -261,7 +261,7 @@ def fuzz_answers(data: bytes) -> None:
         lambda: sandbox._worker_trouble(),
         lambda: starter._is_ready("s", JOB, 1),
         lambda: product.with_router_target(starter._public_url("s", JOB), "x"),
-        lambda: starter._add_key("s", JOB, "key", "root"),
+        lambda: sandbox.connect_network(),
         lambda: starter._make(),
         lambda: product.judge_beat(sandbox.api.checked(dict), JOB),
         lambda: product.execute_outcome(sandbox.api.checked(dict), JOB, 1.0),
