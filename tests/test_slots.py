@@ -33,7 +33,7 @@ from test_local_plato import SESSIONS, Client
 import plato_sandbox as product
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from localplato import LocalPlato
 
@@ -626,35 +626,22 @@ def test_the_slots_never_leave(slot: Slot, desk: Desk) -> None:
 
 
 class Newest:
-    """`plato sandbox` of the newest SDK at a desk."""
+    """`plato sandbox` of the newest SDK at the desk of a test."""
 
-    def __init__(self, desk: Desk, sdk: Path) -> None:
+    def __init__(self, desk: Desk, sdk: NewestSdk) -> None:
         self.desk = desk
         self.sdk = sdk
-        self.place = desk.work / ".plato"
-        path = f"{sdk}:{desk.environment['PATH']}"  # its heartbeat is whatever `python3` is
-        self.environment = {"PATH": path, "COLUMNS": "1000", "TERM": "dumb"}
-
-    def run(self, *words: str) -> Result:
-        command = [str(self.sdk / "plato"), "sandbox", *words]
-        return self.desk.run(command=command, environment=self.environment, timeout=120)
 
     def good(self, *words: str) -> Result:
-        result = self.run(*words)
-        assert result.code == 0, f"{result.out}\n{result.err}"
-        return result
+        return self.sdk.good(self.desk, *words)
 
     def document(self, *words: str) -> dict[str, Any]:
-        value = json.loads(self.good(*words, "--json").out)
-        assert isinstance(value, dict)
-        return value
+        return self.good(*words, "--json").document
 
     @property
     def fields(self) -> dict[str, Any]:
         """The current slot, as their other tools find it."""
-        fields = json.loads((self.place / "state.json").read_text())
-        assert isinstance(fields, dict)
-        return fields
+        return self.sdk.slot(self.desk)
 
     def listed(self) -> dict[str, Any]:
         (row,) = self.document("list")["sandboxes"]
@@ -663,13 +650,8 @@ class Newest:
 
 
 @pytest.fixture
-def newest(desk: Desk, newest_sdk: NewestSdk) -> Iterator[Newest]:
-    yield Newest(desk, newest_sdk.bin)
-    for path in desk.work.glob(".plato/sandboxes/*.json"):  # their heartbeat ends by itself, but later
-        fields = json.loads(path.read_text())
-        pid, session_id = fields.get("heartbeat_pid"), fields.get("session_id")
-        if pid and str(session_id).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+def newest(desk: Desk, newest_sdk: NewestSdk) -> Newest:
+    return Newest(desk, newest_sdk)
 
 
 STARTS = {
