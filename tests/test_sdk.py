@@ -348,7 +348,7 @@ def test_their_start_services(
     theirs = Theirs(desk, sdk)
     authority = (plato.certificates / "ca.pem").read_text()
     trust = f"cat > /home/plato/ca.pem <<'END'\n{authority}END\n"
-    trust += "printf '[http]\\nsslCAInfo = /home/plato/ca.pem\\n' > /home/plato/.gitconfig"
+    trust += "printf '[http]\\nsslCAInfo = /home/plato/ca.pem\\n' > /root/.gitconfig"
     Client(plato).output(desk.state["session_id"], trust)
     done = theirs.good("start-services").out
     assert "Services started successfully!" in done
@@ -363,7 +363,7 @@ def test_their_start_services(
     assert files.stdout.splitlines() == [".sandbox.yaml", "compose.yml", "plato-config.yml"]
     assert "running" in desk.ssh("docker ps --all --format '{{.State}}'").out
     assert (
-        desk.ssh("cat worktree/taskboard/plato-config.yml").out
+        desk.ssh("cat /home/plato/worktree/taskboard/plato-config.yml").out
         == (desk.work / "plato-config.yml").read_text()
     )
 
