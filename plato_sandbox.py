@@ -7637,7 +7637,8 @@ class Database:
         words = refusal[1] if refusal else said.partition("\n")[0]
         if connected or not self.in_config:
             return self.failure(words)
-        if self.tunnel is None or refusal or error.args[0] not in (said, *_MYSQL_AWAY):
+        number = error.args[0] if len(error.args) > 1 else 0
+        if self.tunnel is None or refusal or number not in _MYSQL_AWAY:
             return self.failure(words, "Correct what the config says of this listener.")
         if self.tunnel.problem:
             return self.failure(self.tunnel.problem, f"See what the VM is doing: {PROGRAM} status")
@@ -7805,28 +7806,26 @@ class AuditPlan:
         self.dataset = dataset
         self.url = url
         self.visits: dict[str, list[Visit]] = {}
-        self.first: list[Visit] = []
+        self.early: list[Aside] = []
+        self.began = 0.0
 
     def begin(self) -> None:
-        """Start to read what the first visitor will see. SandboxError for an address that leads nowhere."""
-        self.first = self.visit()
-        for visit in self.first:
-            if not visit.database.in_config:
-                visit.settle()
-                if isinstance(visit.tables, SandboxError):
-                    raise visit.tables
-
-    def visit(self) -> list[Visit]:
-        """What a new visitor has: something for each listener."""
-        changes = Aside(self.read_changes)
-        return [Visit(self, database, changes) for database in self.databases]
+        """Start to read the tables that the first visitor will see. DatabaseError for a useless address."""
+        self.began = time.monotonic()
+        self.early = [Aside(database.tables) for database in self.databases]
+        for database, tables in zip(self.databases, self.early):
+            if not database.in_config:
+                tables.result()
 
     def visits_of(self, token: str) -> list[Visit]:
-        """What a visitor has who comes back, as with a reload of the page, or is new."""
+        """What a visitor has, for each listener: who comes back, as with a reload of the page, or is new."""
         if token not in self.visits:
-            first, self.first = self.first, []
-            is_fresh = first and time.monotonic() - first[0].began < AUDIT_FRESH_SECONDS
-            self.visits[token] = first if is_fresh else self.visit()
+            early, self.early = self.early, []
+            if not early or time.monotonic() - self.began > AUDIT_FRESH_SECONDS:
+                early = [Aside(database.tables) for database in self.databases]
+            changes = Aside(self.read_changes)
+            pairs = zip(self.databases, early)
+            self.visits[token] = [Visit(self, database, tables, changes) for database, tables in pairs]
         return self.visits[token]
 
 
@@ -7838,7 +7837,7 @@ class Visit:
     the grid was drawn with, for the `turn`-th time. recording: what had changed before.
     """
 
-    def __init__(self, plan: AuditPlan, database: Database, changes: Aside) -> None:
+    def __init__(self, plan: AuditPlan, database: Database, tables: Aside, changes: Aside) -> None:
         self.plan = plan
         self.database = database
         self.schema = database.schema
@@ -7847,13 +7846,12 @@ class Visit:
         self.turn = 0
         self.recording: Sequence[Mutation] | None = None
         self.recorded: Changes | None = None
-        self.look(changes)
+        self.look(tables, changes)
 
-    def look(self, changes: Aside | None = None) -> None:
+    def look(self, tables: Aside | None = None, changes: Aside | None = None) -> None:
         """Read everything anew; choices that were made stay, on top of what the file has now."""
         self.said: tuple[bool, str] | None = None
-        self.began = time.monotonic()
-        self._reading = [Aside(self.database.tables), changes or Aside(self.plan.read_changes)]
+        self._reading = [tables or Aside(self.database.tables), changes or Aside(self.plan.read_changes)]
         self.examples: dict[str, Any] = {}
         before = self.saved_ticks()
         self.text: str | None = None

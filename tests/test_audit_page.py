@@ -475,17 +475,18 @@ def test_each_listener_has_its_own_tables_changes_and_choices(stage: Stage) -> N
     assert stage.reads == 1
 
 
-def test_what_was_read_beforehand_is_used_once_and_only_while_it_is_fresh(
+def test_tables_read_beforehand_are_used_once_and_only_while_they_are_fresh(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What changed is read when somebody looks at it, and not before."""
     stage.open()
-    assert stage.reads == 1
+    assert (stage.database.looks, stage.reads) == (["tables"], 1)
     stage.open()
-    assert stage.reads == 2
+    assert (stage.database.looks, stage.reads) == (["tables"] * 2, 2)
     monkeypatch.setattr(plato_sandbox, "AUDIT_FRESH_SECONDS", 0.0)
     stage.plan = None
     stage.open()
-    assert stage.reads == 4
+    assert (stage.database.looks, stage.reads) == (["tables"] * 4, 3)
 
 
 # Much, and pictures
