@@ -8101,28 +8101,30 @@ class FlowSession:
 
     def __init__(
         self,
-        reporter: Reporter,
-        mask: Mask,
-        *,
+        sandbox: SandboxBase,
+        known: FlowSet,
+        flows: list[Flow],
         address: str,
-        screenshots: str,
         output: str,
+        *,
         seconds: float,
         keep_open: bool,
     ) -> None:
         import asyncio
         import tempfile
 
-        self.reporter = reporter
-        self.mask = mask
+        self.reporter = sandbox.reporter
+        self.flows = flows
         self.address = address
-        self.screenshots = screenshots
-        self.output = output
+        self.mask = mask_of(flows, address)
+        folder = os.path.dirname(os.path.abspath(known.path)) if known.path else sandbox.directory
+        self.screenshots = os.path.join(folder, "screenshots")
+        self.output = os.path.join(sandbox.directory, output)
         try:
-            os.makedirs(output, exist_ok=True)
+            os.makedirs(self.output, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"The report cannot be written to {shown_path(output)}: {reason(error)}.",
+                f"The report cannot be written to {shown_path(self.output)}: {reason(error)}.",
                 hint="Name another directory: --output DIR",
             ) from None
         self.seconds = seconds
@@ -8203,12 +8205,12 @@ class FlowSession:
         finally:
             os.environ.update(secrets)
 
-    def run(self, flows: Sequence[Flow], told: Callable[[Json, Json | None], None]) -> list[Json]:
+    def run(self, told: Callable[[Json, Json | None], None]) -> list[Json]:
         """Run the flows, as long as there is time. Returns a result each, as `Sandbox.flow` tells them."""
         results: list[Json] = []
         taken: set[str] = set()
         self.ends = time.monotonic() + self.seconds
-        for flow in flows:
+        for flow in self.flows:
             taken.add(name := flow_file_name(self.mask(flow.name), taken))
             place = os.path.join(self.output, name)
             os.makedirs(place, exist_ok=True)
@@ -11472,29 +11474,15 @@ class Sandbox(SandboxBase):
         address = base_url or self._page_address()
         before = self._mutations_now() if verify_no_mutations else []
         began = time.time()
-        session = FlowSession(
-            self.reporter,
-            mask_of(flows, address),
-            address=address,
-            screenshots=os.path.join(
-                os.path.abspath(os.path.dirname(known.path or self.directory + "/")), "screenshots"
-            ),
-            output=os.path.join(self.directory, output or FLOW_OUTPUT),
-            seconds=timeout,
-            keep_open=keep_open,
-        )
+        session = FlowSession(self, known, flows, address, output, seconds=timeout, keep_open=keep_open)
         path = os.path.join(session.output, "report.html")
-        changed: list[Mutation] = []
         try:
             self.reporter.step("Opening the browser")
             session.wait(session.open(executable, headed=headed, slowmo=slowmo))
-            results = session.run(flows, told)
-            if verify_no_mutations:
-                changed = new_mutations(before, self._mutations_now())
+            results = session.run(told)
+            changed = new_mutations(before, self._mutations_now()) if verify_no_mutations else []
             report: Json = {
-                "passed": not changed
-                and not session.timed_out
-                and all(result["passed"] for result in results),
+                "passed": not changed and not session.timed_out and all(item["passed"] for item in results),
                 "started_at": utc_text(began),
                 "seconds": round(time.time() - began, 3),
                 "address": address,
@@ -11517,21 +11505,22 @@ class Sandbox(SandboxBase):
         finally:
             session.close()
             self.api.transport.close()
+        return {**report, "error": self._flow_error(session, report, begun_elsewhere=bool(base_url))}
+
+    def _flow_error(self, session: FlowSession, report: Json, begun_elsewhere: bool) -> SandboxError | None:
+        """Why a run is no success, or None. NoSandboxError where the page was that of a VM that is gone."""
         failed = [result for result in report["flows"] if not result["passed"]]
-        error: SandboxError | None = None
         if session.timed_out:
-            error = TimedOutError(
-                f"The flows were not done after {timeout:g} s.",
+            return TimedOutError(
+                f"The flows were not done after {session.seconds:g} s.",
                 hint="Give them more time with --timeout SECONDS, or look at the report for what took it.",
             )
-        elif failed:  # a page that does not even open may belong to a VM that is gone
-            gone = None if base_url or failed[0]["failure"]["step"] else self.end_of_vm()
+        if failed:
+            gone = None if begun_elsewhere or failed[0]["failure"]["step"] else self.end_of_vm()
             if gone is not None:
                 raise gone
-            error = flow_failed_error(failed)
-        elif changed:
-            error = mutations_found(changed)
-        return {**report, "error": error}
+            return flow_failed_error(failed)
+        return mutations_found(list(map(Mutation, report["mutations"]))) if report["mutations"] else None
 
     def _mutations_now(self) -> list[Mutation]:
         self.reporter.step("Reading the mutations")
