@@ -70,7 +70,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import http.client
-    import logging
     import socket
     import ssl
     import subprocess
@@ -83,6 +82,7 @@ if TYPE_CHECKING:
     Line = Union[str, tuple[Any, ...]]
 
     Json = dict[str, Any]
+
 
 __version__ = "0.1.0"
 
@@ -1798,10 +1798,11 @@ class Aside:
             self._value = self._function()
         except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
             self._error = error
-        self._ended.set()
+        finally:
+            self._ended.set()
 
-    def wait(self, seconds: float) -> bool:
-        """Wait at most so long; whether it has ended."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait, at most so long; whether it has ended."""
         return self._ended.wait(seconds)
 
     def result(self) -> Any:
@@ -5644,134 +5645,32 @@ class AuditTable:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# flow: where the flows are, the options, what must not be read, the steps in a browser, and the report
+# flow: where the flows are, what must not be read, the steps in a browser, and the report
 # ----------------------------------------------------------------------------------------------------------
-# Playwright works in a thread with an event loop of its own, so that a signal in the main thread finds
-# Python code to interrupt, and an importer's own event loop is none of its business. A step either passes
-# or raises StepFailedError with what was seen instead. Texts from the page and from the flows file pass the
-# mask before anything is shown or written.
+# Playwright works in a thread with an event loop of its own, so that a signal finds the main thread in
+# Python code, and an importer's own event loop is none of its business. Its driver ends the browser when
+# this process ends, however it ends. Texts of pages and flows pass the mask before anybody sees them.
 
 FLOW_SECONDS = 600.0
 FLOW_OUTPUT = "test-results"
+FLOW_PATIENCE_MS = 30000  # for a page to open, and for an element that is there to let itself be used
+FLOW_GRACE_SECONDS = 3.0  # what a step may take longer than all that, before its page counts as hung
+FLOW_LOOK_SECONDS = 5.0  # for a picture, or a look at a page that just failed
+FLOW_CLOSE_SECONDS = 5.0  # for the browser to end in order
 FLOW_POLL_SECONDS = 0.05
-FLOW_GRACE_SECONDS = 3.0  # what a step may take longer than its timeout, before its page counts as hung
-FLOW_LOOK_SECONDS = 3.0  # for a picture, or a look at a page that just failed
-FLOW_CLOSE_SECONDS = 5.0  # for a browser to close in order
-PICTURE_FRESH_SECONDS = 0.1  # a check that passes this soon shows what the picture before it shows
-PAGE_TEXT_LIMIT = 4000
+FLOW_FOREVER_MS = 86400000  # a step whose timeout is 0
 TROUBLE_LIMIT = 20
-BROWSERS = ("chromium", "firefox", "webkit")
-TRACINGS = ("on", "off", "retain-on-failure")
 ERROR_SELECTORS = (
     *(".error", ".alert-danger", ".alert-error", "[role='alert']", ".error-message"),
     ".validation-error",
 )
-INSTALLED_BROWSERS = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome")
-MAC_BROWSERS = (
+INSTALLED_BROWSERS = (
+    *("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome"),
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
 )
-# Steps that change nothing: one that passes while a picture is being taken, or right after it, shares it.
-QUICK_STEPS = frozenset(STEP_FIELDS) - {
-    *("navigate", "click", "fill", "wait", "screenshot", "switch_page", "execute_script")
-}
-PASSIVE_STEPS = QUICK_STEPS | {"wait"}  # a picture may still be taken while these wait
-VISIBLE_TEXTS = """elements => elements.filter(element => {
-  const box = element.getBoundingClientRect();
-  return box.width > 0 && box.height > 0 && getComputedStyle(element).visibility === "visible";
-}).map(element => element.innerText || "")"""
-OBSTACLE = """(element, fills) => {
-  const unfit = /^(button|checkbox|file|image|radio|reset|submit)$/;
-  if (fills && element.matches("input") && unfit.test(element.type))
-    return `an input of type "${element.type}" cannot be filled`;
-  if (fills && !element.matches("input, textarea, select, label") && !element.isContentEditable)
-    return `<${element.localName}> is not a field that can be filled`;
-  if (fills && element.readOnly) return "the element is not editable";
-  if (element.matches(":disabled, [aria-disabled=true]")) return "the element is not enabled";
-  const box = element.getBoundingClientRect();
-  const above = element.getRootNode().elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
-  if (!above || element.contains(above) || above.contains(element)) return "";
-  return "it is covered by " + above.cloneNode(false).outerHTML.slice(0, 200);
-}"""
 HIDDEN = "***"
-
-
-class FlowOptions:
-    """What a flow run was asked to do; see `Sandbox.flow`. UsageError for what does not fit together."""
-
-    def __init__(
-        self,
-        *,
-        every: bool = False,
-        source: str | None = None,
-        headed: bool = False,
-        slowmo: float = 0,
-        browser: str = "chromium",
-        tracing: str = "retain-on-failure",
-        unmasked_trace: bool = False,
-        output: str | None = None,
-        keep_open: bool = False,
-        base_url: str | None = None,
-        viewport: str = "1280x720",
-        timeout: float = FLOW_SECONDS,
-        verify_no_mutations: bool = False,
-    ) -> None:
-        for what, value, known in (
-            ("source", source, (None, "local", "api")),
-            ("browser", browser, BROWSERS),
-            ("tracing", tracing, TRACINGS),
-        ):
-            if value not in known:
-                raise UsageError(f"{what} is {value!r}; it must be one of {', '.join(filter(None, known))}.")
-        if not 0 <= slowmo <= 60000:
-            raise UsageError(f"slowmo is {slowmo:g} ms; it must be from 0 to 60000.")
-        if not 1 <= timeout <= 86400:
-            raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
-        if keep_open and not headed:
-            raise UsageError("--keep-open needs --headed: nobody sees a browser without a window.")
-        self.every = every
-        self.source = source
-        self.headed = headed
-        self.slowmo = slowmo
-        self.browser = browser
-        self.tracing = tracing
-        self.unmasked_trace = unmasked_trace
-        self.output = output
-        self.keep_open = keep_open
-        self.base_url = None if base_url is None else normal_page_url(base_url)
-        self.viewport = viewport_size(viewport)
-        self.timeout = timeout
-        self.verify_no_mutations = verify_no_mutations
-
-
-def normal_page_url(url: str) -> str:
-    """The address of a page to begin at; UsageError for what is none."""
-    import urllib.parse
-
-    trimmed = url.strip()
-    try:
-        parts = urllib.parse.urlsplit(trimmed)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        fits = False
-    if not fits or re.search(r"\s", trimmed):
-        raise UsageError(
-            f"--base-url is {url!r}, which is not the address of a page.",
-            hint="It looks like http://127.0.0.1:8080.",
-        )
-    return trimmed
-
-
-def viewport_size(text: str) -> dict[str, int]:
-    """WIDTHxHEIGHT in CSS pixels, as Playwright takes it."""
-    match = re.fullmatch(r"(\d{1,5})[xX,](\d{1,5})", text.strip())
-    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 100 <= width <= 8192 or not 100 <= height <= 8192:
-        raise UsageError(
-            f"The viewport is {text!r}; it must be WIDTHxHEIGHT, each from 100 to 8192.",
-            hint="For example: --viewport 1280x720",
-        )
-    return {"width": width, "height": height}
+LONGEST_PLAIN_WORD = 5  # such as admin, demo, guest
 
 
 # Where the flows are
@@ -5782,42 +5681,37 @@ def find_flows(sandbox: SandboxBase, source: str | None = None) -> FlowSet:
 
     source: "local" or "api" for one of them only. ConfigError for flows with problems.
     """
-    if source != "api":
-        path = local_flows_path(sandbox)
-        if path is not None:
-            return load_flows(path)
-        if source == "local":
-            raise ConfigError(
-                f"{shown_path(sandbox.directory)} has no {CONFIG_NAMES[0]} with `metadata.flows_path`.",
-                hint="Name the flows file there, or take the flows that Plato has: --api",
-            )
+    path = None if source == "api" else local_flows_path(sandbox)
+    if path is not None:
+        return load_flows(path)
+    if source == "local":
+        raise ConfigError(
+            f"{shown_path(sandbox.directory)} has no {CONFIG_NAMES[0]} with `metadata.flows_path`.",
+            hint="Name the flows file there, or take the flows that Plato has: --api",
+        )
     return fetch_flows(sandbox)
 
 
 def local_flows_path(sandbox: SandboxBase) -> str | None:
     """The flows file that the local config names for the sandbox's dataset; None without one."""
-    recorded = sandbox.state.get("plato_config_path")
-    candidates = [recorded] if recorded else []
-    candidates += [os.path.join(sandbox.directory, name) for name in CONFIG_NAMES]
-    for path in candidates:
-        if os.path.isfile(path):
-            return configured_flows_path(path, sandbox.state.get("dataset") or DEFAULT_DATASET)
-    return None
+    recorded = sandbox.state.get("plato_config_path") or ""
+    places = [recorded, *(os.path.join(sandbox.directory, name) for name in CONFIG_NAMES)]
+    config = next(filter(os.path.isfile, places), None)
+    return config and configured_flows_path(config, sandbox.state.get("dataset") or DEFAULT_DATASET)
 
 
 def fetch_flows(sandbox: SandboxBase) -> FlowSet:
     """The flows that Plato has for the sandbox's job, or else for its artifact."""
-    job_id, artifact_id = sandbox.state.get("job_id"), sandbox.state.get("artifact_id")
     found: Any = None
     sandbox.reporter.step("Fetching the flows")
-    for identity, ask in ((job_id, sandbox.api.job_flows), (artifact_id, sandbox.api.artifact_flows)):
-        if not identity or found:
-            continue
+    for name, ask in (("job_id", sandbox.api.job_flows), ("artifact_id", sandbox.api.artifact_flows)):
         try:
-            found = flows_in(ask(identity))
+            found = found or (sandbox.state.get(name) and ask(sandbox.state[name]))
         except ApiError as error:
             if error.status not in (404, 405, 501):
                 raise
+        while isinstance(found, dict):  # bare, or under `flows` or `data`
+            found = found["data"] if isinstance(found.get("data"), dict) else found.get("flows")
     if not found:
         raise ConfigError(
             "Plato has no flows for this sandbox.",
@@ -5825,13 +5719,6 @@ def fetch_flows(sandbox: SandboxBase) -> FlowSet:
         )
     text = found if isinstance(found, str) else yaml_dump({"flows": found})
     return parse_flows(text, "the flows that Plato has", placed=False)
-
-
-def flows_in(answer: Any) -> Any:
-    """The flows in an answer: a list of them or the text of a flows file, bare or under `flows` or `data`."""
-    if not isinstance(answer, dict):
-        return answer
-    return flows_in(answer["data"]) if isinstance(answer.get("data"), dict) else answer.get("flows")
 
 
 # What a flow changed
@@ -5849,7 +5736,7 @@ def new_mutations(before: Sequence[Mutation], after: Sequence[Mutation]) -> list
     return found
 
 
-def mutation_words(mutations: Sequence[Mapping[str, Any]]) -> str:
+def mutation_words(mutations: Sequence[Json]) -> str:
     """What was changed, counted: "activity (1 inserted); users (2 updated)"; "none" for nothing."""
     tables = summarize([Mutation(raw) for raw in mutations])["tables"]
     return "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in tables) or "none"
@@ -5858,52 +5745,47 @@ def mutation_words(mutations: Sequence[Mapping[str, Any]]) -> str:
 # What must not be read
 
 
-class Mask:
-    """Hides the values of password fields in texts.
+# Where a text is a value: of a field in a page or a request (JSON, form), or of the call that fills it.
+_VALUE_PLACE = (
+    r"""(\\*"(?!(?:type|name|id|for|class|autocomplete)\\*")[\w.\[\]-]+\\*":\s*\\*"|\bvalue=\\*["']"""
+    r"""|\bfill\(\\*"|[?&][\w.%\[\]-]+=|name=\\*"[^"\\]*\\*"(?:\\r\\n|\r\n)+)(?:{})(?=\\*["'\r]|&|\s|$)"""
+)
+_ANYWHERE = "()(?:{})"
 
-    A value that is too short, or that is a word of its own field's selector (such as "password"), is not
-    looked for in other texts: hiding it there would make nonsense of them and tell what it is. `plain` says
-    whether there is such a value.
+
+class Mask:
+    """Hides the values of password fields in texts, in each spelling that they have in HTML, addresses, JSON.
+
+    said: what can be read anyway, such as selectors and addresses. A word of it, or a value that is too short
+    or too plain, is hidden only where it stands as a value: elsewhere that would make nonsense of other words
+    and tell what it is.
     """
 
-    def __init__(self) -> None:
-        self.plain = False
-        self._spellings: list[str] = []
-        self._values: set[str] = set()
+    def __init__(self, said: str) -> None:
+        self._said = said.lower()
+        self._patterns: dict[str, re.Pattern[str]] = {}
 
-    def add(self, value: str, selector: str) -> None:
-        """Hide a value from now on, in each spelling that it has in addresses, HTML and JSON."""
-        if not value or value in self._values:
+    def add(self, value: str) -> None:
+        """Hide a value from now on."""
+        if not value:
             return
-        self._values.add(value)
-        if len(value) < SHORTEST_SECRET or value.lower() in selector.lower():
-            self.plain = True
-        else:
-            self._spellings = sorted({*self._spellings, *spellings(value)}, key=len, reverse=True)
+        is_word = value.isalpha() and (len(value) <= LONGEST_PLAIN_WORD or value.lower() in self._said)
+        pattern = _VALUE_PLACE if is_word or len(value) < SHORTEST_SECRET else _ANYWHERE
+        longest_first = sorted(spellings(value), key=len, reverse=True)
+        self._patterns[value] = re.compile(pattern.replace("{}", "|".join(map(re.escape, longest_first))))
 
     def __call__(self, text: str) -> str:
-        if text in self._values:
-            return HIDDEN
-        for spelling in self._spellings:
-            text = text.replace(spelling, HIDDEN)
+        for value in sorted(self._patterns, key=len, reverse=True):
+            text = self._patterns[value].sub(rf"\1{HIDDEN}", text)
         return text
-
-    def bytes(self, data: bytes) -> bytes:
-        for spelling in self._spellings:
-            data = data.replace(spelling.encode("utf-8", "replace"), HIDDEN.encode())
-        return data
 
     def value(self, thing: Any) -> Any:
         """A value for JSON with every text in it masked."""
-        if isinstance(thing, str):
-            return self(thing)
         if isinstance(thing, dict):
-            return {
-                self(key) if isinstance(key, str) else key: self.value(part) for key, part in thing.items()
-            }
-        if isinstance(thing, (list, tuple)):
+            return {key: self.value(part) for key, part in thing.items()}
+        if isinstance(thing, list):
             return [self.value(part) for part in thing]
-        return thing
+        return self(thing) if isinstance(thing, str) else thing
 
 
 def spellings(value: str) -> set[str]:
@@ -5926,912 +5808,150 @@ def looks_secret(step: FlowStep) -> bool:
     return re.search(r"passw|passphrase|\bpwd|secret", words, re.IGNORECASE) is not None
 
 
+def mask_of(flows: Sequence[Flow], said: str) -> Mask:
+    """The mask of a run, with the values of those fields that are for passwords by their own words."""
+    steps = [step for flow in flows for step in flow.steps]
+    for step in steps:
+        said += " ".join(
+            str(text) for name, text in step.values.items() if name not in ("value", "description")
+        )
+    mask = Mask(said)
+    for step in steps:
+        if step.type == "fill" and looks_secret(step):
+            mask.add(str(step.values["value"]))
+    return mask
+
+
 def mask_trace(source: str, target: str, mask: Mask) -> None:
     """Copy a trace with the values of password fields hidden in every file that is in it."""
     import zipfile
 
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
-            new.writestr(entry.filename, mask.bytes(old.read(entry)))
+            text = "&" + old.read(entry).decode("utf-8", "surrogateescape")  # it may be the fields of a form
+            new.writestr(entry.filename, mask(text)[1:].encode("utf-8", "surrogateescape"))
 
 
-# What a step is about, in words
+# The steps
 
 
-def step_target(step: FlowStep) -> str:
-    """What a step acts on: its selector, its address, its file; a filled value is not shown."""
-    values = step.values
-    if step.type == "verify":
-        kind = values["verify_type"]
-        return " ".join([kind, *(str(values[name]) for name in VERIFY_NEEDS[kind])])
-    names = ("selector", "url", "url_contains", "text", "filename", "page_index", "script")
-    found = next((str(values[name]) for name in names if values.get(name) is not None), "")
-    if step.type == "wait":
-        return f"{values['duration']} ms"
-    return found if len(found) <= 200 else found[:199] + "…"
+# What each type acts on; what is expected (behind the bar: with `should_exist: false` or `contains: false`);
+# and what is done, with Playwright's own waiting. It raises where it does not come true.
+STEPS: dict[str, tuple[str, str, Callable[[FlowRun, Json], Any]]] = {
+    "navigate": ("{url}", "{url} to open", lambda run, at: run.page.goto(run.absolute(at["url"]))),
+    "wait_for_selector": (
+        "{selector}",
+        "a visible element {selector}",
+        lambda run, at: run.page.wait_for_selector(at["selector"]),
+    ),
+    "click": (
+        "{selector}",
+        "an element {selector} that can be clicked",
+        lambda run, at: run.page.click(at["selector"], timeout=run.patience),
+    ),
+    "fill": (
+        "{selector}",
+        "a field {selector} that can be filled",
+        lambda run, at: run.page.fill(at["selector"], str(at["value"]), timeout=run.patience),
+    ),
+    "wait": (
+        "{duration} ms",
+        "{duration} ms to pass",
+        lambda run, at: run.page.wait_for_timeout(whole_number(at["duration"])),
+    ),
+    "wait_for_url": (
+        "{url_contains}",
+        "an address with {url_contains!r}",
+        lambda run, at: run.expect(run.page).to_have_url(matching(at["url_contains"], at)),
+    ),
+    "check_element": (
+        "{selector}",
+        "an element {selector}|no element {selector}",
+        lambda run, at: run.expect(run.first(at)).to_be_attached(
+            attached=at.get("should_exist") is not False
+        ),
+    ),
+    "element_exists": (
+        "element_exists {selector}",
+        "an element {selector}",
+        lambda run, at: run.expect(run.first(at)).to_be_attached(),
+    ),
+    "element_visible": (
+        "element_visible {selector}",
+        "a visible element {selector}",
+        lambda run, at: run.expect(run.first(at)).to_be_visible(),
+    ),
+    "element_text": (
+        "element_text {selector} {text}",
+        "{selector} with the text {text!r}|{selector} to be the text {text!r}",
+        lambda run, at: run.element_text(at),
+    ),
+    "element_count": (
+        "element_count {selector} {count}",
+        "{count} elements {selector}",
+        lambda run, at: run.expect(run.page.locator(at["selector"])).to_have_count(whole_number(at["count"])),
+    ),
+    "page_title": (
+        "page_title {title}",
+        "a page title with {title!r}|a page title equal to {title!r}",
+        lambda run, at: run.expect(run.page).to_have_title(matching(at["title"], at)),
+    ),
+    "verify_text": (
+        "{text}",
+        "a page with the text {text!r}|a page without the text {text!r}",
+        lambda run, at: run.page_text(at),
+    ),
+    "verify_url": (
+        "{url}",
+        "the address to contain {url!r}|the address to be {url!r}",
+        lambda run, at: run.expect(run.page).to_have_url(matching(at["url"], at)),
+    ),
+    "verify_no_errors": ("", "no visible error on the page", lambda run, at: run.no_errors(at)),
+    "screenshot": ("{filename}", "a screenshot {filename}", lambda run, at: run.screenshot(at)),
+    "switch_page": (
+        "{page_index}",
+        "a page with the index {page_index}",
+        lambda run, at: run.switch_page(int(at["page_index"])),
+    ),
+    "execute_script": ("{script}", "the script to end without an error", lambda run, at: run.script(at)),
+}
 
 
-def step_words(step: Mapping[str, Any]) -> str:
-    """A step's own description, or what it does."""
-    return step["description"] or f"{step['type']} {step['target']}".rstrip()
+def step_kind(step: FlowStep) -> tuple[str, str, Any]:
+    """The entry of a step in the table."""
+    return STEPS[step.values["verify_type"] if step.type == "verify" else step.type]
+
+
+def matching(text: str, values: Json) -> re.Pattern[str]:
+    """What contains a text, or with `contains: false` equals it."""
+    return re.compile(f"^{re.escape(text)}$" if values.get("contains") is False else re.escape(text))
+
+
+def squeezed(text: str) -> str:
+    """A text as it is read, whatever its line breaks and margins."""
+    return " ".join(text.split())
 
 
 def expectation(step: FlowStep) -> str:
     """What a step waits for, as the end of "Expected ..."."""
-    values = step.values
-    selector = values.get("selector")
-    gone = values.get("should_exist") is False
-    exact = values.get("contains") is False
-    if step.type == "verify":
-        return {
-            "element_exists": f"an element {selector}",
-            "element_visible": f"a visible element {selector}",
-            "element_text": f"{selector} {'to be' if exact else 'with'} the text {values.get('text')!r}",
-            "element_count": f"{values.get('count')} elements {selector}",
-            "page_title": f"a page title {'equal to' if exact else 'with'} {values.get('title')!r}",
-        }[values["verify_type"]]
-    return {
-        "navigate": f"{values.get('url')} to open",
-        "wait_for_selector": f"a visible element {selector}",
-        "click": f"an element {selector} that can be clicked",
-        "fill": f"a field {selector} that can be filled",
-        "wait": f"{values.get('duration')} ms to pass",
-        "wait_for_url": f"an address with {values.get('url_contains')!r}",
-        "check_element": f"{'no' if gone else 'an'} element {selector}",
-        "verify_text": f"{'a page without' if gone else 'a page with'} the text {values.get('text')!r}",
-        "verify_url": f"the address {'to be' if exact else 'to contain'} {values.get('url')!r}",
-        "verify_no_errors": "no visible error on the page",
-        "screenshot": f"a screenshot {values.get('filename')}",
-        "switch_page": f"a page with the index {values.get('page_index')}",
-        "execute_script": "the script to end without an error",
-    }[step.type]
+    words, _, negative = step_kind(step)[1].partition("|")
+    if False in (step.values.get("should_exist"), step.values.get("contains")):
+        words = negative or words
+    return words.format_map(step.values)
 
 
-NETWORK_WORDS = {
-    "CONNECTION_REFUSED": "nothing answers there (connection refused)",
-    "NAME_NOT_RESOLVED": "the host name is unknown",
-    "CONNECTION_RESET": "the server closed the connection without an answer",
-    "EMPTY_RESPONSE": "the server closed the connection without an answer",
-    "CONNECTION_CLOSED": "the server closed the connection without an answer",
-    "CONNECTION_TIMED_OUT": "the server does not answer",
-    "INTERNET_DISCONNECTED": "there is no network",
-    "TOO_MANY_REDIRECTS": "the server redirects in a circle",
-    "ABORTED": "the address is a download, or the page left before it was loaded",
-    "UNSAFE_PORT": "browsers refuse this port",
-}
+def step_words(step: Json) -> str:
+    """A step's own description, or what it does."""
+    return step["description"] or f"{step['type']} {step['target']}".rstrip()
 
 
-def failure_words(message: str) -> str:
-    """What a message of Playwright says that a person can use; "" for a mere time-out."""
-    head = message.partition("\nCall log:")[0].strip()
-    head = re.sub(r"^[A-Z]\w+\.\w+: ", "", head)
-    network = re.search(r"net::ERR_(\w+)|NS_ERROR_(\w+)", head)
-    if network:
-        code = network[1] or network[2]
-        return NETWORK_WORDS.get(code, f"the browser reports {network[0]}")
-    if "crashed" in head:
-        return "the page crashed"
-    if "has been closed" in head or "Connection closed" in head:
-        return "the page or the browser was closed"
-    if "Timeout" in head and "exceeded" in head:
-        covered = re.findall(r"- (<.*?>.*) intercepts pointer events", message)
-        if covered:
-            return f"it is covered by {covered[-1][:200]}"
-        states = re.findall(r"element is (not \w+|outside of the viewport)", message)
-        return f"the element is {states[-1]}" if states else ""
-    return re.sub(r"\s*\n\s*", " ", head)[:500].rstrip(".")
-
-
-def install_hint(what: str, python: str) -> str:
-    """The commands that give a Python the package playwright, and Playwright a browser."""
-    import importlib.util
-    import sysconfig
-
-    browser = f"{shell_words([python, '-m', 'playwright', 'install', '--with-deps', 'chromium'])}"
-    if what == "browser":
-        return f"{browser} (or install Chrome or Chromium, or set PLATO_BROWSER to the path of one)"
-    managed = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
-    if sys.prefix == sys.base_prefix and os.path.exists(managed):
-        steps = ([python, "-m", "venv", "flow-venv"], ["flow-venv/bin/pip", "install", "playwright"])
-        words = " && ".join(map(shell_words, steps))
-        return f"{words}, then run this command with flow-venv/bin/python"
-    if importlib.util.find_spec("pip") is None:
-        return shell_words(["uv", "pip", "install", "--python", python, "playwright"])
-    return shell_words([python, "-m", "pip", "install", "playwright"])
-
-
-def installed_browser() -> str | None:
-    """The path of a Chrome or Chromium of this system, or None."""
-    found = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
-    return found or next(filter(os.path.exists, MAC_BROWSERS), None)
-
-
-def chosen_browser(settings: Settings, options: FlowOptions) -> str | None:
-    """The executable that PLATO_BROWSER names, checked; None without that variable."""
-    if not settings.browser or options.browser != "chromium":
-        return None
-    path = find_program(os.path.expanduser(settings.browser))
-    if path is None:
-        raise UsageError(f"PLATO_BROWSER is {settings.browser!r}, which is no program that can be run.")
-    return path
-
-
-def has_display(environment: Mapping[str, str], platform: str) -> bool:
-    """Whether a window can be shown (X11 or Wayland; other systems have one)."""
-    if not platform.startswith("linux"):
-        return True
-    return bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
-
-
-# The steps in a browser
-
-
-class StepFailedError(Exception):
-    """A step did not come true. seen: what was there instead."""
-
-    def __init__(self, seen: str) -> None:
-        super().__init__(seen)
-        self.seen = seen
-
-
-class FlowPage:
-    """One browser context with its pages, and what every step does there."""
-
-    def __init__(self, context: Any, address: str, screenshots: str, mask: Mask, devtools: bool) -> None:
-        self.context = context
-        self.address = address
-        self.screenshots = screenshots
-        self.mask = mask
-        self.page: Any = None
-        self.status: int | None = None  # of the newest document
-        self.troubles: list[str] = []
-        self.saved: bytes | None = None  # the picture of the screenshot step under way
-        self.note = ""
-        self.crashed = False
-        self._passwords: list[tuple[Any, str]] = []  # filled fields whose values no picture may show
-        self.devtools = devtools  # Chromium takes pictures faster when it is asked itself
-        self._sessions: dict[Any, Any] = {}
-
-    async def open(self) -> None:
-        """A first page, listened to."""
-        context = self.context
-        context.on("response", self._response)
-        context.on("requestfailed", self._request_failed)
-        context.on("weberror", lambda error: self._trouble(f"script error: {error.error}"))
-        context.on("dialog", self._dialog)
-        context.on("page", lambda page: page.on("crash", self._crashed))
-        self.page = await context.new_page()
-
-    def _request_failed(self, request: Any) -> None:
-        """Note a request without an answer, unless the page itself gave it up, as on the way to another."""
-        if "ERR_ABORTED" not in (request.failure or ""):
-            self._trouble(f"{request.method} {request.url}: no answer")
-
-    def _response(self, response: Any) -> None:
-        request = response.request
-        if request.is_navigation_request():
-            try:
-                main = self.page is not None and request.frame == self.page.main_frame
-            except Exception:  # noqa: BLE001  (of a page that is only just opening)
-                main = False
-            self.status = response.status if main else self.status
-        if response.status >= 400:
-            self._trouble(f"{request.method} {response.url}: HTTP {response.status}")
-
-    def _crashed(self, page: Any) -> None:
-        self.crashed = self.crashed or page == self.page
-
-    async def _dialog(self, dialog: Any) -> None:
-        """Do with a dialog what Playwright does when nobody listens, and tell its words."""
-        self._trouble(f"{dialog.type}: {dialog.message!r} (closed)")
-        try:
-            if dialog.type == "beforeunload":
-                await dialog.accept()
-            else:
-                await dialog.dismiss()
-        except Exception as error:  # noqa: BLE001  (the page has gone meanwhile)
-            self._trouble(failure_words(str(error)))
-
-    def _trouble(self, text: str) -> None:
-        if len(self.troubles) < TROUBLE_LIMIT and text not in self.troubles:
-            self.troubles.append(text)
-
-    async def perform(self, step: FlowStep) -> None:
-        """One attempt at a step; StepFailedError or an error of Playwright when it does not come true."""
-        self.saved, self.note = None, ""
-        await getattr(self, "_do_" + step.type)(step, step.values)
-
-    async def begin(self, timeout: float) -> None:
-        await self.page.goto(self.address, timeout=timeout)
-
-    async def _do_navigate(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        import urllib.parse
-
-        here = self.page.url if self.page.url.startswith("http") else self.address
-        await self.page.goto(urllib.parse.urljoin(here, values["url"]), timeout=step.timeout)
-
-    async def _do_wait_for_selector(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        await self.page.wait_for_selector(values["selector"], timeout=step.timeout)
-
-    async def _do_click(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        await self.page.click(values["selector"], timeout=step.timeout)
-
-    async def _do_fill(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        selector, value = values["selector"], str(values["value"])
-        await self.page.fill(selector, value, timeout=step.timeout)
-        kind = "e => e.type === 'password' || /password/.test(e.autocomplete || '')"
-        if looks_secret(step) or await self.page.eval_on_selector(selector, kind):
-            self.mask.add(value, selector)
-            self._passwords.append((self.page, selector))
-
-    async def _do_wait(self, _step: FlowStep, values: Mapping[str, Any]) -> None:
-        import asyncio
-
-        await asyncio.sleep(whole_number(values["duration"]) / 1000)  # type: ignore[operator]
-
-    async def _do_wait_for_url(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        wanted = values["url_contains"]
-        options = {"timeout": step.timeout, "wait_until": "domcontentloaded"}
-        await self.page.wait_for_url(lambda url: wanted in url, **options)
-
-    async def _do_switch_page(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        index = int(whole_number(values["page_index"]) or 0)
-
-        async def look() -> str:
-            pages = self.context.pages
-            if not -len(pages) <= index < len(pages):
-                return f"{len(pages)} open page{'s' if len(pages) != 1 else ''}"
-            self.page = pages[index]
-            return ""
-
-        await self._until(step, look)
-        await self.page.bring_to_front()
-        await self.page.wait_for_load_state("domcontentloaded", timeout=step.timeout)
-
-    async def _do_screenshot(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        path = screenshot_path(self.screenshots, values["filename"], time.time())
-        options = {"full_page": bool(values.get("full_page")), "timeout": step.timeout}
-        data = await self.page.screenshot(path=path, **options, **await self._cover())
-        self.note = from_here(path)
-        self.saved = data if len(data) < 400_000 and path.endswith(".png") else None
-
-    async def _do_execute_script(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        result = await self.page.evaluate(values["script"])
-        self.note = "" if result is None else f"result: {result!r}"[:200]
-
-    # Checks: looked at again and again until they hold or the time is over
-
-    async def _until(self, step: FlowStep, look: Callable[[], Any]) -> None:
-        """Wait until a look returns "" instead of what is wrong."""
-        import asyncio
-
-        deadline = time.monotonic() + (step.timeout / 1000 or 86400)
-        while True:
-            try:
-                seen = await look()
-            except StepFailedError:
-                raise
-            except Exception as error:
-                text = str(error)
-                if not re.search(r"context was destroyed|because of a navigation|is navigating", text):
-                    raise
-                seen = "the page was still loading"
-            if not seen:
-                return
-            if time.monotonic() >= deadline:
-                raise StepFailedError(seen)
-            await asyncio.sleep(FLOW_POLL_SECONDS)
-
-    async def _do_check_element(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        wanted = values.get("should_exist") is not False
-
-        async def look() -> str:
-            count = await self.page.locator(values["selector"]).count()
-            return "" if bool(count) is wanted else count_words(count)
-
-        await self._until(step, look)
-
-    async def _do_verify(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        look = {
-            "element_exists": self._look_exists,
-            "element_visible": self._look_visible,
-            "element_text": self._look_text,
-            "element_count": self._look_count,
-            "page_title": self._look_title,
-        }[values["verify_type"]]
-        await self._until(step, functools.partial(look, values))
-
-    async def _look_exists(self, values: Mapping[str, Any]) -> str:
-        return "" if await self.page.locator(values["selector"]).count() else count_words(0)
-
-    async def _look_visible(self, values: Mapping[str, Any]) -> str:
-        if await self.page.locator(values["selector"]).first.is_visible():
-            return ""
-        return await self.describe(values["selector"])
-
-    async def _look_text(self, values: Mapping[str, Any]) -> str:
-        locator = self.page.locator(values["selector"])
-        if not await locator.count():
-            return count_words(0)
-        texts = await locator.first.evaluate("e => [e.textContent || '', e.innerText || '']")
-        return differs([texts[0], *(" ".join(text.split()) for text in texts)], values["text"], values)
-
-    async def _look_count(self, values: Mapping[str, Any]) -> str:
-        count = await self.page.locator(values["selector"]).count()
-        return "" if count == whole_number(values["count"]) else count_words(count)
-
-    async def _look_title(self, values: Mapping[str, Any]) -> str:
-        return differs([await self.page.title()], values["title"], values)
-
-    async def _do_verify_text(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        wanted = values.get("should_exist") is not False
-
-        async def look() -> str:
-            there = values["text"] in await self.page.content()
-            return "" if there is wanted else f"the text is {'there' if there else 'not there'}"
-
-        await self._until(step, look)
-
-    async def _do_verify_url(self, step: FlowStep, values: Mapping[str, Any]) -> None:
-        async def look() -> str:
-            return differs([self.page.url], values["url"], values)
-
-        await self._until(step, look)
-
-    async def _do_verify_no_errors(self, _step: FlowStep, values: Mapping[str, Any]) -> None:
-        """Looked at once: an error that is there counts, even if it is to vanish."""
-        import asyncio
-
-        selectors = values.get("error_selectors") or ERROR_SELECTORS
-        looks = (self.page.locator(selector).evaluate_all(VISIBLE_TEXTS) for selector in selectors)
-        for selector, texts in zip(selectors, await asyncio.gather(*looks)):
-            for text in filter(None, (" ".join(text.split()) for text in texts)):
-                raise StepFailedError(f"{selector} says {text[:300]!r}")
-
-    # What can be seen
-
-    async def describe(self, selector: str, *, fills: bool = False) -> str:
-        """What is to be said of the elements of a selector that did not do as they should."""
-        locator = self.page.locator(selector)
-        count = await locator.count()
-        if not count:
-            return count_words(0)
-        if await locator.first.is_visible():
-            obstacle = await locator.first.evaluate(OBSTACLE, fills)
-            return obstacle or f"{count_words(count)}, visible"
-        return f"{count_words(count)}, but {'the first' if count > 1 else 'it'} is not visible"
-
-    async def text(self) -> str:
-        """The visible text of the page, without its empty lines."""
-        text = await self.page.inner_text("body", timeout=FLOW_LOOK_SECONDS * 1000)
-        lines = [" ".join(line.split()) for line in text.splitlines()]
-        return "\n".join(filter(None, lines))[:PAGE_TEXT_LIMIT]
-
-    async def _cover(self) -> dict[str, Any]:
-        """The options of a screenshot that put a box over filled password fields which can be read."""
-        readable = "elements => elements.some(element => element.type !== 'password')"
-        selectors = dict.fromkeys(selector for page, selector in self._passwords if page == self.page)
-        locators = [self.page.locator(selector) for selector in selectors]
-        covered = [locator for locator in locators if await locator.evaluate_all(readable)]
-        return {"mask": covered, "mask_color": "#8a8f98"} if covered else {}
-
-    async def picture(self) -> bytes:
-        """A small picture of what the window shows (JPEG)."""
-        import base64
-
-        cover = await self._cover()
-        if cover or not self.devtools:
-            options = {"type": "jpeg", "quality": 60, "timeout": FLOW_LOOK_SECONDS * 1000}
-            return bytes(await self.page.screenshot(**options, **cover))
-        session = self._sessions.get(self.page)
-        if session is None:
-            session = self._sessions[self.page] = await self.context.new_cdp_session(self.page)
-        options = {"format": "jpeg", "quality": 60, "optimizeForSpeed": True}
-        return base64.b64decode((await session.send("Page.captureScreenshot", options))["data"])
-
-    async def failure_picture(self) -> bytes:
-        """The whole window, sharp (PNG)."""
-        cover = await self._cover()
-        return bytes(await self.page.screenshot(timeout=FLOW_LOOK_SECONDS * 1000, **cover))
-
-
-def count_words(count: int) -> str:
-    return {0: "no element matches", 1: "1 element matches"}.get(count, f"{count} elements match")
-
-
-def differs(texts: Sequence[str], wanted: str, values: Mapping[str, Any]) -> str:
-    """The last text, quoted; "" when any of them contains (`contains: false`: equals) what is wanted."""
-    exact = values.get("contains") is False
-    fits = any(wanted == text.strip() or wanted == text if exact else wanted in text for text in texts)
-    return "" if fits else repr(texts[-1][:300])
-
-
-def screenshot_path(folder: str, name: str, now: float) -> str:
-    """Where a screenshot step saves its picture: prefixed with the time in milliseconds; never outside."""
-    directory, base = os.path.split(os.path.normpath(name))
-    if not base.lower().endswith((".png", ".jpg", ".jpeg")):
-        base += ".png"
-    path = os.path.join(folder, directory, f"{int(now * 1000)}_{base}")
-    real, top = os.path.realpath(path), os.path.realpath(folder)
-    if not is_inside(name) or os.path.commonpath([real, top]) != top:
-        raise StepFailedError(f"{name!r} would lie outside of {shown_path(folder)}")
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    except OSError as error:
-        raise StepFailedError(f"{shown_path(folder)} cannot be written: {reason(error)}") from None
-    return path
-
-
-# A run
-
-
-class FlowFailedError(CheckFailedError):
-    """A flow did not come true."""
-
-    code = "flow_failed"
-
-
-class FlowRun:
-    """Flows in one browser, one after the other, each in a context of its own.
-
-    results: what `Sandbox.flow` tells of each flow, growing while it runs; told: called with a flow's
-    result and the step that ended, or with None for the step when the flow has ended; timed_out: whether
-    the time for all of it was over.
-    """
-
-    def __init__(
-        self,
-        flows: Sequence[Flow],
-        options: FlowOptions,
-        *,
-        address: str,
-        screenshots: str,
-        output: str,
-        settings: Settings,
-        reporter: Reporter,
-        told: Callable[[dict[str, Any], dict[str, Any] | None], None] | None,
-    ) -> None:
-        import secrets
-        import threading
-
-        self.flows = flows
-        self.options = options
-        self.address = address
-        self.screenshots = screenshots
-        self.output = output
-        self.reporter = reporter
-        self.told = told
-        self.mask = Mask()
-        self.results: list[dict[str, Any]] = []
-        self.pictures: dict[tuple[int, int], Picture] = {}
-        self.browser: dict[str, Any] = {"name": options.browser, "headed": options.headed}
-        self.timed_out = False
-        self._executable = chosen_browser(settings, options)
-        self._marker = f"--plato-sandbox-flow={secrets.token_hex(8)}"
-        self._over = threading.Event()
-        self._loop: Any = None
-        self._task: Any = None
-        self._error: Any = Exception
-        self._playwright: Any = None
-        self._browser: Any = None
-        self._page: FlowPage | None = None
-        self._trace_place = ""
-        self._shot: Any = None  # the task that takes the newest picture
-        for step in (step for flow in flows for step in flow.steps if step.type == "fill"):
-            if looks_secret(step):
-                self.mask.add(str(step.values["value"]), step.values["selector"])
-
-    # The main thread
-
-    def run(self, finish: Callable[[], None]) -> None:
-        """Run the flows; `finish` is called when they have ended, while the browser closes."""
-        import signal
-        import tempfile
-
-        self.reporter.step("Opening the browser")
-        with tempfile.TemporaryDirectory(prefix="plato-flow-") as place:
-            self._trace_place = place
-            worker = Aside(self._work)
-            complete = False
-            try:
-                self._over.wait()
-                if self._page is not None:
-                    finish()
-                    complete = True
-                    if self.options.keep_open:
-                        self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
-                worker.result()
-            except BaseException as error:
-                self._end(worker)
-                closed_by_hand = isinstance(error, Interrupted) and error.number == signal.SIGINT
-                if not (complete and self.options.keep_open and closed_by_hand):
-                    raise
-
-    def _end(self, worker: Aside) -> None:
-        """Close the browser at once, and see to it that none is left."""
-        try:
-            if self._task is not None:
-                self._loop.call_soon_threadsafe(self._task.cancel)
-            worker.wait(3 * FLOW_CLOSE_SECONDS)
-        except RuntimeError:
-            pass  # its loop has ended already
-        finally:
-            end_marked(self._marker, self.reporter)
-
-    def _work(self) -> None:
-        import asyncio
-
-        try:
-            asyncio.run(self._main())
-        finally:
-            self._over.set()
-
-    # The thread of the browser
-
-    async def _main(self) -> None:
-        import asyncio
-
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        self._loop.set_exception_handler(lambda _, context: self.reporter.trace(str(context.get("message"))))
-        try:
-            await self._open_browser()
-            try:
-                await asyncio.wait_for(self._run_flows(), self.options.timeout)
-            except asyncio.TimeoutError:
-                self.timed_out = True
-                await self._give_up()
-            self._over.set()
-            if self.options.keep_open and self._browser.is_connected():
-                closed = asyncio.Event()
-                self._browser.on("disconnected", lambda _: closed.set())
-                await closed.wait()
-        finally:
-            await self._close()
-
-    async def _open_browser(self) -> None:
-        """Start Playwright and open a browser. SandboxError with the commands for what is missing."""
-        import logging
-
-        try:
-            from playwright.async_api import Error, async_playwright
-        except ImportError:
-            raise SandboxError(
-                f"Flows need Playwright, which this Python does not have: {install_hint('', sys.executable)}"
-            ) from None
-        self._error = Error
-        logging.getLogger("playwright").addFilter(self._hear)
-        key = os.environ.pop("PLATO_API_KEY", None)  # its driver takes this environment as it is
-        try:
-            self._playwright = await async_playwright().start()
-        except Exception as error:  # noqa: BLE001  (its driver failed in any way)
-            raise SandboxError(f"Playwright could not be started: {failure_words(str(error))}.") from None
-        finally:
-            if key is not None:
-                os.environ["PLATO_API_KEY"] = key
-        kind = getattr(self._playwright, self.options.browser)
-        if self._executable is None and self.options.browser == "chromium":
-            self._executable = None if os.path.exists(kind.executable_path) else installed_browser()
-        try:
-            self._browser = await kind.launch(**self._launch_options())
-        except Error as error:
-            raise self._launch_error(str(error)) from None
-        self.browser["version"] = self._browser.version
-
-    def _hear(self, record: logging.LogRecord) -> bool:
-        """What Playwright logs is a detail: a traceback for each answer of a page that has just gone."""
-        error = f": {record.exc_info[1]}" if record.exc_info else ""
-        self.reporter.trace(self.mask(f"Playwright: {record.getMessage()}{error}"))
-        return False
-
-    def _launch_options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "headless": not self.options.headed,
-            "slow_mo": self.options.slowmo,
-            "traces_dir": self._trace_place,
-            # The browser runs pages that nobody here wrote; it has no use for the key.
-            "env": child_environment(os.environ),
-        }
-        if self.options.browser == "chromium":
-            options["args"] = [self._marker]
-        if self._executable is not None:
-            options["executable_path"] = self._executable
-        return options
-
-    def _launch_error(self, message: str) -> SandboxError:
-        if "Executable doesn't exist" in message or "is not found at" in message:
-            command = install_hint("browser", sys.executable)
-            if self.options.browser != "chromium":
-                command = shell_words([sys.executable, "-m", "playwright", "install", self.options.browser])
-            return SandboxError(f"No browser for flows was found: {command}")
-        if "missing dependencies" in message or "shared libraries" in message:
-            command = shell_words([sys.executable, "-m", "playwright", "install-deps", self.options.browser])
-            return SandboxError(f"The browser needs libraries that are missing here: {command}")
-        which = shown_path(self._executable or self.options.browser)
-        return SandboxError(f"The browser {which} could not be opened: {failure_words(message)}.")
-
-    async def _close(self) -> None:
-        """Close the browser and end Playwright; a driver that does not answer is given up."""
-        import asyncio
-
-        kill_marked(self._marker, self.reporter)  # nothing of it is kept, and asked politely it takes long
-        for thing, how in ((self._browser, "close"), (self._playwright, "stop")):
-            if thing is None:
-                continue
-            try:
-                await asyncio.wait_for(getattr(thing, how)(), FLOW_CLOSE_SECONDS)
-            except Exception as error:  # noqa: BLE001  (it is gone, or it hangs: `end_marked` sees to that)
-                self.reporter.trace(f"closing the browser: {error}")
-
-    async def _run_flows(self) -> None:
-        for flow in self.flows:
-            await self._run_flow(flow)
-            if self._page is not None and flow is not self.flows[-1] and not self.options.keep_open:
-                await quietly(self._page.context.close(), FLOW_CLOSE_SECONDS)
-
-    async def _run_flow(self, flow: Flow) -> None:
-        import asyncio
-
-        opening = FlowStep(0, {"type": "navigate", "url": self.address, "timeout": 30000}, "")
-        result: dict[str, Any] = {
-            "name": flow.name,
-            "description": flow.description,
-            "passed": False,
-            "seconds": 0.0,
-            "steps": [step_record(step) for step in (opening, *flow.steps)],
-            "failure": None,
-            "trace": None,
-            "trace_command": None,
-        }
-        result["steps"][0].update(type="open", target=self.address)
-        self.results.append(result)
-        context = await self._browser.new_context(viewport=self.options.viewport)
-        devtools = self.options.browser == "chromium"
-        self._page = page = FlowPage(context, self.address, self.screenshots, self.mask, devtools)
-        tracing = [context.tracing.start(snapshots=True)] if self.options.tracing != "off" else []
-        await asyncio.gather(page.open(), *tracing)
-        result["passed"] = True
-        for step, record in zip((opening, *flow.steps), result["steps"]):
-            if result["passed"]:
-                await self._run_step(page, step, record)
-        await self._end_flow()
-
-    async def _run_step(self, page: FlowPage, step: FlowStep, record: dict[str, Any]) -> None:
-        result = self.results[-1]
-        words = self.mask(step_words(record))
-        if step.type == "fill" and len(str(step.values["value"])) >= SHORTEST_SECRET:
-            words = words.replace(
-                str(step.values["value"]), HIDDEN
-            )  # whether it is a password is not known yet
-        self.reporter.step(f"{self.mask(result['name'])}: {step.number}/{len(result['steps']) - 1} {words}")
-        record["status"] = "running"
-        if step.type not in PASSIVE_STEPS:
-            await self._settle_picture()
-        began = time.monotonic()
-        seen = await self._attempt(page, step, record)
-        record["seconds"] = round(time.monotonic() - began, 3)
-        record["url"], record["note"] = page.page.url, page.note
-        if seen is None:
-            record["status"] = "passed"
-            if step.number or self.flows[len(self.results) - 1].steps[0].type != "navigate":
-                await self._take_picture(page, step)
-        else:
-            await self._fail(step, record, seen)
-        result["seconds"] = round(result["seconds"] + record["seconds"], 3)
-        if self.told:
-            self.told(self.mask.value(result), self.mask.value(record))
-
-    async def _attempt(self, page: FlowPage, step: FlowStep, record: dict[str, Any]) -> str | None:
-        """Try a step as often as it says; None when it passed, else what was seen."""
-        import asyncio
-
-        limit = step.timeout / 1000 + FLOW_GRACE_SECONDS if step.timeout and step.type != "wait" else None
-        for attempt in range(1, step.retries + 2):
-            if attempt > 1:
-                await asyncio.sleep(step.retry_delay_ms / 1000)
-                self.reporter.detail(f"attempt {attempt} of {step.retries + 1}")
-            record["attempts"] = attempt
-            try:
-                await asyncio.wait_for(page.perform(step), limit)
-                return None
-            except StepFailedError as failure:
-                seen = failure.seen
-            except asyncio.TimeoutError:
-                seen = "the page did not answer"
-            except self._error as error:
-                seen = failure_words(str(error))
-            if page.crashed:
-                return "the page crashed"
-        return seen or await self._look_closer(page, step)
-
-    async def _look_closer(self, page: FlowPage, step: FlowStep) -> str:
-        """What is to be seen after a time-out that says nothing itself."""
-        if "selector" in step.values:
-            look = page.describe(step.values["selector"], fills=step.type == "fill")
-            said = await quietly(look, FLOW_LOOK_SECONDS)
-            return said or "the page did not answer"
-        if step.type == "wait_for_url":
-            return str(page.page.url)
-        return f"it was not done after {step.timeout} ms"
-
-    async def _fail(self, step: FlowStep, record: dict[str, Any], seen: str) -> None:
-        """Note a failed step, and what can be seen of its page."""
-        result, page = self.results[-1], self._page
-        if page is None:
-            raise TypeError("no page was opened")
-        record["status"], result["passed"] = "failed", False
-        if step.type == "fill":
-            self.mask.add(
-                str(step.values["value"]), step.values["selector"]
-            )  # it may be one; nobody can tell
-        await self._settle_picture()
-        expected = expectation(step)
-        record["expected"], record["seen"] = expected, seen
-        picture = await quietly(page.failure_picture(), FLOW_LOOK_SECONDS)
-        if picture is not None:
-            self.pictures[len(self.results) - 1, step.number] = Picture("png", picture)
-        result["failure"] = {
-            "step": step.number,
-            "type": step.type if step.number else "open",
-            "place": step.place or None,
-            "expected": expected,
-            "seen": seen,
-            "url": page.page.url,
-            "http_status": page.status,
-            "text": await quietly(page.text(), FLOW_LOOK_SECONDS) or "",
-            "troubles": list(page.troubles),
-            "picture": None,
-        }
-
-    async def _take_picture(self, page: FlowPage, step: FlowStep) -> None:
-        """Begin to take the picture of a step, or let it share the one before."""
-        import asyncio
-
-        key = (len(self.results) - 1, step.number)
-        before = self.pictures.get((key[0], step.number - 1))
-        if page.saved is not None:
-            self.pictures[key] = Picture("png", page.saved)
-        elif before and step.type in QUICK_STEPS and (before.pending or before.is_fresh()):
-            self.pictures[key] = before
-        else:
-            picture = self.pictures[key] = Picture("jpg")
-            self._shot = asyncio.ensure_future(picture.take(page, self._shot))
-
-    async def _settle_picture(self) -> None:
-        """Wait until the newest picture is taken."""
-        if self._shot is not None:
-            shot, self._shot = self._shot, None
-            await shot
-
-    async def _give_up(self) -> None:
-        """The time for the whole is over: the step under way has failed."""
-        running = [record for record in self.results[-1]["steps"] if record["status"] == "running"]
-        if self._page is None or self._page.page is None:
-            self.results[-1]["passed"] = False
-            return
-        for record in running:
-            flow = self.flows[len(self.results) - 1]
-            step = (
-                flow.steps[record["number"] - 1]
-                if record["number"]
-                else FlowStep(0, {"type": "navigate"}, "")
-            )
-            await self._fail(step, record, f"the {self.options.timeout:g} s for the whole run were over")
-            if self.told:
-                self.told(self.mask.value(self.results[-1]), self.mask.value(record))
-        self.results[-1]["passed"] = False
-        await self._end_flow()
-
-    async def _end_flow(self) -> None:
-        """Keep or drop the trace, write the flow's files, and tell that it has ended."""
-        await self._settle_picture()
-        result, page, tracing = self.results[-1], self._page, self.options.tracing
-        trace = None
-        if page is not None and tracing != "off":
-            wanted = tracing == "on" or not result["passed"]
-            path = os.path.join(self._trace_place, f"trace-{len(self.results)}.zip") if wanted else None
-            stopped = await quietly(stop_tracing(page.context, path), 4 * FLOW_CLOSE_SECONDS)
-            trace = path if stopped else None
-        self._save(result, trace)
-        if self.told:
-            self.told(self.mask.value(result), None)
-
-    # Files
-
-    def _save(self, result: dict[str, Any], trace: str | None) -> None:
-        """Write a flow's pictures and trace into its directory."""
-        flow = len(self.results) - 1
-        place = os.path.join(self.output, file_name(self.mask(result["name"]), flow, self.results))
-        try:
-            os.makedirs(place, exist_ok=True)
-            for name in os.listdir(place):
-                if re.fullmatch(r"step-\d+\.(jpg|png)|trace\.zip", name):
-                    os.unlink(os.path.join(place, name))
-            for record in result["steps"]:
-                picture = self.pictures.get((flow, record["number"]))
-                if picture and picture.data:
-                    record["picture"] = picture.save(os.path.join(place, f"step-{record['number']:02d}"))
-                if result["failure"] and record["status"] == "failed":
-                    result["failure"]["picture"] = record["picture"]
-            if trace is not None:
-                self._save_trace(result, trace, os.path.join(place, "trace.zip"))
-        except OSError as error:
-            raise SandboxError(f"{shown_path(place)} cannot be written: {reason(error)}.") from None
-
-    def _save_trace(self, result: dict[str, Any], trace: str, path: str) -> None:
-        import shutil
-
-        if self.options.unmasked_trace:
-            shutil.copyfile(trace, path)
-        elif self.mask.plain:
-            self.reporter.note(
-                "No trace is kept: a password of this flow is too plain a word to be hidden in one."
-                " --unmasked-trace keeps the trace with it readable."
-            )
-            return
-        else:
-            mask_trace(trace, path, self.mask)
-        result["trace"] = path
-        result["trace_command"] = shell_words([sys.executable, "-m", "playwright", "show-trace", path])
-
-
-class Picture:
-    """What a page showed; steps between which nothing can be seen to change share one.
-
-    kind: jpg or png; data: empty until it is taken, and when it cannot be; path: where it was saved.
-    """
-
-    def __init__(self, kind: str, data: bytes = b"") -> None:
-        self.kind = kind
-        self.data = data
-        self.path = ""
-        self.pending = False
-        self._taken = -1.0
-
-    def is_fresh(self) -> bool:
-        return time.monotonic() - self._taken < PICTURE_FRESH_SECONDS
-
-    async def take(self, page: FlowPage, before: Any) -> None:
-        """Take it, after the picture that is being taken."""
-        self.pending = True
-        if before is not None:
-            await before
-        self.data = await quietly(page.picture(), FLOW_LOOK_SECONDS) or b""
-        self.pending, self._taken = False, time.monotonic()
-
-    def save(self, stem: str) -> str:
-        """Write it to `stem` and the ending of its kind, once; its path."""
-        if not self.path:
-            with open(f"{stem}.{self.kind}", "wb") as file:
-                file.write(self.data)
-            self.path = f"{stem}.{self.kind}"
-        return self.path
-
-
-async def stop_tracing(context: Any, path: str | None) -> bool:
-    if path is None:
-        await context.tracing.stop()
-    else:
-        await context.tracing.stop(path=path)
-    return True
-
-
-async def quietly(work: Any, seconds: float) -> Any:
-    """What a look at a page gives, or None when the page does not answer or has gone."""
-    import asyncio
-
-    try:
-        return await asyncio.wait_for(work, seconds)
-    except Exception:  # noqa: BLE001  (a page in any state; what was being looked for is told as missing)
-        return None
-
-
-def step_record(step: FlowStep) -> dict[str, Any]:
-    """What is told of a step before it ran."""
+def step_record(step: FlowStep) -> Json:
+    """What is told of a step before it ran; a filled value is not in it."""
     return {
         "number": step.number,
-        "type": step.type,
+        "type": step.type if step.number else "open",
         "description": step.description,
-        "target": step_target(step),
+        "target": step_kind(step)[0].format_map(step.values)[:200],
         "place": step.place or None,
         "status": "skipped",
         "seconds": 0.0,
@@ -6844,37 +5964,467 @@ def step_record(step: FlowStep) -> dict[str, Any]:
     }
 
 
-def file_name(name: str, number: int, results: Sequence[Mapping[str, Any]]) -> str:
-    """A directory name for a flow, another one for each flow of a run."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "flow"
-    same = [other for other in results[:number] if re.sub(r"[^A-Za-z0-9._-]+", "-", other["name"]) == safe]
-    return f"{safe}-{number + 1}" if same or safe != name else safe
+# In Playwright's words: that a wait was in vain, and what its call log says besides the reason.
+_IN_VAIN = r"Timeout .*exceeded|expected (?:not )?to |Actual value|element\(s\) not found|={5}|waiting for ev"
+_CALL_LOG_NOISE = (
+    r"attempting|retrying|waiting (\d|for element)|scrolling|done scroll|navigating|Expect |fill\("
+)
 
 
-def end_marked(marker: str, reporter: Reporter) -> None:
-    """Wait until the browser of a run has gone, and end it if it does not go by itself."""
-    deadline = time.monotonic() + FLOW_CLOSE_SECONDS / 2
-    while True:
-        if not any(marker in command for command in processes().values()):
-            return
-        if time.monotonic() > deadline:
-            kill_marked(marker, reporter)
-            return
-        time.sleep(0.05)
+def seen_words(error: Exception) -> str:
+    """What Playwright says of a failure, for people: why a wait was in vain, or else its first line."""
+    text = getattr(error, "strerror", None) or str(error)
+    said, _, log = text.partition("Aria snapshot")[0].partition("Call log:")
+    own = re.search(rf"^(?!.*(?:{_IN_VAIN}))(?:[\w.]+: )*(.*\w.*)", said, re.MULTILINE)
+    if own:
+        words = re.sub(r"net::ERR_(\w+)", lambda code: code[1].lower().replace("_", " "), own[1])
+    else:
+        lines = [re.sub(r"^[\s-]*(\d+ . )?", "", line) for line in log.splitlines()]
+        words = next((line for line in lines[::-1] if line and not re.match(_CALL_LOG_NOISE, line)), "")
+        words = re.sub("^waiting for loc.*", "nothing was found in time", words) or "it was not done in time"
+    return words[:500].rstrip(".")
 
 
-def kill_marked(marker: str, reporter: Reporter) -> None:
-    """End the browser of a run, now."""
-    import signal
+def screenshot_path(folder: str, name: str, now: float) -> str:
+    """Where a screenshot step saves its picture: prefixed with the time in milliseconds; never outside."""
+    directory, base = os.path.split(os.path.normpath(name))
+    base += "" if base.lower().endswith((".png", ".jpg", ".jpeg")) else ".png"
+    path = os.path.join(folder, directory, f"{int(now * 1000)}_{base}")
+    real, top = os.path.realpath(path), os.path.realpath(folder)
+    if not is_inside(name) or os.path.commonpath([real, top]) != top:
+        raise AssertionError(f"{name!r} would lie outside of {shown_path(folder)}")
+    return path
 
-    for pid, command in processes().items():
-        if marker in command:
-            reporter.trace(f"ending the browser, PID {pid}")
-            signal_process(pid, functools.partial(is_marked, pid, marker), signal.SIGKILL)
+
+# A run
 
 
-def is_marked(pid: int, marker: str) -> bool:
-    return marker in processes().get(pid, "")
+def check_flow_options(base_url: str | None, slowmo: float, timeout: float, unseen: bool) -> None:
+    """UsageError for what makes no sense. unseen: whether a window is to stay open that nobody sees."""
+    for wrong, words in (
+        (not 0 <= slowmo <= 60000, f"--slowmo is {slowmo:g}; it must be from 0 to 60000."),
+        (not 1 <= timeout <= 86400, f"--timeout is {timeout:g}; it must be from 1 to 86400."),
+        (
+            base_url is not None and not re.fullmatch(r"https?://[^\s/?#]\S*", base_url),
+            f"--base-url is {base_url!r}, which is not the address of a page such as http://127.0.0.1:8080.",
+        ),
+        (unseen, "--keep-open needs --headed and a display: nobody sees a browser without a window."),
+    ):
+        if wrong:
+            raise UsageError(words)
+
+
+def has_display(environment: Mapping[str, str]) -> bool:
+    """Whether a window can be shown (X11 or Wayland; a Mac has one)."""
+    return sys.platform == "darwin" or bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
+
+
+def chosen_browser(settings: Settings) -> str | None:
+    """The executable that PLATO_BROWSER names, checked; None without that variable."""
+    path = settings.browser and find_program(os.path.expanduser(settings.browser))
+    if settings.browser and not path:
+        raise UsageError(f"PLATO_BROWSER is {settings.browser!r}, which is no program that can be run.")
+    return path
+
+
+class FlowFailedError(CheckFailedError):
+    """A flow did not come true."""
+
+    code = "flow_failed"
+
+
+class FlowSession:
+    """What the flows of one run share: the browser, driven by Playwright in a thread with an event loop of
+    its own, from `open` to `close`; the address that they begin at; where their files go; the time they have.
+    """
+
+    def __init__(
+        self,
+        sandbox: SandboxBase,
+        known: FlowSet,
+        flows: list[Flow],
+        address: str,
+        output: str,
+        *,
+        seconds: float,
+        keep_open: bool,
+    ) -> None:
+        import asyncio
+        import tempfile
+
+        self.reporter = sandbox.reporter
+        self.flows = flows
+        self.address = address
+        self.mask = mask_of(flows, address)
+        folder = os.path.dirname(os.path.abspath(known.path)) if known.path else sandbox.directory
+        self.screenshots = os.path.join(folder, "screenshots")
+        self.output = os.path.join(sandbox.directory, output)
+        try:
+            os.makedirs(self.output, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"The report cannot be written to {shown_path(self.output)}: {reason(error)}.",
+                hint="Name another directory: --output DIR",
+            ) from None
+        self.seconds = seconds
+        self.ends = 0.0  # by the monotonic clock
+        self.keep_open = keep_open
+        self.folder = tempfile.TemporaryDirectory(prefix="plato-flow-")  # for traces that are not masked yet
+        self.timed_out = False
+        self.expect: Any = None
+        self.browser: Any = None
+        self._playwright: Any = None
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(lambda *_: None)  # of answers for which nobody waits any more
+        self._thread = Aside(self._serve)
+
+    def _serve(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    def left(self) -> float:
+        """The seconds that are left."""
+        return max(0.0, self.ends - time.monotonic())
+
+    def wait(self, work: Any, seconds: float | None = None) -> Any:
+        """What a coroutine gives that runs in the thread. AssertionError when it is not done in time."""
+        import asyncio
+        import concurrent.futures
+
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(seconds)
+        except concurrent.futures.TimeoutError:
+            raise AssertionError("the page did not answer") from None
+        finally:
+            future.cancel()
+
+    def look(self, work: Any, seconds: float = FLOW_LOOK_SECONDS) -> Any:
+        """What a look at a page gives, or None when the page does not answer or has gone."""
+        try:
+            return self.wait(work, seconds)
+        except Exception:  # noqa: BLE001  (a page in any state; what was looked for is told as missing)
+            return None
+
+    async def open(self, executable: str | None, *, headed: bool, slowmo: float) -> None:
+        """Open the browser. SandboxError with the command for what is missing."""
+        import logging
+
+        python = shell_words([sys.executable, "-m"])
+        try:
+            from playwright.async_api import async_playwright, expect
+        except ImportError:
+            raise SandboxError(
+                f"Flows need Playwright, which this Python does not have: {python} pip install playwright",
+                hint="Where pip refuses or is missing, make a virtual environment: python3 -m venv flow-venv",
+            ) from None
+        logging.getLogger("playwright").disabled = True  # a traceback for each answer of a page that has gone
+        self.expect = type(expect)()
+        # Neither the driver nor the browser, which runs pages that nobody here wrote, has a use for the key.
+        environment = child_environment(os.environ)
+        secrets = {name: os.environ.pop(name) for name in set(os.environ) - set(environment)}
+        try:
+            self._playwright = await async_playwright().start()
+            chromium = self._playwright.chromium
+            if executable is None and not os.path.exists(chromium.executable_path):
+                executable = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
+            self.browser = await chromium.launch(
+                executable_path=executable,
+                headless=not headed,
+                slow_mo=slowmo,
+                env=environment,
+                traces_dir=self.folder.name,
+            )
+        except Exception as error:  # noqa: BLE001  (the driver or the browser failed in any way)
+            raise SandboxError(
+                f"The browser could not be opened: {seen_words(error)}. This brings one:"
+                f" {python} playwright install --with-deps chromium"
+                " (or install Chrome or Chromium, or set PLATO_BROWSER to the path of one)"
+            ) from None
+        finally:
+            os.environ.update(secrets)
+
+    def run(self, told: Callable[[Json, Json | None], None]) -> list[Json]:
+        """Run the flows, as long as there is time. Returns a result each, as `Sandbox.flow` tells them."""
+        results: list[Json] = []
+        taken: set[str] = set()
+        self.ends = time.monotonic() + self.seconds
+        for flow in self.flows:
+            taken.add(name := flow_file_name(self.mask(flow.name), taken))
+            place = os.path.join(self.output, name)
+            os.makedirs(place, exist_ok=True)
+            for old in os.listdir(place):
+                if re.fullmatch(r"step-\d+\.(jpg|png)|trace\.zip", old):
+                    os.unlink(os.path.join(place, old))
+            run = FlowRun(self, flow)
+            results.append(run.result)
+            run.run(place, lambda result, step: told(self.mask.value(result), self.mask.value(step)))
+            if self.timed_out:
+                break
+            if run.context and not self.keep_open:
+                self.look(run.context.close())
+        return results
+
+    def stay_open(self) -> None:
+        """Wait until the user closes the window or presses Ctrl-C, which is no failure here."""
+        import signal
+
+        try:
+            self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
+            while self.browser.is_connected():
+                time.sleep(FLOW_POLL_SECONDS)
+        except Interrupted as interruption:
+            if interruption.number != signal.SIGINT:
+                raise
+
+    def close(self) -> None:
+        """End the browser, its driver and the thread."""
+        if self._playwright is not None:
+            self.look(self._playwright.stop(), FLOW_CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.wait(FLOW_CLOSE_SECONDS)
+        self.folder.cleanup()
+
+
+_PRIVATE_FIELD = "e => e.type === 'password' || /password/.test(e.autocomplete || '')"
+_STATE_OF_PAGE = """() => {
+  const entry = performance.getEntriesByType("navigation")[0] || {};
+  const lines = (document.body ? document.body.innerText : "").split("\\n");
+  return [location.protocol === "chrome-error:" ? entry.name : location.href, entry.responseStatus || 0,
+    lines.map(line => line.trim().replace(/\\s+/g, " ")).filter(line => line).join("\\n").slice(0, 4000)];
+}"""
+
+
+class FlowRun:
+    """One flow in a browser context of its own; `result` is what `Sandbox.flow` tells of it, as it grows."""
+
+    def __init__(self, session: FlowSession, flow: Flow) -> None:
+        self.session = session
+        self.steps = [FlowStep(0, {"type": "navigate", "url": session.address}, ""), *flow.steps]
+        self.result: Json = {
+            "name": flow.name,
+            "description": flow.description,
+            "passed": True,
+            "seconds": 0.0,
+            "steps": list(map(step_record, self.steps)),
+            "failure": None,
+            "trace": None,
+            "trace_command": None,
+        }
+        self.expect: Any = session.expect
+        self.context: Any = None
+        self.page: Any = None
+        self.limit: int = 0  # ms, for each thing that a step waits for
+        self.patience: int = 0  # ms, for what it then does
+        self._note = ""
+        self._covered: list[str] = []  # selectors of fields that no picture may show
+        self._troubles: list[str] = []
+
+    def run(self, place: str, told: Callable[[Json, Json | None], None]) -> None:
+        """Run it to its end. place: the directory of its files; told: called with the result and each step
+        that ended, then with None."""
+        result = self.result
+        for step, record in zip(self.steps, result["steps"]):
+            words = f"fill {record['target']}"  # its description may hold a password that is not known yet
+            words = words if step.type == "fill" else step_words(record)
+            head = f"{result['name']}: {step.number}/{len(self.steps) - 1}"
+            self.session.reporter.step(self.session.mask(f"{head} {words}"))
+            began = time.monotonic()
+            seen = self._try(step, record)
+            record["seconds"] = round(time.monotonic() - began, 3)
+            result["seconds"] = round(result["seconds"] + record["seconds"], 3)
+            record["status"], record["note"] = "failed" if seen else "passed", self._note
+            record["url"] = getattr(self.page, "url", None)
+            picture = os.path.join(place, f"step-{step.number:02d}.{'png' if seen else 'jpg'}")
+            state = self.session.look(self._state()) if seen else {}
+            if state is not None:  # else the page does not answer
+                shot = self._picture(picture, timeout=FLOW_LOOK_SECONDS * 1000)
+                record["picture"] = self.session.look(shot) and picture
+            if seen:
+                self._fail(
+                    step, record, seen, state or {"url": record["url"], "http_status": None, "text": ""}
+                )
+                self._keep_trace(os.path.join(place, "trace.zip"))
+            told(result, record)
+            if seen:
+                break
+        told(result, None)
+
+    def _try(self, step: FlowStep, record: Json) -> str:
+        """Try a step as often as it says; "" when it passed, else what was seen instead."""
+        session = self.session
+        self.limit = self.patience = step.timeout or FLOW_FOREVER_MS
+        if step.values.get("timeout") is None:
+            self.patience = max(self.limit, FLOW_PATIENCE_MS)
+        longest = (self.limit + self.patience) / 1000 + FLOW_GRACE_SECONDS
+        seen = ""
+        for attempt in range(1, step.retries + 2):
+            if seen:
+                time.sleep(min(step.retry_delay_ms / 1000, session.left()))
+            record["attempts"] = attempt
+            try:
+                session.wait(
+                    self._perform(step),
+                    session.left() if step.type == "wait" else min(longest, session.left()),
+                )
+                return ""
+            except Exception as error:  # noqa: BLE001  (Playwright's, AssertionError, of a file, of an address)
+                seen = seen_words(error)
+            if not session.left():
+                session.timed_out = True
+                return f"the {session.seconds:g} s for the whole run were over"
+        return seen
+
+    async def _perform(self, step: FlowStep) -> None:
+        """One attempt at a step. What it says of time holds for each thing that it waits for."""
+        if self.page is None:
+            await self._open()
+        values, self._note = step.values, ""
+        self.context.set_default_timeout(self.limit)
+        self.context.set_default_navigation_timeout(self.patience)
+        self.expect.set_options(timeout=self.limit)
+        if step.type in ("click", "fill"):
+            await self.page.wait_for_selector(values["selector"])
+        if step.type == "fill" and (
+            looks_secret(step) or await self.page.eval_on_selector(values["selector"], _PRIVATE_FIELD)
+        ):
+            self.session.mask.add(str(values["value"]))
+            self._covered.append(values["selector"])
+        await step_kind(step)[2](self, values)
+
+    async def _open(self) -> None:
+        """A first page, listened to."""
+        self.context = context = await self.session.browser.new_context()
+        await context.tracing.start(snapshots=True)
+        context.on("response", self._heard)
+        context.on("requestfailed", self._missed)
+        context.on("weberror", lambda error: self._trouble(f"script error: {error.error}"))
+        context.on("dialog", self._dialog)
+        self.page = await context.new_page()
+
+    def _trouble(self, text: str) -> None:
+        if len(self._troubles) < TROUBLE_LIMIT and text not in self._troubles:
+            self._troubles.append(text)
+
+    def _heard(self, response: Any) -> None:
+        if response.status >= 400:
+            self._trouble(f"{response.request.method} {response.url}: HTTP {response.status}")
+
+    def _missed(self, request: Any) -> None:
+        """Note a request without an answer, unless the page itself gave it up, as on the way to another."""
+        if "ERR_ABORTED" not in (request.failure or ""):
+            self._trouble(f"{request.method} {request.url}: no answer")
+
+    async def _dialog(self, dialog: Any) -> None:
+        """Do with a dialog what Playwright does when nobody listens, and tell its words."""
+        self._trouble(f"{dialog.type}: {dialog.message!r} (closed)")
+        await (dialog.accept() if dialog.type == "beforeunload" else dialog.dismiss())
+
+    # Steps that are more than one call of Playwright
+
+    def absolute(self, url: str) -> str:
+        """An address as seen from the page."""
+        import urllib.parse
+
+        here = self.page.url if self.page.url.startswith("http") else self.session.address
+        return urllib.parse.urljoin(here, url)
+
+    def first(self, values: Json) -> Any:
+        """The first element that a selector matches, when it is asked for."""
+        return self.page.locator(values["selector"]).first
+
+    async def element_text(self, values: Json) -> None:
+        """The text of an element, as it stands in the page or as a person sees it."""
+        expected = self.expect(self.first(values))
+        check = expected.to_have_text if values.get("contains") is False else expected.to_contain_text
+        try:
+            await check(values["text"], use_inner_text=True, timeout=1)
+        except AssertionError:
+            await check(values["text"])
+
+    async def page_text(self, values: Json) -> None:
+        """A text in the page's HTML, or in what a person sees of it."""
+        import asyncio
+
+        wanted, there = squeezed(values["text"]), values.get("should_exist") is not False
+        ends = time.monotonic() + self.limit / 1000
+        while True:
+            texts = [await self.page.inner_html(":root"), await self.page.inner_text(":root")]
+            if any(wanted in squeezed(text) for text in texts) is there:
+                return
+            if time.monotonic() >= ends:
+                raise AssertionError(f"the text is {'not there' if there else 'there'}")
+            await asyncio.sleep(FLOW_POLL_SECONDS)
+
+    async def no_errors(self, values: Json) -> None:
+        """Looked at once: an error that is there counts, even if it is to vanish."""
+        await self.page.wait_for_load_state("domcontentloaded")
+        for selector in values.get("error_selectors") or ERROR_SELECTORS:
+            visible = self.page.locator(selector).locator("visible=true")
+            for text in filter(None, map(squeezed, await visible.all_inner_texts())):
+                raise AssertionError(f"{selector} says {text[:300]!r}")
+
+    async def screenshot(self, values: Json) -> None:
+        """A picture for the user's own folder."""
+        path = screenshot_path(self.session.screenshots, values["filename"], time.time())
+        await self._picture(path, full_page=bool(values.get("full_page")))
+        self._note = from_here(path)
+
+    async def switch_page(self, index: int) -> None:
+        """Go on in another page, which may still be about to open."""
+        while index >= len(self.context.pages):
+            await self.context.wait_for_event("page")
+        self.page = self.context.pages[index]
+        await self.page.bring_to_front()
+        await self.page.wait_for_load_state("domcontentloaded")
+
+    async def script(self, values: Json) -> None:
+        """A script, whose value becomes the note of the step."""
+        result = await self.page.evaluate(values["script"])
+        self._note = "" if result is None else f"result: {result!r}"[:200]
+
+    # What is kept
+
+    async def _picture(self, path: str, **options: Any) -> bool:
+        """Take a picture in which a password that can be read is covered."""
+        covered = [self.page.locator(selector) for selector in self._covered]
+        readable = self.page.locator(":not([type=password])")
+        mask = [field.and_(readable) for field in covered]
+        quality = {"quality": 60} if path.endswith(".jpg") else {}
+        await self.page.screenshot(path=path, mask=mask, mask_color="#8a8f98", **quality, **options)
+        return True
+
+    async def _state(self) -> Json:
+        """The address, the HTTP status and the visible text of the page; a page can say anything."""
+        url, status, text = await self.page.evaluate(_STATE_OF_PAGE)
+        return {"url": str(url), "http_status": int(status) or None, "text": str(text)}
+
+    def _fail(self, step: FlowStep, record: Json, seen: str, state: Json) -> None:
+        """Note a failed step, and what can be seen of its page."""
+        if step.type == "fill":
+            self.session.mask.add(str(step.values["value"]))  # it may be a password; nobody can tell
+        record["expected"], record["seen"] = expectation(step), seen
+        self.result["passed"] = False
+        self.result["failure"] = {
+            "step": step.number,
+            **{name: record[name] for name in ("type", "place", "expected", "seen", "picture")},
+            **state,
+            "troubles": self._troubles,
+        }
+
+    async def _stop_trace(self, path: str) -> bool:
+        await self.context.tracing.stop(path=path)
+        return True
+
+    def _keep_trace(self, path: str) -> None:
+        """Keep the trace, with the values of password fields hidden."""
+        whole = os.path.join(self.session.folder.name, "trace.zip")
+        if self.session.look(self._stop_trace(whole), 4 * FLOW_CLOSE_SECONDS):
+            mask_trace(whole, path, self.session.mask)
+            self.result["trace"] = path
+            self.result["trace_command"] = shell_words(
+                [sys.executable, "-m", "playwright", "show-trace", path]
+            )
 
 
 # The report
@@ -6887,195 +6437,66 @@ REPORT_STYLE = """
   --ground: #14171b; --card: #1b2026; --good: #53c48a; --bad: #ff7b72; --bad-ground: #2a1d1e;
   --code: #262d35; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
+body { margin: 0; background: var(--ground); color: var(--ink); overflow-wrap: anywhere;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 58rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; letter-spacing: -.01em; }
-h2 { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere; }
-p { margin: .25rem 0 0; }
-.dim { color: var(--dim); }
-.good { color: var(--good); } .bad { color: var(--bad); }
-code, pre { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-code { background: var(--code); border-radius: 4px; padding: .1em .35em; overflow-wrap: anywhere; }
+h1::before, .index li::before { content: "✓ "; color: var(--good); }
+h1.failed::before, .index .failed::before { content: "✗ "; color: var(--bad); }
+h2 { font-size: 1.15rem; margin: 0; }
+code, .text, .Trace { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 header { margin-bottom: 1.75rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.1rem; margin: 1rem 0 0;
   font-size: .93rem; }
-dt { color: var(--dim); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
+dt { color: var(--dim); } dd { margin: 0; min-width: 0; white-space: pre-wrap; }
+.text, .Trace { background: var(--code); border-radius: 6px; padding: .5rem .75rem; max-height: 18rem;
+  overflow: auto; }
+.Seen { color: var(--bad); }
+.index { list-style: none; padding: 0; margin: 1rem 0 0; columns: 16rem; }
+.index:empty, .failure:empty, .head p:empty, .words :empty { display: none; }
+.index a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--line); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 1.5rem;
   overflow: hidden; }
-.head { padding: 1.1rem 1.25rem; display: grid; grid-template-columns: 1fr max-content; gap: 0 1rem;
-  align-items: baseline; }
-.head p { grid-column: 1 / -1; max-width: 44rem; }
-.verdict { font-weight: 600; white-space: nowrap; font-size: .95rem; }
-.failure { background: var(--bad-ground); border-top: 1px solid var(--line); padding: 1rem 1.25rem 1.15rem; }
-.failure dl { margin: 0; }
-.failure dt { padding-top: .05rem; }
-pre { margin: .35rem 0 0; padding: .75rem .9rem; background: var(--code); border-radius: 6px;
-  max-height: 18rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-ul { margin: 0; padding-left: 1.1rem; }
-ol { list-style: none; margin: 0; padding: 0; }
-li.step { border-top: 1px solid var(--line); }
-summary { list-style: none; display: grid; grid-template-columns: 1.6rem 1fr max-content 8rem; gap: 0 .9rem;
-  align-items: center; padding: .55rem 1.25rem; min-height: 3.4rem; }
+summary { list-style: none; cursor: pointer; }
 summary::-webkit-details-marker { display: none; }
-details.seen > summary { cursor: zoom-in; } details.seen[open] > summary { cursor: zoom-out; }
 summary:hover { background: color-mix(in srgb, var(--line) 25%, transparent); }
 summary:focus-visible { outline: 2px solid var(--good); outline-offset: -2px; }
-.number { color: var(--dim); text-align: right; font-variant-numeric: tabular-nums; font-size: .9rem; }
-.words { min-width: 0; overflow-wrap: anywhere; }
-.what { display: block; color: var(--dim); font-size: .84rem; }
-.what code { background: none; padding: 0; }
-.time { color: var(--dim); font-size: .9rem; font-variant-numeric: tabular-nums; text-align: right; }
-.picture { display: block; width: 8rem; height: 4.5rem; object-fit: cover; object-position: top;
-  border-radius: 4px; border: 1px solid var(--line); }
-details[open] > summary > .picture { grid-column: 1 / -1; width: 100%; height: auto; margin: .7rem 0 .45rem;
-  border-radius: 6px; }
-.failed .number { color: var(--bad); font-weight: 700; }
+.head { padding: 1.1rem 1.25rem; display: grid; grid-template-columns: 1fr max-content; gap: 0 1rem;
+  align-items: baseline; }
+.head p { grid-column: 1 / -1; max-width: 44rem; margin: .25rem 0 0; color: var(--dim); }
+.verdict { font-weight: 600; font-size: .95rem; color: var(--good); }
+section.failed .verdict { color: var(--bad); }
+details:not([open]) > .head .verdict::after { content: " ▸"; }
+.failure { background: var(--bad-ground); border-top: 1px solid var(--line); padding: 1rem 1.25rem 1.15rem;
+  margin: 0; }
+ol { list-style: none; margin: 0; padding: 0; }
+.step { border-top: 1px solid var(--line); }
+.step summary { display: grid; grid-template-columns: 1.6rem 1fr max-content 8rem; gap: 0 .9rem;
+  align-items: center; padding: .55rem 1.25rem; min-height: 3.4rem; }
+.number, .time { color: var(--dim); text-align: right; font-variant-numeric: tabular-nums; font-size: .9rem; }
+.words { min-width: 0; }
+.words > * { display: block; color: var(--dim); font-size: .84rem; font-weight: 400; margin-top: .1rem; }
+.words code { font-size: .76rem; }
+.words b { color: var(--bad); font-size: .9rem; }
+img { display: block; width: 8rem; height: 4.5rem; object-fit: cover; object-position: top;
+  border-radius: 4px; border: 1px solid var(--line); cursor: zoom-in; }
+[open] > summary > img { grid-column: 1 / -1; width: 100%; height: auto; margin: .7rem 0 .45rem;
+  border-radius: 6px; cursor: zoom-out; }
+.step.failed .number { color: var(--bad); font-weight: 700; }
 .skipped { opacity: .55; }
-.seen-text { color: var(--bad); display: block; font-size: .9rem; margin-top: .15rem; }
 footer { color: var(--dim); font-size: .85rem; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem .75rem 3rem; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .55rem; }
   .head, .failure { padding-left: .9rem; padding-right: .9rem; }
-  summary { grid-template-columns: 1.3rem 1fr 4.5rem; padding: .55rem .9rem; gap: 0 .6rem; }
+  .step summary { grid-template-columns: 1.3rem 1fr 4.5rem; padding: .55rem .9rem; gap: 0 .6rem; }
   .time { grid-column: 2; grid-row: 2; text-align: left; font-size: .82rem; }
-  .picture { width: 4.5rem; height: 3.2rem; grid-column: 3; grid-row: 1 / span 2; }
+  img { width: 4.5rem; height: 3.2rem; grid-column: 3; grid-row: 1 / span 2; }
   .number { align-self: start; padding-top: .05rem; }
-  details[open] > summary > .picture { grid-row: 3; }
+  [open] > summary > img { grid-row: 3; }
 }
 @media print { body { background: none; } section { break-inside: avoid; } }
 """
-
-
-def report_page(report: Mapping[str, Any], pictures: Mapping[tuple[int, int], Picture]) -> str:
-    """The whole report as one page of HTML that needs nothing else. report: as `Sandbox.flow` tells it."""
-    browser, mutations = report["browser"], report["mutations"]
-    window = "headed" if browser["headed"] else "headless"
-    started = report["started_at"][:16].replace("T", ", ")
-    facts = [
-        ("Page", report["address"]),
-        ("Flows", report["flows_path"] or "from Plato"),
-        ("Browser", f"{browser['name']} {browser.get('version', '')}, {window}"),
-        ("Run", f"{started} UTC, {duration_words(report['seconds'])}"),
-    ]
-    if mutations is not None:
-        facts.append(("Mutations", mutation_words(mutations)))
-    return REPORT_PAGE.format(
-        title=escaped(verdict_words(report)),
-        style=REPORT_STYLE.strip(),
-        mark=mark_words(report["passed"]),
-        facts=report_facts(facts),
-        flows="".join(report_flow(number, flow, pictures) for number, flow in enumerate(report["flows"])),
-        version=__version__,
-    )
-
-
-def verdict_words(report: Mapping[str, Any]) -> str:
-    """How a run went, as a headline."""
-    flows = report["flows"]
-    failed = sum(not flow["passed"] for flow in flows)
-    if len(flows) == 1:
-        words = f"The flow {flows[0]['name']} {'failed' if failed else 'passed'}"
-    else:
-        words = f"{failed} of {len(flows)} flows failed" if failed else f"All {len(flows)} flows passed"
-    if failed or report["passed"]:
-        return words
-    return f"{words}, but the databases changed" if report.get("mutations") else f"{words}, but not in time"
-
-
-def duration_words(seconds: float) -> str:
-    """A measured time, as short as it may be: 14 ms, 2.3 s, 4 min."""
-    if seconds < 0.0995:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 99.95 else f"{seconds / 60:.0f} min"
-
-
-def escaped(text: object) -> str:
-    import html
-
-    return html.escape(printable_lines(str(text)))
-
-
-def printable_lines(text: str) -> str:
-    return "\n".join(map(printable, text.split("\n")))
-
-
-def mark_words(good: bool) -> str:
-    return '<span class="good">✓</span>' if good else '<span class="bad">✗</span>'
-
-
-def report_facts(facts: Iterable[tuple[str, object]]) -> str:
-    rows = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts)
-    return f"<dl>{rows}</dl>"
-
-
-def report_flow(number: int, flow: Mapping[str, Any], pictures: Mapping[tuple[int, int], Picture]) -> str:
-    """One flow: its verdict, what is known of its failure, and its steps."""
-    steps = "".join(report_step(step, pictures.get((number, step["number"]))) for step in flow["steps"])
-    word = "good" if flow["passed"] else "bad"
-    verdict = f"{'Passed' if flow['passed'] else 'Failed'} in {duration_words(flow['seconds'])}"
-    about = f'<p class="dim">{escaped(flow["description"])}</p>' if flow["description"] else ""
-    failure = report_failure(flow, flow["failure"]) if flow["failure"] else ""
-    return (
-        f'<section><div class="head"><h2>{escaped(flow["name"])}</h2>'
-        f'<span class="verdict {word}">{verdict}</span>'
-        f"{about}</div>{failure}<ol>{steps}</ol></section>\n"
-    )
-
-
-def report_failure(flow: Mapping[str, Any], failure: Mapping[str, Any]) -> str:
-    step = flow["steps"][failure["step"]]
-    where = f"{failure['step']}, {step_words(step)}" if failure["step"] else step_words(step)
-    rows = [
-        (
-            "Step",
-            escaped(where)
-            + (f' <span class="dim">({escaped(failure["place"])})</span>' if failure["place"] else ""),
-        ),
-        ("Expected", escaped(failure["expected"])),
-        ("Seen", f'<span class="bad">{escaped(failure["seen"])}</span>'),
-        (
-            "Address",
-            escaped(failure["url"]) + (f" (HTTP {failure['http_status']})" if failure["http_status"] else ""),
-        ),
-    ]
-    if failure["text"]:
-        rows.append(("Page text", f"<pre>{escaped(failure['text'])}</pre>"))
-    if failure["troubles"]:
-        items = "".join(f"<li>{escaped(trouble)}</li>" for trouble in failure["troubles"])
-        rows.append(("Also seen", f"<ul>{items}</ul>"))
-    if flow["trace_command"]:
-        rows.append(("Trace", f"<code>{escaped(flow['trace_command'])}</code>"))
-    listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
-    return f'<div class="failure"><dl>{listed}</dl></div>'
-
-
-def report_step(step: Mapping[str, Any], picture: Picture | None) -> str:
-    import base64
-
-    what = f"{step['type']} {step['target']}".strip()
-    own = step["description"] or what
-    below = [f"<code>{escaped(what)}</code>"] if step["description"] else []
-    below += [escaped(step["note"])] if step["note"] else []
-    below += [f"{step['attempts']} attempts"] if step["attempts"] > 1 else []
-    more = f'<span class="what">{" · ".join(below)}</span>' if below else ""
-    seen = f'<span class="seen-text">{escaped(step["seen"])}</span>' if step["seen"] else ""
-    image = ""
-    if picture is not None and picture.data:
-        kind = {"jpg": "jpeg"}.get(picture.kind, picture.kind)
-        data = base64.b64encode(picture.data).decode()
-        image = f'<img class="picture" alt="The page after this step" src="data:image/{kind};base64,{data}">'
-    time_words = "skipped" if step["status"] == "skipped" else duration_words(step["seconds"])
-    state = " open" if step["status"] == "failed" and image else ""
-    number = step["number"] or ""
-    return (
-        f'<li class="step {step["status"]}"><details{" class=seen" if image else ""}{state}><summary>'
-        f'<span class="number">{number}</span><span class="words">{escaped(own)}{more}{seen}</span>'
-        f'<span class="time">{time_words}</span>{image}</summary></details></li>\n'
-    )
-
-
 REPORT_PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -7091,15 +6512,179 @@ REPORT_PAGE = """\
 </head>
 <body>
 <main>
-<header><h1>{mark} {title}</h1>
-{facts}
+<header><h1 class="{verdict}">{title}</h1>
+<dl>{facts}</dl>
+<ul class="index">{index}</ul>
 </header>
 {flows}
-<footer>A click on a step shows its picture in full. Made by plato-sandbox {version}.</footer>
+<footer>A click on a flow shows its steps, and on a step its picture in full.
+Made by plato-sandbox {version}.</footer>
 </main>
 </body>
 </html>
 """
+REPORT_INDEX = '<li class="{verdict}"><a href="#{number}">{name}</a></li>'
+REPORT_FACT = '<dt>{name}</dt><dd class="{name}">{value}</dd>'
+REPORT_FLOW = """\
+<section id="{number}" class="{verdict}"><details{open}><summary class="head"><h2>{name}</h2>
+<span class="verdict">{words}</span><p>{description}</p></summary>
+<dl class="failure">{failure}</dl><ol>{steps}</ol></details></section>
+"""
+REPORT_STEP = """\
+<li class="step {status}"><details{open}><summary><span class="number">{number}</span>
+<span class="words">{words}<code>{what}</code><small>{note}</small><b>{seen}</b></span>
+<span class="time">{time}</span>{image}</summary></details></li>
+"""
+REPORT_IMAGE = '<img alt="The page after this step" src="data:image/{kind};base64,{data}">'
+
+
+class Html(str):
+    """A text that is HTML already."""
+
+
+def markup(template: str, **values: object) -> Html:
+    """A template with texts in it, which become HTML unless they are it already."""
+    import html
+
+    for name, value in values.items():
+        if not isinstance(value, Html):
+            values[name] = html.escape("\n".join(map(printable, str(value).split("\n"))))
+    return Html(template.format_map(values))
+
+
+def joined(parts: Iterable[Html]) -> Html:
+    return Html("".join(parts))
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> Html:
+    return joined(markup(REPORT_FACT, name=name, value=value) for name, value in pairs if value)
+
+
+def report_page(report: Json) -> str:
+    """The whole report as one page of HTML that needs nothing else. report: as `Sandbox.flow` tells it."""
+    browser, flows = report["browser"], report["flows"]
+    window = "headed" if browser["headed"] else "headless"
+    started = report["started_at"][:16].replace("T", ", ")
+    about = [
+        ("Page", report["address"]),
+        ("Flows", report["flows_path"] or "from Plato"),
+        ("Browser", f"{browser['name']} {browser['version']}, {window}"),
+        ("Run", f"{started} UTC, {duration_words(report['seconds'])}"),
+        ("Mutations", report["mutations"] is not None and mutation_words(report["mutations"])),
+    ]
+    index = [
+        markup(REPORT_INDEX, verdict=verdict(flow), number=number, name=flow["name"])
+        for number, flow in enumerate(flows)
+    ]
+    return markup(
+        REPORT_PAGE,
+        title=report_title(report),
+        style=Html(REPORT_STYLE.strip()),
+        verdict=verdict(report),
+        facts=facts(about),
+        index=joined(index if len(flows) > 1 else ()),
+        flows=joined(report_flow(number, flow, len(flows) == 1) for number, flow in enumerate(flows)),
+        version=__version__,
+    )
+
+
+def verdict(result: Json) -> str:
+    return "passed" if result["passed"] else "failed"
+
+
+def report_title(report: Json) -> str:
+    """How a run went, as a headline."""
+    flows = report["flows"]
+    failed = sum(not flow["passed"] for flow in flows)
+    words = f"The flow {flows[0]['name']}" if len(flows) == 1 else f"All {len(flows)} flows"
+    if failed:
+        return f"{words} failed" if len(flows) == 1 else f"{failed} of {len(flows)} flows failed"
+    but = ", but the databases changed" if report["mutations"] else ", but not in time"
+    return f"{words} passed{'' if report['passed'] else but}"
+
+
+def duration_words(seconds: float) -> str:
+    """A measured time, as short as it may be: 14 ms, 2.3 s, 4 min."""
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 99.95 else f"{seconds / 60:.0f} min"
+
+
+def report_flow(number: int, flow: Json, alone: bool) -> Html:
+    """One flow: its verdict, what is known of its failure, and its steps."""
+    failure = flow["failure"]
+    known: list[tuple[str, object]] = []
+    if failure:
+        status = f" (HTTP {failure['http_status']})" if failure["http_status"] else ""
+        known = [
+            ("Step", f"{failure['step'] or ''} {step_words(flow['steps'][failure['step']])}".strip()),
+            ("Place", failure["place"]),
+            ("Expected", failure["expected"]),
+            ("Seen", failure["seen"]),
+            ("Address", f"{failure['url']}{status}"),
+            ("Page text", failure["text"]),
+            ("Also seen", "\n".join(failure["troubles"])),
+            ("Trace", flow["trace_command"]),
+        ]
+    return markup(
+        REPORT_FLOW,
+        number=number,
+        verdict=verdict(flow),
+        open=" open" if failure or alone else "",
+        name=flow["name"],
+        words=f"{verdict(flow).capitalize()} in {duration_words(flow['seconds'])}",
+        description=flow["description"],
+        failure=facts(known),
+        steps=joined(map(report_step, flow["steps"])),
+    )
+
+
+def report_step(step: Json) -> Html:
+    """One step as a line that unfolds its picture."""
+    import base64
+
+    image = Html()
+    if step["picture"] and os.path.exists(step["picture"]):
+        with open(step["picture"], "rb") as file:
+            data = base64.b64encode(file.read()).decode()
+        image = markup(REPORT_IMAGE, kind="png" if step["status"] == "failed" else "jpeg", data=data)
+    tries = f"{step['attempts']} attempts" if step["attempts"] > 1 else ""
+    return markup(
+        REPORT_STEP,
+        status=step["status"],
+        open=" open" if step["status"] == "failed" else "",
+        number=step["number"] or "",
+        words=step_words(step),
+        what=f"{step['type']} {step['target']}" if step["description"] else "",
+        note=" · ".join(filter(None, (step["note"], tries))),
+        seen=step["seen"] or "",
+        time="skipped" if step["status"] == "skipped" else duration_words(step["seconds"]),
+        image=image,
+    )
+
+
+def flow_file_name(name: str, taken: Iterable[str]) -> str:
+    """The name of a flow's directory; no two of a run have the same."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "flow"
+    while safe in taken:
+        safe += "-2"
+    return safe
+
+
+def flow_failed_error(failed: Sequence[Json]) -> FlowFailedError:
+    """What the first of the failed flows has to say, and how many there are."""
+    flow, failure = failed[0], failed[0]["failure"]
+    where = f"step {failure['step']}" if failure["step"] else "opening the page"
+    place = f" ({failure['place']})" if failure["place"] else ""
+    others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
+    status = failure["http_status"]
+    return FlowFailedError(
+        f"The flow {flow['name']} failed at {where}{place}: expected {failure['expected']};"
+        f" seen: {failure['seen']}.{others}",
+        hint=f"The page answers HTTP {status}: the simulator's services may not be up yet."
+        if status in (502, 503, 504)
+        else None,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -9010,9 +8595,6 @@ class Sandbox(SandboxBase):
         state = load_state(self.directory)
         if source == "api" or state or not local_flows_path(self):
             self.load()
-        return self._found_flows(source)
-
-    def _found_flows(self, source: str | None) -> FlowSet:
         try:
             return find_flows(self, source)
         except ApiError as error:
@@ -9022,37 +8604,93 @@ class Sandbox(SandboxBase):
         self,
         names: Sequence[str] = (),
         *,
-        told: Callable[[dict[str, Any], dict[str, Any] | None], None] | None = None,
-        **options: Any,
-    ) -> dict[str, Any]:
+        told: Callable[[Json, Json | None], None] = lambda result, step: None,
+        every: bool = False,
+        source: str | None = None,
+        headed: bool = False,
+        slowmo: float = 0,
+        output: str = FLOW_OUTPUT,
+        keep_open: bool = False,
+        base_url: str | None = None,
+        timeout: float = FLOW_SECONDS,
+        verify_no_mutations: bool = False,
+    ) -> Json:
         """Run flows in a real browser (Playwright) against the sandbox's address.
 
-        names: in this order; none is `login`. options: those of `FlowOptions` (every, source "local" or
-        "api", headed, slowmo in ms, browser, tracing "on", "off" or "retain-on-failure", unmasked_trace,
-        output (a directory), keep_open, base_url, viewport "WIDTHxHEIGHT", timeout in seconds for all of
-        it, verify_no_mutations). With base_url no sandbox is needed. told: called with a flow's result and
-        each of its steps that ended, then with the result and None.
+        names: in this order; none is `login`; every: all of them. source: "local" or "api" for flows of
+        there only. slowmo: ms after each action; output: a directory; base_url: begin there, without a
+        sandbox; timeout: seconds for all of it. told: called with a flow's result and each of its steps that
+        ended, then with the result and None.
         Returns passed, seconds, flows (a result each, with its steps), mutations (what the flows changed,
         None if not asked), report (the path of report.html), and `error`: a SandboxError, or None when all
         passed. What cannot even begin raises.
         """
-        chosen = FlowOptions(**options)
-        known = self.flows(chosen.source) if chosen.base_url else self._flows_of_sandbox(chosen.source)
+        if headed and not has_display(os.environ):
+            self.reporter.warn("There is no display here (DISPLAY is not set); the browser runs headless.")
+            headed = False
+        check_flow_options(base_url, slowmo, timeout, keep_open and not headed)
+        executable = chosen_browser(self.settings)
+        if base_url is None:
+            self._load_for_use()
+            self.revive_heartbeat()
+        known = self.flows(source)
         for warning in known.warnings:
             self.reporter.warn(warning)
-        flows = known.choose(names, every=chosen.every)
-        if chosen.verify_no_mutations and not self.state.get("session_id"):
-            self.load()
-        address = chosen.base_url or self._page_address()
+        flows = known.choose(names, every=every)
+        address = base_url or self._page_address()
+        before = self._mutations_now() if verify_no_mutations else []
+        began = time.time()
+        session = FlowSession(self, known, flows, address, output, seconds=timeout, keep_open=keep_open)
+        path = os.path.join(session.output, "report.html")
         try:
-            return FlowSession(self, chosen, known, flows, address).run(told)
+            self.reporter.step("Opening the browser")
+            session.wait(session.open(executable, headed=headed, slowmo=slowmo))
+            results = session.run(told)
+            changed = new_mutations(before, self._mutations_now()) if verify_no_mutations else []
+            report: Json = {
+                "passed": not changed and not session.timed_out and all(item["passed"] for item in results),
+                "started_at": utc_text(began),
+                "seconds": round(time.time() - began, 3),
+                "address": address,
+                "source": known.source,
+                "flows_path": known.path and os.path.abspath(known.path),
+                "browser": {"name": "chromium", "headed": headed, "version": session.browser.version},
+                "flows": results,
+                "mutations": [mutation.raw for mutation in changed] if verify_no_mutations else None,
+            }
+            report = {**session.mask.value(report), "report": path}
+            write_whole(path, report_page(report), 0o644)
+            if keep_open:
+                session.stay_open()
+        except BrokenPipeError:
+            raise
+        except OSError as problem:
+            raise SandboxError(
+                f"{shown_path(session.output)} cannot be written: {reason(problem)}."
+            ) from None
         finally:
+            session.close()
             self.api.transport.close()
+        return {**report, "error": self._flow_error(session, report, begun_elsewhere=bool(base_url))}
 
-    def _flows_of_sandbox(self, source: str | None) -> FlowSet:
-        self._load_for_use()
-        self.revive_heartbeat()
-        return self._found_flows(source)
+    def _flow_error(self, session: FlowSession, report: Json, begun_elsewhere: bool) -> SandboxError | None:
+        """Why a run is no success, or None. NoSandboxError where the page was that of a VM that is gone."""
+        failed = [result for result in report["flows"] if not result["passed"]]
+        if session.timed_out:
+            return TimedOutError(
+                f"The flows were not done after {session.seconds:g} s.",
+                hint="Give them more time with --timeout SECONDS, or look at the report for what took it.",
+            )
+        if failed:
+            gone = None if begun_elsewhere or failed[0]["failure"]["step"] else self.end_of_vm()
+            if gone is not None:
+                raise gone
+            return flow_failed_error(failed)
+        return mutations_found(list(map(Mutation, report["mutations"]))) if report["mutations"] else None
+
+    def _mutations_now(self) -> list[Mutation]:
+        self.reporter.step("Reading the mutations")
+        return self.mutations(self.read_state())
 
     def _page_address(self) -> str:
         """The address of the sandbox's page; asked again where `start` could not find it out."""
@@ -9662,129 +9300,6 @@ class Starter:
             error.message = (
                 f"{error.message.rstrip()} {'The VM' if had_vm else 'Its session'} was closed again."
             )
-
-
-class FlowSession:
-    """One call of `Sandbox.flow`: the run, what it changed, its report."""
-
-    def __init__(
-        self, sandbox: Sandbox, options: FlowOptions, known: FlowSet, flows: list[Flow], address: str
-    ) -> None:
-        self.sandbox = sandbox
-        self.options = options
-        self.known = known
-        self.flows = flows
-        self.address = address
-        base = os.path.dirname(known.path) if known.path else sandbox.directory
-        self.screenshots = os.path.join(os.path.abspath(base), "screenshots")
-        self.output = os.path.join(sandbox.directory, options.output or FLOW_OUTPUT)
-        self.before: list[Mutation] = []
-        self.changed: list[Mutation] = []
-        self.report: dict[str, Any] = {}
-
-    def run(self, told: Callable[[dict[str, Any], dict[str, Any] | None], None] | None) -> dict[str, Any]:
-        sandbox, options = self.sandbox, self.options
-        self._check_output()
-        if options.headed and not has_display(os.environ, sys.platform):
-            if options.keep_open:
-                raise UsageError("--keep-open needs a display; there is none here (DISPLAY is not set).")
-            sandbox.reporter.warn("There is no display here (DISPLAY is not set); the browser runs headless.")
-            options.headed = False
-        if options.verify_no_mutations:
-            self.before = self._mutations()
-        began = time.time()
-        run = FlowRun(
-            self.flows,
-            options,
-            address=self.address,
-            screenshots=self.screenshots,
-            output=self.output,
-            settings=sandbox.settings,
-            reporter=sandbox.reporter,
-            told=told,
-        )
-        run.run(functools.partial(self._finish, run, began))
-        return self.report
-
-    def _check_output(self) -> None:
-        try:
-            os.makedirs(self.output, exist_ok=True)
-            if not os.access(self.output, os.W_OK | os.X_OK):
-                raise PermissionError("it is not writable")
-        except OSError as error:
-            raise UsageError(
-                f"The report cannot be written to {shown_path(self.output)}: {reason(error)}.",
-                hint="Name another directory: --output DIR",
-            ) from None
-
-    def _mutations(self) -> list[Mutation]:
-        self.sandbox.reporter.step("Reading the mutations")
-        return self.sandbox.mutations(self.sandbox.read_state())
-
-    def _finish(self, run: FlowRun, began: float) -> None:
-        """Say how it went, and write the report."""
-        if self.options.verify_no_mutations:
-            self.changed = new_mutations(self.before, self._mutations())
-        mutations = [mutation.raw for mutation in self.changed] if self.options.verify_no_mutations else None
-        passed = not run.timed_out and not mutations and all(result["passed"] for result in run.results)
-        path = os.path.join(self.output, "report.html")
-        told = {
-            "passed": passed,
-            "started_at": utc_text(began),
-            "seconds": round(time.time() - began, 3),
-            "address": self.address,
-            "source": self.known.source,
-            "flows_path": self.known.path and os.path.abspath(self.known.path),
-            "browser": run.browser,
-            "flows": run.results,
-            "mutations": mutations,
-            "report": path,
-        }
-        self.report = {**run.mask.value(told), "report": path}
-        try:
-            write_whole(path, report_page(self.report, run.pictures), 0o644)
-        except OSError as error:
-            raise SandboxError(f"{shown_path(path)} cannot be written: {reason(error)}.") from None
-        self.report["error"] = None if passed else self._error(run.timed_out)
-
-    def _error(self, timed_out: bool) -> SandboxError:
-        if timed_out:
-            return TimedOutError(
-                f"The flows were not done after {self.options.timeout:g} s.",
-                hint="Give them more time with --timeout SECONDS, or look at the report for what took it.",
-            )
-        failed = [flow for flow in self.report["flows"] if not flow["passed"]]
-        if not failed:
-            return mutations_found(self.changed)
-        self._refuse_gone(failed[0]["failure"])
-        return flow_failed_error(failed)
-
-    def _refuse_gone(self, failure: Mapping[str, Any] | None) -> None:
-        """A page that does not even open may belong to a VM that is gone."""
-        if self.options.base_url or not failure or failure["step"]:
-            return
-        gone = self.sandbox.end_of_vm()
-        if gone is not None:
-            raise gone
-
-
-def flow_failed_error(failed: Sequence[Mapping[str, Any]]) -> FlowFailedError:
-    """What the first of the failed flows has to say, and how many there are."""
-    flow, failure = failed[0], failed[0]["failure"]
-    others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
-    if failure is None:
-        return FlowFailedError(f"The flow {flow['name']} failed.{others}")
-    where = f"step {failure['step']}" if failure["step"] else "opening the page"
-    place = f" ({failure['place']})" if failure["place"] else ""
-    if failure["http_status"] in (502, 503, 504):
-        hint = f"The page answers HTTP {failure['http_status']}: the simulator's services may not be up yet."
-    else:
-        hint = None
-    return FlowFailedError(
-        f"The flow {flow['name']} failed at {where}{place}: expected {failure['expected']};"
-        f" seen: {failure['seen']}.{others}",
-        hint=hint,
-    )
 
 
 def live_sandbox_error(state: Mapping[str, Any]) -> ConflictError:

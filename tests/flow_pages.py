@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socketserver
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -51,6 +52,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(302, "", Location="/circle")
         elif path == "/hang":
             self.server.released.wait()
+        elif path == "/late":  # more than the 8 s that a step has for an element
+            time.sleep(9)
+            self.answer(200, f"{PAGES['/covered']}<script>setTimeout(() => veil.remove(), 9000)</script>")
+        elif path == "/admin/login":
+            self.answer(200, PAGES["/login"])
         elif path == "/unavailable":
             self.answer(503, "<title>503</title>not up yet")
         elif path == "/gone":  # the answer is cut off, and nobody answers any more

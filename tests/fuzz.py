@@ -182,12 +182,12 @@ def fuzz_flows(data: bytes) -> None:
         return
     told(lambda output: product.show_flows(known, output))
     for flow in known.flows:
-        product.file_name(flow.name, 0, [])
+        product.flow_file_name(flow.name, ())
         for step in flow.steps:
             record = product.step_record(step)
             harmless(product.printable(product.step_words(record)))
             product.expectation(step)
-            product.report_step(record, None)
+            product.report_step(record)
             if step.type == "fill":
                 product.looks_secret(step)
             if step.type == "screenshot":

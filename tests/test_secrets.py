@@ -288,7 +288,7 @@ def test_the_password_of_a_flow_is_nowhere(stage: Stage, login_page: str) -> Non
     results = []
     with Watch(stage) as watch:
         for words in (["-f", "login"], ["-f", "missed"], ["--all", "--json"]):
-            command = ["flow", *words, "--base-url", login_page, "--tracing", "on", "--verbose"]
+            command = ["flow", *words, "--base-url", login_page, "--verbose"]
             results.append(desk.run(*command))
     assert [result.code for result in results] == [0, 8, 8]
     assert "Type ***" in results[0].out
