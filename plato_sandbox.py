@@ -1212,7 +1212,7 @@ def _text(words: str, fits: Callable[[str], object] = lambda text: True) -> Fiel
 
 _TEXT = _text("a text (quotes make one)")
 _FILLED = Needed(_text("a text that is not blank", str.strip))
-_NAME = _text("letters, digits, '.', '_' and '-'", re.compile(SERVICE_NAME).fullmatch)
+_NAME = _text("a text of letters, digits, '.', '_' and '-'", re.compile(SERVICE_NAME).fullmatch)
 _TABLE = _text("a table name or {table: NAME, columns: [..]}")
 _PATH = _text("a path in the screenshots folder", lambda text: text.strip() and is_inside(text))
 _BOOLEAN = Field("true or false", lambda node: isinstance(node.value, bool))

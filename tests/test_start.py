@@ -929,4 +929,4 @@ def test_config_problems_are_told_as_seen_from_here(visitor: Desk) -> None:
     told = visitor.run("start", "-c", "-w", "below").err
     assert "below/plato-config.yml:1:10: " in told
     assert str(config) not in told
-    assert "below/plato-config.yml:5:7: `compute` has no field `memmory`; did you mean `memory`?" in told
+    assert "below/plato-config.yml:5:7: `datasets.base.compute` has no field `memmory`; did you mean" in told
