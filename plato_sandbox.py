@@ -9163,8 +9163,10 @@ class Starter:
         self.reporter.step("Resetting the environment", RESET_SECONDS)
         try:
             check_reset(self.api.reset(session_id), job_id)
-        except SandboxError as error:
+        except (ApiError, NoSandboxError) as error:
             self._warn_unless_gone(f"{error.message} The VM is as it booted.")
+        except SandboxError as error:  # the worker is not up, for one
+            self.reporter.warn(f"{error.message} The VM is as it booted.")
 
     def _wait_for_ssh(self) -> None:
         self.reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
