@@ -6777,7 +6777,8 @@ class Changes:
         if place[1] != WHOLE:
             return self.examples.get(place, "")
         example = self.examples.get(place)
-        return counts_text(self.tables.get(place[0], {})) + (f": {example}" if example else "")
+        told = counts_text(self.tables.get(place[0], {})) + (f": {example}" if example else "")
+        return printable(told)
 
     def remaining(self, ticks: Collection[Tick]) -> dict[tuple[str, str, frozenset[str]], int]:
         """The `kinds` that rules do not hide."""
@@ -7605,8 +7606,8 @@ div:has(> .st-key-save) { position: sticky; bottom: 0; padding: .8rem 0 1.2rem; 
 .bars .bar { display: flex; height: .8rem; gap: 2px; }
 .bars .bar i { min-width: 3px; border-radius: 2px; }
 .bars .count { font-variant-numeric: tabular-nums; opacity: .75; text-align: right; }
-.key { display: flex; flex-wrap: wrap; gap: 1.1rem; margin-top: .8rem; font-size: .8rem; opacity: .8; }
-.key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem; }
+.bars-key { display: flex; flex-wrap: wrap; gap: 1.1rem; margin-top: .8rem; font-size: .8rem; opacity: .8; }
+.bars-key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem; }
 i.inserted { background: #2f9e68; } i.updated { background: #4b83d6; }
 i.deleted { background: #d2574d; } i.other { background: #8a8f98; } i.hidden { opacity: .28; }
 </style>
@@ -7642,15 +7643,14 @@ def changes_picture(changes: Changes, ticks: Collection[Tick]) -> str:
         key += '<span><i class="other hidden"></i>faint: hidden by the rules</span>'
     if len(order) > SHOWN_BARS:
         key += f"<span>and {counted(len(order) - SHOWN_BARS, 'more table')}</span>"
-    return f'<div class="bars">{rows}</div><div class="key">{key}</div>'
+    return f'<div class="bars">{rows}</div><div class="bars-key">{key}</div>'
 
 
 def show_audit_page(plan: AuditPlan) -> None:
     """Draw the page for whoever looks at it; a choice outlives a reload by a word in the page's address."""
     import secrets
 
-    import streamlit as st
-
+    st = import_package("streamlit", "streamlit")
     st.set_page_config(page_title=f"Ignore rules: {plan.service or 'database'}", layout="wide")
     st.html(_AUDIT_STYLE)
     if "visit" not in st.query_params:
@@ -7675,15 +7675,13 @@ def show_audit_page(plan: AuditPlan) -> None:
         visit.begin(visit.ticks)
     else:
         visit.tick(grid["edited_rows"])
-    _show_controls(visit)
-    _show_changes(visit)
-    _show_grid(visit, number)
-    _show_rules(visit)
+    _show_controls(st, visit)
+    _show_changes(st, visit)
+    _show_grid(st, visit, number)
+    _show_rules(st, visit)
 
 
-def _show_controls(visit: Visit) -> None:
-    import streamlit as st
-
+def _show_controls(st: Any, visit: Visit) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         if visit.recording is not None:
             words = "Stop and show what happened"
@@ -7702,10 +7700,8 @@ def _show_controls(visit: Visit) -> None:
             st.caption("Only what happened during the recording")
 
 
-def _show_changes(visit: Visit) -> None:
+def _show_changes(st: Any, visit: Visit) -> None:
     """How much changed, and how much of it the rules hide."""
-    import streamlit as st
-
     found = visit.shown
     if isinstance(found, SandboxError):
         known = isinstance(visit.tables, SandboxError)  # why, and what to do
@@ -7725,9 +7721,7 @@ def _show_changes(visit: Visit) -> None:
             st.success(words, icon=":material/check_circle:")
 
 
-def _show_grid(visit: Visit, number: int) -> None:
-    import streamlit as st
-
+def _show_grid(st: Any, visit: Visit, number: int) -> None:
     if isinstance(visit.tables, SandboxError):
         st.error(_told(visit.tables), icon=":material/database_off:")
     changes = visit.shown if isinstance(visit.shown, Changes) else Changes([], "")
@@ -7767,12 +7761,10 @@ def _show_grid(visit: Visit, number: int) -> None:
             st.button(label, key="more", on_click=visit.begin, args=(visit.ticks | more,))
         name = st.selectbox("Look into a table", list(tables), None, printable, key=f"into {number}")
     if name is not None and name in tables:
-        _show_examples(visit, name, tables[name])
+        _show_examples(st, visit, name, tables[name])
 
 
-def _show_examples(visit: Visit, name: str, table: Table) -> None:
-    import streamlit as st
-
+def _show_examples(st: Any, visit: Visit, name: str, table: Table) -> None:
     found = visit.look_into(name, table)
     if isinstance(found, SandboxError):
         st.warning(_told(found))
@@ -7782,10 +7774,8 @@ def _show_examples(visit: Visit, name: str, table: Table) -> None:
     st.dataframe([dict(zip(names, row)) for row in cells or [[""] * len(names)]], hide_index=True)
 
 
-def _show_rules(visit: Visit) -> None:
+def _show_rules(st: Any, visit: Visit) -> None:
     """The rules, and the way into the file, which stays in view while there is something to save."""
-    import streamlit as st
-
     name = _markdown(visit.plan.config_name)
     st.code(rules_text(visit.entries), language="yaml")
     if visit.text is None:
