@@ -3251,29 +3251,32 @@ class Vm:
     def outcome(
         self, script: str, feed: Callable[[Any], object] | None = None, seconds: float = VM_SECONDS
     ) -> Outcome:
-        """How a script ended. SSH that is silent at first gets the network connected again; a connection that
-        breaks is opened once more, or left for the API."""
-        again = True
-        while self.via == "ssh":
+        """How a script ended. A connection that breaks is opened once more, or left for the API."""
+        if self.via == "ssh":
             opening, self._opening = self._opening, None
             try:
                 if opening is not None:
-                    opening.result()
-                    opening = None
+                    self._wait_for_answer(opening)
                 return self._by_ssh(script, feed, seconds)
             except OvertakenError:
-                raise
+                raise  # what was to be sent has changed
             except SandboxError as error:
-                if again and opening is not None and connect_again(self.sandbox):
-                    again = False
-                    continue
-                if self._ssh_only and not (again and isinstance(error, NetworkError)):
+                if self._ssh_only and not isinstance(error, NetworkError):
                     raise
                 further = "Connecting again." if self._ssh_only else "Going on through the API."
                 self.sandbox.reporter.note(f"{error.message} {further}")
-                again = False
-                self.via = "ssh" if self._ssh_only else "api"
+            if self._ssh_only:
+                return self._by_ssh(script, feed, seconds)
+            self.via = "api"
         return self._by_api(script, feed, seconds)
+
+    def _wait_for_answer(self, opening: Aside) -> None:
+        """Wait for SSH's first answer; where it is silent, the VM is connected to the network again, once."""
+        try:
+            opening.result()
+        except SandboxError:
+            if not connect_again(self.sandbox):
+                raise
 
     def _by_ssh(self, script: str, feed: Callable[[Any], object] | None, seconds: float) -> Outcome:
         """The script goes ahead of its input, so that it stands in no argument list, and is run as a whole or
@@ -3354,7 +3357,7 @@ class Parts:
     def _put(self, number: int, text: str) -> None:
         place, name = self._place, f"{self._place}.$$"
         command = f"umask 077; mkdir -p {place} && printf %s {text or chr(39) * 2} | base64 -d > {name}"
-        command += f" && mv -f {name} {place}/{number:06d}"
+        command += f" && mv -f {name} {place}/{number:06d} || {{ rm -rf {place}*; exit 1; }}"
         if not number:  # what others left who were broken off
             old = "find /var/tmp -maxdepth 1 -name 'plato-sandbox-*' -mmin +60 -exec rm -rf {} + 2>/dev/null"
             command = f"{old}\n{command}"
@@ -3878,10 +3881,9 @@ SYNC_SECONDS = 120.0
 PATIENCE_SHARE = 0.5  # of a command's seconds the VM waits for another sync: it must be able to say so
 SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes while it is read
 SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
-PRIVATE_KEY_BYTES = 64 * 1024
 EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tree
 WATCH_QUIET_SECONDS = 0.3
-WATCH_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
+WATCH_RETRY_SECONDS = 3.0
 
 EXCLUDED_DIRECTORIES = (
     *(b"__pycache__", b".git", b".venv", b"venv", b"node_modules"),
@@ -3935,7 +3937,7 @@ def _glob_part(found: re.Match[bytes]) -> bytes:
 
 
 def _set_member(found: re.Match[bytes]) -> bytes:
-    return re.escape(found[2]) if found[2] else _GLOB_CLASSES.get(found[1], b"[")  # which is no expression
+    return re.escape(found[2]) if found[2] else _GLOB_CLASSES.get(found[1], b"z-a")  # which is no expression
 
 
 def ignore_expression(pattern: bytes, name: bytes) -> bytes:
@@ -3961,31 +3963,24 @@ def ignore_expression(pattern: bytes, name: bytes) -> bytes:
 class IgnoreFile:
     """The patterns of one ignore file. The last one that matches decides.
 
-    unreadable: patterns that are none, which match nothing, as in git; taken_back: those with "!".
+    odd_patterns: those that are none, which match nothing, as in git; takes_back: whether one has a "!".
     """
 
     def __init__(self, text: bytes) -> None:
-        self.unreadable: list[bytes] = []
-        self.taken_back: list[bytes] = []
+        self.odd_patterns: list[bytes] = []
+        self.takes_back = False
         alternatives: list[bytes] = []
         for line in text[3 if text.startswith(b"\xef\xbb\xbf") else 0 :].split(b"\n"):
             pattern = re.sub(rb"(?<!\\)((?:\\\\)*) +$", rb"\1", re.sub(rb"\r$|\0.*", b"", line))
             if pattern.startswith(b"#"):
                 continue
             negated = pattern.startswith(b"!")
-            wanted = pattern[1:] if negated else pattern
-            only_directories = wanted.endswith(b"/")
-            wanted = wanted[:-1] if only_directories else wanted
-            kind = b"kept" if negated else b"ignored"
+            self.takes_back |= negated
+            name = b"%s%d" % (b"kept" if negated else b"ignored", len(alternatives))
             try:
-                if wanted:
-                    alternatives.append(
-                        _alternative(wanted, b"%s%d" % (kind, len(alternatives)), only_directories)
-                    )
-                if negated:
-                    self.taken_back.append(wanted)
+                alternatives += _alternatives(pattern[1:] if negated else pattern, name)
             except re.error:
-                self.unreadable.append(pattern)
+                self.odd_patterns.append(pattern)
         self._match = re.compile(b"|".join(reversed(alternatives)) or b"(?!)", re.DOTALL).fullmatch
 
     def verdict(self, path: bytes, is_directory: bool) -> bool | None:
@@ -3994,23 +3989,26 @@ class IgnoreFile:
         return None if found is None else (found.lastgroup or "").startswith("ignored")
 
 
-def _alternative(pattern: bytes, name: bytes, only_directories: bool) -> bytes:
-    """What matches `/` of a directory, the name, NUL, and the path. re.error for what is no pattern."""
-    by_name = b"/" not in pattern
-    expression = ignore_expression(pattern[1:] if pattern.startswith(b"/") else pattern, name + b"_")
+def _alternatives(pattern: bytes, name: bytes) -> list[bytes]:
+    """What matches `/` of a directory, the name, NUL, and the path; re.error for what is no pattern."""
+    directories = b"" if pattern.endswith(b"/") else b"?"
+    wanted = pattern if directories else pattern[:-1]
+    if not wanted:
+        return []
+    expression = ignore_expression(wanted[1:] if wanted.startswith(b"/") else wanted, name + b"_")
     re.compile(expression)
-    form = rb"(?P<%s>/%s%s\0.*)" if by_name else rb"(?P<%s>/%s[^\0]*\0%s)"
-    optional = b"" if only_directories else b"?"
-    return form % (name, optional, expression)
+    form = rb"(?P<%s>/%s[^\0]*\0%s)" if b"/" in wanted else rb"(?P<%s>/%s%s\0.*)"
+    return [form % (name, directories, expression)]
 
 
 # The local tree
 
 
 class LocalTree:
-    """What there is to sync: stamps by path; what is left out, and why; ignore patterns that are none.
+    """What there is to sync: stamps by path; what is left out, and why.
 
-    single: the name of the only file to look at. also: what .gitignore files do not hide.
+    single: the name of the only file to look at. also: what .gitignore files do not hide. odd_patterns: those
+    in ignore files that git does not know either. takes_back: whether an ignore file has a "!".
     """
 
     def __init__(
@@ -4019,18 +4017,18 @@ class LocalTree:
         self.root = root
         self.stamps: dict[bytes, bytes] = {}
         self.skipped: dict[bytes, str] = {}
-        self.unread_patterns: list[bytes] = []
-        self._names = (b".platoignore", b".gitignore") if gitignore else (b".platoignore",)
-        self._files: dict[bytes, tuple[tuple[int, IgnoreFile], ...]] = {
-            b"": ((0, IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))),)
-        }
+        self.odd_patterns: list[bytes] = []
+        self.takes_back = False
+        self._also = also
+        self._names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
+        built_in = IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))
+        self._files: dict[bytes, tuple[tuple[int, IgnoreFile], ...]] = {b"": ((0, built_in),)}
         waiting = [b""]
         while waiting:
             waiting += self._scan(waiting.pop(), single)
         if gitignore and any(name not in self.stamps for name in also):
             hidden = LocalTree(root).stamps
-            self.stamps.update((path, hidden[path]) for path in hidden if _is_near(path, also))
-        self._also = also
+            self.stamps.update((path, hidden[path]) for path in hidden if self._is_named(path))
 
     def _scan(self, directory: bytes, single: bytes) -> list[bytes]:
         """Take up what a directory holds; the directories in it to go into."""
@@ -4038,54 +4036,47 @@ class LocalTree:
         prefix = directory + b"/" if directory else b""
         try:
             with os.scandir(self.location(directory)) as listing:
-                entries = list(listing)
-            if not single:
-                self._read_ignore_files(directory, prefix, {entry.name for entry in entries})
-            for entry in entries:
-                path, is_directory = prefix + entry.name, entry.is_dir(follow_symlinks=False)
-                if entry.name != single if single else self.ignores(path, is_directory):
-                    continue
-                self._take(path, entry)
-                if is_directory and path in self.stamps:
-                    below.append(path)
+                entries = {entry.name: entry for entry in listing if single in (b"", entry.name)}
+            for name in self._names if not single else ():
+                if name in entries and entries[name].is_file():
+                    self._read_ignore_file(directory, prefix, name)
+            for name, entry in entries.items():
+                is_directory = entry.is_dir(follow_symlinks=False)
+                if single or not self.ignores(prefix + name, is_directory):
+                    self._take(prefix + name, entry)
+                    below += [prefix + name] * is_directory
         except FileNotFoundError:
             pass  # gone meanwhile
         except OSError as error:
-            raise _unreadable(error) from None
+            raise _unreadable(shown_path(os.fsdecode(error.filename)), error) from None
         return below
 
-    def _read_ignore_files(self, directory: bytes, prefix: bytes, names: set[bytes]) -> None:
-        found = [
-            name for name in self._names if name in names and os.path.isfile(self.location(prefix + name))
-        ]
-        for name in reversed(found):
-            with open(self.location(prefix + name), "rb") as file:
-                rules = IgnoreFile(file.read())
-            self._files[directory] = ((len(prefix), rules), *self._files_for(directory))
-            self.unread_patterns += [prefix + name + b": " + pattern for pattern in rules.unreadable]
+    def _read_ignore_file(self, directory: bytes, prefix: bytes, name: bytes) -> None:
+        with open(self.location(prefix + name), "rb") as file:
+            rules = IgnoreFile(file.read())
+        self._files[directory] = ((len(prefix), rules), *self._files_for(directory))
+        self.odd_patterns += [prefix + name + b": " + pattern for pattern in rules.odd_patterns]
+        self.takes_back |= rules.takes_back
 
     def _take(self, path: bytes, entry: os.DirEntry[bytes]) -> None:
         import stat
 
-        try:
-            status = entry.stat(follow_symlinks=False)
-            mode = stat.S_IMODE(status.st_mode)
-            if stat.S_ISREG(status.st_mode):
-                moment = divmod(status.st_mtime_ns, 1_000_000_000)
-                self.stamps[path] = b"f %o %d %d.%09d0" % (mode, status.st_size, *moment)
-            elif stat.S_ISDIR(status.st_mode):
-                self.stamps[path] = b"d %o" % mode
-            elif not stat.S_ISLNK(status.st_mode):
-                self.skipped[path] = "not a file, a directory or a symbolic link"
-            elif link_leaves(path, target := os.readlink(entry.path)):
-                self.skipped[path] = "a symbolic link that leads out of the tree"
-            else:
-                self.stamps[path] = b"l " + target
-        except FileNotFoundError:
-            pass  # gone since the directory was listed
+        status = entry.stat(follow_symlinks=False)
+        mode = stat.S_IMODE(status.st_mode)
+        if stat.S_ISREG(status.st_mode):
+            moment = divmod(status.st_mtime_ns, 1_000_000_000)
+            self.stamps[path] = b"f %o %d %d.%09d0" % (mode, status.st_size, *moment)
+        elif stat.S_ISDIR(status.st_mode):
+            self.stamps[path] = b"d %o" % mode
+        elif not stat.S_ISLNK(status.st_mode):
+            self.skipped[path] = "not a file, a directory or a symbolic link"
+        elif link_leaves(path, os.readlink(entry.path)):
+            self.skipped[path] = "a symbolic link that leads out of the tree"
+        else:
+            self.stamps[path] = b"l " + os.readlink(entry.path)
 
     def location(self, path: bytes) -> bytes:
-        return os.path.join(self.root, path) or b"."
+        return os.path.join(self.root, path)
 
     def _files_for(self, directory: bytes) -> tuple[tuple[int, IgnoreFile], ...]:
         while directory not in self._files:
@@ -4106,55 +4097,43 @@ class LocalTree:
     def keeps_away(self, path: bytes, is_directory: bool) -> bool:
         """Whether what is not in this tree is none of its business on the VM."""
         above = list(lineage(path))
-        return not self.skipped.keys().isdisjoint(above) or (
-            not _is_near(path, self._also)
-            and any(self.ignores(one, one != path or is_directory) for one in above)
-        )
+        if not self.skipped.keys().isdisjoint(above):
+            return True
+        ignored = any(self.ignores(one, one != path or is_directory) for one in above)
+        return ignored and not self._is_named(path)
 
-    def takes_back(self, name: bytes) -> bool:
-        """Whether an excluded directory of that name may be wanted somewhere."""
-        files = {rules for chain in self._files.values() for _, rules in chain}
-        return any(name in text or b"*" in text for rules in files for text in rules.taken_back)
-
-    def files(self, paths: Iterable[bytes]) -> list[bytes]:
-        """Those of some paths that are no directories."""
-        return [path for path in paths if self.stamps[path][:1] != b"d"]
+    def _is_named(self, path: bytes) -> bool:
+        """Whether a path is one of `also`, below one, or above one."""
+        pairs = [(path + b"/", name + b"/") for name in self._also]
+        return any(one.startswith(other) or other.startswith(one) for one, other in pairs)
 
     def check_before_sending(self, paths: Iterable[bytes]) -> None:
         """Leave out what turns out to be a private key. SandboxError for what cannot be read."""
-        unreadable: dict[bytes, OSError] = {}
+        unreadable: list[bytes] = []
         for path in paths:
             if self.stamps[path][:1] != b"f":
                 continue
             try:
-                handle = os.open(self.location(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    small = os.fstat(handle).st_size < PRIVATE_KEY_BYTES
-                    if small and PRIVATE_KEY.match(os.read(handle, 100)):
-                        self.skipped[path] = "a private key"
-                        del self.stamps[path]
-                finally:
-                    os.close(handle)
+                with open(self.location(path), "rb", buffering=0) as file:
+                    beginning = file.read(100)
             except FileNotFoundError:
                 del self.stamps[path]
             except OSError as error:
-                unreadable[path] = error
+                unreadable.append(path)
+                why = error
+            else:
+                if PRIVATE_KEY.match(beginning):
+                    self.skipped[path] = "a private key"
+                    del self.stamps[path]
         if unreadable:
-            raise _unreadable(min(unreadable.values(), key=str), listed_paths(sorted(unreadable)))
+            raise _unreadable(listed_paths(sorted(unreadable)), why)
 
 
-def _unreadable(error: OSError, names: str = "") -> SandboxError:
+def _unreadable(names: str, error: OSError) -> SandboxError:
     return SandboxError(
-        f"{names or shown_path(os.fsdecode(error.filename))} cannot be read: {reason(error)}."
-        " Nothing was sent.",
+        f"{names} cannot be read: {reason(error)}. Nothing was sent.",
         hint="Make it readable, or list it in .platoignore.",
     )
-
-
-def _is_near(path: bytes, names: Iterable[bytes]) -> bool:
-    """Whether a path is one of these, below one, or above one."""
-    parts = [(path + b"/", name + b"/") for name in names]
-    return any(one.startswith(other) or other.startswith(one) for one, other in parts)
 
 
 def link_leaves(path: bytes, target: bytes) -> bool:
@@ -4176,10 +4155,9 @@ def lineage(path: bytes) -> Iterator[bytes]:
 class SyncPlan:
     """What one sync does. Lists of paths, sorted; `remove_directories` from the deepest up.
 
-    send: entries that travel; archived: these and the directories around all that changes; touched:
-    directories of the VM in which something changes; created: new directories; modes: what must get its mode
-    at the end, by mode; changed: directories of the VM among that; lost: how many files go because they are
-    gone here; blocked: what no sync put into a directory that has to give way.
+    send: entries that travel; files: those of them that are no directories; archived: `send` and the
+    directories around all that changes; manifest: what is vouched for from now on, kinds by path; lost: how
+    many files go because they are gone here; blocked: what no sync put into a directory that must give way.
     """
 
     def __init__(
@@ -4187,7 +4165,15 @@ class SyncPlan:
     ) -> None:
         local = tree.stamps
         self.send = sorted(path for path, stamp in local.items() if remote.get(path) != stamp)
-        going = set() if single else {path for path in manifest if _is_going(path, tree, remote, manifest)}
+        self.files = [path for path in self.send if local[path][:1] != b"d"]
+        self.manifest = {path: stamp[:1] for path, stamp in local.items()}
+        going = set()
+        for path in [path for path in manifest if path in remote and path not in local]:
+            is_directory = manifest[path] == b"d"
+            if single or tree.keeps_away(path, is_directory):
+                self.manifest[path] = manifest[path]
+            elif remote[path] != b"x" and (remote[path][:1] == b"d") == is_directory:
+                going.add(path)
         self.lost = sum(manifest[path] != b"d" for path in going)
         replaced = {path for path in self.send if path in remote and remote[path][:1] != local[path][:1]}
         going |= replaced
@@ -4196,40 +4182,9 @@ class SyncPlan:
         going -= {above for path in staying for above in lineage(os.path.dirname(path))}
         self.remove = sorted(path for path in going if remote[path][:1] != b"d")
         self.remove_directories = sorted((path for path in going if remote[path][:1] == b"d"), reverse=True)
-        holding = {os.path.dirname(path) for path in (*self.send, *going)}
-        around = {above for path in holding for above in lineage(path) if above in local}
-        self.archived = sorted(around.union(self.send))
-        there = (
-            {path for path, stamp in remote.items() if stamp[:1] == b"d"} if self.archived or going else set()
-        )
-        self.touched = sorted((holding & there - going) | {b""})
-        self.created = [path for path in self.send if local[path][:1] == b"d" and path not in there]
-        self.modes: dict[int, list[bytes]] = {}
-        sent = set(self.send)
-        for path in reversed(self.archived):
-            kind, _, rest = local[path].partition(b" ")
-            mode = 0 if kind == b"l" else int(rest.split(b" ")[0], 8)
-            # What was opened for a while is closed again; a new owner takes set-user-ID away.
-            if mode & 0o6000 if kind == b"f" else kind == b"d" and (path in sent or mode & 0o300 != 0o300):
-                self.modes.setdefault(mode, []).append(path)
-        self.changed = [path for paths in self.modes.values() for path in paths if path in there]
-
-    def lists(self) -> dict[str, Sequence[bytes]]:
-        """What the script on the VM is told, by the names of the lists."""
-        lists = {"remove": self.remove, "rmdir": self.remove_directories, "touched": self.touched}
-        # five digits, as chmod lets a directory keep what it inherited of set-group-ID at four
-        modes = {f"mode.{mode:05o}": paths for mode, paths in self.modes.items()}
-        return {**lists, "created": self.created, "changed": self.changed, **modes}
-
-
-def _is_going(
-    path: bytes, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes]
-) -> bool:
-    """Whether an earlier sync put there what is still there, and neither here nor excluded by now."""
-    is_directory, kind = manifest[path] == b"d", remote.get(path, b"x")[:1]
-    if path in tree.stamps or kind == b"x" or (kind == b"d") != is_directory:
-        return False
-    return not tree.keeps_away(path, is_directory)
+        around = {above for path in (*self.send, *going) for above in lineage(os.path.dirname(path))}
+        self.archived = sorted(around.intersection(local).union(self.send))
+        self.is_nothing = not self.send and not going and (single or self.manifest == manifest)
 
 
 def listed_paths(paths: Sequence[bytes], limit: int = 5) -> str:
@@ -4256,10 +4211,6 @@ def size_text(count: float) -> str:
         if count < 999.5 or unit == "GB":
             return f"{count:.1f} {unit}" if count < 99.95 else f"{count:.0f} {unit}"
     raise AssertionError("the last unit fits all")
-
-
-def nul_ended(fields: Iterable[bytes]) -> bytes:
-    return b"".join(field + b"\0" for field in fields)
 
 
 def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
@@ -4292,43 +4243,42 @@ class TreeArchive:
 
     `tree/` holds the entries, and `meta/` lists for the VM, the manifest last: when it has come, all has.
     files, bytes: content so far; packed: bytes that travelled; unsteady: files that changed while they were
-    read, or were gone. zip: whether it is compressed, as it is if the largest file gains by that.
+    read, or were gone.
     """
 
-    def __init__(self, tree: LocalTree, plan: SyncPlan, manifest: bytes, reporter: Reporter) -> None:
+    def __init__(self, tree: LocalTree, plan: SyncPlan, reporter: Reporter) -> None:
         self._tree = tree
         self._plan = plan
-        self._manifest = manifest
         self._reporter = reporter
         self._out: Any = None
-        self._clear()
-        files = [path for path in plan.send if tree.stamps[path][:1] == b"f"]
-        largest = max(files, key=lambda path: int(tree.stamps[path].split(b" ")[2]), default=b"")
-        self.zip = not files or _compresses(tree.location(largest))
-
-    def _clear(self) -> None:
         self.files = self.bytes = self.packed = 0
         self.unsteady: list[bytes] = []
 
     def write_to(self, out: Any) -> None:
         """Write it whole. OvertakenError when a file has become shorter while it was read."""
         import gzip
+        import io
         import tarfile
 
-        self._clear()
         self._out = out
-        file: Any = gzip.GzipFile(fileobj=self, mode="wb", compresslevel=1, mtime=0) if self.zip else self  # type: ignore[call-overload]
-        with tarfile.TarFile(
-            fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8", copybufsize=1 << 18
-        ) as tar:
+        self.files = self.bytes = self.packed = 0
+        self.unsteady = []
+        manifest = [kind + path for path, kind in sorted(self._plan.manifest.items())]
+        lists = {"remove": self._plan.remove, "rmdir": self._plan.remove_directories, "manifest": manifest}
+        file: Any = self
+        packed = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=self._level(), mtime=0)
+        tar = tarfile.TarFile(
+            fileobj=packed, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8", copybufsize=1 << 18
+        )
+        with packed, tar:
             for path in self._plan.archived:
                 self._add(tar, path, self._tree.stamps[path])
                 tar.members = []  # type: ignore[attr-defined]
-            for name, paths in self._plan.lists().items():
-                _add_meta(tar, name, nul_ended(b"./" + path for path in paths))
-            _add_meta(tar, "manifest", self._manifest)
-        if self.zip:
-            file.close()
+            for name, paths in lists.items():
+                data = b"".join(path + b"\0" for path in paths)
+                info = tarfile.TarInfo("meta/" + name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
 
     def write(self, data: bytes) -> int:
         self._out.write(data)
@@ -4336,23 +4286,39 @@ class TreeArchive:
         self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
         return len(data)
 
-    def tell(self) -> int:
-        return self.packed
+    def _level(self) -> int:
+        """How hard to compress: not at all where the largest file would not become smaller by a tenth."""
+        import zlib
+
+        files = [path for path in self._plan.files if self._tree.stamps[path][:1] == b"f"]
+        if not files:
+            return 1
+        largest = max(files, key=lambda path: stamp_size(self._tree.stamps[path]))
+        try:
+            with open(self._tree.location(largest), "rb") as file:
+                sample = file.read(1 << 16)
+        except OSError:
+            return 1
+        return 1 if len(zlib.compress(sample, 1)) < 0.9 * len(sample) + 100 else 0
 
     def _add(self, tar: tarfile.TarFile, path: bytes, stamp: bytes) -> None:
-        import stat
         import tarfile
 
         info = tarfile.TarInfo("tree/" + path.decode("utf-8", "surrogateescape"))
-        if stamp[:1] == b"l":
-            info.type, info.linkname = tarfile.SYMTYPE, stamp[2:].decode("utf-8", "surrogateescape")
-            tar.addfile(info)
-            self.files += 1
+        if stamp[:1] == b"f":
+            self._add_file(tar, path, info)
             return
         if stamp[:1] == b"d":
             info.type, info.mode = tarfile.DIRTYPE, int(stamp[2:], 8)
-            tar.addfile(info)
-            return
+        else:
+            info.type, info.linkname = tarfile.SYMTYPE, stamp[2:].decode("utf-8", "surrogateescape")
+            self.files += 1
+        tar.addfile(info)
+
+    def _add_file(self, tar: tarfile.TarFile, path: bytes, info: tarfile.TarInfo) -> None:
+        """Add a file as it is now, whatever the plan knew of it."""
+        import stat
+
         try:
             with open(self._tree.location(path), "rb") as file:
                 before = os.fstat(file.fileno())
@@ -4375,25 +4341,9 @@ class TreeArchive:
             self.unsteady.append(path)
 
 
-def _add_meta(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    import io
-    import tarfile
-
-    info = tarfile.TarInfo("meta/" + name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def _compresses(location: bytes) -> bool:
-    """Whether compression would gain a tenth or more, judging by a file's beginning."""
-    import zlib
-
-    try:
-        with open(location, "rb") as file:
-            sample = file.read(1 << 16)
-    except OSError:
-        return True
-    return len(zlib.compress(sample, 1)) < 0.9 * len(sample) + 100
+def stamp_size(stamp: bytes) -> int:
+    """The size of a file in its stamp, else 0."""
+    return int(stamp.split(b" ")[2]) if stamp[:1] == b"f" else 0
 
 
 # What runs on the VM: POSIX sh with the GNU tools of every Linux
@@ -4422,7 +4372,7 @@ made() {
 """
 
 _LOOK = r"""
-for tool in base64 chmod chown cp find gzip id mkdir mktemp mv rm rmdir stat tar xargs; do
+for tool in base64 chmod chown cp dirname find gzip id mkdir mktemp mv rm rmdir sort stat tar xargs; do
   command -v "$tool" >/dev/null 2>&1 || fail 69 "The VM has no $tool, which sync needs there; install it."
 done
 find / -maxdepth 0 -printf '' 2>/dev/null || fail 69 "The VM has no GNU find, which sync needs; install it."
@@ -4457,9 +4407,12 @@ turn() {
   [ "$(generation)" = "$expected" ] || fail 75 "Another sync changed the tree on the VM meanwhile."
 }
 torn() { turn; fail 74 "The VM could not take the files, and nothing was changed: $words"; }
-words=$(tar -x${zip}p --no-same-owner -f - -C "$new" 2>&1) || torn
+words=$(tar -xzp --no-same-owner -f - -C "$new" 2>&1) || torn
 words='not everything arrived'; [ -e "$new/meta/manifest" ] || torn
-mkdir -p "$new/tree" && own "$new"
+mkdir -p "$new/tree"
+staged() { (cd "$new/tree" && find . -mindepth 1 "$@"); }
+staged -type f -perm /6000 -printf '%m\0%p\0' > "$new/special"  # a new owner takes these bits away
+own "$new"
 busy='Another sync has been at work on the VM all the while.'
 [ -e "$state/lock" ] || : > "$state/lock"
 if command -v flock >/dev/null 2>&1; then
@@ -4471,29 +4424,34 @@ else
   held=$state/lock.held
 fi
 turn
-meta=$new/meta
 each() { xargs -0 -r sh -c "for d; do $1 || printf '%s ' \"\$d\"; done" - 2>/dev/null; }
 if [ -d "$target" ]; then
   cd -- "$target" || fail 77 "$target on the VM cannot be entered by the user who syncs."
-  closed=$(each '{ [ -w "$d" ] && [ -x "$d" ]; } || [ -O "$d" ]' < "$meta/touched"
-    [ "$(id -u)" = 0 ] || each '[ -O "$d" ]' < "$meta/changed")
-  [ -n "$closed" ] || closed=$(each '{ [ -w "$d" ] && [ -x "$d" ]; } || chmod u+rwx "$d"' < "$meta/touched")
+  { printf '.\0'; staged -type d -print0; xargs -0 -r dirname -z -- < "$new/meta/remove" | sort -zu
+  } > "$new/touched"
+  there='[ ! -d "$d" ] || [ -L "$d" ] ||'; writable='{ [ -w "$d" ] && [ -x "$d" ]; }'
+  closed=$(each "$there $writable || [ -O \"\$d\" ]" < "$new/touched"
+    [ "$(id -u)" = 0 ] || staged -type d -print0 | each "$there [ -O \"\$d\" ]")
+  [ -n "$closed" ] || closed=$(each "$there $writable || chmod u+rwx \"\$d\"" < "$new/touched")
   [ -z "$closed" ] || fail 77 "Nothing was changed: the user who syncs cannot write to $closed in $target."
 else
   mv -T -- "$new/tree" "$target" || fail 75 "Something else made $target on the VM meanwhile."
   mkdir "$new/tree"; cd -- "$target"
 fi
 broken() { fail 74 "The VM could not take all of the files; run sync again: $words"; }
-words=$(xargs -0 -r rm -f -- 2>&1 < "$meta/remove") || broken
-xargs -0 -r rmdir -- < "$meta/rmdir" 2>/dev/null
+words=$(xargs -0 -r rm -f -- 2>&1 < "$new/meta/remove") || broken
+xargs -0 -r rmdir -- < "$new/meta/rmdir" 2>/dev/null
+absent='for d; do [ -d "$d" ] || printf "%s\0" "$d"; done'
+staged -type d -print0 | xargs -0 -r sh -c "$absent" - > "$new/created"
 move() { (cd "$new/tree" && find . -mindepth 1 -maxdepth 1 -print0 |
-  xargs -0 -r cp -RPf "$@" -t "$target" -- 2>&1); }
-words=$(move -l) || words=$(move --remove-destination --preserve=mode,ownership,timestamps) || broken
-[ "$(id -u)" != 0 ] || [ "${owner%%:*}" = 0 ] || xargs -0 -r chown -h "$owner" -- < "$meta/created"
-for list in "$meta"/mode.*; do
-  [ ! -e "$list" ] || words=$(xargs -0 -r chmod "${list##*.}" -- 2>&1 < "$list") || broken
-done
-[ -n "$single" ] || mv -f -- "$meta/manifest" "$state/manifest.$source"
+  xargs -0 -r cp -RPf --preserve=mode "$@" -t "$target" -- 2>&1); }
+words=$(move -l) || {
+  words=$(move --remove-destination --preserve=timestamps) || broken
+  staged ! -type d -print0 >> "$new/created"; }
+[ "$(id -u)" != 0 ] || [ "${owner%%:*}" = 0 ] || xargs -0 -r chown -h "$owner" -- < "$new/created"
+xargs -0 -r -n 2 chmod < "$new/special"
+staged -type d ! -perm -2000 -print0 | xargs -0 -r chmod g-s --  # which a new directory inherits
+[ -n "$single" ] || mv -f -- "$new/meta/manifest" "$state/manifest.$source"
 printf %s "$id" > "$new/generation" && mv -f -- "$new/generation" "$state/generation"
 sweep "$state"/new.*
 """
@@ -4518,10 +4476,7 @@ class Syncer:
         via: str = "auto",
         timeout: float = SYNC_SECONDS,
     ) -> None:
-        if via not in ("auto", "api", "ssh"):
-            raise UsageError(f"via is {via!r}; it must be auto, api or ssh.")
-        if not 1 <= timeout <= 86400:
-            raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
+        check_way(via, ("auto", "api", "ssh"), timeout)
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.root = os.path.normpath(os.path.join(sandbox.directory, path))
@@ -4539,7 +4494,7 @@ class Syncer:
         self._via = via
         self._gitignore = gitignore
         self._also = also
-        self._warned: set[bytes] = set()
+        self._warned: set[str] = set()
         self._vm: Vm | None = None
         parent, _, name = self.target.rpartition("/")
         self._values: dict[str, object] = {
@@ -4598,7 +4553,7 @@ class Syncer:
         plan = SyncPlan(tree, remote, manifest, single=bool(self.single))
         self._check(plan, manifest)
         report: dict[str, Any] = {
-            "unchanged": len(tree.files(tree.stamps)) - len(tree.files(plan.send)),
+            "unchanged": sum(stamp[:1] != b"d" for stamp in tree.stamps.values()) - len(plan.files),
             "skipped": [
                 {"path": os.fsdecode(path), "reason": why} for path, why in sorted(tree.skipped.items())
             ],
@@ -4608,24 +4563,18 @@ class Syncer:
             remove = [os.fsdecode(path) for path in plan.remove]
             remove += [os.fsdecode(path) + "/" for path in plan.remove_directories]
             return {"dry_run": True, "send": send, "remove": sorted(remove), **report}, []
-        kept = {path: kind for path, kind in manifest.items() if path in remote and path not in tree.stamps}
-        kept = {path: kind for path, kind in kept.items() if tree.keeps_away(path, kind == b"d")}
-        vouched = {**kept, **{path: stamp[:1] for path, stamp in tree.stamps.items()}}
         counts = {"sent": 0, "removed": len(plan.remove), "bytes": 0, "archive_bytes": 0}
-        if not (
-            plan.send or plan.remove or plan.remove_directories or (vouched != manifest and not self.single)
-        ):
+        if plan.is_nothing:
             return {**counts, **report}, []
-        listed = nul_ended(kind + path for path, kind in sorted(vouched.items()))
-        archive = self._send(vm, tree, plan, listed, generation)
+        archive = self._send(vm, tree, plan, generation)
         counts.update(sent=archive.files, bytes=archive.bytes, archive_bytes=archive.packed)
         return {**counts, **report}, archive.unsteady
 
     def _look(self, vm: Vm, tree: LocalTree) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
         """What is on the VM (see `parse_look`). Directories of excluded names are not entered there."""
         inside = {part for path in tree.stamps for part in path.split(b"/")}
-        closed = [name for name in EXCLUDED_DIRECTORIES if name not in inside and not tree.takes_back(name)]
-        names = [*(name.decode() for name in closed), SYNC_STATE, SYNC_STATE + ".new"]
+        closed = {b".git"} if tree.takes_back else {*EXCLUDED_DIRECTORIES} - inside
+        names = [*map(os.fsdecode, sorted(closed)), SYNC_STATE, SYNC_STATE + ".new"]
         tests = shell_words([word for name in names for word in ("-o", "-name", name)][1:])
         depth = "-maxdepth 1" if self.single else ""
         values = assigned(**self._values, refused=" ".join(REFUSED_TARGETS), depth=depth)
@@ -4633,15 +4582,14 @@ class Syncer:
 
     def warn(self, tree: LocalTree) -> None:
         """Say what is left out, once."""
-        for path, why in sorted(tree.skipped.items()):
-            if path not in self._warned:
-                self.reporter.warn(f"{shown_name(path)} is left out: {why}.")
-        for pattern in tree.unread_patterns:
-            if pattern not in self._warned:
-                self.reporter.warn(
-                    f"{shown_name(pattern)} is not a pattern that git knows, and matches nothing."
-                )
-        self._warned.update(tree.skipped, tree.unread_patterns)
+        texts = [f"{shown_name(path)} is left out: {why}." for path, why in sorted(tree.skipped.items())]
+        texts += [
+            f"{shown_name(text)}: no such pattern, so it matches nothing." for text in tree.odd_patterns
+        ]
+        for text in texts:
+            if text not in self._warned:
+                self.reporter.warn(text)
+        self._warned.update(texts)
 
     def _check(self, plan: SyncPlan, manifest: Mapping[bytes, bytes]) -> None:
         files = sum(kind != b"d" for kind in manifest.values())
@@ -4658,25 +4606,17 @@ class Syncer:
                 hint="Move it away on the VM, then run this again.",
             )
 
-    def _send(self, vm: Vm, tree: LocalTree, plan: SyncPlan, manifest: bytes, generation: str) -> TreeArchive:
+    def _send(self, vm: Vm, tree: LocalTree, plan: SyncPlan, generation: str) -> TreeArchive:
         """Carry out a plan."""
         import secrets
 
-        total = sum(
-            int(tree.stamps[path].split(b" ")[2]) for path in plan.send if tree.stamps[path][:1] == b"f"
-        )
-        sending = f"Sending {counted(len(tree.files(plan.send)), 'file')}, {size_text(total)}"
+        total = size_text(sum(stamp_size(tree.stamps[path]) for path in plan.files))
+        sending = f"Sending {counted(len(plan.files), 'file')}, {total}"
         self.reporter.step(sending if plan.send else "Removing what is gone here")
-        archive = TreeArchive(tree, plan, manifest, self.reporter)
-        values = assigned(
-            **self._values,
-            id=secrets.token_hex(12),
-            expected=generation,
-            zip="z" if archive.zip else "",
-            single=os.fsdecode(self.single),
-            held="",
-        )
-        vm.run(values + _SHELL_HEAD + _OWNER + _PLACE, archive.write_to, self.timeout)
+        archive = TreeArchive(tree, plan, self.reporter)
+        values = {"id": secrets.token_hex(12), "expected": generation, "single": "yes" if self.single else ""}
+        script = assigned(**self._values, **values) + _SHELL_HEAD + _OWNER + _PLACE
+        vm.run(script, archive.write_to, self.timeout)
         return archive
 
     # The watch
@@ -4705,20 +4645,16 @@ class Syncer:
 
     def _sync_for_watch(self, has_synced: bool) -> tuple[dict[bytes, bytes], dict[str, Any]]:
         """Sync until it succeeds: a lost connection is tried again, other trouble waits for a change."""
-        delays = iter(WATCH_RETRY_SECONDS)
         while True:
             seen = self._seen()
             try:
                 return seen, self.run()
             except (NetworkError, TimedOutError) as error:
-                delay = next(delays, WATCH_RETRY_SECONDS[-1])
-                self.reporter.warn(f"{error.message} Trying again in {delay:g} s.")
+                self.reporter.warn(f"{error.message} Trying again in {WATCH_RETRY_SECONDS:g} s.")
                 self._vm = None
-                time.sleep(delay)
-            except (AuthenticationError, NoSandboxError, UsageError, StateError):
-                raise
+                time.sleep(WATCH_RETRY_SECONDS)
             except SandboxError as error:
-                if not has_synced:
+                if not has_synced or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
                     raise
                 self.reporter.warn(f"{error.message} Waiting for the next change.")
                 return seen, {}
@@ -4763,6 +4699,13 @@ def taking_turns(directory: str, reporter: Reporter, seconds: float) -> Iterator
                 told = True
             time.sleep(0.05)
         yield
+
+
+def check_way(via: str, known: Sequence[str], timeout: float) -> None:
+    if via not in known:
+        raise UsageError(f"via is {via!r}; it must be one of {_listed(known)}.")
+    if not 1 <= timeout <= 86400:
+        raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
 
 
 def normal_target(text: str) -> str:
@@ -5027,7 +4970,7 @@ class GitStore:
         parent = listed[known] if known else None
         self.run("read-tree", "--empty")
         add = (f"--work-tree={self._root}", "update-index", "--add", "--remove", "-z", "--stdin")
-        self.run(*add, stdin=nul_ended(paths))
+        self.run(*add, stdin=b"".join(path + b"\0" for path in paths))
         tree = self.run("write-tree")
         commit = parent
         if known is None or parent is None:
@@ -5055,6 +4998,37 @@ class GitFailureError(SandboxError):
     """git failed, and neither the network nor the server is known to be the reason."""
 
 
+# What the last words of a failed git mean: patterns in lower case, the error, its words and its hint.
+_GIT_TROUBLES: tuple[tuple[str, Callable[..., SandboxError], str, str], ...] = (
+    (
+        r"cannot lock ref|failed to update ref|fetch first|non-fast-forward|stale info",
+        OvertakenError,
+        "Something else pushed to the branch meanwhile",
+        "Run this again.",
+    ),
+    (
+        r"\b413\b|too large|exceeds|remote rejected|hook declined",
+        SandboxError,
+        "Gitea did not take the files",
+        "Keep large files out with .platoignore, or bring the code over with --via sync.",
+    ),
+    (
+        r"authentication failed|error: 40[13]|could not read (username|password)",
+        AuthenticationError,
+        "Gitea refused the credentials that Plato gave for it",
+        "Ask the owner of the Plato organization for access; --via sync needs none.",
+    ),
+    (
+        r"rpc failed|error: (429|5\d\d)|early eof|hung up|disconnect|resolve|connect|timed out|"
+        r"ssl|tls|certificate|recv failure|empty reply|transfer closed|bad pack|incomplete",
+        functools.partial(NetworkError, sent=True),
+        "git could not talk to Gitea",
+        "Run the command again a little later.",
+    ),
+    ("", GitFailureError, "git failed", "Run the command again; --verbose shows each step."),
+)
+
+
 def git_error(stderr: bytes, credentials: Mapping[str, str]) -> SandboxError:
     """The error that a failed git means, with the last words of git and of the server."""
     text = stderr.decode("utf-8", "replace")
@@ -5064,31 +5038,10 @@ def git_error(stderr: bytes, credentials: Mapping[str, str]) -> SandboxError:
         text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("fatal:", "error:", "remote:"))]
-    words = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:] or "it gave no reason"
-    low = "\n".join(lines).lower()
-    if re.search(r"cannot lock ref|failed to update ref|fetch first|non-fast-forward|stale info", low):
-        return OvertakenError(
-            f"Something else pushed to the branch meanwhile: {words}.", hint="Run this again."
-        )
-    if re.search(r"\b413\b|too large|exceeds|remote rejected|hook declined", low):
-        return SandboxError(
-            f"Gitea did not take the files: {words}.",
-            hint="Keep large files out with .platoignore, or bring the code over with --via sync.",
-        )
-    if re.search(r"authentication failed|error: 40[13]|could not read (username|password)", low):
-        return AuthenticationError(
-            f"Gitea refused the credentials that Plato gave for it: {words}.",
-            hint="Ask the owner of the Plato organization for access; --via sync needs none.",
-        )
-    if re.search(
-        r"rpc failed|error: (429|5\d\d)|early eof|hung up|disconnect|resolve|connect|timed out|"
-        r"ssl|tls|certificate|recv failure|empty reply|transfer closed|bad pack|incomplete",
-        low,
-    ):
-        return NetworkError(
-            f"git could not talk to Gitea: {words}.", hint="Run the command again a little later.", sent=True
-        )
-    return GitFailureError(f"git failed: {words}.", hint="Run the command again; --verbose shows each step.")
+    said = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:] or "it gave no reason"
+    troubles = (trouble for trouble in _GIT_TROUBLES if re.search(trouble[0], "\n".join(lines).lower()))
+    _, kind, words, hint = next(troubles)
+    return kind(f"{words}: {said}.", hint=hint)
 
 
 def git_store_path(home: str, session_id: str) -> str:
@@ -5270,11 +5223,10 @@ class ComposeRun:
         try:
             said = self._run(_UP.replace("OPTIONS", shell_words(options)))
             self._names = said.decode("utf-8", "replace").split()
-            self._wait_for_up(seconds)
+            return self._wait(seconds)
         except Interrupted:
             self._stop_up()
             raise
-        return self._wait_until_healthy()
 
     def _stop_up(self) -> None:
         """After an interruption: end `docker compose up`, which would go on without us."""
@@ -5283,54 +5235,50 @@ class ComposeRun:
         except SandboxError as error:
             self._reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
 
-    def _looks(self) -> Iterator[ComposeLook]:
-        """One look after another, with pauses."""
+    def _wait(self, seconds: float) -> list[Container]:
+        """Look again and again, until `up` has ended and the containers that must be are healthy."""
         pauses = iter(COMPOSE_POLL_SECONDS)
+        deadline = time.monotonic() + seconds
+        is_up = False
         while True:
             look = ComposeLook(self._run(_LOOK_AT), self._names)
-            self._reporter.detail(states_of(look.containers) or "".join(look.output[-1:]))
-            yield look
-            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
-
-    def _wait_for_up(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        for look in self._looks():
-            if look.code == "0":
-                return
-            if look.code != "-":
+            state = states_of(look.containers) or "".join(look.output[-1:])
+            self._reporter.detail(state)
+            if look.code not in ("-", "0"):
                 words = printable("; ".join(look.output[-5:]))[-800:]
                 failed = [found for found in look.containers if found.has_failed]
                 raise self._failure(f"`docker compose up` failed: {words}", failed)
-            if time.monotonic() > deadline:
-                state = states_of(look.containers) or "".join(look.output[-1:]) or "no container yet"
+            if look.code == "0" and not is_up:
+                is_up, deadline = True, time.monotonic() + self._service.seconds
+            late = self._late(look) if is_up else look.containers
+            if is_up and not late:
+                return look.containers
+            if time.monotonic() > deadline and not is_up:
                 raise TimedOutError(
                     f"`docker compose up` of {self._service.file} did not end within {seconds:g} s"
-                    f" ({state}).",
+                    f" ({state or 'no container yet'}).",
                     hint="It goes on there; run this again with a larger --timeout.",
                 )
-
-    def _wait_until_healthy(self) -> list[Container]:
-        required, limit = self._service.required, self._service.seconds
-        deadline = time.monotonic() + limit
-        for look in self._looks():
-            unknown = [name for name in required if not look.of([name])]
-            if unknown:
-                raise SandboxError(
-                    f"`required_healthy_containers` names {_listed(unknown)}; {self._service.file} has none"
-                    " such.",
-                    hint=f"Its services are: {_listed(self._names)}.",
-                )
-            awaited = look.of(required) if required else look.containers
-            failed = [found for found in awaited if found.has_failed]
-            if failed:
-                raise self._failure(f"{states_of(failed, ' is ')}.", failed)
-            late = [found for found in awaited if not found.is_up]
-            if not late:
-                return look.containers
             if time.monotonic() > deadline:
-                words = f"Not healthy within {limit:g} s: {states_of(late, ' is ')}."
+                words = f"Not healthy within {self._service.seconds:g} s: {states_of(late, ' is ')}."
                 raise self._failure(words, late, TimedOutError)
-        raise AssertionError("looks do not end")
+            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
+
+    def _late(self, look: ComposeLook) -> list[Container]:
+        """The containers that must be up and are not yet; SandboxError when one never will be."""
+        required = self._service.required
+        unknown = [name for name in required if not look.of([name])]
+        if unknown:
+            raise SandboxError(
+                f"`required_healthy_containers` names {_listed(unknown)}; {self._service.file} has none"
+                " such.",
+                hint=f"Its services are: {_listed(self._names)}.",
+            )
+        awaited = look.of(required) if required else look.containers
+        failed = [found for found in awaited if found.has_failed]
+        if failed:
+            raise self._failure(f"{states_of(failed, ' is ')}.", failed)
+        return [found for found in awaited if not found.is_up]
 
     def _failure(
         self, words: str, failed: Sequence[Container], kind: type[SandboxError] = SandboxError
@@ -5363,10 +5311,7 @@ class ServiceStarter:
         gitignore: bool = True,
         timeout: float = UP_SECONDS,
     ) -> None:
-        if via not in ("git", "sync"):
-            raise UsageError(f"via is {via!r}; it must be git or sync.")
-        if not 1 <= timeout <= 86400:
-            raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
+        check_way(via, ("git", "sync"), timeout)
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.services = plan_services(config)
@@ -5433,7 +5378,7 @@ class ServiceStarter:
         tree = self.syncer.scan()
         tree.check_before_sending(list(tree.stamps))
         self.syncer.warn(tree)
-        files = tree.files(tree.stamps)
+        files = [path for path, stamp in tree.stamps.items() if stamp[:1] != b"d"]
         if not files:
             raise SandboxError(f"There is nothing to push in {shown_path(self.syncer.root)}.")
         branch = f"workspace-{short_id(state['session_id'])}"

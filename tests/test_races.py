@@ -393,8 +393,8 @@ def test_stop_during_sync(desk: Desk, plato: LocalPlato) -> None:
     """`stop` does not wait for a `sync`; that one ends, says why, and leaves nothing."""
     desk.good("start", "--from-config")
     (desk.work / "big").mkdir()
-    (desk.work / "big" / "noise").write_bytes(os.urandom(300_000))
-    plato.fault("latency", path="*/execute", seconds=4, times=-1)
+    (desk.work / "big" / "noise").write_bytes(os.urandom(6_000_000))
+    plato.fault("latency", path="*/execute", seconds=1.5, times=-1)
     sync = desk.begin("sync", "big", "--via", "api", "--json")
     plato.wait_for_request("POST", "/execute", count=2)
     desk.good("stop")
