@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     Line = Union[str, tuple[Any, ...]]
 
     Json = dict[str, Any]
+    FlowListener = Callable[[Json, Json | None], None]
 
 
 __version__ = "0.1.0"
@@ -5601,7 +5602,7 @@ FLOW_OUTPUT = "test-results"
 FLOW_PATIENCE_MS = 30000  # for a page to open, and for an element that is there to let itself be used
 FLOW_GRACE_SECONDS = 3.0  # what a step may take longer than all that, before its page counts as hung
 FLOW_LOOK_SECONDS = 5.0  # for a picture, or a look at a page that just failed
-FLOW_CLOSE_SECONDS = 5.0  # for the browser to end in order
+FLOW_CLOSE_SECONDS = 8.0  # for the browser to end in order
 FLOW_POLL_SECONDS = 0.05
 FLOW_FOREVER_MS = 86400000  # a step whose timeout is 0
 TROUBLE_LIMIT = 20
@@ -5639,9 +5640,9 @@ def find_flows(sandbox: SandboxBase, source: str | None = None) -> FlowSet:
 
 def local_flows_path(sandbox: SandboxBase) -> str | None:
     """The flows file that the local config names for the sandbox's dataset; None without one."""
+    beside = [os.path.join(sandbox.directory, name) for name in CONFIG_NAMES]
     recorded = sandbox.state.get("plato_config_path") or ""
-    places = [recorded, *(os.path.join(sandbox.directory, name) for name in CONFIG_NAMES)]
-    config = next(filter(os.path.isfile, places), None)
+    config = next(filter(os.path.isfile, [recorded, *beside]), None)
     return config and configured_flows_path(config, sandbox.state.get("dataset") or DEFAULT_DATASET)
 
 
@@ -5879,10 +5880,9 @@ def squeezed(text: str) -> str:
 
 def expectation(step: FlowStep) -> str:
     """What a step waits for, as the end of "Expected ..."."""
-    words, _, negative = step_kind(step)[1].partition("|")
-    if False in (step.values.get("should_exist"), step.values.get("contains")):
-        words = negative or words
-    return words.format_map(step.values)
+    forms = step_kind(step)[1].split("|")
+    negative = False in (step.values.get("should_exist"), step.values.get("contains"))
+    return forms[-1 if negative else 0].format_map(step.values)
 
 
 def step_words(step: Json) -> str:
@@ -5909,25 +5909,26 @@ def step_record(step: FlowStep) -> Json:
     }
 
 
-# In Playwright's words: that a wait was in vain, and what its call log says besides the reason.
-_IN_VAIN = r"Timeout .*exceeded|expected (?:not )?to |Actual value|element\(s\) not found|={5}|waiting for ev"
-_CALL_LOG_NOISE = (
-    r"attempting|retrying|waiting (\d|for element)|scrolling|done scroll|navigating|Expect |fill\("
+# Lines in which Playwright says that a wait was in vain; lines of its call log that do not say why.
+_IN_VAIN = (
+    r"[\w. :]*(Timeout \d+ms exceeded|expected (not )?to |Actual value|element\(s\) not found|==|waiting)"
 )
+_NOT_WHY = r"attempting|retrying|waiting (\d|for element)|scrolling|done scroll|navigating|Expect |fill\(|$"
 
 
 def seen_words(error: Exception) -> str:
-    """What Playwright says of a failure, for people: why a wait was in vain, or else its first line."""
+    """What Playwright says of a failure, for people: its first line, or why a wait was in vain."""
     text = getattr(error, "strerror", None) or str(error)
     said, _, log = text.partition("Aria snapshot")[0].partition("Call log:")
-    own = re.search(rf"^(?!.*(?:{_IN_VAIN}))(?:[\w.]+: )*(.*\w.*)", said, re.MULTILINE)
-    if own:
-        words = re.sub(r"net::ERR_(\w+)", lambda code: code[1].lower().replace("_", " "), own[1])
-    else:
-        lines = [re.sub(r"^[\s-]*(\d+ . )?", "", line) for line in log.splitlines()]
-        words = next((line for line in lines[::-1] if line and not re.match(_CALL_LOG_NOISE, line)), "")
-        words = re.sub("^waiting for loc.*", "nothing was found in time", words) or "it was not done in time"
-    return words[:500].rstrip(".")
+    lines = [line for line in said.splitlines() if line and not re.match(_IN_VAIN, line)]
+    if lines:
+        words = re.sub(r"^(\w+\.\w+: )?(\w*Error: )?", "", lines[0])
+        return re.sub(r"net::ERR_\w+", lambda code: code[0][9:].lower().replace("_", " "), words)[
+            :500
+        ].strip()
+    lines = [re.sub(r"^[\s-]*(\d+ . )?", "", line) for line in log.splitlines()]
+    words = ([line for line in lines if not re.match(_NOT_WHY, line)] or ["it was not done in time"])[-1]
+    return "nothing was found in time" if words.startswith("waiting for loc") else words[:500]
 
 
 def screenshot_path(folder: str, name: str, now: float) -> str:
@@ -5936,7 +5937,7 @@ def screenshot_path(folder: str, name: str, now: float) -> str:
     base += "" if base.lower().endswith((".png", ".jpg", ".jpeg")) else ".png"
     path = os.path.join(folder, directory, f"{int(now * 1000)}_{base}")
     real, top = os.path.realpath(path), os.path.realpath(folder)
-    if not is_inside(name) or os.path.commonpath([real, top]) != top:
+    if os.path.commonpath([real, top]) != top:
         raise AssertionError(f"{name!r} would lie outside of {shown_path(folder)}")
     return path
 
@@ -6069,7 +6070,10 @@ class FlowSession:
         environment = child_environment(os.environ)
         secrets = {name: os.environ.pop(name) for name in set(os.environ) - set(environment)}
         try:
-            self._playwright = await async_playwright().start()
+            try:
+                self._playwright = await async_playwright().start()
+            finally:
+                os.environ.update(secrets)
             chromium = self._playwright.chromium
             if executable is None and not os.path.exists(chromium.executable_path):
                 executable = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
@@ -6086,28 +6090,28 @@ class FlowSession:
                 f" {python} playwright install --with-deps chromium"
                 " (or install Chrome or Chromium, or set PLATO_BROWSER to the path of one)"
             ) from None
-        finally:
-            os.environ.update(secrets)
 
-    def run(self, told: Callable[[Json, Json | None], None]) -> list[Json]:
+    def run(self, told: FlowListener) -> list[Json]:
         """Run the flows, as long as there is time. Returns a result each, as `Sandbox.flow` tells them."""
         results: list[Json] = []
-        taken: set[str] = set()
+        places: set[str] = set()
         self.ends = time.monotonic() + self.seconds
         for flow in self.flows:
-            taken.add(name := flow_file_name(self.mask(flow.name), taken))
-            place = os.path.join(self.output, name)
-            os.makedirs(place, exist_ok=True)
-            for old in os.listdir(place):
-                if re.fullmatch(r"step-\d+\.(jpg|png)|trace\.zip", old):
-                    os.unlink(os.path.join(place, old))
-            run = FlowRun(self, flow)
-            results.append(run.result)
-            run.run(place, lambda result, step: told(self.mask.value(result), self.mask.value(step)))
             if self.timed_out:
                 break
-            if run.context and not self.keep_open:
-                self.look(run.context.close())
+            place = os.path.join(self.output, flow_file_name(self.mask(flow.name)))
+            while place in places:
+                place += "-2"
+            places.add(place)
+            os.makedirs(place, exist_ok=True)
+            for name in os.listdir(place):
+                if re.fullmatch(r"step-\d+\.(jpg|png)|trace\.zip", name):
+                    os.unlink(os.path.join(place, name))
+            run = FlowRun(self, flow, place)
+            results.append(run.result)
+            run.run(lambda result, step: told(self.mask.value(result), self.mask.value(step)))
+            if not self.keep_open:
+                self.look(run.close())
         return results
 
     def stay_open(self) -> None:
@@ -6143,8 +6147,9 @@ _STATE_OF_PAGE = """() => {
 class FlowRun:
     """One flow in a browser context of its own; `result` is what `Sandbox.flow` tells of it, as it grows."""
 
-    def __init__(self, session: FlowSession, flow: Flow) -> None:
+    def __init__(self, session: FlowSession, flow: Flow, place: str) -> None:
         self.session = session
+        self.place = place
         self.steps = [FlowStep(0, {"type": "navigate", "url": session.address}, ""), *flow.steps]
         self.result: Json = {
             "name": flow.name,
@@ -6165,40 +6170,40 @@ class FlowRun:
         self._covered: list[str] = []  # selectors of fields that no picture may show
         self._troubles: list[str] = []
 
-    def run(self, place: str, told: Callable[[Json, Json | None], None]) -> None:
-        """Run it to its end. place: the directory of its files; told: called with the result and each step
-        that ended, then with None."""
-        result = self.result
-        for step, record in zip(self.steps, result["steps"]):
-            words = f"fill {record['target']}"  # its description may hold a password that is not known yet
-            words = words if step.type == "fill" else step_words(record)
-            head = f"{result['name']}: {step.number}/{len(self.steps) - 1}"
-            self.session.reporter.step(self.session.mask(f"{head} {words}"))
-            began = time.monotonic()
-            seen = self._try(step, record)
-            record["seconds"] = round(time.monotonic() - began, 3)
-            result["seconds"] = round(result["seconds"] + record["seconds"], 3)
-            record["status"], record["note"] = "failed" if seen else "passed", self._note
-            record["url"] = getattr(self.page, "url", None)
-            picture = os.path.join(place, f"step-{step.number:02d}.{'png' if seen else 'jpg'}")
-            state = self.session.look(self._state()) if seen else {}
-            if state is not None:  # else the page does not answer
-                shot = self._picture(picture, timeout=FLOW_LOOK_SECONDS * 1000)
-                record["picture"] = self.session.look(shot) and picture
-            if seen:
-                self._fail(
-                    step, record, seen, state or {"url": record["url"], "http_status": None, "text": ""}
-                )
-                self._keep_trace(os.path.join(place, "trace.zip"))
-            told(result, record)
-            if seen:
+    def run(self, told: FlowListener) -> None:
+        """Run it to its end, and tell of each step that ended, and of the end."""
+        began = time.monotonic()
+        for step, record in zip(self.steps, self.result["steps"]):
+            self._run_step(step, record)
+            self.result["seconds"] = round(time.monotonic() - began, 3)
+            told(self.result, record)
+            if not self.result["passed"]:
                 break
-        told(result, None)
+        told(self.result, None)
+
+    def _run_step(self, step: FlowStep, record: Json) -> None:
+        session = self.session
+        # The description of a fill step may hold a password that is not known as one yet.
+        words = f"fill {record['target']}" if step.type == "fill" else step_words(record)
+        total = len(self.steps) - 1
+        session.reporter.step(session.mask(f"{self.result['name']}: {step.number}/{total} {words}"))
+        began = time.monotonic()
+        seen = self._try(step, record)
+        record.update(
+            status="failed" if seen else "passed",
+            seconds=round(time.monotonic() - began, 3),
+            url=getattr(self.page, "url", None),
+            note=self._note,
+        )
+        path = os.path.join(self.place, f"step-{step.number:02d}.{'png' if seen else 'jpg'}")
+        record["picture"] = session.look(self._picture(path, timeout=FLOW_LOOK_SECONDS * 1000)) and path
+        if seen:
+            self._fail(step, record, seen)
 
     def _try(self, step: FlowStep, record: Json) -> str:
         """Try a step as often as it says; "" when it passed, else what was seen instead."""
         session = self.session
-        self.limit = self.patience = step.timeout or FLOW_FOREVER_MS
+        self.limit = self.patience = (step.type != "wait" and step.timeout) or FLOW_FOREVER_MS
         if step.values.get("timeout") is None:
             self.patience = max(self.limit, FLOW_PATIENCE_MS)
         longest = (self.limit + self.patience) / 1000 + FLOW_GRACE_SECONDS
@@ -6208,10 +6213,7 @@ class FlowRun:
                 time.sleep(min(step.retry_delay_ms / 1000, session.left()))
             record["attempts"] = attempt
             try:
-                session.wait(
-                    self._perform(step),
-                    session.left() if step.type == "wait" else min(longest, session.left()),
-                )
+                session.wait(self._perform(step), min(longest, session.left()))
                 return ""
             except Exception as error:  # noqa: BLE001  (Playwright's, AssertionError, of a file, of an address)
                 seen = seen_words(error)
@@ -6236,6 +6238,10 @@ class FlowRun:
             self.session.mask.add(str(values["value"]))
             self._covered.append(values["selector"])
         await step_kind(step)[2](self, values)
+
+    async def close(self) -> None:
+        """Close its pages."""
+        await self.context.close()
 
     async def _open(self) -> None:
         """A first page, listened to."""
@@ -6330,46 +6336,42 @@ class FlowRun:
 
     # What is kept
 
-    async def _picture(self, path: str, **options: Any) -> bool:
+    async def _picture(self, path: str, **options: Any) -> Any:
         """Take a picture in which a password that can be read is covered."""
-        covered = [self.page.locator(selector) for selector in self._covered]
-        readable = self.page.locator(":not([type=password])")
-        mask = [field.and_(readable) for field in covered]
-        quality = {"quality": 60} if path.endswith(".jpg") else {}
-        await self.page.screenshot(path=path, mask=mask, mask_color="#8a8f98", **quality, **options)
-        return True
+        page, readable = self.page, self.page.locator(":not([type=password])")
+        covered = [page.locator(selector).and_(readable) for selector in self._covered]
+        if path.endswith(".jpg"):
+            options["quality"] = 60
+        return await page.screenshot(path=path, mask=covered, mask_color="#8a8f98", **options)
+
+    async def _stop_trace(self, path: str) -> None:
+        await self.context.tracing.stop(path=path)
 
     async def _state(self) -> Json:
         """The address, the HTTP status and the visible text of the page; a page can say anything."""
         url, status, text = await self.page.evaluate(_STATE_OF_PAGE)
         return {"url": str(url), "http_status": int(status) or None, "text": str(text)}
 
-    def _fail(self, step: FlowStep, record: Json, seen: str, state: Json) -> None:
-        """Note a failed step, and what can be seen of its page."""
+    def _fail(self, step: FlowStep, record: Json, seen: str) -> None:
+        """Note a failed step and what can be seen of its page, and keep the trace."""
+        session, result = self.session, self.result
         if step.type == "fill":
-            self.session.mask.add(str(step.values["value"]))  # it may be a password; nobody can tell
-        record["expected"], record["seen"] = expectation(step), seen
-        self.result["passed"] = False
-        self.result["failure"] = {
+            session.mask.add(str(step.values["value"]))  # it may be a password; nobody can tell
+        record.update(expected=expectation(step), seen=seen)
+        result["passed"] = False
+        result["failure"] = {
             "step": step.number,
             **{name: record[name] for name in ("type", "place", "expected", "seen", "picture")},
-            **state,
+            **(session.look(self._state()) or {"url": record["url"], "http_status": None, "text": ""}),
             "troubles": self._troubles,
         }
-
-    async def _stop_trace(self, path: str) -> bool:
-        await self.context.tracing.stop(path=path)
-        return True
-
-    def _keep_trace(self, path: str) -> None:
-        """Keep the trace, with the values of password fields hidden."""
-        whole = os.path.join(self.session.folder.name, "trace.zip")
-        if self.session.look(self._stop_trace(whole), 4 * FLOW_CLOSE_SECONDS):
-            mask_trace(whole, path, self.session.mask)
-            self.result["trace"] = path
-            self.result["trace_command"] = shell_words(
-                [sys.executable, "-m", "playwright", "show-trace", path]
-            )
+        whole, path = (os.path.join(place, "trace.zip") for place in (session.folder.name, self.place))
+        session.look(self._stop_trace(whole), 4 * FLOW_CLOSE_SECONDS)
+        if os.path.exists(whole):
+            mask_trace(whole, path, session.mask)
+            os.unlink(whole)
+            command = [sys.executable, "-m", "playwright", "show-trace", path]
+            result.update(trace=path, trace_command=shell_words(command))
 
 
 # The report
@@ -6410,6 +6412,7 @@ summary:focus-visible { outline: 2px solid var(--good); outline-offset: -2px; }
   align-items: baseline; }
 .head p { grid-column: 1 / -1; max-width: 44rem; margin: .25rem 0 0; color: var(--dim); }
 .verdict { font-weight: 600; font-size: .95rem; color: var(--good); }
+.verdict::first-letter { text-transform: uppercase; }
 section.failed .verdict { color: var(--bad); }
 details:not([open]) > .head .verdict::after { content: " ▸"; }
 .failure { background: var(--bad-ground); border-top: 1px solid var(--line); padding: 1rem 1.25rem 1.15rem;
@@ -6472,8 +6475,8 @@ REPORT_INDEX = '<li class="{verdict}"><a href="#{number}">{name}</a></li>'
 REPORT_FACT = '<dt>{name}</dt><dd class="{name}">{value}</dd>'
 REPORT_FLOW = """\
 <section id="{number}" class="{verdict}"><details{open}><summary class="head"><h2>{name}</h2>
-<span class="verdict">{words}</span><p>{description}</p></summary>
-<dl class="failure">{failure}</dl><ol>{steps}</ol></details></section>
+<span class="verdict">{verdict} in {time}</span><p>{description}</p></summary>
+<dl class="failure">{facts}</dl><ol>{lines}</ol></details></section>
 """
 REPORT_STEP = """\
 <li class="step {status}"><details{open}><summary><span class="number">{number}</span>
@@ -6481,71 +6484,76 @@ REPORT_STEP = """\
 <span class="time">{time}</span>{image}</summary></details></li>
 """
 REPORT_IMAGE = '<img alt="The page after this step" src="data:image/{kind};base64,{data}">'
+FAILURE_FACTS = {
+    "Step": "step",
+    "Place": "place",
+    "Expected": "expected",
+    "Seen": "seen",
+    "Address": "url",
+    "HTTP status": "http_status",
+    "Page text": "text",
+    "Also seen": "troubles",
+    "Trace": "trace_command",
+}
 
 
 class Html(str):
     """A text that is HTML already."""
 
 
-def markup(template: str, **values: object) -> Html:
-    """A template with texts in it, which become HTML unless they are it already."""
+def markup(template: str, **values: Any) -> Html:
+    """A template with texts in it, which become HTML unless they are it already; nothing for 0 and None."""
     import html
 
     for name, value in values.items():
         if not isinstance(value, Html):
-            values[name] = html.escape("\n".join(map(printable, str(value).split("\n"))))
+            lines = map(printable, str(value or "").split("\n"))
+            values[name] = html.escape("\n".join(lines))
     return Html(template.format_map(values))
 
 
-def joined(parts: Iterable[Html]) -> Html:
-    return Html("".join(parts))
+def markups(template: str, items: Iterable[Json]) -> Html:
+    """A template once for each item, one after the other."""
+    return Html("".join(markup(template, **item) for item in items))
 
 
-def facts(pairs: Iterable[tuple[str, object]]) -> Html:
-    return joined(markup(REPORT_FACT, name=name, value=value) for name, value in pairs if value)
+def facts(pairs: Mapping[str, Any]) -> Html:
+    return markups(REPORT_FACT, ({"name": name, "value": value} for name, value in pairs.items() if value))
 
 
 def report_page(report: Json) -> str:
     """The whole report as one page of HTML that needs nothing else. report: as `Sandbox.flow` tells it."""
-    browser, flows = report["browser"], report["flows"]
-    window = "headed" if browser["headed"] else "headless"
+    browser, mutations = report["browser"], report["mutations"]
     started = report["started_at"][:16].replace("T", ", ")
-    about = [
-        ("Page", report["address"]),
-        ("Flows", report["flows_path"] or "from Plato"),
-        ("Browser", f"{browser['name']} {browser['version']}, {window}"),
-        ("Run", f"{started} UTC, {duration_words(report['seconds'])}"),
-        ("Mutations", report["mutations"] is not None and mutation_words(report["mutations"])),
-    ]
-    index = [
-        markup(REPORT_INDEX, verdict=verdict(flow), number=number, name=flow["name"])
-        for number, flow in enumerate(flows)
-    ]
+    flows = [report_flow(number, flow) for number, flow in enumerate(report["flows"], 1)]
+    alone = len(flows) == 1
+    failed = sum(not flow["passed"] for flow in flows)
+    title = (
+        f"{f'{failed} of ' if failed else ''}{counted(len(flows), 'flow')} {'failed' if failed else 'passed'}"
+    )
+    if not report["passed"] and not failed:
+        title += ", but the databases changed"
+    about = {
+        "Page": report["address"],
+        "Flows": report["flows_path"] or "from Plato",
+        "Browser": f"{browser['name']} {browser['version']}, {'headed' if browser['headed'] else 'headless'}",
+        "Run": f"{started} UTC, {duration_words(report['seconds'])}",
+        "Mutations": mutations is not None and mutation_words(mutations),
+    }
     return markup(
         REPORT_PAGE,
-        title=report_title(report),
-        style=Html(REPORT_STYLE.strip()),
+        title=title,
+        style=Html(REPORT_STYLE),
         verdict=verdict(report),
         facts=facts(about),
-        index=joined(index if len(flows) > 1 else ()),
-        flows=joined(report_flow(number, flow, len(flows) == 1) for number, flow in enumerate(flows)),
+        index=markups(REPORT_INDEX, [] if alone else flows),
+        flows=markups(REPORT_FLOW, [{**flow, "open": " open"} for flow in flows] if alone else flows),
         version=__version__,
     )
 
 
 def verdict(result: Json) -> str:
     return "passed" if result["passed"] else "failed"
-
-
-def report_title(report: Json) -> str:
-    """How a run went, as a headline."""
-    flows = report["flows"]
-    failed = sum(not flow["passed"] for flow in flows)
-    words = f"The flow {flows[0]['name']}" if len(flows) == 1 else f"All {len(flows)} flows"
-    if failed:
-        return f"{words} failed" if len(flows) == 1 else f"{failed} of {len(flows)} flows failed"
-    but = ", but the databases changed" if report["mutations"] else ", but not in time"
-    return f"{words} passed{'' if report['passed'] else but}"
 
 
 def duration_words(seconds: float) -> str:
@@ -6555,65 +6563,45 @@ def duration_words(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 99.95 else f"{seconds / 60:.0f} min"
 
 
-def report_flow(number: int, flow: Json, alone: bool) -> Html:
-    """One flow: its verdict, what is known of its failure, and its steps."""
-    failure = flow["failure"]
-    known: list[tuple[str, object]] = []
-    if failure:
-        status = f" (HTTP {failure['http_status']})" if failure["http_status"] else ""
-        known = [
-            ("Step", f"{failure['step'] or ''} {step_words(flow['steps'][failure['step']])}".strip()),
-            ("Place", failure["place"]),
-            ("Expected", failure["expected"]),
-            ("Seen", failure["seen"]),
-            ("Address", f"{failure['url']}{status}"),
-            ("Page text", failure["text"]),
-            ("Also seen", "\n".join(failure["troubles"])),
-            ("Trace", flow["trace_command"]),
-        ]
-    return markup(
-        REPORT_FLOW,
-        number=number,
-        verdict=verdict(flow),
-        open=" open" if failure or alone else "",
-        name=flow["name"],
-        words=f"{verdict(flow).capitalize()} in {duration_words(flow['seconds'])}",
-        description=flow["description"],
-        failure=facts(known),
-        steps=joined(map(report_step, flow["steps"])),
-    )
+def report_flow(number: int, flow: Json) -> Json:
+    """One flow for its template: its verdict, what is known of its failure, and its steps."""
+    known = {**(flow["failure"] or {}), "trace_command": flow["trace_command"]}
+    known["troubles"] = "\n".join(known.get("troubles", ()))
+    return {
+        **flow,
+        "number": number,
+        "verdict": verdict(flow),
+        "open": "" if flow["passed"] else " open",
+        "time": duration_words(flow["seconds"]),
+        "facts": facts({label: known.get(name) for label, name in FAILURE_FACTS.items()}),
+        "lines": markups(REPORT_STEP, map(report_step, flow["steps"])),
+    }
 
 
-def report_step(step: Json) -> Html:
-    """One step as a line that unfolds its picture."""
+def report_step(step: Json) -> Json:
+    """One step for its template: a line that unfolds its picture."""
     import base64
 
-    image = Html()
+    image, failed = Html(), step["status"] == "failed"
     if step["picture"] and os.path.exists(step["picture"]):
         with open(step["picture"], "rb") as file:
             data = base64.b64encode(file.read()).decode()
-        image = markup(REPORT_IMAGE, kind="png" if step["status"] == "failed" else "jpeg", data=data)
+        image = markup(REPORT_IMAGE, kind="png" if failed else "jpeg", data=data)
     tries = f"{step['attempts']} attempts" if step["attempts"] > 1 else ""
-    return markup(
-        REPORT_STEP,
-        status=step["status"],
-        open=" open" if step["status"] == "failed" else "",
-        number=step["number"] or "",
-        words=step_words(step),
-        what=f"{step['type']} {step['target']}" if step["description"] else "",
-        note=" · ".join(filter(None, (step["note"], tries))),
-        seen=step["seen"] or "",
-        time="skipped" if step["status"] == "skipped" else duration_words(step["seconds"]),
-        image=image,
-    )
+    return {
+        **step,
+        "open": " open" if failed else "",
+        "words": step_words(step),
+        "what": f"{step['type']} {step['target']}" if step["description"] else "",
+        "note": " · ".join(filter(None, (step["note"], tries))),
+        "time": "skipped" if step["status"] == "skipped" else duration_words(step["seconds"]),
+        "image": image,
+    }
 
 
-def flow_file_name(name: str, taken: Iterable[str]) -> str:
-    """The name of a flow's directory; no two of a run have the same."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "flow"
-    while safe in taken:
-        safe += "-2"
-    return safe
+def flow_file_name(name: str) -> str:
+    """The name of a flow's directory."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "flow"
 
 
 def flow_failed_error(failed: Sequence[Json]) -> FlowFailedError:
@@ -8539,7 +8527,7 @@ class Sandbox(SandboxBase):
         self,
         names: Sequence[str] = (),
         *,
-        told: Callable[[Json, Json | None], None] = lambda result, step: None,
+        told: FlowListener = lambda result, step: None,
         every: bool = False,
         source: str | None = None,
         headed: bool = False,

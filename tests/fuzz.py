@@ -182,7 +182,7 @@ def fuzz_flows(data: bytes) -> None:
         return
     told(lambda output: product.show_flows(known, output))
     for flow in known.flows:
-        product.flow_file_name(flow.name, ())
+        product.flow_file_name(flow.name)
         for step in flow.steps:
             record = product.step_record(step)
             harmless(product.printable(product.step_words(record)))
