@@ -1834,11 +1834,13 @@ def run_program(
 
     feed: writes its standard input to a file. TimedOutError when it has not ended so many seconds later.
     """
+    import fcntl
     import subprocess
     import tempfile
 
     # Its outputs go to files: a process that it leaves behind, as ssh may, could hold a pipe open for ever.
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)  # the ProxyCommand of ssh may open it once more
         # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
         process = launch(
             command,
@@ -2271,11 +2273,9 @@ def lock_holder(status: os.stat_result) -> str:
         lines = []
     for line in lines:
         pid = line.split()[4]
-        words = processes().get(int(pid), "").split() if pid.isdigit() else []
-        for word in words:
-            if word in COMMANDS:
-                return f"`{word}` (PID {pid})"
-        return f"PID {pid}"
+        command = processes().get(int(pid), "") if pid.isdigit() else ""
+        found = re.search(r"(?:\.pyw?|plato[_-]sandbox) (?:-\S+ )*([a-z][a-z-]+)", command)
+        return f"`{found[1]}` (PID {pid})" if found else f"PID {pid}"
     return "a plato-sandbox command"
 
 
@@ -9253,7 +9253,7 @@ class Output(Reporter):
     """Human text and JSON, progress and errors. What comes from outside is made harmless, secrets are hidden.
 
     json: stdout gets exactly one JSON document, whatever happens; quiet: no progress and no notes; program,
-    place: how this user calls the tool, and the `-w DIR` of this call.
+    place: how this user calls the tool, and the `-w DIR` of this call; commands: what may follow its name.
     """
 
     def __init__(self, stdout: TextIO, stderr: TextIO, environment: Mapping[str, str]) -> None:
@@ -9264,6 +9264,7 @@ class Output(Reporter):
         self.json = self.quiet = self.verbose = False
         self.program = PROGRAM
         self.place = ""
+        self.commands: Collection[str] = ()
         self._secret = environment.get("PLATO_API_KEY", "").strip()
         dumb = environment.get("TERM") == "dumb"
         self._colour = stdout.isatty() and not dumb and not environment.get("NO_COLOR")
@@ -9282,8 +9283,8 @@ class Output(Reporter):
 
     def told(self, text: str) -> str:
         """Commands in a text as this user types them: the same program, the same directory."""
-        command = rf"\b{PROGRAM} ({'|'.join(sorted(COMMANDS, reverse=True))}|--help)\b"
-        return re.sub(command, lambda found: f"{self.program} {found[1]}{self.place}", text)
+        command = rf"\b{PROGRAM} ({'|'.join(sorted(self.commands, reverse=True))}|--help)\b"
+        return re.sub(command, lambda found: printable(f"{self.program} {found[1]}{self.place}"), text)
 
     # Results
 
@@ -9393,26 +9394,27 @@ class Output(Reporter):
             self._last_line = now
             spent = now - self._began
             limit = f" of at most {duration_text(self._limit)}" if self._limit else ""
-            clock = f": {duration_text(int(spent))}{limit}" if spent >= 1 else " ..."
+            clock, limit = (f": {duration_text(int(spent))}", limit) if spent >= 1 else (" ...", "")
             detail = f" ({self._detail})" if self._detail else ""
             if self._live:
-                self._write(
-                    "\r\033[K" + fitting(self._step, detail, clock, terminal_columns(self.stderr) - 1)
-                )
+                room = terminal_columns(self.stderr) - 1
+                self._write("\r\033[K" + fitting(self._step, detail, clock, limit, room))
             else:
-                self._write(f"{self._step}{detail}{clock}\n")
+                self._write(f"{self._step}{detail}{clock}{limit}\n")
 
     def _erase(self) -> None:
         if self._live:
             self._write("\r\033[K")
 
 
-def fitting(step: str, detail: str, clock: str, columns: int) -> str:
-    """A progress line of at most so many columns: the detail gives way first, the clock never."""
-    room = columns - len(step) - len(clock)
+def fitting(step: str, detail: str, clock: str, limit: str, columns: int) -> str:
+    """A progress line of at most so many columns: what it may do without gives way first, the clock never."""
+    room = columns - len(step + clock + limit)
     if len(detail) > room:
         detail = detail[: room - 4] + "...)" if room > 12 else ""
-    return (step + detail)[: max(0, columns - len(clock))] + clock
+    if room < 0:
+        limit = ""
+    return (step + detail)[: max(0, columns - len(clock + limit))] + clock + limit
 
 
 def duration_text(seconds: float) -> str:
@@ -9543,12 +9545,12 @@ def run_sync(sandbox: Sandbox, path: str = ".", watch: bool = False, **options: 
     if watch and options.get("dry_run"):
         raise UsageError("--watch and --dry-run exclude each other.")
 
-    def show(report: Mapping[str, Any]) -> None:
+    def tell(report: Mapping[str, Any]) -> None:
         for line in sync_lines(report):
             output.note(str(line)) if output.json else output.result(line)
 
     try:
-        return sandbox.sync(path, watch=show if watch else None, **options)
+        return sandbox.sync(path, watch=tell if watch else None, **options)
     except Interrupted as interruption:
         interruption.hint = f"The tree on the VM is the old one or the new one; go on with: {PROGRAM} sync"
         raise
@@ -10117,7 +10119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     output = Output(sys.stdout, sys.stderr, os.environ)
-    output.program = invocation(sys.argv[0], os.environ)
+    output.program, output.commands = invocation(sys.argv[0], os.environ), COMMANDS
     # Asked before parsing, for the errors that parsing finds.
     output.json = any(re.fullmatch("--json|-[a-z]*j[a-z]*", word) for word in arguments)
     try:
@@ -10175,9 +10177,11 @@ def run(arguments: Sequence[str], output: Output) -> int:
     if unknown:
         raise unknown_word(unknown[0], name)
     options = vars(parsed)
-    if options.pop("version", False) or name is None:
+    if options.pop("version", False):
         output.result(version_text())
         return 0
+    if name is None:
+        raise UsageError("A command is missing.", hint=f"See {PROGRAM} --help")
     for option, value in options.items():
         if isinstance(value, str) and not value.strip():
             raise UsageError(f"{'PATH' if option == 'path' else '--' + option.replace('_', '-')} is empty.")

@@ -396,7 +396,7 @@ def test_installed_package(desk: Desk, plato: LocalPlato, installed: Path) -> No
     assert f"\nVersion: {plato_sandbox.__version__}\n" in listed
     desk.good(command=[program, "start", "--from-config"])
     plato.wait_for_request("POST", "/heartbeat", count=2)
-    assert desk.ssh("id -un") == (0, "plato\n", "")
+    assert desk.ssh("id -un") == (0, "root\n", "")
     again = desk.run(command=[program, "start", "--from-config", "--json"])
     assert again.code == 5
     assert "`plato-sandbox stop`" in again.error["hint"]

@@ -63,8 +63,8 @@ def test_start_ends_when_ssh_answers(
 def test_start_says_that_ssh_does_not_answer_yet(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk]
 ) -> None:
-    plato = new_plato(gateway_seconds=FOR_EVER)
-    desk = new_desk(plato.environment)
+    plato = new_plato(gateway_seconds=100)
+    desk = new_desk({**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "1"})
     impatient(desk)
     (words,) = [words for words in warnings(desk.good("start", "-c").err) if "SSH" in words]
     assert "does not answer yet: Connection timed out during banner exchange" in words
@@ -72,7 +72,7 @@ def test_start_says_that_ssh_does_not_answer_yet(
     synced = desk.good("sync", "--json")
     assert synced.document["via"] == "api"
     assert connects(plato) == 2, "the command that found SSH silent connected again, once"
-    plato.advance(FOR_EVER)
+    plato.advance(100)
     assert desk.good("sync", "--via", "ssh", "--json").document["via"] == "ssh"
     assert connects(plato) == 2
 
