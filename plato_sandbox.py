@@ -73,7 +73,6 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import subprocess
-    import tarfile
     import urllib.parse
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
@@ -3882,6 +3881,9 @@ SYNC_SECONDS = 120.0
 PATIENCE_SHARE = 0.5  # of a command's seconds the VM waits for another sync: it must be able to say so
 SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes while it is read
 SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
+BLOCK_BYTES = 256 * 1024
+PROBE_BYTES = 1024 * 1024  # what a connection has to take before its speed says anything
+FAST_BYTES = 25_000_000  # a second; compression could not keep up with more
 EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tree
 WATCH_QUIET_SECONDS = 0.3
 WATCH_RETRY_SECONDS = 3.0
@@ -4240,11 +4242,11 @@ def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, byte
 
 
 class TreeArchive:
-    """A tar file of what changes, written to a file as often as wanted; equal trees give equal bytes.
+    """A tar file of what changes, in gzip, written to a file as often as wanted.
 
     `tree/` holds the entries, and `meta/` lists for the VM, the manifest last: when it has come, all has.
     files, bytes: content so far; packed: bytes that travelled; unsteady: files that changed while they were
-    read, or were gone.
+    read, or were gone. It is compressed from where the connection turns out to be slower than that.
     """
 
     def __init__(self, tree: LocalTree, plan: SyncPlan, reporter: Reporter) -> None:
@@ -4252,99 +4254,129 @@ class TreeArchive:
         self._plan = plan
         self._reporter = reporter
         self._out: Any = None
-        self.files = self.bytes = self.packed = 0
-        self.unsteady: list[bytes] = []
+        self._begin(None)
 
-    def write_to(self, out: Any) -> None:
-        """Write it whole. OvertakenError when a file has become shorter while it was read."""
-        import gzip
-        import io
-        import tarfile
-
+    def _begin(self, out: Any) -> None:
         self._out = out
         self.files = self.bytes = self.packed = 0
-        self.unsteady = []
-        manifest = [kind + path for path, kind in sorted(self._plan.manifest.items())]
-        lists = {"remove": self._plan.remove, "rmdir": self._plan.remove_directories, "manifest": manifest}
-        file: Any = self
-        packed = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=self._level(), mtime=0)
-        tar = tarfile.TarFile(
-            fileobj=packed, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8", copybufsize=1 << 18
-        )
-        with packed, tar:
-            for path in self._plan.archived:
-                self._add(tar, path, self._tree.stamps[path])
-                tar.members = []  # type: ignore[attr-defined]
-            for name, paths in lists.items():
-                data = b"".join(path + b"\0" for path in paths)
-                info = tarfile.TarInfo("meta/" + name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+        self.unsteady: list[bytes] = []
+        self._seconds = 0.0
+        self._pack(0)
 
-    def write(self, data: bytes) -> int:
-        self._out.write(data)
-        self.packed += len(data)
-        self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
-        return len(data)
-
-    def _level(self) -> int:
-        """How hard to compress: not at all where the largest file would not become smaller by a tenth."""
+    def _pack(self, level: int) -> None:
+        """Begin a gzip member; several are one file."""
         import zlib
 
-        files = [path for path in self._plan.files if self._tree.stamps[path][:1] == b"f"]
-        if not files:
-            return 1
-        largest = max(files, key=lambda path: stamp_size(self._tree.stamps[path]))
-        try:
-            with open(self._tree.location(largest), "rb") as file:
-                sample = file.read(1 << 16)
-        except OSError:
-            return 1
-        return 1 if len(zlib.compress(sample, 1)) < 0.9 * len(sample) + 100 else 0
+        self._level = level
+        self._packer = zlib.compressobj(level, zlib.DEFLATED, 31)
 
-    def _add(self, tar: tarfile.TarFile, path: bytes, stamp: bytes) -> None:
-        import tarfile
+    def write_to(self, out: Any) -> None:
+        """Write it whole."""
+        self._begin(out)
+        for path in self._plan.archived:
+            self._add(path, self._tree.stamps[path])
+        manifest = [kind + path for path, kind in sorted(self._plan.manifest.items())]
+        lists = {b"remove": self._plan.remove, b"rmdir": self._plan.remove_directories}
+        for name, paths in {**lists, b"manifest": manifest}.items():
+            data = b"".join(path + b"\0" for path in paths)
+            self._write(tar_entry(b"meta/" + name, b"0", 0o644, len(data)) + data + padding(len(data)))
+        self._write(bytes(1024))
+        self._send(self._packer.flush())
 
-        info = tarfile.TarInfo("tree/" + path.decode("utf-8", "surrogateescape"))
+    def _add(self, path: bytes, stamp: bytes) -> None:
+        name = b"tree/" + path
         if stamp[:1] == b"f":
-            self._add_file(tar, path, info)
-            return
-        if stamp[:1] == b"d":
-            info.type, info.mode = tarfile.DIRTYPE, int(stamp[2:], 8)
+            self._add_file(path, name)
+        elif stamp[:1] == b"d":
+            self._write(tar_entry(name + b"/", b"5", int(stamp[2:], 8)))
         else:
-            info.type, info.linkname = tarfile.SYMTYPE, stamp[2:].decode("utf-8", "surrogateescape")
+            self._write(tar_entry(name, b"2", 0o777, link=stamp[2:]))
             self.files += 1
-        tar.addfile(info)
 
-    def _add_file(self, tar: tarfile.TarFile, path: bytes, info: tarfile.TarInfo) -> None:
-        """Add a file as it is now, whatever the plan knew of it."""
+    def _add_file(self, path: bytes, name: bytes) -> None:
+        """Add a file as it is now, and exactly as long as its header says, whatever becomes of it."""
         import stat
 
         try:
-            with open(self._tree.location(path), "rb") as file:
-                before = os.fstat(file.fileno())
-                info.size, info.mode = before.st_size, stat.S_IMODE(before.st_mode)
-                seconds, fraction = divmod(abs(before.st_mtime_ns), 1_000_000_000)
-                sign = "-" if before.st_mtime_ns < 0 else ""
-                info.pax_headers = {"mtime": f"{sign}{seconds}.{fraction:09}"}
-                tar.addfile(info, file)
-                after = os.fstat(file.fileno())
-        except FileNotFoundError:
+            file = open(self._tree.location(path), "rb", buffering=0)  # noqa: SIM115  (closed below)
+        except OSError:
             self.unsteady.append(path)
             return
-        except BrokenPipeError:
-            raise  # it is not the file's
-        except OSError as error:
-            raise OvertakenError(f"{shown_name(path)} changed while it was read: {reason(error)}.") from None
+        with file:
+            before = os.fstat(file.fileno())
+            mode, left = stat.S_IMODE(before.st_mode), before.st_size
+            data = tar_entry(name, b"0", mode, left, mtime=before.st_mtime_ns)
+            while left:
+                block = _block(file, left, path) or bytes(min(left, BLOCK_BYTES))
+                self._write(data + block)
+                data = b""
+                left -= len(block)
+            self._write(data + padding(before.st_size))
+            after = os.fstat(file.fileno())
         self.files += 1
-        self.bytes += info.size
+        self.bytes += before.st_size
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             self.unsteady.append(path)
+
+    def _write(self, data: bytes) -> None:
+        self._send(self._packer.compress(data))
+
+    def _send(self, packed: bytes) -> None:
+        began = time.monotonic()
+        self._out.write(packed)
+        self._seconds += time.monotonic() - began
+        self.packed += len(packed)
+        self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
+        if not self._level and PROBE_BYTES < self.packed < FAST_BYTES * self._seconds:
+            self._out.write(self._packer.flush())
+            self._pack(1)
+
+
+def _block(file: Any, left: int, path: bytes) -> bytes:
+    try:
+        block: bytes = file.read(min(left, BLOCK_BYTES))
+    except OSError as error:
+        raise _unreadable(shown_name(path), error) from None
+    return block
 
 
 def stamp_size(stamp: bytes) -> int:
     """The size of a file in its stamp, else 0."""
     return int(stamp.split(b" ")[2]) if stamp[:1] == b"f" else 0
+
+
+def tar_entry(
+    name: bytes, kind: bytes, mode: int, size: int = 0, *, link: bytes = b"", mtime: int | None = None
+) -> bytes:
+    """The header of an entry: owner 0; what ustar has no room for in POSIX's extended form. mtime in ns."""
+    records = {}
+    if mtime is not None:
+        records[b"mtime"] = b"-" * (mtime < 0) + b"%d.%09d" % divmod(abs(mtime), 1_000_000_000)
+    for key, value in ((b"path", name), (b"linkpath", link)):
+        if len(value) > 100:
+            records[key] = value
+    extended = b"".join(pax_record(key, value) for key, value in records.items())
+    before = _tar_block(b"pax", b"x", 0o644, len(extended), b"") if extended else b""
+    return before + extended + padding(len(extended)) + _tar_block(name, kind, mode, size, link)
+
+
+def _tar_block(name: bytes, kind: bytes, mode: int, size: int, link: bytes) -> bytes:
+    import struct
+
+    fields = (b"%07o" % mode, b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8, kind, link)
+    block = struct.pack("100s8s8s8s12s12s8sc100s8s247x", name, *fields, b"ustar\x0000")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def pax_record(key: bytes, value: bytes) -> bytes:
+    """`length key=value`, where the length counts itself."""
+    rest = len(key) + len(value) + 3
+    length = rest + len(str(rest))
+    return b"%d %s=%s\n" % (rest + len(str(length)), key, value)
+
+
+def padding(size: int) -> bytes:
+    return bytes(-size % 512)
 
 
 # What runs on the VM: POSIX sh with the GNU tools of every Linux
@@ -10181,7 +10213,7 @@ def run(arguments: Sequence[str], output: Output) -> int:
         output.result(version_text())
         return 0
     if name is None:
-        raise UsageError("A command is missing.", hint=f"See {PROGRAM} --help")
+        raise UsageError(f"{arguments[0]!r} needs a command with it.", hint=f"See {PROGRAM} --help")
     for option, value in options.items():
         if isinstance(value, str) and not value.strip():
             raise UsageError(f"{'PATH' if option == 'path' else '--' + option.replace('_', '-')} is empty.")

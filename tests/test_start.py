@@ -359,7 +359,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "misspelt status": (["stauts"], "stauts"),
     "no such command": (["frobnicate"], "frobnicate"),
     "missing working directory": (["start", *BLANK, "-w", "nowhere"], "nowhere"),
-    "empty working directory": (["start", *BLANK, "-w", ""], "directory"),
+    "empty working directory": (["start", *BLANK, "-w", ""], "--working-dir"),
     "working directory is a file": (["start", *BLANK, "-w", "plato-config.yml"], "plato-config.yml"),
 }
 

@@ -255,12 +255,12 @@ TROUBLE: dict[str, tuple[dict[str, Any], int, str]] = {
     "422": ({"effect": "status", "status": 422}, 6, "422"),
     "500": ({"effect": "status", "status": 500}, 6, "500"),
     "503": ({"effect": "status", "status": 503}, 6, "503"),
-    "HTML": ({"effect": "html", "status": 200}, 6, "HTML"),
+    "HTML": ({"effect": "html", "status": 200}, 6, "text/html"),
     "half an answer": ({"effect": "truncate", "bytes": 20}, 6, ""),
     "a list": ({"effect": "status", "status": 200, "body": [1]}, 6, "JSON object"),
     "reset": ({"effect": "reset_before_acting"}, 6, ""),
-    "hang": ({"effect": "hang"}, 6, "in time"),
-    "drip": ({"effect": "drip", "seconds": 60}, 6, "in time"),
+    "hang": ({"effect": "hang"}, 6, "timed out"),
+    "drip": ({"effect": "drip", "seconds": 60}, 6, "timed out"),
 }
 
 

@@ -451,6 +451,14 @@ def test_equal_trees_give_equal_archives(own_vm: Vm, tmp_path: Path) -> None:
     assert parts[0] == parts[1]
 
 
+def test_what_a_slow_connection_carries_is_compressed(own_vm: Vm, source: Path, target: str) -> None:
+    (source / "text").write_bytes(b"".join(b"line %d\n" % number for number in range(600_000)))
+    own_vm.plato.fault("latency", method="POST", path="*/execute", seconds=0.3, times=-1)
+    report = good_sync(own_vm, source, target, "--via", "api")
+    assert report["archive_bytes"] < report["bytes"] / 2
+    assert read_tree(own_vm.place(target)) == read_tree(source)
+
+
 def test_modification_times_are_exact(vm: Vm, source: Path, target: str) -> None:
     times = [0, 1, -1_500_000_000, 1_700_000_000_123_456_789, 3_000_000_000_000_000_001, 999_999_999]
     for number, moment in enumerate(times):
