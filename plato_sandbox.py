@@ -5636,6 +5636,7 @@ FLOW_GRACE_SECONDS = 3.0  # what a step may take longer than all that, before it
 FLOW_LOOK_SECONDS = 5.0  # for a picture, or a look at a page that just failed
 FLOW_CLOSE_SECONDS = 8.0  # for the browser to end in order
 FLOW_POLL_SECONDS = 0.05
+PICTURE_FRESH_SECONDS = 0.15  # a check that passes this soon shows what the picture before it shows
 FLOW_FOREVER_MS = 86400000  # a step whose timeout is 0
 TROUBLE_LIMIT = 20
 ERROR_SELECTORS = (
@@ -6142,7 +6143,7 @@ class FlowSession:
             run = FlowRun(self, flow, place)
             results.append(run.result)
             run.run(lambda result, step: told(self.mask.value(result), self.mask.value(step)))
-            if not self.keep_open:
+            if flow is not self.flows[-1] and not self.keep_open:
                 self.look(run.close())
         return results
 
@@ -6199,6 +6200,7 @@ class FlowRun:
         self.limit: int = 0  # ms, for each thing that a step waits for
         self.patience: int = 0  # ms, for what it then does
         self._note = ""
+        self._shown: str | None = None  # the newest picture
         self._covered: list[str] = []  # selectors of fields that no picture may show
         self._troubles: list[str] = []
 
@@ -6227,8 +6229,12 @@ class FlowRun:
             url=getattr(self.page, "url", None),
             note=self._note,
         )
-        path = os.path.join(self.place, f"step-{step.number:02d}.{'png' if seen else 'jpg'}")
-        record["picture"] = session.look(self._picture(path, timeout=FLOW_LOOK_SECONDS * 1000)) and path
+        left_at_once = not step.number and self.steps[1].type == "navigate"
+        looked_only = step.type.startswith(("verify", "check_", "wait_for_", "screenshot"))
+        if seen or not (left_at_once or (looked_only and record["seconds"] < PICTURE_FRESH_SECONDS)):
+            path = os.path.join(self.place, f"step-{step.number:02d}.{'png' if seen else 'jpg'}")
+            self._shown = session.look(self._picture(path, timeout=FLOW_LOOK_SECONDS * 1000)) and path
+        record["picture"] = self._shown
         if seen:
             self._fail(step, record, seen)
 
@@ -6560,9 +6566,9 @@ def report_page(report: Json) -> str:
     flows = [report_flow(number, flow) for number, flow in enumerate(report["flows"], 1)]
     alone = len(flows) == 1
     failed = sum(not flow["passed"] for flow in flows)
-    title = (
-        f"{f'{failed} of ' if failed else ''}{counted(len(flows), 'flow')} {'failed' if failed else 'passed'}"
-    )
+    title = f"{failed} of {len(flows)} flows failed" if failed else f"All {len(flows)} flows passed"
+    if alone:
+        title = f"The flow {flows[0]['name']} {verdict(flows[0])}"
     if not report["passed"] and not failed:
         title += ", but the databases changed"
     about = {
@@ -6599,6 +6605,8 @@ def report_flow(number: int, flow: Json) -> Json:
     """One flow for its template: its verdict, what is known of its failure, and its steps."""
     known = {**(flow["failure"] or {}), "trace_command": flow["trace_command"]}
     known["troubles"] = "\n".join(known.get("troubles", ()))
+    if flow["failure"]:
+        known["step"] = f"{known['step'] or ''} {step_words(flow['steps'][known['step']])}".strip()
     return {
         **flow,
         "number": number,
