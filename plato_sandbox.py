@@ -1236,7 +1236,7 @@ def _of_kind(node: YamlNode, name: str, kinds: Mapping[str, Fields], default: st
     return kinds.get(str(default if kind is None or kind.value is None else kind.value), {"*": None})
 
 
-# The fields of the API's models (source: those of `setup-sandbox`), as `Checker` takes them.
+# The fields of the API's models (source: SimConfigDataset), as `Checker` takes them.
 
 COMPUTE_FIELDS = {
     "cpus": _integer(*CPUS_RANGE),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SOURCE = PRODUCT.read_text(encoding="utf-8")
+MOST_NODES = 75_000  # it is to become less, and may not become more
 TREE = ast.parse(SOURCE)
 RULE = "# " + "-" * 106
 OPTIONAL_PACKAGES = {
@@ -136,6 +137,13 @@ def uses(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator[ast.Nam
         yield node
     for child in ast.iter_child_nodes(node):
         yield from uses(child, bound)
+
+
+def test_the_weight_of_the_file(tally: Callable[[str, int], None]) -> None:
+    """A stranger reads the file before trusting it, and Python compiles it at every run of the script."""
+    nodes = sum(1 for _ in ast.walk(TREE))
+    tally("nodes in the syntax tree of plato_sandbox.py", nodes)
+    assert nodes <= MOST_NODES
 
 
 def test_sections_use_only_those_above_them() -> None:
