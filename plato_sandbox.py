@@ -9339,7 +9339,7 @@ class Output(Reporter):
         elif line[1] not in (None, ""):
             label, value, style, more = (*line, "", "")[:4]
             self.stdout.write(
-                f"  {self.safe(label) + ':':<13}{self._coloured(value, style)}{self.safe(more)}\n"
+                f"  {self.safe(label) + ':' if label else '':<13}{self._coloured(value, style)}{self.safe(more)}\n"
             )
 
     def outcome(self, word: str, text: str, style: str) -> None:

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Callable
 
@@ -123,6 +124,10 @@ def harmless(text: str) -> None:
     assert all(char.isprintable() or char == "\n" for char in text), ascii(text)
 
 
+def told_lines(lines: Iterable[Any]) -> None:
+    told(lambda output: [output.result(line) for line in lines])
+
+
 def told(show: Callable[[Any], Any]) -> None:
     """Let something be shown on a terminal of ours: all of it must be harmless."""
     stream = io.StringIO()
@@ -180,7 +185,7 @@ def fuzz_flows(data: bytes) -> None:
     except product.SandboxError as error:
         harmless(error.message)
         return
-    told(lambda output: product.show_flows(known, output))
+    told_lines(product.flow_lines(product.listed_flows(known, product.Reporter())))
     for flow in known.flows:
         product.flow_file_name(flow.name)
         for step in flow.steps:
@@ -205,7 +210,7 @@ def fuzz_ignore(data: bytes) -> None:
         rules.verdict(path, is_directory)
         tree.ignores(path, is_directory)
         tree.keeps_away(path, is_directory)
-    tree.takes_back(path)
+    assert tree.takes_back in (False, True)
 
 
 class Answering:
@@ -251,9 +256,9 @@ def fuzz_answers(data: bytes) -> None:
     sandbox._record = lambda **_: None
     starter = product.Starter(sandbox, product.plan_start("/", blank=True, service="x"))
     for work in (
-        lambda: told(lambda output: product.show_sandbox(sandbox.status(), output)),
+        lambda: told_lines(product.status_lines(sandbox.status())),
         lambda: told(lambda output: output.document(sandbox.reset())),
-        lambda: told(lambda output: shown_state(sandbox, output)),
+        lambda: told_lines(product.state_lines(sandbox.read_state())),
         lambda: sandbox.snapshot(config=False),
         lambda: sandbox.clear_audit(),
         lambda: sandbox.close_session("s"),
@@ -265,7 +270,9 @@ def fuzz_answers(data: bytes) -> None:
         lambda: starter._make(),
         lambda: product.judge_beat(sandbox.api.checked(dict), JOB),
         lambda: product.execute_outcome(sandbox.api.checked(dict), JOB, 1.0),
-        lambda: told(lambda output: product.show_flows(product.fetch_flows(sandbox), output)),
+        lambda: told_lines(
+            product.flow_lines(product.listed_flows(product.fetch_flows(sandbox), product.Reporter()))
+        ),
         lambda: product.find_repository(sandbox.api, "taskboard"),
         lambda: product.gitea_credentials(sandbox.api),
         lambda: product.plain_clone_url(str(value), sandbox.settings),
@@ -274,11 +281,6 @@ def fuzz_answers(data: bytes) -> None:
             work()
         except product.SandboxError as error:
             harmless(error.message)
-
-
-def shown_state(sandbox: Any, output: Any) -> None:
-    report = sandbox.read_state()
-    product.show_state(report["summary"], sandbox.mutations(report), output)
 
 
 def fuzz_listings(data: bytes) -> None:
@@ -312,7 +314,7 @@ def fuzz_mutations(data: bytes) -> None:
     rules = product.ignore_rules(found)
     harmless(product.rules_text(rules))
     assert product.yaml_load(product.rules_text(rules))["audit_ignore_tables"] == rules
-    told(lambda output: product.show_state(product.summarize(found), found, output))
+    told_lines(product.state_lines({"summary": product.summarize(found), "results": {JOB: {"state": value}}}))
     harmless(product.mutations_found(found).hint or "")
     entries = [*rules, *product.as_list(value.get("rules"))]
     ticks = {tick for entry in entries for tick in product.ticks_of(entry, "public")}
@@ -352,10 +354,10 @@ def fuzz_state(data: bytes) -> None:
     settings = product.Settings(home="/nowhere")
     try:
         state = product.parse_state(text.decode("utf-8", "replace"), "/nowhere/.sandbox.yaml")
-        told(lambda output: product.show_sandbox(state, output))
+        told_lines(product.sandbox_lines(state))
         files = product.SshFiles(settings.home, state.get("session_id") or "")
         assert all(os.path.dirname(path) == settings.home for path in files.all())
-        told(lambda output: output.line(product.ssh_command(state, shown=True) or ""))
+        told_lines([product.ssh_command(state, shown=True) or ""])
         product.repair_ssh_config(state, settings, product.Reporter())
         product.other_heartbeat_alive(state)
         product.unfinished_start(state)
@@ -370,7 +372,7 @@ def fuzz_state(data: bytes) -> None:
         }
         product.HeartbeatRecord.read = lambda path: kept
         health = product.heartbeat_health(settings, state, time.time())
-        told(lambda output: product.show_heartbeat(health, time.time(), output))
+        told_lines(product.status_lines({**state, "heartbeat": health}))
 
 
 def fuzz_slot(data: bytes) -> None:
@@ -390,9 +392,9 @@ def fuzz_slot(data: bytes) -> None:
     assert all(os.path.dirname(path) == settings.home for path in files.all())
     assert "ssh_private_key_path" not in state
     json.dumps(state, allow_nan=False).encode()
-    told(lambda output: product.show_sandbox(state, output))
+    told_lines(product.sandbox_lines(state))
     health = product.heartbeat_health(settings, state, time.time())
-    told(lambda output: product.show_heartbeat(health, time.time(), output))
+    told_lines(product.status_lines({**state, "heartbeat": health}))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

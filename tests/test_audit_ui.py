@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ import pytest
 import yaml
 from conftest import BLANK, SIMULATOR, Desk, altered, ending, eventually, missing, part, processes_of
 from localplato import LocalPlato
-from test_local_worker import has_namespaces, has_postgresql
+from test_local_worker import AS_PLATO, has_namespaces, has_postgresql
 from test_simulator import Browser as Person
 from test_simulator import address, start_app
 
@@ -36,14 +37,12 @@ KEY = "audit_ignore_tables"
 SERVE = ("audit-ui", "--no-browser")
 UP_SECONDS = 60.0
 TICKS_AT, ROW_HEIGHT = 56, 35  # pixels in the grid, in a window of this width
-# An ordinary user's VM knows one user and calls it root; PostgreSQL refuses to run as root.
 RUN_DATABASE = """
 cd /home/plato && cp -r worktree/taskboard/db files || exit
 export PATH=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -1):$PATH
 export PGUSER=taskboard PGPASSWORD=taskboard PGDATABASE=taskboard PGDATA=/home/plato/cluster
 export TASKBOARD_LISTEN=127.0.0.1
-as=; [ "$(id -u)" != 0 ] || as="unshare --user --map-user=1000 --map-group=1000"
-setsid $as sh files/start.sh >database.log 2>&1 </dev/null &
+setsid sh files/start.sh >database.log 2>&1 </dev/null &
 for i in $(seq 600); do
     psql -h 127.0.0.1 -c 'SELECT 1' >/dev/null 2>&1 && exit; sleep 0.1
 done
@@ -368,7 +367,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Itera
         shutil.copytree(SIMULATOR, desk.work)
         desk.good("start", "-c")
         desk.good("sync")
-        made = desk.ssh(RUN_DATABASE)
+        made = desk.ssh(f"{AS_PLATO} sh -c {shlex.quote(RUN_DATABASE)}")
         assert made.code == 0, made
         yield Scene(desk, plato)
         desk.clear()
