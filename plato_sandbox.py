@@ -2917,6 +2917,7 @@ class KeyMaking:
         self.files = files
         for path in (files.key, files.public_key, files.known_hosts):  # links among them are not followed
             _unlink_quietly(path)
+        write_whole(files.known_hosts, "")  # so that ssh does not make it readable for everyone
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
         quiet = subprocess.DEVNULL
         self._process = launch(command, reporter, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE)
@@ -9338,9 +9339,8 @@ class Output(Reporter):
             self.stdout.write(self.safe(self.told(line)) + "\n")
         elif line[1] not in (None, ""):
             label, value, style, more = (*line, "", "")[:4]
-            self.stdout.write(
-                f"  {self.safe(label) + ':' if label else '':<13}{self._coloured(value, style)}{self.safe(more)}\n"
-            )
+            head = f"{self.safe(label)}:" if label else ""
+            self.stdout.write(f"  {head:<13}{self._coloured(value, style)}{self.safe(more)}\n")
 
     def outcome(self, word: str, text: str, style: str) -> None:
         """`  word    text` as a line of the result, in place of the step under way."""

@@ -315,7 +315,7 @@ def test_signal_at_any_line_of_start(
     bounds = section_lines(desk.product, "processes", "output")
     number, step = 1 + SIGNAL_STEP * remainder, SIGNAL_STEP * 4
     while True:
-        hook = [sys.executable, "-c", SIGNAL_AT_LINE, "command_start", *map(str, (number, *bounds))]
+        hook = [sys.executable, "-c", SIGNAL_AT_LINE, "run_start", *map(str, (number, *bounds))]
         done = desk.run(command=[*hook, *desk.words("start", "--from-config", "--json")])
         if done.code == 0:
             break

@@ -1414,11 +1414,16 @@ def test_a_user_that_the_host_gets_later_does_not_matter(tmp_path: Path, ssh_pla
     ]
     line = [*words, sys.executable, str(COMMAND), "--home", str(tmp_path / "home")]
     plato = LocalPlato(tmp_path / "home")
-    up = subprocess.run([*line, "up", "--boot-seconds", "0", "--json"], capture_output=True, check=True)
+    up = subprocess.run(
+        [*line, "up", "--boot-seconds", "0", "--gateway-seconds", "0", "--json"],
+        capture_output=True,
+        check=True,
+    )
     plato.information = json.loads(up.stdout)
     try:
         client = Client(plato)
         session_id, job_id = client.start()
+        client.call("POST", f"{SESSIONS}/{session_id}/connect_network")
         user = SshUser(plato, job_id, ssh_place)
         for name in ("root", "plato"):
             body = {"public_key": user.public_key, "username": name}

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from localplato import LocalPlato
 
 MODES = {
-    "config": (["--from-config"], "plato"),
-    "simulator": (["--simulator", "espocrm"], "root"),
-    "blank": (["--blank", "--service", "myapp"], "root"),
+    "config": ["--from-config"],
+    "simulator": ["--simulator", "espocrm"],
+    "blank": ["--blank", "--service", "myapp"],
 }
 
 
-@pytest.mark.parametrize(("options", "user"), MODES.values(), ids=MODES)
-def test_start_status_ssh_stop(desk: Desk, plato: LocalPlato, options: list[str], user: str) -> None:
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_start_status_ssh_stop(desk: Desk, plato: LocalPlato, options: list[str]) -> None:
     started = desk.good("start", *options)
     assert started.out.startswith("Sandbox started successfully!\n  Session ID:  ")
 
@@ -28,7 +28,7 @@ def test_start_status_ssh_stop(desk: Desk, plato: LocalPlato, options: list[str]
     assert "  VM Status:   running\n" in status.out
     assert f"  Heartbeat:   running (PID: {desk.state['heartbeat_pid']})\n" in status.out
 
-    assert desk.ssh("id -un").out == f"{user}\n"
+    assert desk.ssh("id -un").out == "root\n"
     assert living(plato) == [desk.state["job_id"]]
 
     heartbeat = desk.state["heartbeat_pid"]
