@@ -86,7 +86,7 @@ class StormyApi:
     def heartbeat(self, session_id: str) -> dict[str, Any]:
         self.tries += 1
         if self.is_gone:
-            raise product.ApiError("no such session", status=404)
+            raise product.NoSandboxError("no such session")
         if self.weather.is_good(self.clock.now):
             self.take()
             self.clock.sleep(self.chance.choice([0.01, 0.3]))
