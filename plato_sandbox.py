@@ -9338,9 +9338,8 @@ class Output(Reporter):
             self.stdout.write(self.safe(self.told(line)) + "\n")
         elif line[1] not in (None, ""):
             label, value, style, more = (*line, "", "")[:4]
-            self.stdout.write(
-                f"  {self.safe(label) + ':' if label else '':<13}{self._coloured(value, style)}{self.safe(more)}\n"
-            )
+            head = self.safe(label) + ":" if label else ""
+            self.stdout.write(f"  {head:<13}{self._coloured(value, style)}{self.safe(more)}\n")
 
     def outcome(self, word: str, text: str, style: str) -> None:
         """`  word    text` as a line of the result, in place of the step under way."""
