@@ -4552,7 +4552,7 @@ class Syncer:
         file changed while it was read."""
         began = time.monotonic()
         total = dict.fromkeys(("sent", "removed", "bytes", "archive_bytes"), 0)
-        with taking_turns(self.sandbox.directory, self.reporter, self.timeout):
+        with taking_turns(self.sandbox, self.timeout):
             for left in reversed(range(SYNC_TRIES)):
                 try:
                     report, unsteady = self._run_plan()
@@ -4711,13 +4711,13 @@ class Syncer:
 
 
 @contextlib.contextmanager
-def taking_turns(directory: str, reporter: Reporter, seconds: float) -> Iterator[None]:
-    """Hold the kernel's lock on a directory's .sandbox.yaml: syncs of one sandbox take turns."""
+def taking_turns(sandbox: SandboxBase, seconds: float) -> Iterator[None]:
+    """Hold the kernel's lock on the record of a sandbox: its syncs take turns."""
     import fcntl
 
     deadline = time.monotonic() + seconds
     told = False
-    with open(state_path(directory), "rb") as file:
+    with open(sandbox.state.get("slot_path") or state_path(sandbox.directory), "rb") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4729,7 +4729,7 @@ def taking_turns(directory: str, reporter: Reporter, seconds: float) -> Iterator
                         hint="Wait for it to end, then run this again.",
                     ) from None
             if not told:
-                reporter.step("Waiting for another sync of this sandbox to end", seconds)
+                sandbox.reporter.step("Waiting for another sync of this sandbox to end", seconds)
                 told = True
             time.sleep(0.05)
         yield
@@ -5417,7 +5417,7 @@ class ServiceStarter:
             raise SandboxError(f"There is nothing to push in {shown_path(self.syncer.root)}.")
         branch = f"workspace-{short_id(state['session_id'])}"
         pushing = self._step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS)
-        with pushing, taking_turns(sandbox.directory, self.reporter, GIT_SECONDS):
+        with pushing, taking_turns(sandbox, GIT_SECONDS):
             make_home(sandbox.settings.home)
             store = GitStore(sandbox, self.syncer.root, url, credentials)
             commit, is_new = store.push(files, branch, default)

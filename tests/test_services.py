@@ -831,7 +831,7 @@ CASES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"effect": "status", "status": 403, "path": f"{GITEA}/credentials"}, 4, FINDING, "403"),
     ({"effect": "status", "status": 500, "path": f"{GITEA}/simulators"}, 6, FINDING, "failed with 500"),
     ({"effect": "reset_before_body", "path": f"{GITEA}/simulators"}, 6, FINDING, "connection"),
-    ({"effect": "html", "status": 200, "path": f"{GITEA}/credentials"}, 6, FINDING, "an HTML page"),
+    ({"effect": "html", "status": 200, "path": f"{GITEA}/credentials"}, 6, FINDING, "not a JSON object"),
     ({"effect": "status", "status": 404, "path": REPO}, 6, FINDING, "404"),
     ({"effect": "status", "status": 401, "path": "*/info/refs"}, 4, PUSHING, "refused the credentials"),
     ({"effect": "status", "status": 404, "path": "*/info/refs"}, 1, PUSHING, "not found"),
@@ -972,11 +972,11 @@ def test_no_git_on_the_vm(vm: Vm) -> None:
     vm.execute(
         f"mkdir {programs}; ln -s /usr/bin/* /bin/* {programs} 2>/dev/null; rm {programs}/git", code=None
     )
-    (vm.root / "home/plato/.bashrc").write_text(f"PATH={programs}\n")
+    (vm.root / "root/.bashrc").write_text(f"PATH={programs}\n")
     try:
         result = vm.run("--json")
     finally:
-        vm.execute(f"rm -rf {programs} /home/plato/.bashrc")
+        vm.execute(f"rm -rf {programs} /root/.bashrc")
     assert result.code == 1
     assert result.error["message"] == (
         "Cloning on the VM: The VM has no git; bring the code over with --via sync."
@@ -1058,7 +1058,7 @@ def test_ssh_that_breaks_during_up_is_opened_again(docker: Vm) -> None:
     process = vm.desk.begin("start-services")
     eventually(lambda: (vm.tree / "gate/here").exists())
     vm.execute("kill -9 $(ps -eo pid,args | sed -n 's/^ *\\([0-9]*\\) sshd.*/\\1/p')", code=None)
-    eventually(lambda: "sshd: plato@notty" in vm.execute("ps -eo args"))
+    eventually(lambda: "root@notty" in vm.execute("ps -eo args"))
     (vm.tree / "gate/go").touch()
     result = ending(process)
     assert result.code == 0, result

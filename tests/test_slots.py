@@ -738,9 +738,8 @@ def test_worker_flow_and_audit_on_theirs(newest: Newest, desk: Desk, plato: Loca
 
     sandbox = product.Sandbox(str(desk.work), settings=desk.settings)
     plan = product.plan_audit(sandbox)
-    (there,) = product.open_databases(plan, desk.settings, sandbox)
-    assert "tasks" in [table.name for table in there.tables()]
-    there.close()
+    (there,) = plan.databases
+    assert "tasks" in there.tables()
     assert newest.fields == started
     newest.good("stop")
 
