@@ -460,14 +460,15 @@ def programs_of_the_vm(desk: Desk, plato: LocalPlato, **programs: str) -> Iterat
         (place / name).write_text(f"#!/bin/sh\ncd /home/plato/evil\n{text}\n")
         (place / name).chmod(0o755)
     (place / "nasty").write_text(NASTY)
-    old = (home / ".bashrc").read_bytes() if (home / ".bashrc").exists() else b""
-    (home / ".bashrc").write_text(
+    startup = home.parent.parent / "root" / ".bashrc"  # who logs in is root
+    old = startup.read_bytes() if startup.exists() else b""
+    startup.write_text(
         "PATH=/home/plato/evil:$PATH; cat /home/plato/evil/nasty; cat /home/plato/evil/nasty >&2\n"
     )
     try:
         yield
     finally:
-        (home / ".bashrc").write_bytes(old)
+        startup.write_bytes(old)
         shutil.rmtree(place)
 
 
