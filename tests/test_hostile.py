@@ -445,14 +445,14 @@ def test_text_of_names_of_files(sandbox: tuple[Desk, LocalPlato], shown: Shower,
 
 
 def on_the_vm(desk: Desk, plato: LocalPlato) -> Path:
-    """The home of the user of the VM, seen from outside."""
+    """The home of the user plato of the VM, seen from outside."""
     machine = next(one for one in plato.machines() if one["job_id"] == desk.state["job_id"])
     return Path(machine["directory"]) / "home" / "plato"
 
 
 @contextlib.contextmanager
 def programs_of_the_vm(desk: Desk, plato: LocalPlato, **programs: str) -> Iterator[None]:
-    """Put shell scripts before the programs of these names, for whoever logs in to the VM."""
+    """Put shell scripts before the programs of these names, for root, who logs in to the VM."""
     home = on_the_vm(desk, plato)
     place = home / "evil"
     place.mkdir()
@@ -460,14 +460,15 @@ def programs_of_the_vm(desk: Desk, plato: LocalPlato, **programs: str) -> Iterat
         (place / name).write_text(f"#!/bin/sh\ncd /home/plato/evil\n{text}\n")
         (place / name).chmod(0o755)
     (place / "nasty").write_text(NASTY)
-    old = (home / ".bashrc").read_bytes() if (home / ".bashrc").exists() else b""
-    (home / ".bashrc").write_text(
+    bashrc = home.parents[1] / "root" / ".bashrc"
+    old = bashrc.read_bytes() if bashrc.exists() else b""
+    bashrc.write_text(
         "PATH=/home/plato/evil:$PATH; cat /home/plato/evil/nasty; cat /home/plato/evil/nasty >&2\n"
     )
     try:
         yield
     finally:
-        (home / ".bashrc").write_bytes(old)
+        bashrc.write_bytes(old)
         shutil.rmtree(place)
 
 
