@@ -4717,6 +4717,7 @@ def taking_turns(sandbox: SandboxBase, seconds: float) -> Iterator[None]:
 
     deadline = time.monotonic() + seconds
     told = False
+    sandbox.check_still_there()
     with open(sandbox.state.get("slot_path") or state_path(sandbox.directory), "rb") as file:
         while True:
             try:

@@ -445,14 +445,14 @@ def test_text_of_names_of_files(sandbox: tuple[Desk, LocalPlato], shown: Shower,
 
 
 def on_the_vm(desk: Desk, plato: LocalPlato) -> Path:
-    """The home of the user of the VM, seen from outside."""
+    """The home of the user plato of the VM, seen from outside."""
     machine = next(one for one in plato.machines() if one["job_id"] == desk.state["job_id"])
     return Path(machine["directory"]) / "home" / "plato"
 
 
 @contextlib.contextmanager
 def programs_of_the_vm(desk: Desk, plato: LocalPlato, **programs: str) -> Iterator[None]:
-    """Put shell scripts before the programs of these names, for whoever logs in to the VM."""
+    """Put shell scripts before the programs of these names, for root, who logs in to the VM."""
     home = on_the_vm(desk, plato)
     place = home / "evil"
     place.mkdir()

@@ -420,6 +420,23 @@ def test_stop_during_sync_that_watches(desk: Desk, plato: LocalPlato) -> None:
     nothing_left(desk, plato)
 
 
+def test_stop_while_a_watch_waits_to_try_again(desk: Desk, plato: LocalPlato) -> None:
+    desk.good("start", "--from-config")
+    (desk.work / "source").mkdir()
+    (desk.work / "source" / "file").write_text("one")
+    sync = desk.begin("sync", "source", "--watch", "--via", "api")
+    assert sync.stderr is not None
+    assert any("Ctrl-C" in line for line in iter(sync.stderr.readline, ""))
+    plato.fault("reset_before_acting", method="POST", path="*/execute", times=-1)
+    (desk.work / "source" / "file").write_text("two")
+    assert any("Trying again" in line for line in iter(sync.stderr.readline, ""))
+    desk.good("stop")
+    result = ending(sync)
+    assert result.code == 3, result
+    assert "was stopped or replaced meanwhile" in result.err
+    nothing_left(desk, plato)
+
+
 AT_ONCE: list[tuple[str, ...]] = [
     ("start", "--from-config"),
     ("start", "--from-config", "--replace"),
