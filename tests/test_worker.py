@@ -300,7 +300,8 @@ def test_a_snapshot_records_its_artifact(started: Desk, plato: LocalPlato) -> No
     body = snapshot_answer(started, success=True, artifact_id="art_xyz789")
     plato.fault("status", path="*/snapshot", status=200, body=body, times=2)
     result = started.good("snapshot", "--description", "after the login")
-    assert result.out == "Snapshot created successfully!\n  Artifact ID: art_xyz789\n"
+    said = "Snapshot created successfully!\n  Artifact ID: art_xyz789\n  Status:      creating"
+    assert result.out == f"{said} (its upload goes on; --wait waits for it)\n"
     assert started.state["artifact_id"] == "art_xyz789"
     assert sent(plato, "/snapshot")[-1] == {"description": "after the login"}
     assert started.good("snapshot", "--json").document == {"artifact_id": "art_xyz789", "status": "creating"}
