@@ -6060,7 +6060,13 @@ class FlowSession:
         self._thread = Aside(self._serve)
 
     def _serve(self) -> None:
+        import asyncio
+
         self._loop.run_forever()
+        under_way = asyncio.all_tasks(self._loop)  # as when a signal came while the driver was started
+        for task in under_way:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*under_way, return_exceptions=True))
         self._loop.close()
 
     def left(self) -> float:

@@ -279,7 +279,7 @@ def enter(frame, event, argument):
     global begun
     if not begun and frame.f_code.co_name == begin:
         begun = True
-        if begin != "command_start":
+        if begin != "run_start":
             os.kill(os.getpid(), signal.SIGTERM)
     return at_line if begun and frame.f_code.co_filename == product else None
 
