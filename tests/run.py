@@ -51,6 +51,7 @@ SYSTEM_PACKAGES = {
     "/usr/bin/mmdebstrap": "mmdebstrap",
     "/usr/bin/busybox": "busybox-static",
     "/usr/bin/chromium": "chromium",
+    "/usr/share/doc/libatomic1": "libatomic1",  # for the Node.js of Playwright's driver
     "/usr/share/fonts/truetype/dejavu": "fonts-dejavu-core",
 }
 # What Debian has in the release after 12: Compose v2, whose package holds one static program, and a Python
