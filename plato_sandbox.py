@@ -2917,7 +2917,6 @@ class KeyMaking:
         self.files = files
         for path in (files.key, files.public_key, files.known_hosts):  # links among them are not followed
             _unlink_quietly(path)
-        write_whole(files.known_hosts, "")  # so that ssh does not make it readable for everyone
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
         quiet = subprocess.DEVNULL
         self._process = launch(command, reporter, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE)
@@ -3005,6 +3004,8 @@ def _is_unicode(path: str) -> bool:
 def write_ssh_config(settings: Settings, files: SshFiles, job_id: str, user: str) -> None:
     try:
         write_whole(files.config, ssh_config_text(settings, files, job_id, user))
+        # ssh would make it readable for everyone.
+        os.close(os.open(files.known_hosts, os.O_WRONLY | os.O_CREAT, 0o600))
     except OSError as error:
         raise SandboxError(f"{shown_path(files.config)} cannot be written: {reason(error)}.") from None
 
