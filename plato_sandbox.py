@@ -6067,7 +6067,8 @@ class FlowSession:
         under_way = asyncio.all_tasks(self._loop)  # as when a signal came while the driver was started
         for task in under_way:
             task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*under_way, return_exceptions=True))
+        if under_way:
+            self._loop.run_until_complete(asyncio.wait(under_way))
         self._loop.close()
 
     def left(self) -> float:

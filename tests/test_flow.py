@@ -378,13 +378,13 @@ FAILING: dict[str, tuple[list[dict[str, Any]], int, str, str]] = {
         "is not a valid selector",
     ),
     "click, covered": (
-        [COVERED, step("click", selector="#under", **FAST)],
+        [COVERED, step("click", selector="#under", timeout=4000)],
         2,
         "#under that can be clicked",
         '<div id="veil"></div> intercepts pointer events',
     ),
     "click, disabled": (
-        [COVERED, step("click", selector="#off", **FAST)],
+        [COVERED, step("click", selector="#off", timeout=4000)],
         2,
         "#off that can be clicked",
         "element is not enabled",
