@@ -6,6 +6,7 @@ and reaches its database through the gateway, as the page does.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
@@ -424,13 +425,19 @@ class Page:
             self.settle()
             grid = self.tab.get_by_test_id("stDataFrame").first
             grid.evaluate("grid => grid.scrollIntoView()")
-            rows = grid.locator("tbody tr").all()
-            told = [[cell.inner_text() for cell in row.locator("td").all()] for row in rows]
-            number = [tuple(cells[1:3]) for cells in told].index(place)
+            rows, told, number = eventually(functools.partial(self._row, grid, place))
             corner = grid.bounding_box()
             self.tab.mouse.click(corner["x"] + TICKS_AT, corner["y"] + (number + 1.5) * ROW_HEIGHT)
             box = rows[number].locator("td").first
             box.filter(has_not_text=told[number][0]).wait_for(state="attached")
+
+    @staticmethod
+    def _row(grid: Any, place: tuple[str, str]) -> tuple[Any, list[list[str]], int] | None:
+        """The rows of the grid, their cells, and the number of a place's row; None until it is there."""
+        rows = grid.locator("tbody tr").all()
+        told = [[cell.inner_text() for cell in row.locator("td").all()] for row in rows]
+        found = [number for number, cells in enumerate(told) if tuple(cells[1:3]) == place]
+        return (rows, told, found[0]) if found else None
 
     def settle(self) -> None:
         """Wait until nothing of the page is being drawn."""
