@@ -5949,7 +5949,10 @@ def step_record(step: FlowStep) -> Json:
 _IN_VAIN = (
     r"[\w. :]*(Timeout \d+ms exceeded|expected (not )?to |Actual value|element\(s\) not found|==|waiting)"
 )
-_NOT_WHY = r"attempting|retrying|waiting (\d|for element)|scrolling|done scroll|navigating|Expect |fill\(|$"
+_NOT_WHY = (
+    r"attempting|retrying|waiting (\d|for element)|scrolling|done scroll|navigating|Expect |fill\(|"
+    r"element is visible|$"
+)
 
 
 def seen_words(error: Exception) -> str:
@@ -9419,7 +9422,7 @@ class Output(Reporter):
 
     def trace(self, text: str) -> None:
         if self.verbose:
-            self._say(f"  {text}")
+            self._say(f"  {printable(text)}")
 
     def finish(self, *, told: bool = True) -> None:
         """The step under way is over: on a terminal it becomes a line that stays, if it is to be told."""

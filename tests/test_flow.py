@@ -391,7 +391,7 @@ FAILING: dict[str, tuple[list[dict[str, Any]], int, str, str]] = {
     ),
     "fill": ([step("fill", selector="#no", value="x", **FAST)], 1, "a field #no", NOTHING),
     "fill, checkbox": (
-        [step("navigate", url="/login"), step("fill", selector="#agree", value="x", **FAST)],
+        [step("navigate", url="/login"), step("fill", selector="#agree", value="x")],
         2,
         "a field #agree",
         'type "checkbox" can',
