@@ -52,8 +52,10 @@ Exit codes
 Importers may rely on the names in `__all__`, on the exit codes and on the keys of every `--json` document.
 Everything else may change between versions.
 
-Sections, each using only those above it: constants, errors, settings, yaml, config, processes, state,
-transport, api, ssh, heartbeat, sync, services, worker, flow, audit, sandbox, output, commands, main.
+Sections, each using only those above it: constants, errors, settings, processes, transport, api, gateway,
+heartbeat, yaml, config, state, vm, sync, services, worker, flow, audit, sandbox, output, commands, main.
+What a Sandbox can do is below what does it, so that some are handed one. The background processes end with
+the section of the heartbeat.
 """
 
 from __future__ import annotations
@@ -137,6 +139,7 @@ CPUS_RANGE = (1, 8)
 MEMORY_RANGE_MB = (512, 16384)
 DISK_RANGE_MB = (1024, 204800)
 
+WEEK_SECONDS = 7 * 86400
 REQUEST_SECONDS = 30.0
 MAKE_SECONDS = 120.0
 SETUP_SECONDS = 180.0
@@ -157,7 +160,6 @@ SHORTEST_SECRET = 4  # hiding what is shorter would make nonsense of other words
 HEARTBEAT_START_SECONDS = 20.0
 BEAT_SECONDS = 10.0
 BEAT_RETRY_SECONDS = (1.0, 2.0, 3.0)  # the last one again and again, while the VM may still live
-BEAT_RETRY_AFTER_SECONDS = 10.0  # the most that a failed beat waits because the server asks for it
 BEAT_URGENT_SECONDS = 150.0  # the server ends a VM 120 seconds after its last beat
 BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
 BEAT_LOG_EVENTS = 100
@@ -165,6 +167,7 @@ WAKE_SECONDS = 15.0
 LEASE_SECONDS = 900.0  # another client's heartbeat that ends sooner by itself is not relied on
 UNHEALTHY_BEATS = 4  # a last good beat older than this many intervals is worth a warning
 
+VM_IS_GONE = "the VM is gone"  # how a heartbeat ends that has no VM any more
 TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "timeout"})
 
 
@@ -492,6 +495,1332 @@ def normal_base_url(url: str) -> str:
             hint="Use https://; plain http is only for 127.0.0.1, [::1] and localhost.",
         )
     return trimmed
+
+
+# ----------------------------------------------------------------------------------------------------------
+# processes: the one door to child processes; who a process is; work beside the main thread; signals
+# ----------------------------------------------------------------------------------------------------------
+
+
+def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a child process, without the secrets of the environment unless `env` has them.
+
+    SandboxError names a program that cannot be run.
+    """
+    import subprocess
+
+    reporter.trace("run: " + shell_words(command))
+    if "env" not in options:
+        options["env"] = child_environment(os.environ)
+    try:
+        return subprocess.Popen(list(command), **options)
+    except OSError as error:
+        raise SandboxError(
+            f"{command[0]} could not be run: {reason(error)}.",
+            hint="Check that it is installed and that PATH finds it.",
+        ) from None
+
+
+def point_at_nothing(*descriptors: int) -> None:
+    """Make file descriptors lead to /dev/null."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child process that has no use for the API key and the databases' passwords."""
+    secret = ("PLATO_API_KEY", "PGPASSWORD", "MYSQL_PWD")
+    return {name: value for name, value in environment.items() if name not in secret}
+
+
+def find_program(name: str) -> str | None:
+    """The absolute path of a program on PATH, or None."""
+    import shutil
+
+    return shutil.which(name)
+
+
+def shell_words(words: Sequence[str]) -> str:
+    """Words as one line that a POSIX shell reads back as the same words."""
+    import shlex
+
+    return shlex.join(words)
+
+
+# Runs a child of this file as Python runs an imported module: from its cached bytecode. Where none can be
+# written, it compiles no more of the file than children need; the whole takes four times as long and 25 MB.
+_RUN_FILE = (
+    "import os, sys; from importlib.machinery import SourceFileLoader as Loader; sys.argv.pop(0); "
+    'path = sys.argv[0]; os.path.exists(path) or sys.exit(path + " is not there any more."); '
+    "kept = not sys.dont_write_bytecode and os.access(os.path.dirname(path), os.W_OK); "
+    'sys.dont_write_bytecode = not kept; file = Loader("plato_sandbox", path); '
+    'kept or setattr(file, "source_to_code", lambda text, path, **_: compile(text.partition('
+    'b"\\n# Children of this file need nothing below.")[0], path, "exec", dont_inherit=True)); '
+    'names = {"__name__": "plato_sandbox", "__file__": path}; '
+    'exec(file.get_code("plato_sandbox"), names); sys.exit(names["run_child"](sys.argv[1:]))'
+)
+
+
+def own_command(*arguments: str) -> list[str]:
+    """The command that runs `run_child` of this very file, without the user's site-packages and PYTHON*
+    variables."""
+    if not sys.executable:
+        raise SandboxError(
+            "The path of the Python interpreter is unknown, so the heartbeat and SSH could not be started.",
+            hint="Run this file with python3.",
+        )
+    flags = ["-I", "-S", "-B"] if sys.dont_write_bytecode else ["-I", "-S"]
+    return [os.path.abspath(sys.executable), *flags, "-c", _RUN_FILE, own_file(), *arguments]
+
+
+def cache_bytecode() -> None:
+    """Have the bytecode of this file in Python's cache, if that can be, for the children started later."""
+    from importlib.machinery import SourceFileLoader
+
+    if not sys.dont_write_bytecode and os.access(os.path.dirname(own_file()), os.W_OK):
+        SourceFileLoader("plato_sandbox", own_file()).get_code("plato_sandbox")
+
+
+def own_file() -> str:
+    """The absolute path of this file, symbolic links kept."""
+    return os.path.abspath(__file__)
+
+
+def invocation(program: str, environment: Mapping[str, str]) -> str:
+    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
+    if environment.get("PLATO_SANDBOX_COMMAND"):
+        return environment["PLATO_SANDBOX_COMMAND"]
+    if program.endswith(".py"):
+        return shell_words(["python3", program])
+    return shell_words([os.path.basename(program) or PROGRAM])
+
+
+def processes() -> dict[int, str]:
+    """The command lines of the processes that run here, words separated by spaces, by process id."""
+    import subprocess
+
+    found = {}
+    if os.path.isdir("/proc/self"):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/cmdline", encoding="utf-8", errors="replace") as file:
+                    found[int(name)] = file.read().replace("\0", " ")
+            except OSError:
+                pass  # it has ended
+        return found
+    command = ["ps", "-axwwo", "pid=,command="]
+    try:
+        listing = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    for line in listing.decode("utf-8", "replace").splitlines():
+        pid, _, words = line.strip().partition(" ")
+        found[int(pid)] = words
+    return found
+
+
+def take_lock(handle: int, *, shared: bool = False) -> bool:
+    """Take the kernel's lock on an open file, which ends with it; False when another process has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def poll(look: Callable[[], str], seconds: float, pause: float, reporter: Reporter | None = None) -> str:
+    """Look every `pause` seconds until there is no trouble (""), at most so long; the last trouble."""
+    deadline = time.monotonic() + seconds
+    while True:
+        began = time.monotonic()
+        trouble = look()
+        left = deadline - time.monotonic()
+        if not trouble or left <= 0:
+            return trouble
+        if reporter is not None:
+            reporter.detail(trouble)
+        time.sleep(max(0.0, min(left, began + pause - time.monotonic())))
+
+
+def utc_text(seconds: float) -> str:
+    """A time as ISO 8601 in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(seconds))
+
+
+def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> None:
+    """Send a signal to the process that `is_it` says it is, and to no other.
+
+    On Linux a file descriptor holds the process while it is looked at, so a reused pid cannot slip in.
+    """
+    import signal
+
+    try:
+        handle = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
+    except (AttributeError, OSError):
+        handle = -1  # a system or kernel without it: look and send
+    try:
+        if not is_it():
+            return
+        if handle < 0:
+            os.kill(pid, number)
+        else:
+            signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        pass  # it has ended, or is not ours to end
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+class Aside:
+    """A function running in a thread beside the main one; `result` waits and gives its value or its error."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        import threading
+
+        self._function = function
+        self._value: Any = None
+        self._error: BaseException | None = None
+        # Not Thread.join: until Python 3.12, one that an exception interrupts takes the thread for ended.
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._function()
+        except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait, at most so long; whether it has ended."""
+        return self._ended.wait(seconds)
+
+    def result(self) -> Any:
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Outcome:
+    """How a command ended, here or on the VM: its exit code and its two outputs."""
+
+    def __init__(self, code: int, stdout: bytes, stderr: bytes) -> None:
+        self.code = code
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+def run_program(
+    command: Sequence[str],
+    reporter: Reporter,
+    *,
+    seconds: float,
+    feed: Callable[[Any], object] | None = None,
+    **options: Any,
+) -> Outcome:
+    """Run a child process to its end. It is ended whenever this does not return.
+
+    feed: writes its standard input to a file. TimedOutError when it has not ended so many seconds later.
+    """
+    import fcntl
+    import subprocess
+    import tempfile
+
+    # Its outputs go to files: a process that it leaves behind, as ssh may, could hold a pipe open for ever.
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)  # the ProxyCommand of ssh may open it once more
+        # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
+        process = launch(
+            command,
+            reporter,
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            **options,
+        )
+        try:
+            feed_child(process, feed)
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
+        finally:
+            _end_group(process)
+        stdout.seek(0)
+        stderr.seek(0)
+        return Outcome(process.returncode, stdout.read(), stderr.read())
+
+
+def feed_child(process: subprocess.Popen[bytes], feed: Callable[[Any], object] | None) -> None:
+    """Have a child's input written and close it; a child that does not want it says why elsewhere."""
+    stdin: Any = process.stdin
+    try:
+        with stdin:
+            if feed is not None:
+                feed(stdin)
+    except BrokenPipeError:
+        pass
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a child that still runs, with its own children; it leads a group and has not been waited for."""
+    import signal
+    import subprocess
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            try:
+                process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+class SignalGuard:
+    """Turns SIGINT, SIGTERM and SIGHUP into Interrupted while the block runs (main thread only).
+
+    While `held` is true, a first signal is only remembered until `release`, so that the answer of a
+    request that creates something is not lost; a second one is raised at once.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._previous: list[tuple[int, Any]] = []
+        self.held = False
+        self._pending: int | None = None
+
+    def __enter__(self) -> SignalGuard:  # noqa: PYI034  (Self is newer than 3.9)
+        import signal
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                    self._previous.append((number, signal.signal(number, self._arrived)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        for number, handler in self._previous:
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _arrived(self, number: int, _frame: FrameType | None) -> None:
+        if self.held and self._pending is None:
+            self._pending = number
+            self._reporter.warn("Interrupted; waiting for the answer to the request that creates the VM.")
+            return
+        raise Interrupted(number)
+
+    def release(self) -> None:
+        """Obey signals again; raise the remembered one, if there is one."""
+        self.held = False
+        if self._pending is not None:
+            number, self._pending = self._pending, None
+            raise Interrupted(number)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# transport: the one door to the network: deadlines, proxies, TLS, retries, JSON, status to error
+# ----------------------------------------------------------------------------------------------------------
+
+
+class TimedReader(io.RawIOBase):
+    """What http.client reads of a socket: nothing after the deadline, however slowly the bytes drip."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.sock = sock
+        self.stream = sock.makefile("rb", buffering=0)
+        self.deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.sock.settimeout(time_left(self.deadline))
+        return self.stream.readinto(buffer)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+def time_left(deadline: float) -> float:
+    """The seconds until a deadline; TimeoutError after it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def responses_until(deadline: float) -> Any:
+    """What makes the responses of a connection of http.client, which have come by then or fail."""
+    import http.client
+
+    def response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
+        made = http.client.HTTPResponse(sock, **options)
+        made.fp = io.BufferedReader(TimedReader(sock, deadline))
+        return made
+
+    return response
+
+
+def connect(host: str, port: int, deadline: float) -> socket.socket:
+    """A TCP connection to a host, through the proxy of the environment if it names one for it."""
+    import socket
+
+    name = f"[{host}]" if ":" in host else host
+    proxy = proxy_for(name, port)
+    if proxy is not None:
+        return _tunnel(proxy, name, port, deadline)
+    try:
+        sock = socket.create_connection((name_on_the_wire(host), port), time_left(deadline))
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
+        raise NetworkError(
+            f"{host}:{port} could not be reached: {reason(error)}.",
+            hint="Check the network connection and the name.",
+            sent=False,
+        ) from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def name_on_the_wire(host: str) -> Any:
+    """A host's name for `socket` and `ssl`: ASCII as bytes, for which they load no tables of Unicode."""
+    return host.encode("ascii") if host.isascii() else host
+
+
+def proxy_for(host: str, port: int) -> urllib.parse.SplitResult | None:
+    """The proxy that HTTPS_PROXY names, unless NO_PROXY excludes the host. UsageError when it is none."""
+    url = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
+    if not url or host in ("localhost", "127.0.0.1", "[::1]"):
+        return None
+    import urllib.request
+
+    if urllib.request.proxy_bypass(f"{host}:{port}"):
+        return None
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        usable = parts.scheme == "http" and parts.hostname and parts.port != 0
+    except ValueError:  # its text may hold the password
+        usable = None
+    if not usable:
+        raise UsageError(
+            "HTTPS_PROXY is not the address of a proxy that can be used.",
+            hint="It looks like http://proxy.example.com:3128.",
+        )
+    return parts
+
+
+def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: float) -> socket.socket:
+    import base64
+    import http.client
+    from urllib.parse import unquote
+
+    headers = {}
+    if proxy.username is not None:
+        pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 80)
+    connection.response_class = responses_until(deadline)
+    connection.set_tunnel(host, port, headers)
+    try:
+        connection.timeout = time_left(deadline)
+        connection.connect()
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
+        connection.close()
+        raise NetworkError(
+            f"The proxy {connection.host}:{connection.port} gave no way to {host}:{port}: {reason(error)}.",
+            hint="Check HTTPS_PROXY; a user and a password that the proxy wants belong in it.",
+            sent=False,
+        ) from None
+    return connection.sock
+
+
+STRICT_VERIFY_CODES = range(80, 95)  # OpenSSL's, for what it looks at only when it is to be strict
+
+
+@functools.lru_cache(maxsize=1)
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """The TLS context of this process: verification on, the CAs of that file or those of the system."""
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise UsageError(
+            f"The CA certificates in {shown_path(ca_file or '')} cannot be used: {reason(error)}.",
+            hint="SSL_CERT_FILE must name a file of certificates in PEM form, or not be set.",
+        ) from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None) -> ssl.SSLSocket:
+    """TLS over a connected socket, the certificate verified for `name`. Never without verification."""
+    import ssl
+
+    try:
+        sock.settimeout(time_left(deadline))
+        return tls_context(ca_file).wrap_socket(sock, server_hostname=name_on_the_wire(name))
+    except ssl.SSLCertVerificationError as error:
+        hint = "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
+        if error.verify_code in STRICT_VERIFY_CODES:
+            hint = (
+                "Python 3.13 and newer refuse certificates that do not follow RFC 5280 in all points."
+                " Have the CA's made anew by whoever runs it, or run this with Python 3.12 or older."
+            )
+        message = f"The certificate of {name} could not be verified: {error.verify_message}."
+    except (OSError, ValueError) as error:  # ValueError: no certificate can be for such a name
+        message, hint = f"No secure connection to {name}: {reason(error)}.", None
+    sock.close()
+    raise NetworkError(message, hint=hint, sent=False)
+
+
+class Transport:
+    """JSON over HTTP to one base URL with one key, over one kept connection. Not for several threads."""
+
+    def __init__(self, settings: Settings, reporter: Reporter) -> None:
+        import urllib.parse
+
+        self.settings = settings
+        self.reporter = reporter
+        self.base = urllib.parse.urlsplit(settings.base_url)
+        self._connection: http.client.HTTPConnection | None = None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        kind: type = dict,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+        seconds: float = REQUEST_SECONDS,
+        repeatable: bool = True,
+        window: float = RETRY_WINDOW_SECONDS,
+    ) -> Any:
+        """Send a request and return the decoded JSON, of the given kind, of a 2xx answer.
+
+        seconds: until the complete answer, per attempt; window: no retry begins later than this.
+        repeatable: whether it may be sent again after trouble that may pass; one that may not goes out once,
+        on a connection of its own. AuthenticationError (401, 403), ApiError (with `.status`) and
+        NetworkError (with `.sent`) say what went wrong.
+        """
+        import json
+        import urllib.parse
+
+        if not repeatable:
+            self.close()
+        target = self.base.path + path + ("?" + urllib.parse.urlencode(query) if query else "")
+        payload = None if body is None else json.dumps(body, allow_nan=False).encode()
+        last = time.monotonic() + window
+        pauses = iter(RETRY_SECONDS if repeatable else ())
+        while True:
+            try:
+                return self._attempt(method, path, target, payload, kind, seconds)
+            except ApiError as error:
+                pause = next(pauses, None)
+                if pause is None or not error.may_pass:
+                    raise
+                pause = max(pause, error.retry_after or 0.0)
+                if time.monotonic() + pause > last:
+                    raise
+                self.reporter.trace(f"{method} {path}: {error.message} Again in {pause:.1f} s.")
+            time.sleep(pause)
+
+    def _attempt(
+        self, method: str, path: str, target: str, payload: bytes | None, kind: type, seconds: float
+    ) -> Any:
+        import http.client
+        import json
+
+        headers = {
+            "X-API-Key": self.settings.require_key(),
+            "Accept": "application/json",
+            "User-Agent": f"{PROGRAM}/{__version__}",
+        }
+        if payload is not None:
+            headers["Content-Type"] = "application/json"
+        began = time.monotonic()
+        body = b""
+        try:
+            connection = self._connection = self._connection or self._connect(began + seconds)
+            connection.response_class = responses_until(began + seconds)
+            connection.sock.settimeout(time_left(began + seconds))
+            connection.request(method, target, payload, headers)
+            response = connection.getresponse()
+            body = response.read(MAX_ANSWER_BYTES + 1)
+            if response.length and len(body) <= MAX_ANSWER_BYTES:
+                raise ConnectionError("the answer was cut off")
+            if response.will_close or not response.isclosed():
+                self.close()
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise NetworkError(
+                f"{self.base.hostname} did not answer {method} {path}: {reason(error)}.",
+                hint="Run the command again; if it keeps failing, check the network.",
+                sent=True,
+                text=self.settings.without_key(body.decode("utf-8", "replace")),
+            ) from None
+        except BaseException:  # interrupted halfway: what is left on this connection is nobody's answer
+            self.close()
+            raise
+        self.reporter.trace(f"{method} {path}: {response.status} in {time.monotonic() - began:.2f} s")
+        # An answer that repeats the key, as errors may, loses it here: no message or file can hold it.
+        text = self.settings.without_key(body.decode("utf-8", "replace"))
+        told = {name.lower(): self.settings.without_key(value) for name, value in response.getheaders()}
+        if not 200 <= response.status < 300:
+            raise error_for_answer(method, path, response.status, told, text)
+        try:
+            content = json.loads(text)
+            if isinstance(content, kind):
+                return content
+        except (ValueError, RecursionError):
+            pass
+        raise ApiError(
+            f"{self.base.hostname} answered {method} {path} with {len(body)} bytes of"
+            f" {told.get('content-type', 'something')}, which are not a JSON"
+            f" {'list' if kind is list else 'object'}.",
+            hint="Check PLATO_BASE_URL, and that no login page or proxy stands in between.",
+            text=text,
+        )
+
+    def _connect(self, deadline: float) -> http.client.HTTPConnection:
+        import http.client
+
+        host, secured = self.base.hostname or "", self.base.scheme == "https"
+        port = self.base.port or (443 if secured else 80)
+        connection = http.client.HTTPConnection(host, port)
+        connection.auto_open = 0
+        connection.sock = connect(host, port, deadline)
+        if secured:
+            connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
+        return connection
+
+
+def error_for_answer(
+    method: str, path: str, status: int, headers: Mapping[str, str], text: str
+) -> SandboxError:
+    """The error that an HTTP status of 300 or more means, with the server's own words in it."""
+    said = server_words(text)
+    said = f": {said}" if said else ""
+    if status == 401:
+        return AuthenticationError(
+            f"Plato refused the API key (401{said}).",
+            hint="Check PLATO_API_KEY, and that it belongs to PLATO_BASE_URL.",
+        )
+    if status == 403:
+        return AuthenticationError(
+            f"This API key may not do that ({method} {path}: 403{said}).",
+            hint="Ask the owner of the Plato organization for access.",
+        )
+    wait, hint = headers.get("retry-after", "").strip(), None
+    retry_after = float(wait) if re.fullmatch(r"\d{1,9}", wait) else None
+    if status < 400:
+        said = f": a redirect to {headers.get('location', 'nowhere')[:200]}"
+        hint = "Redirects are not followed, so that the key stays here. Check PLATO_BASE_URL."
+    elif status == 429:
+        hint = f"Too many requests; try again {f'in {retry_after:.0f} s' if retry_after else 'later'}."
+    elif status >= 500:
+        hint = "This is a trouble of the server; run the command again a little later."
+    return ApiError(
+        f"{method} {path} failed with {status}{said}.", hint=hint, status=status, retry_after=retry_after
+    )
+
+
+def server_words(text: str) -> str:
+    """What a FastAPI error says, in one line: `detail`, or the fields that a 422 complains about."""
+    import json
+
+    try:
+        detail = as_dict(json.loads(text)).get("detail") or ""
+    except (ValueError, RecursionError):
+        return ""
+    if isinstance(detail, list):
+        rows = [as_dict(row) for row in detail]
+        detail = "; ".join(f"{'.'.join(map(str, as_list(row.get('loc'))))}: {row.get('msg')}" for row in rows)
+    return printable(str(detail)[:600]).rstrip(".")
+
+
+# Answers come from outside: these take a value only if it has the type that the API promises.
+
+
+def as_dict(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def as_text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# api: one thin method per endpoint; no printing, no decisions
+# ----------------------------------------------------------------------------------------------------------
+
+
+class PlatoApi:
+    """The endpoints that this tool uses. Answers are plain dicts; what is missing in them is missing."""
+
+    def __init__(self, settings: Settings, reporter: Reporter) -> None:
+        self.settings = settings
+        self.transport = Transport(settings, reporter)
+
+    def another(self) -> PlatoApi:
+        """The same with a connection of its own, for another thread."""
+        return PlatoApi(self.settings, self.transport.reporter)
+
+    def call(self, method: str, path: str, **options: Any) -> Json:
+        answer: Json = self.transport.request(method, path, **options)
+        return answer
+
+    def session(self, session_id: str, tail: str, method: str = "POST", **options: Any) -> Json:
+        """A request about a session; `tail` ends its path. NoSandboxError when the session has ended."""
+        return self._living(method, f"/api/v2/sessions/{quoted(session_id)}{tail}", **options)
+
+    def vm(self, job_id: str, tail: str, body: Json) -> Json:
+        """A request to set up a VM; `tail` ends its path. NoSandboxError when the VM is gone."""
+        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}{tail}"
+        return self._living("POST", path, body=body, seconds=SETUP_SECONDS)
+
+    def _living(self, method: str, path: str, **options: Any) -> Json:
+        try:
+            return self.call(method, path, **options)
+        except ApiError as error:
+            raise gone_error(None) if error.status in (404, 410) else error from None
+
+    def make_session(self, environment: Mapping[str, Any], lifetime: int | None) -> Json:
+        """POST /api/v2/sessions/make: a session of one job. Sent once, whatever happens.
+
+        lifetime: seconds until the server ends the VM. Returns CreateSessionResponse.
+        """
+        body = {"type": "envs", "envs": [dict(environment)], "timeout": lifetime, "source": "SDK"}
+        return self.call("POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False)
+
+    def wait_for_ready(self, session_id: str, seconds: int) -> Json:
+        """GET .../wait_for_ready: a long poll of `seconds`, once. Returns WaitForReadyResponse."""
+        options: Json = {"query": {"timeout": seconds}, "seconds": seconds + 15.0, "window": 0.0}
+        return self.session(session_id, "/wait_for_ready", "GET", **options)
+
+    def session_details(self, session_id: str) -> Json:
+        """GET /api/v2/sessions/{session_id}. Returns SessionDetailsResponse."""
+        return self.session(session_id, "", "GET")
+
+    def heartbeat(self, session_id: str) -> Json:
+        """POST .../heartbeat, once: the caller has its own rhythm. Returns HeartbeatResponse."""
+        return self.session(session_id, "/heartbeat", seconds=BEAT_SECONDS, repeatable=False)
+
+    def connect_network(self, session_id: str) -> Json:
+        """POST .../connect_network: let the gateway reach the ready VM. {success, results: {<job>: true}}."""
+        return self.session(session_id, "/connect_network", seconds=CONNECT_SECONDS)
+
+    def reset(self, session_id: str) -> Json:
+        """POST .../reset: back to the initial state, however often. Returns ResetSessionResponse."""
+        return self.session(session_id, "/reset", body={"source": "SDK"}, seconds=RESET_SECONDS)
+
+    def close(self, session_id: str) -> Json:
+        """POST .../close. Returns CloseSessionResponse."""
+        return self.session(session_id, "/close", seconds=CLOSE_SECONDS)
+
+    def public_url(self, session_id: str) -> Json:
+        """GET .../public_url. Returns PublicUrlResponse."""
+        return self.session(session_id, "/public_url", "GET")
+
+    def execute(self, session_id: str, command: str, seconds: float) -> Json:
+        """POST .../execute: run a command on the VM, which may happen twice. Returns ExecuteCommandResponse.
+
+        seconds: until the command is ended there.
+        """
+        body = {"command": command, "timeout": max(1, int(seconds))}
+        return self.session(session_id, "/execute", body=body, seconds=seconds + 15.0)
+
+    def job_info(self, job_id: str) -> Json:
+        """GET /api/v2/jobs/{job_id}/info. Returns JobInfoResult."""
+        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/info")
+
+    def job_config(self, job_id: str) -> Json:
+        """GET /api/v2/jobs/{job_id}/plato_config: the dataset of its artifact. StoredSimConfigDataset."""
+        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/plato_config")
+
+    def job_flows(self, job_id: str) -> Any:
+        """GET /api/v2/jobs/{job_id}/flows. Returns a list of Flow."""
+        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/flows", kind=object)
+
+    def artifact_flows(self, artifact_id: str) -> Any:
+        """GET /api/v1/simulator/{artifact_id}/flows: {"data": {"flows": TEXT}} or the flows file itself."""
+        try:
+            return self.call("GET", f"/api/v1/simulator/{quoted(artifact_id)}/flows", kind=object)
+        except ApiError as error:
+            if not re.search(r"^flows:", error.text, re.MULTILINE):
+                raise
+            return error.text
+
+    def add_ssh_key(self, session_id: str, public_key: str, username: str) -> Json:
+        """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
+        body = {"public_key": public_key, "username": username}
+        return self.session(session_id, "/add_ssh_key", body=body, seconds=SETUP_SECONDS)
+
+    def start_worker(self, job_id: str, service: str, dataset: str, content: Mapping[str, Any]) -> Json:
+        """POST .../vm/{job_id}/start-worker: begins at once, is up later. Returns VMManagementResponse."""
+        body = {"service": service, "dataset": dataset, "plato_dataset_config": dict(content)}
+        return self.vm(job_id, "/start-worker", body)
+
+    def state(self, session_id: str, window: float = RETRY_WINDOW_SECONDS) -> Json:
+        """GET .../state, mutations merged and ignore rules applied. Returns SessionStateResponse."""
+        query = {"merge_mutations": "true"}
+        return self.session(session_id, "/state", "GET", query=query, seconds=STATE_SECONDS, window=window)
+
+    def cleanup(self, session_id: str) -> Json:
+        """POST /api/v1/env/{session_id}/cleanup: empty the audit tables. Returns EnvCleanupResponse.
+
+        ApiError with the status 404 also where the session has no simulator.
+        """
+        return self.call("POST", f"/api/v1/env/{quoted(session_id)}/cleanup", seconds=RESET_SECONDS)
+
+    def snapshot(self, session_id: str, checkpoint: Mapping[str, Any]) -> Json:
+        """POST .../snapshot: a new artifact. Sent once, whatever happens. Returns CreateSnapshotResponse.
+
+        checkpoint: fields of CreateCheckpointRequest.
+        """
+        options: Json = {"seconds": SNAPSHOT_SECONDS, "repeatable": False}
+        return self.session(session_id, "/snapshot", body=dict(checkpoint), **options)
+
+    def artifact(self, artifact_id: str) -> Json:
+        """GET /api/v2/artifacts/{artifact_id}. Returns ArtifactInfoResponse."""
+        return self.call("GET", f"/api/v2/artifacts/{quoted(artifact_id)}")
+
+    def prefetch(self, artifact_id: str) -> None:
+        """POST /api/v1/cluster/prefetch: the workers may bring an artifact near. Sent once."""
+        body = {"artifact_id": artifact_id}
+        self.call("POST", "/api/v1/cluster/prefetch", kind=object, body=body, repeatable=False)
+
+    def gitea_credentials(self) -> Json:
+        """GET /api/v1/gitea/credentials. Returns GiteaCredentialsResponse."""
+        return self.call("GET", "/api/v1/gitea/credentials")
+
+    def gitea_simulators(self) -> Any:
+        """GET /api/v1/gitea/simulators that the key may use. Returns a list of SimulatorListItemResponse."""
+        return self.call("GET", "/api/v1/gitea/simulators", kind=list)
+
+    def gitea_repository(self, simulator_id: str) -> Json:
+        """GET /api/v1/gitea/simulators/{id}/repo. Returns SimulatorRepositoryResponse."""
+        return self.call("GET", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
+
+    def create_gitea_repository(self, simulator_id: str) -> Json:
+        """POST /api/v1/gitea/simulators/{id}/repo; 409 when there is one. Returns RepositoryResponse."""
+        return self.call("POST", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
+
+
+def gone_error(why: str | None) -> NoSandboxError:
+    return NoSandboxError(
+        f"The VM is gone{': ' + why if why else ''}.",
+        hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
+    )
+
+
+def quoted(part: str) -> str:
+    """One part of a URL path; ids are opaque, so anything may be in them."""
+    import urllib.parse
+
+    return urllib.parse.quote(part, safe="")
+
+
+def job_of(answer: Mapping[str, Any], job_id: str | None) -> dict[str, Any]:
+    """The entry of one job in the `results` of an answer; {} when it has none. Sessions here have one job."""
+    results = as_dict(answer.get("results"))
+    if job_id in results:
+        return as_dict(results[job_id])
+    return as_dict(next(iter(results.values()), None)) if len(results) == 1 else {}
+
+
+def refusal(answer: Json, job_id: str | None) -> str:
+    """Why an answer says that something was not done; "" when it was."""
+    job = job_of(answer, job_id)
+    told = as_dict(answer.get("results")).get(str(job_id))
+    if False not in (answer.get("success"), told, job.get("success")):
+        return ""
+    words = [as_text(part.get(key)) for part in (job, answer) for key in ("error", "message")]
+    return next(filter(None, words), "no reason was given").rstrip(".")
+
+
+def check_success(answer: Json, job_id: str | None, failure: str, hint: str | None = None) -> None:
+    """SandboxError "FAILURE: why" when an answer says that something was not done."""
+    why = refusal(answer, job_id)
+    if why:
+        raise SandboxError(f"{failure}: {why}.", hint=hint)
+
+
+def vm_status(details: Mapping[str, Any], job_id: str | None) -> tuple[str | None, str | None]:
+    """The VM's status and its reason in session details, wherever this server's version puts them."""
+    jobs = [as_dict(job) for job in as_list(details.get("jobs")) or as_list(details.get("envs"))]
+    same = [job for job in jobs if job_id and job_id in (job.get("job_id"), job.get("public_id"))]
+    for entry in (*same, *jobs[:1], details):
+        status = as_text(entry.get("status"))
+        if status:
+            return status, as_text(entry.get("status_reason")) or as_text(entry.get("error"))
+    return None, None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# gateway: a stream to a port of a VM; it is this file itself that `ssh` runs as its ProxyCommand
+# ----------------------------------------------------------------------------------------------------------
+
+
+def gateway_stream(host: str, port: int, target: str, ca_file: str | None) -> None:
+    """Join standard input and output to a port of a VM, through TLS to the gateway.
+
+    target: `<job id>--<port>`; with the gateway's name behind it, it is the TLS server name.
+    ca_file: certificates to verify it with instead of the system's.
+    """
+    deadline = time.monotonic() + REQUEST_SECONDS
+    silent = _speak_through_ssh()
+    try:
+        stream = secure(connect(host, port, deadline), f"{target}.{host}", deadline, ca_file)
+    except NetworkError as error:
+        error.hint = error.hint or f"If the VM has ended, `{PROGRAM} status` in its directory says so."
+        raise
+    if silent:
+        point_at_nothing(2)  # this may outlive the terminal
+    try:
+        _relay(stream, 0, 1)
+    except OSError:
+        return  # either side hung up, which is how these connections end
+    finally:
+        stream.close()
+
+
+def run_gateway_stream(arguments: Sequence[str]) -> int:
+    """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
+    values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
+    if len(arguments) % 2 == 0 or not {"--host", "--port"} <= set(values) or not values["--port"].isdigit():
+        raise UsageError("gateway-stream is for the ProxyCommand of the SSH configs written by `start`.")
+    ca_file = values.get("--ca-file") or os.environ.get("SSL_CERT_FILE") or None
+    gateway_stream(values["--host"], int(values["--port"]), arguments[-1], ca_file)
+    return 0
+
+
+def _speak_through_ssh() -> bool:
+    """Use the standard error of ssh, the parent, where it took this process's away; whether that was so.
+
+    It does where the connection is kept for later ones, and why there is none would never be seen.
+    """
+    try:
+        if not os.path.samestat(os.fstat(2), os.stat(os.devnull)):
+            return False
+        path = f"/proc/{os.getppid()}/fd/2" if os.path.isdir("/proc/self/fd") else "/dev/tty"
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    os.dup2(handle, 2)
+    os.close(handle)
+    return True
+
+
+def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
+    """Copy both ways until the VM's side ends. One thread: an SSL object must not be used by two."""
+    import select
+    import ssl
+
+    stream.setblocking(False)
+    outgoing = b""
+    reading = True
+    while True:
+        sources: list[Any] = [stream, source] if reading and not outgoing else [stream]
+        patience = 0 if stream.pending() else None
+        readable, _, _ = select.select(sources, [stream] if outgoing else [], [], patience)
+        if source in readable:
+            outgoing = os.read(source, 65536)
+            if not outgoing:
+                reading = False
+                _say_goodbye(stream)
+        if outgoing:
+            try:
+                outgoing = outgoing[stream.send(outgoing) :]
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass
+        if stream in readable or stream.pending():
+            try:
+                data = stream.recv(65536)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                continue
+            if not data:
+                return
+            _write_all(sink, data)
+
+
+def _say_goodbye(stream: ssl.SSLSocket) -> None:
+    """Tell the gateway that nothing more comes, and go on reading what it still has."""
+    try:
+        stream.unwrap()
+    except (OSError, ValueError):
+        pass
+
+
+def _write_all(sink: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(sink, view) :]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# heartbeat: the child that keeps a VM alive; its log, its start, its end, its health
+# ----------------------------------------------------------------------------------------------------------
+
+
+class HeartbeatLog:
+    """heartbeat_<id>.log: one line of JSON with what is so now, then the last events, one a line.
+
+    The child holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
+    facts: session_id, pid, interval, beats, started, last_ok and last_error_at (seconds since 1970),
+    last_error, failures (in a row), ended (why, once it has).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.facts: Json = {}
+        self._events: list[str] = []
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+    def take(self) -> bool:
+        """Take its lock; False when another heartbeat has it. One that only looks has it for a moment."""
+        return poll(lambda: "" if take_lock(self._file) else "it is taken", 2.0, 0.02) == ""
+
+    def is_there(self) -> bool:
+        """Whether the file at the path is still this one."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except OSError:
+            return False
+
+    def write(self, event: str = "", **facts: Any) -> None:
+        import json
+
+        self.facts.update(facts)
+        if event:
+            self._events = [*self._events[1 - BEAT_LOG_EVENTS :], f"{utc_text(time.time())} {event[:300]}"]
+        text = "\n".join([json.dumps(self.facts), *self._events, ""]).encode("utf-8", "replace")
+        try:
+            os.pwrite(self._file, text, 0)
+            os.ftruncate(self._file, len(text))
+        except OSError:
+            pass  # a full disk must not end the heartbeat
+
+
+def heartbeat_facts(path: str) -> Json:
+    """What a heartbeat wrote last; {} where there is nothing to read."""
+    import json
+
+    for _ in range(3):  # a reader may meet a write halfway
+        try:
+            with open(path, encoding="utf-8") as file:
+                facts = as_dict(json.loads(file.readline(65536)))
+            return {key: value for key, value in facts.items() if _is_fact(key, value)}
+        except OSError:
+            break
+        except (ValueError, RecursionError):
+            time.sleep(0.02)
+    return {}
+
+
+def _is_fact(key: str, value: Any) -> bool:
+    if key in ("session_id", "last_error", "ended"):
+        return isinstance(value, str)
+    return type(value) in (int, float) and 0 <= value < 1e10
+
+
+def short_id(session_id: str) -> str:
+    """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name.
+
+    Session ids are UUIDs today. The first part of another kind of id is used only where it looks random
+    ("abc123-def456"), else the whole id: "session-1" and "session-2" must not share their files.
+    """
+    safe = re.sub(r"[^A-Za-z0-9-]", "", session_id).strip("-")
+    first = safe.split("-", 1)[0]
+    random = re.fullmatch(r"[0-9a-f]{8}|(?=.*\d)[0-9a-f]{6,}", first, re.IGNORECASE)
+    return (first if random else safe)[:64] or "unknown"
+
+
+def heartbeat_path(home: str, session_id: str) -> str:
+    return os.path.join(home, f"heartbeat_{short_id(session_id)}.log")
+
+
+def heartbeat_alive(path: str) -> bool:
+    """Whether a heartbeat holds the lock on its log."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return not take_lock(handle, shared=True)
+    finally:
+        os.close(handle)
+
+
+def beat_trouble(answer: Json, job_id: str | None) -> tuple[str, bool]:
+    """What a heartbeat's answer says is wrong ("": nothing), and whether the VM is gone (api notes).
+
+    Errors that name `vm_heartbeat_message` only say that the worker is not started yet; one that names
+    `registry_heartbeat_update` says that the VM's own record was not updated, which is what keeps it alive.
+    """
+    job = job_of(answer, job_id)
+    errors = [str(error) for error in as_list(job.get("errors"))]
+    serious = [error for error in errors if "vm_heartbeat_message" not in error]
+    words = printable("; ".join(serious))[:200]
+    if job.get("gone") is True:
+        return words or "the VM is gone", True
+    if not serious and (errors or answer.get("success") is True):
+        return "", False
+    return words or "Plato did not accept the heartbeat", False
+
+
+def next_beat_delay(interval: float, failures: int, elapsed: float, silence: float) -> float:
+    """Seconds from now to the next beat: the rest of the interval, or a retry that comes no later than it.
+
+    silence: seconds since the last good beat. Retries stay dense while the VM may live, so that an API which
+    answers for 15 seconds in any 120 is met; after that, the interval is enough.
+    """
+    regular = max(0.0, interval - elapsed)
+    if not failures or (failures > len(BEAT_RETRY_SECONDS) and silence > BEAT_URGENT_SECONDS):
+        return regular
+    return min(regular, BEAT_RETRY_SECONDS[min(failures, len(BEAT_RETRY_SECONDS)) - 1])
+
+
+class Heartbeat:
+    """The child's loop. Ends when the VM is gone (looked at twice), when the record no longer names its
+    session, when its log is taken away, or after an hour without one good beat."""
+
+    def __init__(self, task: Json, log: HeartbeatLog) -> None:
+        settings = Settings(api_key=task["api_key"], base_url=task["base_url"], ca_file=task.get("ca_file"))
+        self.api = PlatoApi(settings, Reporter())
+        self.task = task
+        self.log = log
+        self.failures = 0
+        self.gone_before = False
+        self.last_ok = time.time()
+
+    def run(self) -> None:
+        """Beat until there is a reason to end."""
+        self.log.write("started")
+        while True:
+            began = time.time()
+            ending = self.reason_to_end() or self.beat()
+            if ending:
+                self.log.write(f"ended: {ending}", ended=ending)
+                return
+            now = time.time()
+            elapsed, silence = max(0.0, now - began), now - self.last_ok
+            wait_until(now + next_beat_delay(self.task["interval"], self.failures, elapsed, silence))
+
+    def beat(self) -> str:
+        """One beat and its place in the log; returns why the heartbeat must end, or ""."""
+        try:
+            answer = self.api.heartbeat(self.task["session_id"])
+            trouble, gone = beat_trouble(answer, self.task["job_id"])
+        except SandboxError as error:
+            trouble, gone = error.message, isinstance(error, NoSandboxError)
+        self.api.transport.close()
+        now = time.time()
+        if not trouble:
+            event = f"good again after {self.failures} failed beats" if self.failures else ""
+            self.failures, self.gone_before, self.last_ok = 0, False, now
+            self.log.write(event, last_ok=now, failures=0, beats=self.log.facts.get("beats", 0) + 1)
+            return ""
+        self.failures += 1
+        event = f"failed: {trouble}" if self.failures == 1 or gone else ""
+        self.log.write(event, last_error=trouble, last_error_at=now, failures=self.failures)
+        if gone and self.gone_before:
+            return VM_IS_GONE
+        self.gone_before = gone
+        return "no good beat for an hour" if now - self.last_ok > BEAT_SILENCE_LIMIT_SECONDS else ""
+
+    def reason_to_end(self) -> str:
+        """Why this heartbeat is not wanted any more, or "". A record that cannot be read is no reason."""
+        if not self.log.is_there():
+            return "its log was taken away"
+        name = os.path.basename(self.task["record"])
+        try:
+            text = text_of_others(self.task["record"])
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{name} was removed"
+        except OSError:
+            return ""
+        ended = re.search(r'"stopped_at": *\d', text)  # in another client's
+        named = self.task["session_id"] in text or "session_id" not in text
+        return f"{name} names another sandbox, or none" if ended or not named else ""
+
+
+def wait_until(moment: float) -> None:
+    """Sleep until a time of the wall clock; a computer that slept meanwhile wakes this at once.
+
+    The monotonic clock stands still while a computer sleeps, so a long wait is cut into slices.
+    """
+    started, mark = time.time(), time.monotonic()
+    total = moment - started
+    while True:
+        left = min(moment - time.time(), total - (time.monotonic() - mark))
+        if left <= 0:
+            return
+        time.sleep(min(left, WAKE_SECONDS))
+
+
+def heartbeat_child() -> int:
+    """The hidden command: read the task from standard input, say "ready PID" or why not, then beat."""
+    import json
+
+    task = json.loads(sys.stdin.buffer.read())
+    try:
+        log = HeartbeatLog(task["log"])
+    except OSError as error:
+        print(reason(error), flush=True)
+        return 1
+    ours = log.take()
+    if ours:
+        facts = {"session_id": task["session_id"], "pid": os.getpid(), "started": time.time()}
+        log.write(**facts, interval=task["interval"], failures=0, beats=0)
+    else:
+        facts = heartbeat_facts(task["log"])
+    same = facts.get("session_id") == task["session_id"]
+    print(f"ready {facts['pid']}" if same else "that of another sandbox uses its log", flush=True)
+    point_at_nothing(0, 1, 2)  # so that no pipe or terminal is held open
+    if ours:
+        Heartbeat(task, log).run()
+    return 0
+
+
+def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Reporter) -> int:
+    """Start the heartbeat of a sandbox and return its pid, once it holds its lock. The key goes by a pipe.
+
+    record: the path of the file that names the sandbox, as long as it is wanted.
+    """
+    import json
+    import select
+    import subprocess
+
+    task = {
+        "api_key": settings.require_key(),
+        "base_url": settings.base_url,
+        "ca_file": settings.ca_file,
+        "session_id": state["session_id"],
+        "job_id": state.get("job_id"),
+        "record": record,
+        "interval": settings.heartbeat_seconds,
+        "log": heartbeat_path(settings.home, state["session_id"]),
+    }
+    environment = child_environment(os.environ)
+    if environment.get("SSL_CERT_DIR"):  # the child's working directory is another one
+        environment["SSL_CERT_DIR"] = os.path.abspath(environment["SSL_CERT_DIR"])
+    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+    options = {"stdin": pipe, "stdout": pipe, "stderr": quiet, "env": environment, "cwd": "/"}
+    command = own_command("heartbeat-child", str(state["session_id"]))  # see is_heartbeat
+    child = launch(command, reporter, start_new_session=True, **options)
+    stdout: Any = child.stdout
+    said = b"it did not start in time"
+    try:
+        feed_child(child, lambda stdin: stdin.write(json.dumps(task).encode()))
+        if select.select([stdout], [], [], HEARTBEAT_START_SECONDS)[0]:
+            said = os.read(stdout.fileno(), 4096)
+    finally:
+        if not said.startswith(b"ready"):  # also when a signal came: nobody would know of it
+            child.kill()
+            child.wait()
+        stdout.close()
+    word, _, pid = said.decode("utf-8", "replace").strip().partition(" ")
+    if word != "ready":
+        raise SandboxError(
+            f"The heartbeat could not be started: {f'{word} {pid}'.strip() or 'it ended at once'}.",
+            hint=f"Check that {shown_path(settings.home)} is writable.",
+        )
+    child.returncode = 0  # it lives on by itself: nobody waits for it
+    return int(pid)
+
+
+def heartbeat_health(settings: Settings, state: Json, now: float) -> Json:
+    """What is known of a sandbox's heartbeat, for `status`.
+
+    state: ok, degraded (alive, but the last good beat is long ago), ending (that of another client, which
+    ends at the time in its slot), dead, or expired (ended with the VM);
+    pid; last_ok and last_error_at as ISO 8601 or None; last_error; failures in a row.
+    """
+    path = heartbeat_path(settings.home, state.get("session_id") or "")
+    facts = heartbeat_facts(path)
+    last_ok, failed_at = facts.get("last_ok"), facts.get("last_error_at")
+    if heartbeat_alive(path):
+        limit = UNHEALTHY_BEATS * facts.get("interval", settings.heartbeat_seconds) + BEAT_SECONDS
+        word = "ok" if now - (last_ok or facts.get("started") or 0) <= limit else "degraded"
+    elif not facts and is_heartbeat(state.get("heartbeat_pid"), state.get("session_id")):
+        ends_soon = (state.get("expires_at") or "z") < utc_text(now + LEASE_SECONDS)
+        word = "ending" if ends_soon else "ok"
+    else:
+        word = "expired" if facts.get("ended") == VM_IS_GONE else "dead"
+    return {
+        "state": word,
+        "pid": facts.get("pid") or state.get("heartbeat_pid"),
+        "last_ok": utc_text(last_ok) if last_ok else None,
+        "last_error": facts.get("last_error") if facts.get("failures") or word != "ok" else None,
+        "last_error_at": utc_text(failed_at) if failed_at else None,
+        "failures": facts.get("failures", 0),
+        "ended": facts.get("ended"),
+    }
+
+
+def is_heartbeat(pid: Any, session_id: str | None) -> bool:
+    """Whether a process is a heartbeat of this very session: its command line, ours too, says so."""
+    command = processes().get(pid, "") if isinstance(pid, int) else ""
+    return bool(session_id) and str(session_id) in command and "heartbeat" in command
+
+
+def stop_heartbeat(settings: Settings, state: Json) -> bool:
+    """End the heartbeat of a sandbox, ours or another client's; True when none is left.
+
+    No signal goes to a process whose command line does not say that it is the heartbeat of this session.
+    """
+    import signal
+
+    session_id = state["session_id"]
+    path = heartbeat_path(settings.home, session_id)
+    pids = heartbeat_facts(path).get("pid"), state.get("heartbeat_pid")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in filter(None, pids):
+            if is_heartbeat(pid, session_id):
+                signal_process(pid, functools.partial(is_heartbeat, pid, session_id), number)
+        if poll(lambda: "it runs" if heartbeat_alive(path) else "", 3.0, 0.01) == "":
+            return True
+    return False
+
+
+def run_child(arguments: Sequence[str]) -> int:
+    """The hidden commands that `own_command` starts, the heartbeat and the ProxyCommand."""
+    if arguments[0] == "heartbeat-child":
+        return heartbeat_child()
+    try:
+        return run_gateway_stream(arguments[1:])
+    except SandboxError as error:
+        hint = (error.hint or "").replace(f"`{PROGRAM} ", f"`{invocation(own_file(), os.environ)} ")
+        lines = [f"Error: {error.message}", *([hint] if hint else [])]
+        os.write(2, "".join(printable(line) + "\n" for line in lines).encode("utf-8", "replace"))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+# Children of this file need nothing below.
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1632,306 +2961,6 @@ def is_inside(name: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# processes: the one door to child processes; who a process is; work beside the main thread; signals
-# ----------------------------------------------------------------------------------------------------------
-
-
-def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a child process, without the secrets of the environment unless `env` has them.
-
-    SandboxError names a program that cannot be run.
-    """
-    import subprocess
-
-    reporter.trace("run: " + shell_words(command))
-    if "env" not in options:
-        options["env"] = child_environment(os.environ)
-    try:
-        return subprocess.Popen(list(command), **options)
-    except OSError as error:
-        raise SandboxError(
-            f"{command[0]} could not be run: {reason(error)}.",
-            hint="Check that it is installed and that PATH finds it.",
-        ) from None
-
-
-def point_at_nothing(*descriptors: int) -> None:
-    """Make file descriptors lead to /dev/null."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in descriptors:
-        os.dup2(nothing, descriptor)
-    os.close(nothing)
-
-
-def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a child process that has no use for the API key and the databases' passwords."""
-    secret = ("PLATO_API_KEY", "PGPASSWORD", "MYSQL_PWD")
-    return {name: value for name, value in environment.items() if name not in secret}
-
-
-def find_program(name: str) -> str | None:
-    """The absolute path of a program on PATH, or None."""
-    import shutil
-
-    return shutil.which(name)
-
-
-def shell_words(words: Sequence[str]) -> str:
-    """Words as one line that a POSIX shell reads back as the same words."""
-    import shlex
-
-    return shlex.join(words)
-
-
-# Runs a child of this file as Python runs an imported module: from its cached bytecode. Where none can be
-# written, it compiles no more of the file than children need; the whole takes four times as long and 25 MB.
-_RUN_FILE = (
-    "import os, sys; from importlib.machinery import SourceFileLoader as Loader; sys.argv.pop(0); "
-    'path = sys.argv[0]; os.path.exists(path) or sys.exit(path + " is not there any more."); '
-    "kept = not sys.dont_write_bytecode and os.access(os.path.dirname(path), os.W_OK); "
-    'sys.dont_write_bytecode = not kept; file = Loader("plato_sandbox", path); '
-    'kept or setattr(file, "source_to_code", lambda text, path, **_: compile(text.partition('
-    'b"\\n# Children of this file need nothing below.")[0], path, "exec", dont_inherit=True)); '
-    'names = {"__name__": "plato_sandbox", "__file__": path}; '
-    'exec(file.get_code("plato_sandbox"), names); sys.exit(names["run_child"](sys.argv[1:]))'
-)
-
-
-def own_command(*arguments: str) -> list[str]:
-    """The command that runs `run_child` of this very file, without the user's site-packages and PYTHON*
-    variables."""
-    if not sys.executable:
-        raise SandboxError(
-            "The path of the Python interpreter is unknown, so the heartbeat and SSH could not be started.",
-            hint="Run this file with python3.",
-        )
-    flags = ["-I", "-S", "-B"] if sys.dont_write_bytecode else ["-I", "-S"]
-    return [os.path.abspath(sys.executable), *flags, "-c", _RUN_FILE, own_file(), *arguments]
-
-
-def cache_bytecode() -> None:
-    """Have the bytecode of this file in Python's cache, if that can be, for the children started later."""
-    from importlib.machinery import SourceFileLoader
-
-    if not sys.dont_write_bytecode and os.access(os.path.dirname(own_file()), os.W_OK):
-        SourceFileLoader("plato_sandbox", own_file()).get_code("plato_sandbox")
-
-
-def own_file() -> str:
-    """The absolute path of this file, symbolic links kept."""
-    return os.path.abspath(__file__)
-
-
-def invocation(program: str, environment: Mapping[str, str]) -> str:
-    """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
-    if environment.get("PLATO_SANDBOX_COMMAND"):
-        return environment["PLATO_SANDBOX_COMMAND"]
-    if program.endswith(".py"):
-        return shell_words(["python3", program])
-    return shell_words([os.path.basename(program) or PROGRAM])
-
-
-def processes() -> dict[int, str]:
-    """The command lines of the processes that run here, words separated by spaces, by process id."""
-    import subprocess
-
-    found = {}
-    if os.path.isdir("/proc/self"):
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{name}/cmdline", encoding="utf-8", errors="replace") as file:
-                    found[int(name)] = file.read().replace("\0", " ")
-            except OSError:
-                pass  # it has ended
-        return found
-    command = ["ps", "-axwwo", "pid=,command="]
-    try:
-        listing = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    for line in listing.decode("utf-8", "replace").splitlines():
-        pid, _, words = line.strip().partition(" ")
-        found[int(pid)] = words
-    return found
-
-
-def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> None:
-    """Send a signal to the process that `is_it` says it is, and to no other.
-
-    On Linux a file descriptor holds the process while it is looked at, so a reused pid cannot slip in.
-    """
-    import signal
-
-    try:
-        handle = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
-    except (AttributeError, OSError):
-        handle = -1  # a system or kernel without it: look and send
-    try:
-        if not is_it():
-            return
-        if handle < 0:
-            os.kill(pid, number)
-        else:
-            signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
-    except OSError:
-        pass  # it has ended, or is not ours to end
-    finally:
-        if handle >= 0:
-            os.close(handle)
-
-
-class Aside:
-    """A function running in a thread beside the main one; `result` waits and gives its value or its error."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        import threading
-
-        self._function = function
-        self._value: Any = None
-        self._error: BaseException | None = None
-        # Not Thread.join: until Python 3.12, one that an exception interrupts takes the thread for ended.
-        self._ended = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._function()
-        except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
-            self._error = error
-        finally:
-            self._ended.set()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait, at most so long; whether it has ended."""
-        return self._ended.wait(seconds)
-
-    def result(self) -> Any:
-        self._ended.wait()
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-class Outcome:
-    """How a command ended, here or on the VM: its exit code and its two outputs."""
-
-    def __init__(self, code: int, stdout: bytes, stderr: bytes) -> None:
-        self.code = code
-        self.stdout = stdout
-        self.stderr = stderr
-
-
-def run_program(
-    command: Sequence[str],
-    reporter: Reporter,
-    *,
-    seconds: float,
-    feed: Callable[[Any], object] | None = None,
-    **options: Any,
-) -> Outcome:
-    """Run a child process to its end. It is ended whenever this does not return.
-
-    feed: writes its standard input to a file. TimedOutError when it has not ended so many seconds later.
-    """
-    import fcntl
-    import subprocess
-    import tempfile
-
-    # Its outputs go to files: a process that it leaves behind, as ssh may, could hold a pipe open for ever.
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)  # the ProxyCommand of ssh may open it once more
-        # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-        process = launch(
-            command,
-            reporter,
-            stdin=subprocess.PIPE,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-            **options,
-        )
-        try:
-            _feed(process.stdin, feed)
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
-        finally:
-            _end_group(process)
-        stdout.seek(0)
-        stderr.seek(0)
-        return Outcome(process.returncode, stdout.read(), stderr.read())
-
-
-def _feed(stdin: Any, feed: Callable[[Any], object] | None) -> None:
-    """Have a child's input written and close it; a child that does not want it says why elsewhere."""
-    try:
-        with stdin:
-            if feed is not None:
-                feed(stdin)
-    except BrokenPipeError:
-        pass
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child that still runs, with its own children; it leads a group and has not been waited for."""
-    import signal
-    import subprocess
-
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            try:
-                process.wait(2.0)
-            except subprocess.TimeoutExpired:
-                continue
-
-
-class SignalGuard:
-    """Turns SIGINT, SIGTERM and SIGHUP into Interrupted while the block runs (main thread only).
-
-    While `held` is true, a first signal is only remembered until `release`, so that the answer of a
-    request that creates something is not lost; a second one is raised at once.
-    """
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self._previous: list[tuple[int, Any]] = []
-        self.held = False
-        self._pending: int | None = None
-
-    def __enter__(self) -> SignalGuard:  # noqa: PYI034  (Self is newer than 3.9)
-        import signal
-        import threading
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                    self._previous.append((number, signal.signal(number, self._arrived)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import signal
-
-        for number, handler in self._previous:
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def _arrived(self, number: int, _frame: FrameType | None) -> None:
-        if self.held and self._pending is None:
-            self._pending = number
-            self._reporter.warn("Interrupted; waiting for the answer to the request that creates the VM.")
-            return
-        raise Interrupted(number)
-
-    def release(self) -> None:
-        """Obey signals again; raise the remembered one, if there is one."""
-        self.held = False
-        if self._pending is not None:
-            number, self._pending = self._pending, None
-            raise Interrupted(number)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # state: .sandbox.yaml and ~/.plato; written whole or not at all; one kernel lock per directory
 # ----------------------------------------------------------------------------------------------------------
 
@@ -2211,55 +3240,25 @@ def make_home(home: str) -> None:
         ) from None
 
 
-def utc_text(seconds: float) -> str:
-    """A time as ISO 8601 in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(seconds))
-
-
-def short_id(session_id: str) -> str:
-    """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name.
-
-    Session ids are UUIDs today. The first part of another kind of id is used only where it looks random
-    ("abc123-def456"), else the whole id: "session-1" and "session-2" must not share their files.
-    """
-    safe = re.sub(r"[^A-Za-z0-9-]", "", session_id).strip("-")
-    first = safe.split("-", 1)[0]
-    random = re.fullmatch(r"[0-9a-f]{8}|(?=.*\d)[0-9a-f]{6,}", first, re.IGNORECASE)
-    return (first if random else safe)[:64] or "unknown"
-
-
-class DirectoryLock:
+@contextlib.contextmanager
+def locked(directory: str, *, shared: bool = False) -> Iterator[None]:
     """The kernel's lock on a directory itself: it leaves no file behind and ends with its process.
 
-    Entering raises ConflictError, naming the holder, when another command has it. shared: not against others
-    that only look.
+    ConflictError, naming the holder, when another command has it. shared: not against others that only look.
     """
-
-    def __init__(self, directory: str, *, shared: bool = False) -> None:
-        self.directory = directory
-        self.shared = shared
-        self._handle = -1
-
-    def __enter__(self) -> DirectoryLock:  # noqa: PYI034  (Self is newer than 3.9)
-        import fcntl
-
-        try:
-            self._handle = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise SandboxError(f"{shown_path(self.directory)} cannot be opened: {reason(error)}.") from None
-        try:
-            fcntl.flock(self._handle, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = lock_holder(os.fstat(self._handle))
-            os.close(self._handle)
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise SandboxError(f"{shown_path(directory)} cannot be opened: {reason(error)}.") from None
+    try:
+        if not take_lock(handle, shared=shared):
             raise ConflictError(
-                f"Another command is at work in {shown_path(self.directory)}: {holder}.",
+                f"Another command is at work in {shown_path(directory)}: {lock_holder(os.fstat(handle))}.",
                 hint="Wait for it to end, or press Ctrl-C in its terminal; then run this again.",
-            ) from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+            )
+        yield
+    finally:
+        os.close(handle)
 
 
 def lock_holder(status: os.stat_result) -> str:
@@ -2279,580 +3278,7 @@ def lock_holder(status: os.stat_result) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# transport: the one door to the network: deadlines, proxies, TLS, retries, JSON, status to error
-# ----------------------------------------------------------------------------------------------------------
-
-
-class TimedReader(io.RawIOBase):
-    """What http.client reads of a socket: nothing after the deadline, however slowly the bytes drip."""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self.sock = sock
-        self.stream = sock.makefile("rb", buffering=0)
-        self.deadline = deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self.sock.settimeout(time_left(self.deadline))
-        return self.stream.readinto(buffer)
-
-    def close(self) -> None:
-        self.stream.close()
-        super().close()
-
-
-def time_left(deadline: float) -> float:
-    """The seconds until a deadline; TimeoutError after it."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
-
-
-def responses_until(deadline: float) -> Any:
-    """What makes the responses of a connection of http.client, which have come by then or fail."""
-    import http.client
-
-    def response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
-        made = http.client.HTTPResponse(sock, **options)
-        made.fp = io.BufferedReader(TimedReader(sock, deadline))
-        return made
-
-    return response
-
-
-def connect(host: str, port: int, deadline: float) -> socket.socket:
-    """A TCP connection to a host, through the proxy of the environment if it names one for it."""
-    import socket
-
-    name = f"[{host}]" if ":" in host else host
-    proxy = proxy_for(name, port)
-    if proxy is not None:
-        return _tunnel(proxy, name, port, deadline)
-    try:
-        sock = socket.create_connection((name_on_the_wire(host), port), time_left(deadline))
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
-        raise NetworkError(
-            f"{host}:{port} could not be reached: {reason(error)}.",
-            hint="Check the network connection and the name.",
-            sent=False,
-        ) from None
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
-def name_on_the_wire(host: str) -> Any:
-    """A host's name for `socket` and `ssl`: ASCII as bytes, for which they load no tables of Unicode."""
-    return host.encode("ascii") if host.isascii() else host
-
-
-def proxy_for(host: str, port: int) -> urllib.parse.SplitResult | None:
-    """The proxy that HTTPS_PROXY names, unless NO_PROXY excludes the host. UsageError when it is none."""
-    url = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
-    if not url or host in ("localhost", "127.0.0.1", "[::1]"):
-        return None
-    import urllib.request
-
-    if urllib.request.proxy_bypass(f"{host}:{port}"):
-        return None
-    try:
-        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        usable = parts.scheme == "http" and parts.hostname and parts.port != 0
-    except ValueError:  # its text may hold the password
-        usable = None
-    if not usable:
-        raise UsageError(
-            "HTTPS_PROXY is not the address of a proxy that can be used.",
-            hint="It looks like http://proxy.example.com:3128.",
-        )
-    return parts
-
-
-def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: float) -> socket.socket:
-    import base64
-    import http.client
-    from urllib.parse import unquote
-
-    headers = {}
-    if proxy.username is not None:
-        pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 80)
-    connection.response_class = responses_until(deadline)
-    connection.set_tunnel(host, port, headers)
-    try:
-        connection.timeout = time_left(deadline)
-        connection.connect()
-    except (OSError, UnicodeError, http.client.HTTPException) as error:
-        connection.close()
-        raise NetworkError(
-            f"The proxy {connection.host}:{connection.port} gave no way to {host}:{port}: {reason(error)}.",
-            hint="Check HTTPS_PROXY; a user and a password that the proxy wants belong in it.",
-            sent=False,
-        ) from None
-    return connection.sock
-
-
-STRICT_VERIFY_CODES = range(80, 95)  # OpenSSL's, for what it looks at only when it is to be strict
-
-
-@functools.lru_cache(maxsize=1)
-def tls_context(ca_file: str | None) -> ssl.SSLContext:
-    """The TLS context of this process: verification on, the CAs of that file or those of the system."""
-    import ssl
-
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-    except OSError as error:
-        raise UsageError(
-            f"The CA certificates in {shown_path(ca_file or '')} cannot be used: {reason(error)}.",
-            hint="SSL_CERT_FILE must name a file of certificates in PEM form, or not be set.",
-        ) from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
-
-
-def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None) -> ssl.SSLSocket:
-    """TLS over a connected socket, the certificate verified for `name`. Never without verification."""
-    import ssl
-
-    try:
-        sock.settimeout(time_left(deadline))
-        return tls_context(ca_file).wrap_socket(sock, server_hostname=name_on_the_wire(name))
-    except ssl.SSLCertVerificationError as error:
-        hint = "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
-        if error.verify_code in STRICT_VERIFY_CODES:
-            hint = (
-                "Python 3.13 and newer refuse certificates that do not follow RFC 5280 in all points."
-                " Have the CA's made anew by whoever runs it, or run this with Python 3.12 or older."
-            )
-        message = f"The certificate of {name} could not be verified: {error.verify_message}."
-    except (OSError, ValueError) as error:  # ValueError: no certificate can be for such a name
-        message, hint = f"No secure connection to {name}: {reason(error)}.", None
-    sock.close()
-    raise NetworkError(message, hint=hint, sent=False)
-
-
-class Transport:
-    """JSON over HTTP to one base URL with one key, over one kept connection. Not for several threads."""
-
-    def __init__(self, settings: Settings, reporter: Reporter) -> None:
-        import urllib.parse
-
-        self.settings = settings
-        self.reporter = reporter
-        self.base = urllib.parse.urlsplit(settings.base_url)
-        self._connection: http.client.HTTPConnection | None = None
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        kind: type = dict,
-        query: Mapping[str, Any] | None = None,
-        body: Any = None,
-        seconds: float = REQUEST_SECONDS,
-        repeatable: bool = True,
-        window: float = RETRY_WINDOW_SECONDS,
-    ) -> Any:
-        """Send a request and return the decoded JSON, of the given kind, of a 2xx answer.
-
-        seconds: until the complete answer, per attempt; window: no retry begins later than this.
-        repeatable: whether it may be sent again after trouble that may pass; one that may not goes out once,
-        on a connection of its own. AuthenticationError (401, 403), ApiError (with `.status`) and
-        NetworkError (with `.sent`) say what went wrong.
-        """
-        import json
-        import urllib.parse
-
-        if not repeatable:
-            self.close()
-        target = self.base.path + path + ("?" + urllib.parse.urlencode(query) if query else "")
-        payload = None if body is None else json.dumps(body, allow_nan=False).encode()
-        last = time.monotonic() + window
-        pauses = iter(RETRY_SECONDS if repeatable else ())
-        while True:
-            try:
-                return self._attempt(method, path, target, payload, kind, seconds)
-            except ApiError as error:
-                pause = next(pauses, None)
-                if pause is None or not error.may_pass:
-                    raise
-                pause = max(pause, error.retry_after or 0.0)
-                if time.monotonic() + pause > last:
-                    raise
-                self.reporter.trace(f"{method} {path}: {error.message} Again in {pause:.1f} s.")
-            time.sleep(pause)
-
-    def _attempt(
-        self, method: str, path: str, target: str, payload: bytes | None, kind: type, seconds: float
-    ) -> Any:
-        import http.client
-        import json
-
-        headers = {
-            "X-API-Key": self.settings.require_key(),
-            "Accept": "application/json",
-            "User-Agent": f"{PROGRAM}/{__version__}",
-        }
-        if payload is not None:
-            headers["Content-Type"] = "application/json"
-        began = time.monotonic()
-        body = b""
-        try:
-            connection = self._connection = self._connection or self._connect(began + seconds)
-            connection.response_class = responses_until(began + seconds)
-            connection.sock.settimeout(time_left(began + seconds))
-            connection.request(method, target, payload, headers)
-            response = connection.getresponse()
-            body = response.read(MAX_ANSWER_BYTES + 1)
-            if response.length and len(body) <= MAX_ANSWER_BYTES:
-                raise ConnectionError("the answer was cut off")
-            if response.will_close or not response.isclosed():
-                self.close()
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
-            raise NetworkError(
-                f"{self.base.hostname} did not answer {method} {path}: {reason(error)}.",
-                hint="Run the command again; if it keeps failing, check the network.",
-                sent=True,
-                text=self.settings.without_key(body.decode("utf-8", "replace")),
-            ) from None
-        except BaseException:  # interrupted halfway: what is left on this connection is nobody's answer
-            self.close()
-            raise
-        self.reporter.trace(f"{method} {path}: {response.status} in {time.monotonic() - began:.2f} s")
-        # An answer that repeats the key, as errors may, loses it here: no message or file can hold it.
-        text = self.settings.without_key(body.decode("utf-8", "replace"))
-        told = {name.lower(): self.settings.without_key(value) for name, value in response.getheaders()}
-        if not 200 <= response.status < 300:
-            raise error_for_answer(method, path, response.status, told, text)
-        try:
-            content = json.loads(text)
-            if isinstance(content, kind):
-                return content
-        except (ValueError, RecursionError):
-            pass
-        raise ApiError(
-            f"{self.base.hostname} answered {method} {path} with {len(body)} bytes of"
-            f" {told.get('content-type', 'something')}, which are not a JSON"
-            f" {'list' if kind is list else 'object'}.",
-            hint="Check PLATO_BASE_URL, and that no login page or proxy stands in between.",
-            text=text,
-        )
-
-    def _connect(self, deadline: float) -> http.client.HTTPConnection:
-        import http.client
-
-        host, secured = self.base.hostname or "", self.base.scheme == "https"
-        port = self.base.port or (443 if secured else 80)
-        connection = http.client.HTTPConnection(host, port)
-        connection.auto_open = 0
-        connection.sock = connect(host, port, deadline)
-        if secured:
-            connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
-        return connection
-
-
-def error_for_answer(
-    method: str, path: str, status: int, headers: Mapping[str, str], text: str
-) -> SandboxError:
-    """The error that an HTTP status of 300 or more means, with the server's own words in it."""
-    said = server_words(text)
-    said = f": {said}" if said else ""
-    if status == 401:
-        return AuthenticationError(
-            f"Plato refused the API key (401{said}).",
-            hint="Check PLATO_API_KEY, and that it belongs to PLATO_BASE_URL.",
-        )
-    if status == 403:
-        return AuthenticationError(
-            f"This API key may not do that ({method} {path}: 403{said}).",
-            hint="Ask the owner of the Plato organization for access.",
-        )
-    wait, hint = headers.get("retry-after", "").strip(), None
-    retry_after = float(wait) if re.fullmatch(r"\d{1,9}", wait) else None
-    if status < 400:
-        said = f": a redirect to {headers.get('location', 'nowhere')[:200]}"
-        hint = "Redirects are not followed, so that the key stays here. Check PLATO_BASE_URL."
-    elif status == 429:
-        hint = f"Too many requests; try again {f'in {retry_after:.0f} s' if retry_after else 'later'}."
-    elif status >= 500:
-        hint = "This is a trouble of the server; run the command again a little later."
-    return ApiError(
-        f"{method} {path} failed with {status}{said}.", hint=hint, status=status, retry_after=retry_after
-    )
-
-
-def server_words(text: str) -> str:
-    """What a FastAPI error says, in one line: `detail`, or the fields that a 422 complains about."""
-    import json
-
-    try:
-        detail = as_dict(json.loads(text)).get("detail") or ""
-    except (ValueError, RecursionError):
-        return ""
-    if isinstance(detail, list):
-        rows = [as_dict(row) for row in detail]
-        detail = "; ".join(f"{'.'.join(map(str, as_list(row.get('loc'))))}: {row.get('msg')}" for row in rows)
-    return printable(str(detail)[:600]).rstrip(".")
-
-
-# Answers come from outside: these take a value only if it has the type that the API promises.
-
-
-def as_dict(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def as_text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# api: one thin method per endpoint; no printing, no decisions
-# ----------------------------------------------------------------------------------------------------------
-
-
-class PlatoApi:
-    """The endpoints that this tool uses. Answers are plain dicts; what is missing in them is missing."""
-
-    def __init__(self, settings: Settings, reporter: Reporter) -> None:
-        self.settings = settings
-        self.transport = Transport(settings, reporter)
-
-    def another(self) -> PlatoApi:
-        """The same with a connection of its own, for another thread."""
-        return PlatoApi(self.settings, self.transport.reporter)
-
-    def call(self, method: str, path: str, **options: Any) -> Json:
-        answer: Json = self.transport.request(method, path, **options)
-        return answer
-
-    def session(self, session_id: str, tail: str, method: str = "POST", **options: Any) -> Json:
-        """A request about a session; `tail` ends its path. NoSandboxError when the session has ended."""
-        return self._living(method, f"/api/v2/sessions/{quoted(session_id)}{tail}", **options)
-
-    def vm(self, job_id: str, tail: str, body: Json) -> Json:
-        """A request to set up a VM; `tail` ends its path. NoSandboxError when the VM is gone."""
-        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}{tail}"
-        return self._living("POST", path, body=body, seconds=SETUP_SECONDS)
-
-    def _living(self, method: str, path: str, **options: Any) -> Json:
-        try:
-            return self.call(method, path, **options)
-        except ApiError as error:
-            raise gone_error(None) if error.status in (404, 410) else error from None
-
-    def make_session(self, environment: Mapping[str, Any], lifetime: int | None) -> Json:
-        """POST /api/v2/sessions/make: a session of one job. Sent once, whatever happens.
-
-        lifetime: seconds until the server ends the VM. Returns CreateSessionResponse.
-        """
-        body = {"type": "envs", "envs": [dict(environment)], "timeout": lifetime, "source": "SDK"}
-        return self.call("POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False)
-
-    def wait_for_ready(self, session_id: str, seconds: int) -> Json:
-        """GET .../wait_for_ready: a long poll of `seconds`, once. Returns WaitForReadyResponse."""
-        options: Json = {"query": {"timeout": seconds}, "seconds": seconds + 15.0, "window": 0.0}
-        return self.session(session_id, "/wait_for_ready", "GET", **options)
-
-    def session_details(self, session_id: str) -> Json:
-        """GET /api/v2/sessions/{session_id}. Returns SessionDetailsResponse."""
-        return self.session(session_id, "", "GET")
-
-    def heartbeat(self, session_id: str) -> Json:
-        """POST .../heartbeat, once: the caller has its own rhythm. Returns HeartbeatResponse."""
-        return self.session(session_id, "/heartbeat", seconds=BEAT_SECONDS, repeatable=False)
-
-    def connect_network(self, session_id: str) -> Json:
-        """POST .../connect_network: let the gateway reach the ready VM. {success, results: {<job>: true}}."""
-        return self.session(session_id, "/connect_network", seconds=CONNECT_SECONDS)
-
-    def reset(self, session_id: str) -> Json:
-        """POST .../reset: back to the initial state, however often. Returns ResetSessionResponse."""
-        return self.session(session_id, "/reset", body={"source": "SDK"}, seconds=RESET_SECONDS)
-
-    def close(self, session_id: str) -> Json:
-        """POST .../close. Returns CloseSessionResponse."""
-        return self.session(session_id, "/close", seconds=CLOSE_SECONDS)
-
-    def public_url(self, session_id: str) -> Json:
-        """GET .../public_url. Returns PublicUrlResponse."""
-        return self.session(session_id, "/public_url", "GET")
-
-    def execute(self, session_id: str, command: str, seconds: float) -> Json:
-        """POST .../execute: run a command on the VM, which may happen twice. Returns ExecuteCommandResponse.
-
-        seconds: until the command is ended there.
-        """
-        body = {"command": command, "timeout": max(1, int(seconds))}
-        return self.session(session_id, "/execute", body=body, seconds=seconds + 15.0)
-
-    def job_info(self, job_id: str) -> Json:
-        """GET /api/v2/jobs/{job_id}/info. Returns JobInfoResult."""
-        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/info")
-
-    def job_config(self, job_id: str) -> Json:
-        """GET /api/v2/jobs/{job_id}/plato_config: the dataset of its artifact. StoredSimConfigDataset."""
-        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/plato_config")
-
-    def job_flows(self, job_id: str) -> Any:
-        """GET /api/v2/jobs/{job_id}/flows. Returns a list of Flow."""
-        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/flows", kind=object)
-
-    def artifact_flows(self, artifact_id: str) -> Any:
-        """GET /api/v1/simulator/{artifact_id}/flows: {"data": {"flows": TEXT}} or the flows file itself."""
-        try:
-            return self.call("GET", f"/api/v1/simulator/{quoted(artifact_id)}/flows", kind=object)
-        except ApiError as error:
-            if not re.search(r"^flows:", error.text, re.MULTILINE):
-                raise
-            return error.text
-
-    def add_ssh_key(self, session_id: str, public_key: str, username: str) -> Json:
-        """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
-        body = {"public_key": public_key, "username": username}
-        return self.session(session_id, "/add_ssh_key", body=body, seconds=SETUP_SECONDS)
-
-    def start_worker(self, job_id: str, service: str, dataset: str, content: Mapping[str, Any]) -> Json:
-        """POST .../vm/{job_id}/start-worker: begins at once, is up later. Returns VMManagementResponse."""
-        body = {"service": service, "dataset": dataset, "plato_dataset_config": dict(content)}
-        return self.vm(job_id, "/start-worker", body)
-
-    def state(self, session_id: str, window: float = RETRY_WINDOW_SECONDS) -> Json:
-        """GET .../state, mutations merged and ignore rules applied. Returns SessionStateResponse."""
-        query = {"merge_mutations": "true"}
-        return self.session(session_id, "/state", "GET", query=query, seconds=STATE_SECONDS, window=window)
-
-    def cleanup(self, session_id: str) -> Json:
-        """POST /api/v1/env/{session_id}/cleanup: empty the audit tables. Returns EnvCleanupResponse.
-
-        ApiError with the status 404 also where the session has no simulator.
-        """
-        return self.call("POST", f"/api/v1/env/{quoted(session_id)}/cleanup", seconds=RESET_SECONDS)
-
-    def snapshot(self, session_id: str, checkpoint: Mapping[str, Any]) -> Json:
-        """POST .../snapshot: a new artifact. Sent once, whatever happens. Returns CreateSnapshotResponse.
-
-        checkpoint: fields of CreateCheckpointRequest.
-        """
-        options: Json = {"seconds": SNAPSHOT_SECONDS, "repeatable": False}
-        return self.session(session_id, "/snapshot", body=dict(checkpoint), **options)
-
-    def artifact(self, artifact_id: str) -> Json:
-        """GET /api/v2/artifacts/{artifact_id}. Returns ArtifactInfoResponse."""
-        return self.call("GET", f"/api/v2/artifacts/{quoted(artifact_id)}")
-
-    def prefetch(self, artifact_id: str) -> None:
-        """POST /api/v1/cluster/prefetch: the workers may bring an artifact near. Sent once."""
-        body = {"artifact_id": artifact_id}
-        self.call("POST", "/api/v1/cluster/prefetch", kind=object, body=body, repeatable=False)
-
-    def gitea_credentials(self) -> Json:
-        """GET /api/v1/gitea/credentials. Returns GiteaCredentialsResponse."""
-        return self.call("GET", "/api/v1/gitea/credentials")
-
-    def gitea_simulators(self) -> Any:
-        """GET /api/v1/gitea/simulators that the key may use. Returns a list of SimulatorListItemResponse."""
-        return self.call("GET", "/api/v1/gitea/simulators", kind=list)
-
-    def gitea_repository(self, simulator_id: str) -> Json:
-        """GET /api/v1/gitea/simulators/{id}/repo. Returns SimulatorRepositoryResponse."""
-        return self.call("GET", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
-
-    def create_gitea_repository(self, simulator_id: str) -> Json:
-        """POST /api/v1/gitea/simulators/{id}/repo; 409 when there is one. Returns RepositoryResponse."""
-        return self.call("POST", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
-
-
-def gone_error(why: str | None) -> NoSandboxError:
-    return NoSandboxError(
-        f"The VM is gone{': ' + why if why else ''}.",
-        hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
-    )
-
-
-class SandboxBase:
-    """What every operation on a sandbox works with: its directory, its Plato, whom to tell, and its state."""
-
-    def __init__(
-        self, directory: str = ".", *, settings: Settings | None = None, reporter: Reporter | None = None
-    ) -> None:
-        if not directory:
-            raise UsageError("The name of the working directory is empty.")
-        try:
-            self.directory = os.path.abspath(directory)
-        except FileNotFoundError:
-            raise UsageError("The current directory does not exist any more; go to another one.") from None
-        if not os.path.isdir(self.directory):
-            raise UsageError(f"{shown_path(self.directory)} is not a directory.")
-        self.settings = settings or Settings.from_environment()
-        self.reporter = reporter or Reporter()
-        self.api = PlatoApi(self.settings, self.reporter)
-        self.state: dict[str, Any] = {}
-
-    def connect_network(self) -> None:
-        """Let the gateway reach the VM, which is to be ready. Any SandboxError."""
-        answer = self.api.connect_network(self.state["session_id"])
-        job = as_dict(answer.get("results")).get(str(self.state.get("job_id")))
-        if answer.get("success") is False or job is False:
-            said = as_text(answer.get("error")) or as_text(answer.get("message")) or "no reason was given"
-            raise ApiError(f"The VM could not be connected to the network: {printable(said).rstrip('.')}.")
-
-    def check_still_there(self) -> None:
-        """NoSandboxError when .sandbox.yaml does not name this sandbox any more; unreadable is no reason."""
-        try:
-            state = load_state(self.directory)
-        except SandboxError:
-            return
-        if state is None or state.get("session_id") != self.state.get("session_id"):
-            raise NoSandboxError(
-                f"The sandbox of {shown_path(self.directory)} was stopped or replaced meanwhile.",
-                hint=f"See what is there now: {PROGRAM} status",
-            )
-
-
-def quoted(part: str) -> str:
-    """One part of a URL path; ids are opaque, so anything may be in them."""
-    import urllib.parse
-
-    return urllib.parse.quote(part, safe="")
-
-
-def job_of(answer: Mapping[str, Any], job_id: str | None) -> dict[str, Any]:
-    """The entry of one job in the `results` of an answer; {} when it has none. Sessions here have one job."""
-    results = as_dict(answer.get("results"))
-    if job_id in results:
-        return as_dict(results[job_id])
-    return as_dict(next(iter(results.values()), None)) if len(results) == 1 else {}
-
-
-def vm_status(details: Mapping[str, Any], job_id: str | None) -> tuple[str | None, str | None]:
-    """The VM's status and its reason in session details, wherever this server's version puts them."""
-    jobs = [as_dict(job) for job in as_list(details.get("jobs")) or as_list(details.get("envs"))]
-    same = [job for job in jobs if job_id and job_id in (job.get("job_id"), job.get("public_id"))]
-    for entry in (*same, *jobs[:1], details):
-        status = as_text(entry.get("status"))
-        if status:
-            return status, as_text(entry.get("status_reason")) or as_text(entry.get("error"))
-    return None, None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# ssh: key, config and known hosts of one sandbox; the gateway stream, which is this file as ProxyCommand
+# vm: its SSH key, config and known hosts; scripts run on it, over SSH or through the API
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -2864,6 +3290,7 @@ SSH_CIPHERS = (
 )
 SSH_KEPT_SECONDS = 300  # without use
 SSH_EXIT_SECONDS = 5.0
+KEY_SECONDS = 10.0
 SSH_FIRST_SECONDS = 30.0  # until a VM that was just connected answers
 SOCKET_PATH_BYTES = 86  # of the 104 that some systems allow; ssh adds 17 while it makes one
 SSH_ANSWER_SECONDS = 20.0
@@ -2908,44 +3335,32 @@ class SshFiles:
             pass  # it ends by itself with the VM
 
 
-class KeyMaking:
-    """ssh-keygen at work beside the main thread; `finish` waits and returns the public key."""
+def make_key(files: SshFiles, reporter: Reporter) -> str:
+    """Make the key pair of a sandbox; returns the public key."""
+    for path in (files.key, files.public_key, files.known_hosts):  # links among them are not followed
+        _unlink_quietly(path)
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
+    outcome = run_program(command, reporter, seconds=KEY_SECONDS)
+    if outcome.code:
+        words = last_words(outcome.stderr) or "no reason given"
+        raise SandboxError(f"ssh-keygen could not make a key: {words}.")
+    try:
+        with open(files.public_key, encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SandboxError(f"The new SSH key cannot be read: {reason(error)}.") from None
 
-    def __init__(self, files: SshFiles, reporter: Reporter) -> None:
-        import subprocess
 
-        self.files = files
-        for path in (files.key, files.public_key, files.known_hosts):  # links among them are not followed
-            _unlink_quietly(path)
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
-        quiet = subprocess.DEVNULL
-        self._process = launch(command, reporter, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE)
-
-    def cancel(self) -> None:
-        """End it, so that no file of its comes after those here are removed."""
-        self._process.kill()
-        self._process.wait()
-
-    def finish(self) -> str:
-        _, complaint = self._process.communicate()
-        if self._process.returncode:
-            words = printable(complaint.decode("utf-8", "replace").strip())
-            raise SandboxError(f"ssh-keygen could not make a key: {words or 'no reason given'}.")
-        try:
-            with open(self.files.public_key, encoding="ascii") as file:
-                return file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SandboxError(f"The new SSH key cannot be read: {reason(error)}.") from None
+def proxy_line(settings: Settings, job_id: str) -> str:
+    """The line of an SSH config that makes this file the way to the VM."""
+    address = ["--host", settings.gateway_host, "--port", str(settings.gateway_port)]
+    authority = ["--ca-file", settings.ca_file] if settings.ca_file else []
+    command = own_command("gateway-stream", *address, *authority, f"{job_id}--22")
+    return f"    ProxyCommand {shell_words(command).replace('%', '%%')}"
 
 
 def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str) -> str:
     """The config for `ssh -F`: one host, its own key and known hosts, and this file as the way there."""
-    stream = own_command(
-        "gateway-stream", "--host", settings.gateway_host, "--port", str(settings.gateway_port)
-    )
-    if settings.ca_file:
-        stream += ["--ca-file", settings.ca_file]
-    stream += [f"{job_id}--22"]
     lines = [
         f"# SSH to one sandbox. Written by {PROGRAM}; `stop` removes it.",
         f"Host {files.host}",
@@ -2965,7 +3380,7 @@ def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str)
         "    ServerAliveCountMax 4",
         f"    Ciphers {SSH_CIPHERS}",
         *_shared_connection(files),
-        f"    ProxyCommand {shell_words(stream).replace('%', '%%')}",
+        proxy_line(settings, job_id),
     ]
     if any(mark in line for line in lines for mark in "\n\r\0"):  # what follows it would be an option
         raise SandboxError(
@@ -3010,45 +3425,26 @@ def write_ssh_config(settings: Settings, files: SshFiles, job_id: str, user: str
         raise SandboxError(f"{shown_path(files.config)} cannot be written: {reason(error)}.") from None
 
 
-def repair_ssh_config(state: Mapping[str, Any], settings: Settings, reporter: Reporter) -> None:
-    """Write an SSH config of ours anew when this file, its interpreter or the gateway has moved."""
+def repair_ssh_config(state: Json, settings: Settings) -> None:
+    """Have the way to the gateway in an SSH config of ours right: this file, Python or the gateway may have
+    moved. For another client's sandbox, the config is written here."""
     path, job_id = state.get("ssh_config_path"), state.get("job_id")
-    if not path or not job_id or not state.get("session_id"):
+    files = SshFiles(settings.home, state.get("session_id") or "")
+    if not job_id or path != files.config:
         return
-    files = SshFiles(settings.home, state["session_id"])
-    if path != files.config:
-        return  # another client's
     if "slot_path" in state:
         make_home(settings.home)
         files.key = state["ssh_private_key_path"]
         write_ssh_config(settings, files, job_id, "plato" if state.get("provider") == "qemu" else "root")
         return
     try:
-        with open(path, encoding="utf-8") as file:
-            written = file.read()
-    except (OSError, UnicodeDecodeError):
+        written = text_of_others(path)
+    except OSError:
         return
-    user = re.search(r"^    User (\w+)$", written, re.MULTILINE)
-    proxy = re.search(r"^    ProxyCommand .*gateway-stream .*$", written, re.MULTILINE)
-    if user is None or proxy is None or not written.startswith(f"# SSH to one sandbox. Written by {PROGRAM}"):
-        return
-    if not _proxy_runs(proxy[0], settings):
-        write_ssh_config(settings, files, job_id, user[1])
-        reporter.note(f"{shown_path(path)} was written anew, as this file, Python or the gateway has moved.")
-
-
-def _proxy_runs(line: str, settings: Settings) -> bool:
-    """Whether what a ProxyCommand line names (see `ssh_config_text`) is still where it was."""
-    import shlex
-
-    try:
-        words = shlex.split(line.replace("%%", "%"))[1:]
-    except ValueError:  # edited by hand
-        return False
-    gateway = ["--host", settings.gateway_host, "--port", str(settings.gateway_port)]
-    at = words.index(_RUN_FILE) if _RUN_FILE in words else 0
-    runs = {*words[1:at]} - {"-B"} == {"-I", "-S", "-c"} and words[at + 3 : at + 7] == gateway
-    return runs and os.access(words[0], os.X_OK) and os.path.isfile(words[at + 1])
+    line = proxy_line(settings, job_id)
+    text = re.sub("^    ProxyCommand .*gateway-stream .*$", lambda _: line, written, flags=re.MULTILINE)
+    if text != written:
+        write_whole(path, text)
 
 
 def ssh_command(state: Mapping[str, Any], *, shown: bool) -> str | None:
@@ -3060,102 +3456,6 @@ def ssh_command(state: Mapping[str, Any], *, shown: bool) -> str | None:
     if shown and short.startswith("~/") and shell_words([short[2:]]) == short[2:]:
         return f"ssh -F {short} {shell_words([host])}"
     return shell_words(["ssh", "-F", config, host])
-
-
-def gateway_stream(host: str, port: int, target: str, ca_file: str | None) -> None:
-    """Join standard input and output to a port of a VM, through TLS to the gateway.
-
-    target: `<job id>--<port>`; with the gateway's name behind it, it is the TLS server name.
-    ca_file: certificates to verify it with instead of the system's.
-    """
-    deadline = time.monotonic() + REQUEST_SECONDS
-    silent = _speak_through_ssh()
-    try:
-        stream = secure(connect(host, port, deadline), f"{target}.{host}", deadline, ca_file)
-    except NetworkError as error:
-        error.hint = error.hint or f"If the VM has ended, `{PROGRAM} status` in its directory says so."
-        raise
-    if silent:
-        point_at_nothing(2)  # this may outlive the terminal
-    try:
-        _relay(stream, 0, 1)
-    except OSError:
-        return  # either side hung up, which is how these connections end
-    finally:
-        stream.close()
-
-
-def run_gateway_stream(arguments: Sequence[str]) -> int:
-    """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
-    values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
-    if len(arguments) % 2 == 0 or not {"--host", "--port"} <= set(values) or not values["--port"].isdigit():
-        raise UsageError("gateway-stream is for the ProxyCommand of the SSH configs written by `start`.")
-    ca_file = values.get("--ca-file") or os.environ.get("SSL_CERT_FILE") or None
-    gateway_stream(values["--host"], int(values["--port"]), arguments[-1], ca_file)
-    return 0
-
-
-def _speak_through_ssh() -> bool:
-    """Use the standard error of ssh, the parent, where it took this process's away; whether that was so.
-
-    It does where the connection is kept for later ones, and why there is none would never be seen.
-    """
-    try:
-        if not os.path.samestat(os.fstat(2), os.stat(os.devnull)):
-            return False
-        path = f"/proc/{os.getppid()}/fd/2" if os.path.isdir("/proc/self/fd") else "/dev/tty"
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    os.dup2(handle, 2)
-    os.close(handle)
-    return True
-
-
-def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
-    """Copy both ways until the VM's side ends. One thread: an SSL object must not be used by two."""
-    import select
-    import ssl
-
-    stream.setblocking(False)
-    outgoing = b""
-    reading = True
-    while True:
-        sources: list[Any] = [stream, source] if reading and not outgoing else [stream]
-        patience = 0 if stream.pending() else None
-        readable, _, _ = select.select(sources, [stream] if outgoing else [], [], patience)
-        if source in readable:
-            outgoing = os.read(source, 65536)
-            if not outgoing:
-                reading = False
-                _say_goodbye(stream)
-        if outgoing:
-            try:
-                outgoing = outgoing[stream.send(outgoing) :]
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                pass
-        if stream in readable or stream.pending():
-            try:
-                data = stream.recv(65536)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                continue
-            if not data:
-                return
-            _write_all(sink, data)
-
-
-def _say_goodbye(stream: ssl.SSLSocket) -> None:
-    """Tell the gateway that nothing more comes, and go on reading what it still has."""
-    try:
-        stream.unwrap()
-    except (OSError, ValueError):
-        pass
-
-
-def _write_all(sink: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(sink, view) :]
 
 
 def trusted_ssh_config(state: Mapping[str, Any], settings: Settings) -> str:
@@ -3182,42 +3482,25 @@ def ssh_complaint(stderr: bytes) -> tuple[str, str]:
     return lines[-1].rstrip("."), ""
 
 
-def wait_for_ssh(state: Mapping[str, Any], settings: Settings, reporter: Reporter) -> str | None:
-    """Log in to the VM, again and again for SSH_FIRST_SECONDS; None once it answers, else why it does not.
+def wait_for_ssh(state: Json, settings: Settings, reporter: Reporter) -> str:
+    """Log in to the VM, again and again for SSH_FIRST_SECONDS; "" once it answers, else why it does not.
 
     The gateway may not know a VM that was just connected: for seconds, a connection opens and stays silent
     for ever. So the first attempts are short.
     """
-    deadline = time.monotonic() + SSH_FIRST_SECONDS
-    patience = 2
     command = ["ssh", "-T", "-F", trusted_ssh_config(state, settings), "-S", "none", "-o", "BatchMode=yes"]
-    while True:
-        began = time.monotonic()
-        attempt = [*command, "-o", f"ConnectTimeout={patience}", state["ssh_host"], "exit"]
+    patience = iter((2, 4))
+
+    def silence() -> str:
+        attempt = [*command, "-o", f"ConnectTimeout={next(patience, 8)}", state["ssh_host"], "exit"]
         try:
-            outcome = run_program(attempt, reporter, seconds=patience + max(5.0, deadline - began))
+            outcome = run_program(attempt, reporter, seconds=SSH_FIRST_SECONDS + 10.0)
         except TimedOutError as error:
             return error.message.rstrip(".")
-        if outcome.code == 0:
-            return None
         words = ssh_complaint(outcome.stderr)[0] or f"ssh ended with exit code {outcome.code}"
-        pause = began + 1.0 - time.monotonic()
-        if time.monotonic() + pause + patience > deadline:
-            return words
-        reporter.trace(f"SSH does not answer yet: {words}")
-        time.sleep(max(0.0, pause))
-        patience = min(2 * patience, 8)
+        return words if outcome.code else ""
 
-
-def connect_again(sandbox: SandboxBase) -> bool:
-    """For a VM whose SSH is silent: connect it to the network once more; whether SSH answers then."""
-    sandbox.reporter.note("SSH does not answer; connecting the VM to the network again.")
-    try:
-        sandbox.connect_network()
-        return wait_for_ssh(sandbox.state, sandbox.settings, sandbox.reporter) is None
-    except SandboxError as error:
-        sandbox.reporter.trace(error.message)
-        return False
+    return poll(silence, SSH_FIRST_SECONDS, 1.0, reporter)
 
 
 class OvertakenError(ConflictError):
@@ -3232,7 +3515,7 @@ class Vm:
     via: "ssh" or "api". One connection to the VM serves all scripts: ssh itself keeps it, where it can.
     """
 
-    def __init__(self, sandbox: SandboxBase, via: str = "auto") -> None:
+    def __init__(self, sandbox: Sandbox, via: str = "auto") -> None:
         has_ssh = bool(sandbox.state.get("ssh_config_path") and sandbox.state.get("ssh_host"))
         if via == "ssh" and not has_ssh:
             raise SandboxError("This sandbox has no SSH.", hint="Go through the API: --via api")
@@ -3241,7 +3524,7 @@ class Vm:
         self._ssh_only = via == "ssh"
         self._opening: Aside | None = None
         if self.via == "ssh":
-            repair_ssh_config(sandbox.state, sandbox.settings, sandbox.reporter)
+            repair_ssh_config(sandbox.state, sandbox.settings)
             self._opening = Aside(lambda: self._by_ssh(":", None, SSH_ANSWER_SECONDS))
 
     def run(
@@ -3274,11 +3557,19 @@ class Vm:
 
     def _wait_for_answer(self, opening: Aside) -> None:
         """Wait for SSH's first answer; where it is silent, the VM is connected to the network again, once."""
+        sandbox = self.sandbox
         try:
             opening.result()
         except SandboxError:
-            if not connect_again(self.sandbox):
-                raise
+            sandbox.reporter.note("SSH does not answer; connecting the VM to the network again.")
+            try:
+                sandbox.connect_network()
+            except SandboxError as error:
+                sandbox.reporter.trace(error.message)
+            else:
+                if not wait_for_ssh(sandbox.state, sandbox.settings, sandbox.reporter):
+                    return
+            raise
 
     def _by_ssh(self, script: str, feed: Callable[[Any], object] | None, seconds: float) -> Outcome:
         """The script goes ahead of its input, so that it stands in no argument list, and is run as a whole or
@@ -3306,18 +3597,41 @@ class Vm:
     def _by_api(self, script: str, feed: Callable[[Any], object] | None, seconds: float) -> Outcome:
         """Large input goes ahead in files, each as base64 in a command; small input is in the command."""
         import secrets
+        import tempfile
 
-        place = f"/var/tmp/plato-sandbox-{secrets.token_hex(12)}"  # noqa: S108  (nobody else can know it)
-        parts = Parts(self, place)
-        if feed is not None:
-            feed(parts)
-        if parts.count or len(script.encode()) + len(parts.rest) * 4 // 3 > COMMAND_BYTES - 1000:
-            parts.send()
-        data = f"printf %s '{parts.text()}' | base64 -d"
-        if parts.count:
-            parts.wait()
-            data = f"cat {place}/*"
+        with tempfile.TemporaryFile() as content:
+            if feed is not None:
+                feed(content)
+            size = content.seek(0, os.SEEK_END)
+            place = f"/var/tmp/plato-sandbox-{secrets.token_hex(12)}"  # noqa: S108  (nobody else can know it)
+            if size <= PART_BYTES and len(script.encode()) + size * 4 // 3 <= COMMAND_BYTES - 1000:
+                data = f"printf %s {_part(content, 0)} | base64 -d"
+            else:
+                self._send_parts(content, size, place)
+                data = f"cat {place}/*"
         return self.execute(f"{data} | {{\n{script}\n}}\ncode=$?; rm -rf {place}*; exit $code", seconds)
+
+    def _send_parts(self, content: Any, size: int, place: str) -> None:
+        """Bring a file to a directory on the VM in numbered parts, several at once."""
+        # What others left who were broken off goes first.
+        old = "find /var/tmp -maxdepth 1 -name 'plato-sandbox-*' -mmin +60 -exec rm -rf {} + 2>/dev/null\n"
+        offsets = iter(range(0, max(size, 1), PART_BYTES))
+
+        def send() -> None:
+            api = self.sandbox.api.another()
+            for offset in offsets:
+                name = f"{place}.$$"
+                command = f"{'' if offset else old}umask 077; mkdir -p {place} && "
+                command += f"printf %s {_part(content, offset)} | base64 -d > {name}"
+                command += f" && mv -f {name} {place}/{offset:012d} || {{ rm -rf {place}*; exit 1; }}"
+                outcome = self.execute(command, VM_SECONDS, api)
+                if outcome.code:
+                    words = last_words(outcome.stderr) or "no reason was given"
+                    raise SandboxError(f"The VM could not take the files: {words}.")
+            api.transport.close()
+
+        for sender in [Aside(send) for _ in range(min(PARTS_AT_ONCE, 1 + size // PART_BYTES))]:
+            sender.result()
 
     def execute(self, command: str, seconds: float, api: PlatoApi | None = None) -> Outcome:
         """Run a command through the API, which may do it twice."""
@@ -3326,58 +3640,11 @@ class Vm:
         return execute_outcome(answer, state.get("job_id"), seconds)
 
 
-class Parts:
-    """A file whose content goes to the VM through the API in numbered parts, several at once."""
+def _part(content: Any, offset: int) -> str:
+    """A part of a file as base64, in a shell's quotes."""
+    import binascii
 
-    def __init__(self, vm: Vm, place: str) -> None:
-        self.rest = bytearray()
-        self.count = 0
-        self._vm = vm
-        self._place = place
-        self._under_way: list[Aside] = []
-        self._idle: list[PlatoApi] = []
-
-    def write(self, data: bytes) -> None:
-        self.rest += data
-        while len(self.rest) >= PART_BYTES:
-            self.send()
-
-    def text(self) -> str:
-        """The next part as base64."""
-        import binascii
-
-        return binascii.b2a_base64(self.rest[:PART_BYTES], newline=False).decode()
-
-    def send(self) -> None:
-        if len(self._under_way) >= PARTS_AT_ONCE:
-            self._under_way.pop(0).result()
-        put = functools.partial(self._put, self.count, self.text())
-        self._under_way.append(Aside(put))
-        self.count += 1
-        del self.rest[:PART_BYTES]
-
-    def _put(self, number: int, text: str) -> None:
-        place, name = self._place, f"{self._place}.$$"
-        command = f"umask 077; mkdir -p {place} && printf %s {text or chr(39) * 2} | base64 -d > {name}"
-        command += f" && mv -f {name} {place}/{number:06d} || {{ rm -rf {place}*; exit 1; }}"
-        if not number:  # what others left who were broken off
-            old = "find /var/tmp -maxdepth 1 -name 'plato-sandbox-*' -mmin +60 -exec rm -rf {} + 2>/dev/null"
-            command = f"{old}\n{command}"
-        try:
-            api = self._idle.pop()
-        except IndexError:
-            api = self._vm.sandbox.api.another()
-        outcome = self._vm.execute(command, VM_SECONDS, api)
-        self._idle.append(api)
-        if outcome.code:
-            raise SandboxError(f"The VM could not take the files: {last_words(outcome.stderr)}.")
-
-    def wait(self) -> None:
-        """Wait until every part is there."""
-        for part in self._under_way:
-            part.result()
-        for api in self._idle:
-            api.transport.close()
+    return f"'{binascii.b2a_base64(os.pread(content.fileno(), PART_BYTES, offset), newline=False).decode()}'"
 
 
 def execute_outcome(answer: Mapping[str, Any], job_id: str | None, seconds: float) -> Outcome:
@@ -3423,447 +3690,6 @@ def last_words(stderr: bytes) -> str:
 def assigned(**values: object) -> str:
     """Shell assignments; the one place where values become part of a script."""
     return "".join(f"{name}={shell_words([str(value)])}\n" for name, value in values.items())
-
-
-# ----------------------------------------------------------------------------------------------------------
-# heartbeat: the child that keeps a VM alive; its record, its start, its end, its health
-# ----------------------------------------------------------------------------------------------------------
-
-
-class HeartbeatRecord:
-    """heartbeat_<id>.log: one line of JSON with the present truth, then the last events, one a line.
-
-    The child holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
-    The keys of the first line: session_id, pid, interval, beats, last_ok and last_error_at
-    (seconds since 1970), last_error, failures (in a row), ended (why, once it has).
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.truth: dict[str, Any] = {}
-        self.events: list[str] = []
-        self._handle = -1
-
-    def take(self) -> bool:
-        """Create the file if needed and take its lock; False when another heartbeat has it."""
-        import fcntl
-
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        for _ in range(100):  # a command that only looks holds a shared lock for a moment
-            try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                time.sleep(0.02)
-        return False
-
-    def is_ours(self) -> bool:
-        """Whether the file at the path is still the one that was taken."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._handle))
-        except OSError:
-            return False
-
-    def write(self, event: str | None = None, **truth: Any) -> None:
-        import json
-
-        self.truth.update(truth)
-        if event:
-            self.events = [*self.events[-BEAT_LOG_EVENTS + 1 :], f"{utc_text(time.time())} {event[:300]}"]
-        data = ("\n".join([json.dumps(self.truth), *self.events]) + "\n").encode("utf-8", "replace")
-        try:
-            os.pwrite(self._handle, data, 0)
-            os.ftruncate(self._handle, len(data))
-        except OSError:
-            pass  # a full disk must not end the heartbeat
-
-    @classmethod
-    def read(cls, path: str) -> dict[str, Any]:
-        """The truth that a child wrote last, or {} when there is none to read."""
-        import json
-
-        for _ in range(3):  # a reader may meet a write halfway
-            try:
-                with open(path, encoding="utf-8") as file:
-                    truth = as_dict(json.loads(file.readline(65536)))
-                return {key: value for key, value in truth.items() if cls._makes_sense(key, value)}
-            except OSError:
-                return {}
-            except (ValueError, RecursionError):
-                time.sleep(0.02)
-        return {}
-
-    @staticmethod
-    def _makes_sense(key: str, value: Any) -> bool:
-        if key in ("session_id", "last_error", "ended"):
-            return isinstance(value, str)
-        return type(value) in ((int,) if key == "pid" else (int, float)) and 0 <= value < 1e10
-
-
-def heartbeat_path(home: str, session_id: str) -> str:
-    return os.path.join(home, f"heartbeat_{short_id(session_id)}.log")
-
-
-def heartbeat_alive(path: str) -> bool:
-    """Whether a heartbeat holds the lock on its record."""
-    import fcntl
-
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-
-
-class BeatOutcome:
-    """What one beat came to: good; gone (the VM ended), and what was said, for the record."""
-
-    def __init__(
-        self, good: bool, gone: bool = False, words: str = "", retry_after: float | None = None
-    ) -> None:
-        self.good = good
-        self.gone = gone
-        self.words = words
-        self.retry_after = retry_after
-
-
-def judge_beat(answer: Mapping[str, Any], job_id: str | None) -> BeatOutcome:
-    """What a heartbeat's answer means (api notes on `heartbeat`).
-
-    Errors that name `vm_heartbeat_message` only say that the worker is not started yet; one that names
-    `registry_heartbeat_update` says that the VM's own record was not updated, which is what keeps it alive.
-    """
-    job = job_of(answer, job_id)
-    errors = [str(error) for error in as_list(job.get("errors"))]
-    serious = [error for error in errors if "vm_heartbeat_message" not in error]
-    words = printable("; ".join(serious))[:200]
-    if job.get("gone") is True:
-        return BeatOutcome(False, True, words or "the VM is gone")
-    if not serious and (errors or answer.get("success") is True):
-        return BeatOutcome(True)
-    return BeatOutcome(False, words=words or "Plato did not accept the heartbeat")
-
-
-def try_beat(api: PlatoApi, session_id: str, job_id: str | None) -> BeatOutcome:
-    """Send one heartbeat; whatever goes wrong is an outcome, never an error."""
-    try:
-        return judge_beat(api.heartbeat(session_id), job_id)
-    except SandboxError as error:
-        gone, wait = isinstance(error, NoSandboxError), getattr(error, "retry_after", None)
-        return BeatOutcome(False, gone, error.message, wait)
-    finally:
-        api.transport.close()
-
-
-def next_beat_delay(
-    interval: float, failures: int, elapsed: float, retry_after: float | None, silence: float
-) -> float:
-    """Seconds from now to the next beat: the rest of the interval, or a retry that comes no later than it.
-
-    silence: seconds since the last good beat. Retries stay dense while the VM may live, so that an API which
-    answers for 15 seconds in any 120 is met; after that, the interval is enough.
-    """
-    regular = max(0.0, interval - elapsed)
-    if not failures or (failures > len(BEAT_RETRY_SECONDS) and silence > BEAT_URGENT_SECONDS):
-        return regular
-    retry = BEAT_RETRY_SECONDS[min(failures, len(BEAT_RETRY_SECONDS)) - 1]
-    return min(regular, max(retry, min(retry_after or 0.0, BEAT_RETRY_AFTER_SECONDS)))
-
-
-class Heartbeat:
-    """The child's loop. Ends when the VM is gone (looked at twice), when .sandbox.yaml no longer names its
-    session, when its record is taken away, or after an hour without one good beat."""
-
-    def __init__(self, task: Mapping[str, Any], record: HeartbeatRecord) -> None:
-        settings = Settings(api_key=task["api_key"], base_url=task["base_url"], ca_file=task.get("ca_file"))
-        self.api = PlatoApi(settings, Reporter())
-        self.session_id: str = task["session_id"]
-        self.job_id: str | None = task["job_id"]
-        self.directory: str = task["directory"]
-        self.slot_path: str | None = task.get("slot_path")
-        self.interval: float = task["interval"]
-        self.record = record
-        self.failures = 0
-        self.gone_before = False
-        self.last_ok = time.time()
-        self.retry_after: float | None = None
-        self._seen: object = None
-
-    def run(self) -> str:
-        """Beat until there is a reason to end; returns that reason."""
-        self.record.write("started")
-        while True:
-            began = time.time()
-            ending = self.reason_to_end() or self.beat()
-            if ending:
-                self.record.write(f"ended: {ending}", ended=ending)
-                return ending
-            now = time.time()
-            elapsed, silence = max(0.0, now - began), now - self.last_ok
-            wait_until(
-                now + next_beat_delay(self.interval, self.failures, elapsed, self.retry_after, silence)
-            )
-
-    def beat(self) -> str | None:
-        """One beat and its place in the record; returns why the heartbeat must end, or None."""
-        outcome = try_beat(self.api, self.session_id, self.job_id)
-        now = time.time()
-        self.retry_after = outcome.retry_after
-        if outcome.good:
-            event = f"good again after {self.failures} failed beats" if self.failures else None
-            self.failures, self.gone_before, self.last_ok = 0, False, now
-            beats = self.record.truth.get("beats", 0) + 1
-            self.record.write(event, last_ok=now, failures=0, beats=beats)
-            return None
-        self.failures += 1
-        first = self.failures == 1 or outcome.gone
-        event = f"failed: {outcome.words}" if first else None
-        self.record.write(event, last_error=outcome.words, last_error_at=now, failures=self.failures)
-        if outcome.gone and self.gone_before:
-            return "the VM is gone"
-        self.gone_before = outcome.gone
-        if now - self.last_ok > BEAT_SILENCE_LIMIT_SECONDS:
-            return "no good beat for an hour"
-        return None
-
-    def reason_to_end(self) -> str | None:
-        """Why this heartbeat is no longer wanted, or None. A file that cannot be read is no reason."""
-        if not self.record.is_ours():
-            return "its record was taken away"
-        path = self.slot_path or state_path(self.directory)
-        try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return f"{os.path.basename(path)} was removed"
-        except OSError:
-            return None
-        seen = (status.st_mtime_ns, status.st_ino, status.st_size)
-        if seen == self._seen:
-            return None
-        try:
-            state = read_slot(path, self.directory) if self.slot_path else load_state(self.directory)
-        except SandboxError:
-            return None
-        self._seen = seen
-        if state is None or state.get("session_id") != self.session_id:
-            return f"{os.path.basename(path)} names another sandbox, or none"
-        return None
-
-
-def wait_until(moment: float) -> None:
-    """Sleep until a time of the wall clock; a computer that slept meanwhile wakes this at once.
-
-    The monotonic clock stands still while a computer sleeps, so a long wait is cut into slices.
-    """
-    started, mark = time.time(), time.monotonic()
-    total = moment - started
-    while True:
-        now = time.time()
-        left = min(moment - now, total - (time.monotonic() - mark))
-        if left <= 0:
-            return
-        time.sleep(min(left, WAKE_SECONDS))
-
-
-def heartbeat_child() -> int:
-    """The hidden command: read the task from standard input, report on standard output, then beat."""
-    import json
-
-    task = json.loads(sys.stdin.buffer.read())
-    record = HeartbeatRecord(task["record"])
-    try:
-        taken = record.take()
-    except OSError as error:
-        print(f"error {reason(error)}", flush=True)
-        return 1
-    pid = os.getpid()
-    if taken:
-        record.truth = {"session_id": task["session_id"], "pid": pid}
-        record.write(interval=task["interval"], started=time.time(), failures=0, beats=0)
-    print("ready" if taken else "busy", flush=True)
-    point_at_nothing(0, 1, 2)  # so that no pipe or terminal is held open
-    if taken:
-        Heartbeat(task, record).run()
-    return 0
-
-
-def spawn_heartbeat(settings: Settings, state: Mapping[str, Any], directory: str, reporter: Reporter) -> int:
-    """Start the heartbeat of a sandbox and return its pid, once it holds its lock. The key goes by a pipe."""
-    import json
-    import subprocess
-
-    task = {
-        "api_key": settings.require_key(),
-        "base_url": settings.base_url,
-        "session_id": state["session_id"],
-        "job_id": state.get("job_id"),
-        "directory": directory,
-        "slot_path": state.get("slot_path"),
-        "interval": settings.heartbeat_seconds,
-        "record": heartbeat_path(settings.home, state["session_id"]),
-        "ca_file": settings.ca_file,
-    }
-    environment = child_environment(os.environ)
-    if environment.get("SSL_CERT_DIR"):  # the child's working directory is another one
-        environment["SSL_CERT_DIR"] = os.path.abspath(environment["SSL_CERT_DIR"])
-    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
-    options = {"stdin": pipe, "stdout": pipe, "stderr": quiet, "env": environment, "cwd": "/"}
-    command = own_command("heartbeat-child", str(state["session_id"]))  # see is_heartbeat
-    child = launch(command, reporter, start_new_session=True, **options)
-    said = _tell_and_hear(child, json.dumps(task).encode())
-    word, _, detail = said.decode("utf-8", "replace").strip().partition(" ")
-    holder = HeartbeatRecord.read(str(task["record"])) if word == "busy" else {}
-    if word == "busy" and holder.get("session_id") == state["session_id"]:
-        return int(holder.get("pid") or 0)
-    if word == "busy":
-        detail = f"that of another sandbox uses {shown_path(str(task['record']))}"
-    if word != "ready":
-        raise SandboxError(
-            f"The heartbeat could not be started: {printable(detail) or 'it ended at once'}.",
-            hint=f"Check that {shown_path(settings.home)} is writable.",
-        )
-    child.returncode = 0  # it lives on by itself: nobody waits for it
-    return child.pid
-
-
-def _tell_and_hear(child: subprocess.Popen[bytes], task: bytes) -> bytes:
-    """Give the child its task and return its first word; it is ended if it does not say one."""
-    import select
-
-    stdin, stdout = child.stdin, child.stdout
-    if stdin is None or stdout is None:
-        raise TypeError("both streams of the child must be pipes")
-    said = b"error it did not start in time"
-    try:
-        try:
-            with stdin:
-                stdin.write(task)
-        except BrokenPipeError:
-            pass  # it ended at once: its silence says so
-        with stdout:
-            if select.select([stdout], [], [], HEARTBEAT_START_SECONDS)[0]:
-                said = os.read(stdout.fileno(), 4096)
-        return said
-    finally:
-        if not said.startswith(b"ready"):  # also when a signal came: nobody would know of it
-            child.kill()
-            child.wait()
-
-
-def heartbeat_health(settings: Settings, state: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """What is known of a sandbox's heartbeat, for `status`.
-
-    state: ok, degraded (alive, but the last good beat is long ago), ending (that of another client, which
-    ends at the time in its slot), dead, or expired (ended with the VM);
-    pid; last_ok and last_error_at as ISO 8601 or None; last_error; failures in a row.
-    """
-    path = heartbeat_path(settings.home, state.get("session_id") or "")
-    truth = HeartbeatRecord.read(path)
-    pid = truth.get("pid") or state.get("heartbeat_pid")
-    last_ok, failed_at = truth.get("last_ok"), truth.get("last_error_at")
-    if heartbeat_alive(path):
-        limit = UNHEALTHY_BEATS * truth.get("interval", settings.heartbeat_seconds) + BEAT_SECONDS
-        fresh = now - (last_ok or truth.get("started") or 0) <= limit
-        word = "ok" if fresh else "degraded"
-    elif not truth and other_heartbeat_alive(state):
-        ends_soon = (state.get("expires_at") or "z") < utc_text(now + LEASE_SECONDS)
-        word = "ending" if ends_soon else "ok"
-    else:
-        word = "expired" if truth.get("ended") == "the VM is gone" else "dead"
-    return {
-        "state": word,
-        "pid": pid,
-        "last_ok": utc_text(last_ok) if last_ok else None,
-        "last_error": truth.get("last_error") if truth.get("failures") or word != "ok" else None,
-        "last_error_at": utc_text(failed_at) if failed_at else None,
-        "failures": truth.get("failures", 0),
-        "ended": truth.get("ended"),
-    }
-
-
-def ensure_heartbeat(
-    settings: Settings, state: Mapping[str, Any], directory: str, reporter: Reporter
-) -> int | None:
-    """Start a heartbeat that has died anew and return its pid; warn of one that is not well. Else None."""
-    health = heartbeat_health(settings, state, time.time())
-    if health["state"] == "degraded":
-        why = f": {health['last_error']}" if health["last_error"] else ""
-        reporter.warn(f"The heartbeat has had no good beat since {health['last_ok'] or 'its start'}{why}.")
-    if health["state"] not in ("dead", "ending"):
-        return None
-    make_home(settings.home)
-    pid = spawn_heartbeat(settings, state, directory, reporter)
-    why = "of the other client ends soon" if health["state"] == "ending" else "was not running"
-    reporter.warn(f"The heartbeat {why}; it was started again (PID {pid}).")
-    return pid
-
-
-def other_heartbeat_alive(state: Mapping[str, Any]) -> bool:
-    """Whether the process that another client's state names is a heartbeat of this very session."""
-    return is_heartbeat(state.get("heartbeat_pid"), state.get("session_id"))
-
-
-def is_heartbeat(pid: Any, session_id: str | None) -> bool:
-    """Whether a process is a heartbeat of this very session: its command line, ours too, says so."""
-    command = processes().get(pid, "") if isinstance(pid, int) else ""
-    return bool(session_id) and str(session_id) in command and "heartbeat" in command
-
-
-def stop_heartbeat(settings: Settings, state: Mapping[str, Any]) -> bool:
-    """End the heartbeat of a sandbox, ours or another client's; True when none is left.
-
-    No signal goes to a process whose command line does not say that it is the heartbeat of this session.
-    """
-    import signal
-
-    session_id = state["session_id"]
-    path = heartbeat_path(settings.home, session_id)
-    recorded = HeartbeatRecord.read(path).get("pid")
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in (recorded, state.get("heartbeat_pid")):
-            if pid is not None and is_heartbeat(pid, session_id):
-                signal_process(pid, functools.partial(is_heartbeat, pid, session_id), number)
-        if _ended_within(path, recorded, 3.0):
-            return True
-    return False
-
-
-def _ended_within(path: str, pid: int | None, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while heartbeat_alive(path):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    if pid:
-        try:
-            os.waitpid(pid, os.WNOHANG)  # where this very process started it
-        except ChildProcessError:
-            pass
-    return True
-
-
-def run_child(arguments: Sequence[str]) -> int:
-    """The hidden commands that `own_command` starts, the heartbeat and the ProxyCommand."""
-    if arguments[0] == "heartbeat-child":
-        return heartbeat_child()
-    try:
-        return run_gateway_stream(arguments[1:])
-    except SandboxError as error:
-        hint = (error.hint or "").replace(f"`{PROGRAM} ", f"`{invocation(own_file(), os.environ)} ")
-        lines = [f"Error: {error.message}", *([hint] if hint else [])]
-        os.write(2, "".join(printable(line) + "\n" for line in lines).encode("utf-8", "replace"))
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-
-
-# Children of this file need nothing below.
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4500,7 +4326,7 @@ class Syncer:
 
     def __init__(
         self,
-        sandbox: SandboxBase,
+        sandbox: Sandbox,
         path: str,
         remote_path: str | None = None,
         *,
@@ -4712,7 +4538,7 @@ class Syncer:
 
 
 @contextlib.contextmanager
-def taking_turns(sandbox: SandboxBase, seconds: float) -> Iterator[None]:
+def taking_turns(sandbox: Sandbox, seconds: float) -> Iterator[None]:
     """Hold the kernel's lock on the record of a sandbox: its syncs take turns."""
     import fcntl
 
@@ -4920,7 +4746,7 @@ def plain_clone_url(url: str, settings: Settings) -> str:
 class GitStore:
     """Our bare repository of one sandbox, through which its code goes to Gitea. `stop` removes it."""
 
-    def __init__(self, sandbox: SandboxBase, root: str, url: str, credentials: Mapping[str, str]) -> None:
+    def __init__(self, sandbox: Sandbox, root: str, url: str, credentials: Mapping[str, str]) -> None:
         self.path = git_store_path(sandbox.settings.home, sandbox.state["session_id"])
         self._reporter = sandbox.reporter
         self._ca_file = sandbox.settings.ca_file
@@ -5338,7 +5164,7 @@ class ServiceStarter:
 
     def __init__(
         self,
-        sandbox: SandboxBase,
+        sandbox: Sandbox,
         config: Config,
         *,
         via: str = "git",
@@ -5658,7 +5484,7 @@ LONGEST_PLAIN_WORD = 5  # such as admin, demo, guest
 # Where the flows are
 
 
-def find_flows(sandbox: SandboxBase, source: str | None = None) -> FlowSet:
+def find_flows(sandbox: Sandbox, source: str | None = None) -> FlowSet:
     """The flows of the sandbox's own config, else of its directory's config, else those that Plato has.
 
     source: "local" or "api" for one of them only. ConfigError for flows with problems.
@@ -5674,7 +5500,7 @@ def find_flows(sandbox: SandboxBase, source: str | None = None) -> FlowSet:
     return fetch_flows(sandbox)
 
 
-def local_flows_path(sandbox: SandboxBase) -> str | None:
+def local_flows_path(sandbox: Sandbox) -> str | None:
     """The flows file that the local config names for the sandbox's dataset; None without one."""
     beside = [os.path.join(sandbox.directory, name) for name in CONFIG_NAMES]
     recorded = sandbox.state.get("plato_config_path") or ""
@@ -5682,7 +5508,7 @@ def local_flows_path(sandbox: SandboxBase) -> str | None:
     return config and configured_flows_path(config, sandbox.state.get("dataset") or DEFAULT_DATASET)
 
 
-def fetch_flows(sandbox: SandboxBase) -> FlowSet:
+def fetch_flows(sandbox: Sandbox) -> FlowSet:
     """The flows that Plato has for the sandbox's job, or else for its artifact."""
     found: Any = None
     sandbox.reporter.step("Fetching the flows")
@@ -6025,7 +5851,7 @@ class FlowSession:
 
     def __init__(
         self,
-        sandbox: SandboxBase,
+        sandbox: Sandbox,
         known: FlowSet,
         flows: list[Flow],
         address: str,
@@ -7104,7 +6930,7 @@ class Database:
         self,
         listener: AuditTable,
         tunnel: Tunnel | None = None,
-        sandbox: SandboxBase | None = None,
+        sandbox: Sandbox | None = None,
         options: Mapping[str, str] = {},
         in_config: bool = True,
     ) -> None:
@@ -7879,32 +7705,6 @@ def free_port(wanted: int | None) -> int:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class StartPlan:
-    """What `start` will do, decided before anything is touched.
-
-    environment: the `envs[]` entry of `make` (its alias is added when it is sent); state: the first fields
-    of .sandbox.yaml; config: in config mode; lifetime, ready_seconds: in seconds; reset: whether to reset
-    once the VM is ready.
-    """
-
-    def __init__(
-        self,
-        environment: dict[str, Any],
-        state: dict[str, Any],
-        *,
-        config: Config | None = None,
-        lifetime: int = DEFAULT_LIFETIME_SECONDS,
-        ready_seconds: float = DEFAULT_READY_SECONDS,
-        reset: bool = True,
-    ) -> None:
-        self.environment = environment
-        self.state = state
-        self.config = config
-        self.lifetime = lifetime
-        self.ready_seconds = ready_seconds
-        self.reset = reset
-
-
 def plan_start(
     directory: str,
     *,
@@ -7914,84 +7714,53 @@ def plan_start(
     blank: bool = False,
     dataset: str | None = None,
     tag: str | None = None,
-    service: str | None = None,
-    cpus: int | None = None,
-    memory: int | None = None,
-    disk: int | None = None,
-    timeout: float = DEFAULT_READY_SECONDS,
-    lifetime: int = DEFAULT_LIFETIME_SECONDS,
-    reset: bool = True,
-) -> StartPlan:
-    """Check the options of `start` and turn them into a plan. Reads the config, changes nothing.
+    **options: Any,
+) -> tuple[Json, Json, Config | None]:
+    """What the options of `start` ask for. Reads the config, changes nothing.
 
+    Returns the `envs[]` entry of `make`, the first fields of .sandbox.yaml, and the config in config mode.
     UsageError for options that do not fit together, ConfigError for a config with problems.
     """
-    modes = [from_config, simulator is not None, artifact_id is not None, blank]
-    if sum(modes) != 1:
+    wanted = {"from-config": from_config, "simulator": simulator, "artifact-id": artifact_id, "blank": blank}
+    modes = [name for name, value in wanted.items() if value not in (None, False)]
+    if len(modes) != 1:
         raise UsageError(
-            "Choose one mode: --from-config, --simulator, --artifact-id or --blank."
-            if not any(modes)
-            else "Only one of --from-config, --simulator, --artifact-id and --blank can be used.",
+            "Only one of --from-config, --simulator, --artifact-id and --blank can be used."
+            if modes
+            else "Choose one mode: --from-config, --simulator, --artifact-id or --blank.",
             hint=f"In a simulator's directory: {PROGRAM} start --from-config",
         )
-    specs = {"cpus": cpus, "memory": memory, "disk": disk}
-    mode = ("from-config", "simulator", "artifact-id", "blank")[modes.index(True)]
-    _refuse_unfit(mode, {"dataset": dataset, "tag": tag, "service": service, **specs})
-    _check_seconds("--timeout", timeout)
-    _check_seconds("--lifetime", lifetime)
-    if from_config:
-        plan = _plan_from_config(load_config(find_config(directory), dataset))
-    elif simulator is not None:
-        plan = _plan_from_simulator(simulator, tag, dataset)
-    elif artifact_id is not None:
-        plan = _plan_from_artifact(artifact_id)
-    else:
-        plan = _plan_blank(service, specs)
-    plan.ready_seconds, plan.lifetime, plan.reset = timeout, lifetime, reset
-    return plan
-
-
-_OPTION_MODES = {
-    "dataset": ("from-config", "simulator"),
-    "tag": ("simulator",),
-    "service": ("blank",),
-    "cpus": ("blank",),
-    "memory": ("blank",),
-    "disk": ("blank",),
-}
-
-
-def _refuse_unfit(mode: str, given: Mapping[str, Any]) -> None:
-    for option, value in given.items():
-        fitting = _OPTION_MODES[option]
-        if isinstance(value, str) and not value.strip():
-            raise UsageError(f"--{option} is empty.")
-        if value is not None and mode not in fitting:
+    for option, value in {"dataset": dataset, "tag": tag, **options}.items():
+        fitting = _OPTION_MODES.get(option, ("blank",))
+        if value is not None and modes[0] not in fitting:
             raise UsageError(f"--{option} goes with {' and '.join('--' + name for name in fitting)} only.")
+    if from_config:
+        return _plan_from_config(load_config(find_config(directory), dataset))
+    if simulator is not None:
+        return _plan_from_simulator(simulator, tag, dataset)
+    if artifact_id is not None:
+        record = {"mode": "artifact", "artifact_id": artifact_id, "dataset": DEFAULT_DATASET}
+        return {"type": "artifact", "artifact_id": artifact_id}, record, None
+    return _plan_blank(**options)
 
 
-def _check_seconds(option: str, value: float) -> None:
-    if not 1 <= value <= 7 * 86400:
-        raise UsageError(f"{option} is {value:g}; it must be from 1 second to 7 days (604800).")
+_OPTION_MODES = {"dataset": ("from-config", "simulator"), "tag": ("simulator",)}
 
 
-def _plan_from_config(config: Config) -> StartPlan:
-    numbers = {
-        name: whole_number(config.compute.get(name)) for name in COMPUTE_FIELDS if name != "native_worker"
-    }
-    sent = {name: number for name, number in numbers.items() if number is not None}
-    state = {
+def _plan_from_config(config: Config) -> tuple[Json, Json, Config]:
+    numbers = {name: whole_number(config.compute.get(name)) for name in COMPUTE_FIELDS}
+    sizes = {name: number for name, number in numbers.items() if number is not None}
+    record = {
         "mode": "config",
         "service": config.service,
         "dataset": config.dataset,
         "plato_config_path": config.path,
-        **{name: sent.get(name) for name in ("cpus", "memory", "disk")},
+        **{name: sizes[name] for name in VM_SIZES if name in sizes},
     }
-    environment = {"type": "resource", "simulator": config.service, "sim_config": sent}
-    return StartPlan(environment, state, config=config)
+    return {"type": "resource", "simulator": config.service, "sim_config": sizes}, record, config
 
 
-def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -> StartPlan:
+def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -> tuple[Json, Json, None]:
     base, at, named_dataset = simulator.partition("@")
     name, colon, version = base.partition(":")
     if not name.strip() or (colon and not version) or (at and not named_dataset):
@@ -8002,49 +7771,47 @@ def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -
         )
     if at and (tag is not None or dataset not in (None, named_dataset)):
         raise UsageError("NAME:VERSION@DATASET names all there is to choose; leave out --tag and --dataset.")
-    if colon and tag is not None and tag != version:
+    if colon and tag not in (None, version):
         raise UsageError(
             f"--simulator names the tag {version!r} and --tag the tag {tag!r}; give one of them."
         )
-    chosen_dataset = named_dataset or dataset or DEFAULT_DATASET
-    state = {"mode": "artifact", "simulator": simulator, "service": name, "dataset": chosen_dataset}
+    chosen = named_dataset or dataset or DEFAULT_DATASET
+    record = {"mode": "artifact", "simulator": simulator, "service": name, "dataset": chosen}
     if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", version):
-        return StartPlan({"type": "artifact", "artifact_id": version}, {**state, "artifact_id": version})
-    environment = {"type": "simulator", "simulator": name, "dataset": chosen_dataset}
+        return {"type": "artifact", "artifact_id": version}, {**record, "artifact_id": version}, None
+    environment = {"type": "simulator", "simulator": name, "dataset": chosen}
     if at and colon:
-        return StartPlan({**environment, "version": version}, state)
-    chosen = version or tag or DEFAULT_TAG
-    return StartPlan({**environment, "tag": chosen}, {**state, "tag": chosen})
+        return {**environment, "version": version}, record, None
+    which = {"tag": version or tag or DEFAULT_TAG}
+    return {**environment, **which}, {**record, **which}, None
 
 
-def _plan_from_artifact(artifact_id: str) -> StartPlan:
-    if not artifact_id.strip():
-        raise UsageError("--artifact-id is empty.")
-    state = {"mode": "artifact", "artifact_id": artifact_id, "dataset": DEFAULT_DATASET}
-    return StartPlan({"type": "artifact", "artifact_id": artifact_id}, state)
+VM_SIZES = {
+    "cpus": (DEFAULT_CPUS, *CPUS_RANGE),
+    "memory": (DEFAULT_MEMORY_MB, *MEMORY_RANGE_MB),
+    "disk": (DEFAULT_DISK_MB, *DISK_RANGE_MB),
+}
 
 
-def _plan_blank(service: str | None, specs: Mapping[str, int | None]) -> StartPlan:
+def _plan_blank(service: str | None = None, **sizes: int | None) -> tuple[Json, Json, None]:
     if not service:
         raise UsageError(
             "--blank needs --service NAME.", hint=f"For example: {PROGRAM} start --blank --service myapp"
         )
     if not re.fullmatch(SERVICE_NAME, service):
         raise UsageError(f"--service is {service!r}; it may hold letters, digits, '.', '_' and '-' only.")
-    sizes = {
-        "cpus": _within("--cpus", specs["cpus"], DEFAULT_CPUS, CPUS_RANGE),
-        "memory": _within("--memory", specs["memory"], DEFAULT_MEMORY_MB, MEMORY_RANGE_MB),
-        "disk": _within("--disk", specs["disk"], DEFAULT_DISK_MB, DISK_RANGE_MB),
-    }
-    environment = {"type": "resource", "simulator": service, "sim_config": sizes}
-    return StartPlan(environment, {"mode": "blank", "service": service, **sizes})
+    chosen = {}
+    for name, (default, low, high) in VM_SIZES.items():
+        chosen[name] = number_within(f"--{name}", sizes.get(name), default, low, high)
+    environment = {"type": "resource", "simulator": service, "sim_config": chosen}
+    return environment, {"mode": "blank", "service": service, **chosen}, None
 
 
-def _within(option: str, value: int | None, default: int, bounds: tuple[int, int]) -> int:
-    chosen = default if value is None else value
-    if not bounds[0] <= chosen <= bounds[1]:
-        raise UsageError(f"{option} is {chosen}; it must be from {bounds[0]} to {bounds[1]}.")
-    return chosen
+def number_within(name: str, value: Any, default: Any, low: float, high: float) -> Any:
+    """A number that was given, or the default; UsageError outside of its range."""
+    if not low <= (default if value is None else value) <= high:
+        raise UsageError(f"{name} is {value:g}; it must be from {low:g} to {high:g}.")
+    return default if value is None else value
 
 
 def with_router_target(url: str | None, service: str | None) -> str | None:
@@ -8057,7 +7824,7 @@ def with_router_target(url: str | None, service: str | None) -> str | None:
     return f"{url}{'&' if '?' in url else '?'}_plato_router_target={target}"
 
 
-class Sandbox(SandboxBase):
+class Sandbox:
     """The sandbox of a directory: at most one, recorded in its .sandbox.yaml.
 
         with Sandbox.start("simulator/", from_config=True) as sandbox:
@@ -8067,27 +7834,50 @@ class Sandbox(SandboxBase):
     state: the fields of .sandbox.yaml as a dict, {} without a sandbox.
     """
 
+    def __init__(
+        self, directory: str = ".", *, settings: Settings | None = None, reporter: Reporter | None = None
+    ) -> None:
+        if not directory:
+            raise UsageError("The name of the working directory is empty.")
+        try:
+            self.directory = os.path.abspath(directory)
+        except FileNotFoundError:
+            raise UsageError("The current directory does not exist any more; go to another one.") from None
+        if not os.path.isdir(self.directory):
+            raise UsageError(f"{shown_path(self.directory)} is not a directory.")
+        self.settings = settings or Settings.from_environment()
+        self.reporter = reporter or Reporter()
+        self.api = PlatoApi(self.settings, self.reporter)
+        self.state: Json = {}
+
     @classmethod
     def start(
         cls,
         directory: str = ".",
         *,
         replace: bool = False,
+        reset: bool = True,
+        timeout: float | None = None,
+        lifetime: int | None = None,
         settings: Settings | None = None,
         reporter: Reporter | None = None,
         **options: Any,
     ) -> Sandbox:
         """Create a VM and return when it is ready, reset, and reachable by SSH.
 
-        options: those of `plan_start` (from_config, simulator, artifact_id, blank, dataset, tag, service,
-        cpus, memory, disk in MB, timeout and lifetime in seconds, reset). replace: stop a live one first.
-        Whatever fails after the VM exists, the VM is closed again. Raises any SandboxError.
+        options: what it is made of (from_config, simulator, artifact_id, blank, dataset, tag, service, cpus,
+        memory and disk in MB). timeout: seconds until it must be ready; lifetime: until it ends. replace:
+        stop a live one first. Whatever fails after the VM exists, it is closed again. Any SandboxError.
         """
         sandbox = cls(directory, settings=settings, reporter=reporter)
-        plan = plan_start(sandbox.directory, **options)
+        environment, record, config = plan_start(sandbox.directory, **options)
+        patience = number_within("--timeout", timeout, DEFAULT_READY_SECONDS, 1, WEEK_SECONDS)
+        lifetime = number_within("--lifetime", lifetime, DEFAULT_LIFETIME_SECONDS, 1, WEEK_SECONDS)
         sandbox.settings.require_key()
+        for warning in config.warnings if config else ():
+            sandbox.reporter.warn(warning)
         try:
-            Starter(sandbox, plan).run(replace)
+            Starter(sandbox, patience, reset=reset).run(environment, record, lifetime, replace=replace)
         finally:
             sandbox.api.transport.close()
         return sandbox
@@ -8098,7 +7888,9 @@ class Sandbox(SandboxBase):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def load(self) -> dict[str, Any]:
+    # The record
+
+    def load(self) -> Json:
         """Read .sandbox.yaml into `state`. NoSandboxError without one, ConflictError for another Plato's."""
         state = load_state(self.directory)
         if state is None:
@@ -8120,7 +7912,7 @@ class Sandbox(SandboxBase):
         self.state = state
         return state
 
-    def _tell_of_copy(self, state: Mapping[str, Any]) -> None:
+    def _tell_of_copy(self, state: Json) -> None:
         """Warn when the directory is a copy of another one that still has the same sandbox."""
         theirs = state.get("directory")
         try:
@@ -8135,20 +7927,16 @@ class Sandbox(SandboxBase):
                 " and `stop` ends it for both."
             )
 
-    def _check_base_url(self, state: Mapping[str, Any]) -> None:
+    def _check_base_url(self, state: Json) -> None:
         theirs = state.get("base_url") or DEFAULT_BASE_URL
-        if theirs == self.settings.base_url or ("base_url" not in state and not self._is_ours(state)):
-            return
-        raise ConflictError(
-            f"The sandbox of {shown_path(self.directory)} belongs to {printable(theirs)},"
-            f" but PLATO_BASE_URL is {self.settings.base_url}.",
-            hint="Set PLATO_BASE_URL to the sandbox's Plato. A file never decides where the API key is sent.",
-        )
-
-    @staticmethod
-    def _is_ours(state: Mapping[str, Any]) -> bool:
-        # `plato` 2.0.x records neither this nor its base URL, and newer ones no base URL.
-        return "expires_at" in state and "slot_path" not in state
+        # `plato` 2.0.x records neither an end nor its base URL, and newer ones no base URL.
+        untold = "base_url" not in state and ("expires_at" not in state or "slot_path" in state)
+        if theirs != self.settings.base_url and not untold:
+            raise ConflictError(
+                f"The sandbox of {shown_path(self.directory)} belongs to {theirs},"
+                f" but PLATO_BASE_URL is {self.settings.base_url}.",
+                hint="Set PLATO_BASE_URL to the sandbox's Plato. No file decides where the API key is sent.",
+            )
 
     def save(self, **changes: Any) -> None:
         """Change fields of the state (None removes one) and write .sandbox.yaml.
@@ -8161,46 +7949,181 @@ class Sandbox(SandboxBase):
         elif "artifact_id" in changes:
             update_slot(self.state, artifact_id=changes["artifact_id"])
 
+    def _record(self, **changes: Any) -> None:
+        """Write something learned into .sandbox.yaml, unless a `start` or `stop` is at work here."""
+        try:
+            with locked(self.directory):
+                session_id = self.state["session_id"]
+                if self.load().get("session_id") == session_id:
+                    self.save(**changes)
+        except (ConflictError, NoSandboxError) as error:
+            self.reporter.warn(f"{STATE_FILE} was not updated: {error.message}")
+
+    def check_still_there(self) -> None:
+        """NoSandboxError when .sandbox.yaml does not name this sandbox any more; unreadable is no reason."""
+        try:
+            state = load_state(self.directory)
+        except SandboxError:
+            return
+        if state is None or state.get("session_id") != self.state.get("session_id"):
+            raise NoSandboxError(
+                f"The sandbox of {shown_path(self.directory)} was stopped or replaced meanwhile.",
+                hint=f"See what is there now: {PROGRAM} status",
+            )
+
     # What the VM is doing
 
-    def status(self) -> dict[str, Any]:
-        """The state with what the API and the heartbeat's record say now. Nothing is changed.
+    def status(self) -> Json:
+        """The state with what the API and the heartbeat's log say now. At most its SSH config is changed.
 
         Adds vm_status, vm_status_reason, vm_running, ssh_command, heartbeat (see `heartbeat_health`), and
         `error` (a SandboxError or None) when the API could not be asked or the VM is gone.
         """
         state = self.load()
-        report: dict[str, Any] = {**state, "ssh_command": ssh_command(state, shown=False)}
+        repair_ssh_config(state, self.settings)
+        report: Json = {**state, "ssh_command": ssh_command(state, shown=False)}
         report["heartbeat"] = heartbeat_health(self.settings, state, time.time())
         report.update(vm_status="unknown", vm_status_reason=None, vm_running=False, error=None)
-        if state.get("session_id"):
-            self._ask_for_status(state, report)
-        else:
-            self._look_at_unfinished_start(state, report)
-        self.api.transport.close()
-        return report
-
-    def _look_at_unfinished_start(self, state: Mapping[str, Any], report: dict[str, Any]) -> None:
-        """A record without an id: its `start` waits for Plato's answer, or died before it."""
         try:
-            with DirectoryLock(self.directory, shared=True):
-                report["vm_status_reason"] = "`start` was cut off before Plato answered"
-                report["error"] = unfinished_start(state)
-        except ConflictError as error:
-            report["vm_status_reason"] = error.message
-
-    def _ask_for_status(self, state: Mapping[str, Any], report: dict[str, Any]) -> None:
-        try:
-            details = self.api.session_details(state["session_id"])
+            report.update(self._vm_status() if state.get("session_id") else self._unfinished_start())
         except SandboxError as error:
             report["vm_status"] = "gone" if isinstance(error, NoSandboxError) else "unreachable"
             report["error"] = error
+        self.api.transport.close()
+        return report
+
+    def _vm_status(self) -> Json:
+        details = self.api.session_details(self.state["session_id"])
+        word, why = vm_status(details, self.state.get("job_id"))
+        running = (word or "active").lower() in ("running", "active", "ready", "healthy")
+        error = gone_error(why) if (word or "").lower() in TERMINAL_STATUSES else None
+        return {
+            "vm_status": word or "active",
+            "vm_status_reason": why,
+            "vm_running": running,
+            "error": error,
+        }
+
+    def _unfinished_start(self) -> Json:
+        """A record without an id: its `start` waits for Plato's answer, or died before it."""
+        try:
+            with locked(self.directory, shared=True):
+                why = "`start` was cut off before Plato answered"
+                return {"vm_status_reason": why, "error": unfinished_start(self.state)}
+        except ConflictError as error:
+            return {"vm_status_reason": error.message}
+
+    def end_of_vm(self) -> NoSandboxError | None:
+        """Ask Plato whether the VM is gone; None when it is not, or when nobody can tell."""
+        try:
+            error = self._vm_status()["error"]
+        except SandboxError as failure:
+            error = failure
+        return error if isinstance(error, NoSandboxError) else None
+
+    # What every use of it begins and ends with
+
+    @contextlib.contextmanager
+    def in_use(self, step: str = "", limit: float | None = None) -> Iterator[Json]:
+        """The state of the sandbox, with a key and a living heartbeat, for the block that works with it.
+
+        A failure in it that may mean that the VM is gone becomes NoSandboxError if Plato says so.
+        """
+        state = self._load_for_use()
+        self.revive_heartbeat()
+        if step:
+            self.reporter.step(step, limit)
+        try:
+            yield state
+        except SandboxError as error:
+            raise self._gone_or(error) from None
+        finally:
+            self.api.transport.close()
+
+    def _load_for_use(self) -> Json:
+        """The state of a sandbox that is to be used now, with a key to use it.
+
+        ConflictError while its `start` is at work; what one left that was killed is used as far as it got.
+        """
+        state = self.load()
+        if state.get("starting"):
+            with locked(self.directory, shared=True):
+                pass
+        if not state.get("session_id"):
+            raise unfinished_start(state)
+        self.settings.require_key()
+        return state
+
+    def revive_heartbeat(self) -> None:
+        """Start a heartbeat that has died anew, and warn of one that is not well.
+
+        It is left to a `start` or `stop` that is at work here.
+        """
+        if heartbeat_health(self.settings, self.state, time.time())["state"] in ("ok", "expired"):
             return
-        word, why = vm_status(details, state.get("job_id"))
-        report.update(vm_status=word or "active", vm_status_reason=why)
-        report["vm_running"] = report["vm_status"].lower() in ("running", "active", "ready", "healthy")
-        if report["vm_status"].lower() in TERMINAL_STATUSES:
-            report["error"] = gone_error(why)
+        try:
+            with locked(self.directory):
+                state = self.load()
+                health = heartbeat_health(self.settings, state, time.time())
+                if health["state"] == "degraded":
+                    since, why = health["last_ok"] or "its start", health["last_error"]
+                    detail = f": {why}" if why else ""
+                    self.reporter.warn(f"The heartbeat has had no good beat since {since}{detail}.")
+                elif health["state"] in ("dead", "ending"):
+                    make_home(self.settings.home)
+                    pid = self.spawn_heartbeat()
+                    ending = health["state"] == "ending"
+                    what = "of the other client ends soon" if ending else "was not running"
+                    self.reporter.warn(f"The heartbeat {what}; it was started again (PID {pid}).")
+        except ConflictError as error:
+            self.reporter.trace(error.message)
+
+    def spawn_heartbeat(self) -> int:
+        record = self.state.get("slot_path") or state_path(self.directory)
+        pid = spawn_heartbeat(self.settings, self.state, record, self.reporter)
+        self.save(heartbeat_pid=pid)
+        return pid
+
+    def _gone_or(self, error: SandboxError) -> SandboxError:
+        """What a failure means: one that says only that something failed leaves it to be asked."""
+        unclear = type(error) in (SandboxError, ApiError, TimedOutError, WorkerNotUpError)
+        if not unclear or getattr(error, "status", None) is not None:
+            return error
+        return self.end_of_vm() or error
+
+    def connect_network(self) -> None:
+        """Let the gateway reach the VM, which is to be ready. Any SandboxError."""
+        answer = self.api.connect_network(self.state["session_id"])
+        check_success(answer, self.state.get("job_id"), "The VM could not be connected to the network")
+
+    def _config(self, path: str | None, dataset: str | None, *, stored: bool = False) -> Config:
+        """The config at a path, or the one that the sandbox was started from, or that of its directory.
+
+        stored: where there is none, that of the artifact that the VM was started from will do.
+        """
+        recorded = as_text(self.state.get("plato_config_path"))
+        chosen = dataset or as_text(self.state.get("dataset"))
+        try:
+            if recorded is None or path is not None or not os.path.isfile(recorded):
+                recorded = os.path.abspath(path) if path is not None else find_config(self.directory)
+        except ConfigError as error:
+            if not stored or self.state.get("mode") != "artifact":
+                raise
+            return self._stored_config(chosen or DEFAULT_DATASET, error)
+        config = load_config(recorded, chosen)
+        for warning in config.warnings:
+            self.reporter.warn(warning)
+        return config
+
+    def _stored_config(self, dataset: str, missing: ConfigError) -> Config:
+        """The dataset that Plato stores with the VM's artifact; `missing` when it has none."""
+        try:
+            content = self.api.job_config(self.state["job_id"])
+        except ApiError as error:
+            raise missing if error.status == 404 else error from None
+        service = as_text(self.state.get("service")) or "simulator"
+        text = yaml_dump({"service": service, "datasets": {dataset: content}})
+        return parse_config(text, "The config that Plato stores with the artifact", "", dataset)
 
     # What goes to the VM
 
@@ -8209,9 +8132,9 @@ class Sandbox(SandboxBase):
         path: str = ".",
         *,
         remote_path: str | None = None,
-        watch: Callable[[dict[str, Any]], None] | None = None,
+        watch: Callable[[Json], None] | None = None,
         **options: Any,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Make a directory on the VM like a local one: what differs is sent, what earlier syncs put there and
         is gone here is removed, what the VM made stays.
 
@@ -8222,17 +8145,11 @@ class Sandbox(SandboxBase):
         Returns sent, removed, unchanged (numbers of files), bytes, archive_bytes, skipped (a list of path and
         reason), seconds, via and remote_path; with dry_run the lists send and remove of paths.
         """
-        self._load_for_use()
-        syncer = Syncer(self, path, remote_path, **options)
-        self.revive_heartbeat()
-        try:
+        with self.in_use():
+            syncer = Syncer(self, path, remote_path, **options)
             return syncer.run() if watch is None else syncer.watch(watch)
-        except ApiError as error:
-            raise self._gone_or(error) from None
-        finally:
-            self.api.transport.close()
 
-    def start_services(self, *, dataset: str | None = None, **options: Any) -> dict[str, Any]:
+    def start_services(self, *, dataset: str | None = None, **options: Any) -> Json:
         """Push the code to Gitea, clone it on the VM, and start the dataset's Docker Compose services there.
 
         dataset: default the sandbox's. options: those of `ServiceStarter` (via "git" or "sync", build,
@@ -8240,13 +8157,8 @@ class Sandbox(SandboxBase):
         Returns via, branch, commit, repository (its URL), path (on the VM), changed (number of files),
         services (a list of name, type, file and containers), steps (of step and seconds) and seconds.
         """
-        self._load_for_use()
-        starter = ServiceStarter(self, self._config(None, dataset), **options)
-        self.revive_heartbeat()
-        try:
-            return starter.run()
-        finally:
-            self.api.transport.close()
+        with self.in_use():
+            return ServiceStarter(self, self._config(None, dataset), **options).run()
 
     # The worker, and what it records
 
@@ -8256,125 +8168,88 @@ class Sandbox(SandboxBase):
         service: str | None = None,
         dataset: str | None = None,
         config_path: str | None = None,
-        wait: float | None = None,
-    ) -> dict[str, Any]:
+        wait: bool = False,
+        wait_timeout: float = WORKER_SECONDS,
+    ) -> Json:
         """Start the Plato worker with a dataset of a config, which goes to Plato as the user wrote it.
 
-        wait: seconds until it must be up, TimedOutError after that; without, this returns at once.
+        wait: return when it is up; TimedOutError when it is not after wait_timeout seconds.
         Returns status, correlation_id, service, dataset and ready (None if not waited for).
         """
-        state = self._load_for_use()
-        config = self._config(config_path, dataset)
-        chosen = service or as_text(state.get("service")) or config.service
-        self.revive_heartbeat()
-        try:
+        with self.in_use() as state:
+            config = self._config(config_path, dataset)
+            chosen = service or as_text(state.get("service")) or config.service
             self.reporter.step("Starting the worker", SETUP_SECONDS)
             answer = self.api.start_worker(state["job_id"], chosen, config.dataset, config.for_worker())
             self._record(plato_config_path=config.path, dataset=config.dataset)
-            if wait is not None:
-                self._wait_for_worker(wait)
-        except ApiError as error:
-            raise self._gone_or(error) from None
-        finally:
-            self.api.transport.close()
+            if wait:
+                self._wait_for_worker(wait_timeout)
         return {
             "status": as_text(answer.get("status")) or "ok",
             "correlation_id": as_text(answer.get("correlation_id")),
             "service": chosen,
             "dataset": config.dataset,
-            "ready": None if wait is None else True,
+            "ready": True if wait else None,
         }
 
     def _wait_for_worker(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        self.reporter.step("Waiting for the worker", seconds)
-        while True:
-            began = time.monotonic()
-            trouble = self._worker_trouble()
-            if trouble is None:
-                return
-            self.reporter.detail(trouble)
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimedOutError(
-                    f"The worker was not up after {seconds:g} s: {trouble}.",
-                    hint=f"It may still come up: {PROGRAM} state",
-                )
-            time.sleep(max(0.0, min(left, WORKER_POLL_SECONDS - (time.monotonic() - began))))
-
-    def _worker_trouble(self) -> str | None:
-        try:
-            answer = self.api.state(self.state["session_id"], window=0.0)
-        except ApiError as error:
-            if error.may_pass:
+        def trouble() -> str:
+            try:
+                answer = self.api.state(self.state["session_id"], window=0.0)
+            except ApiError as error:
+                if not error.may_pass:
+                    raise
                 return error.message.rstrip(".")
-            raise
-        return worker_trouble(job_of(answer, self.state.get("job_id")))
+            return worker_trouble(job_of(answer, self.state.get("job_id"))) or ""
 
-    def read_state(self) -> dict[str, Any]:
+        self.reporter.step("Waiting for the worker", seconds)
+        why = poll(trouble, seconds, WORKER_POLL_SECONDS, self.reporter)
+        if why:
+            raise TimedOutError(
+                f"The worker was not up after {seconds:g} s: {why}.",
+                hint=f"It may still come up: {PROGRAM} state",
+            )
+
+    def read_state(self, *, verify_no_mutations: bool = False) -> Json:
         """What the worker recorded since the last reset, the ignore rules applied.
 
-        Returns SessionStateResponse with `summary` (see `summarize`) beside it; WorkerNotUpError while
-        nobody can tell.
+        Returns SessionStateResponse with `summary` (see `summarize`) and `error` (a SandboxError or None:
+        mutations where none are to be) beside it; WorkerNotUpError while nobody can tell.
         """
-        state = self._load_for_use()
-        self.revive_heartbeat()
-        try:
+        with self.in_use() as state:
             answer = self.api.state(state["session_id"])
-        except ApiError as error:
-            raise self._gone_or(error) from None
-        finally:
-            self.api.transport.close()
-        job = job_of(answer, state.get("job_id"))
-        trouble = worker_trouble(job)
-        if trouble is not None:
-            raise WorkerNotUpError(
-                f"The Plato worker is not up, so nobody knows what changed: {trouble}.",
-                hint=f"Start it: {PROGRAM} start-worker --wait",
-            )
-        return {**answer, "summary": summarize(mutations_of(job["state"]))}
+            job = job_of(answer, state.get("job_id"))
+            trouble = worker_trouble(job)
+            if trouble is not None:
+                raise WorkerNotUpError(
+                    f"The Plato worker is not up, so nobody knows what changed: {trouble}.",
+                    hint=f"Start it: {PROGRAM} start-worker --wait",
+                )
+        found = mutations_of(job["state"])
+        error = mutations_found(found) if verify_no_mutations and found else None
+        return {**answer, "summary": summarize(found), "error": error}
 
-    def mutations(self, report: Mapping[str, Any]) -> list[Mutation]:
-        """The mutations in what `read_state` returned."""
-        return mutations_of(as_dict(job_of(report, self.state.get("job_id")).get("state")))
-
-    def reset(self) -> dict[str, Any]:
+    def reset(self) -> Json:
         """Put the environment back to its initial state. Returns ResetSessionResponse."""
-        state = self._load_for_use()
-        self.revive_heartbeat()
-        self.reporter.step("Resetting the environment", RESET_SECONDS)
-        try:
+        with self.in_use("Resetting the environment", RESET_SECONDS) as state:
             answer = self.api.reset(state["session_id"])
-            check_reset(answer, state.get("job_id"))
-        except SandboxError as error:
-            raise self._gone_or(error) from None
-        finally:
-            self.api.transport.close()
+            check_success(answer, state.get("job_id"), "The environment could not be reset")
         return answer
 
-    def clear_audit(self) -> dict[str, Any]:
-        """Empty the audit tables. Returns via ("api") and listeners (none: it is done for all)."""
-        state = self._load_for_use()
-        self.revive_heartbeat()
-        self.reporter.step("Emptying the audit tables", RESET_SECONDS)
-        try:
-            answer = self.api.cleanup(state["session_id"])
-        except ApiError as error:
-            if error.status != 404:
-                raise self._gone_or(error) from None
-            gone = self.end_of_vm()
-            if gone is not None:
-                raise gone from None
-            raise SandboxError(
-                "Plato knows of no simulator in this session, so it cannot empty its audit tables.",
-                hint=f"`{PROGRAM} reset` puts the whole environment back to its initial state.",
-            ) from None
-        finally:
-            self.api.transport.close()
-        if answer.get("success") is False:
-            said = as_text(answer.get("error")) or "no reason was given"
-            raise SandboxError(f"The audit tables could not be emptied: {printable(said).rstrip('.')}.")
-        return {"via": "api", "listeners": []}
+    def clear_audit(self) -> Json:
+        """Empty the audit tables of every listener. Returns cleared and via ("api")."""
+        with self.in_use("Emptying the audit tables", RESET_SECONDS) as state:
+            try:
+                answer = self.api.cleanup(state["session_id"])
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+                raise SandboxError(
+                    "Plato knows of no simulator in this session, so it cannot empty its audit tables.",
+                    hint=f"`{PROGRAM} reset` puts the whole environment back to its initial state.",
+                ) from None
+            check_success(answer, None, "The audit tables could not be emptied")
+        return {"cleared": True, "via": "api", "listeners": []}
 
     # Artifacts
 
@@ -8382,183 +8257,87 @@ class Sandbox(SandboxBase):
         self,
         *,
         description: str | None = None,
-        config: bool | None = None,
+        include_config: bool = False,
+        config: bool = True,
         target: str | None = None,
-        wait: float | None = None,
-    ) -> dict[str, Any]:
+        wait: bool = False,
+        wait_timeout: float = ARTIFACT_SECONDS,
+    ) -> Json:
         """Make an artifact of the VM as it is now, and record its id.
 
-        config: whether the config's dataset, its flows, ports and login credentials go with it (None: those
-        of a config sandbox do). target: the host that its pages are served under; None is that of the
-        artifact that the VM came from. wait: seconds until the artifact must be ready; without, its upload
-        goes on in the background.
+        The config's dataset, its flows, ports and login credentials go with that of a config sandbox (not
+        with config=False), and of any with include_config. target: the host that its pages are served under;
+        None is that of the artifact that the VM came from. wait: return when the artifact is ready, at the
+        latest after wait_timeout seconds; without, its upload goes on in the background.
         Returns artifact_id and status ("creating" or "ready").
         """
-        state = self._load_for_use()
-        given = {"description": description, "target": target}
-        checkpoint: dict[str, Any] = {name: value for name, value in given.items() if value}
-        if state.get("mode") == "config" if config is None else config:
-            checkpoint.update(self._config_for_snapshot())
-        self.revive_heartbeat()
-        self.reporter.step("Creating the snapshot", SNAPSHOT_SECONDS)
-        try:
+        with self.in_use() as state:
+            checkpoint: Json = {"description": description or None, "target": target or None}
+            if include_config or (config and state.get("mode") == "config"):
+                checkpoint.update(self._config_for_snapshot())
+            self.reporter.step("Creating the snapshot", SNAPSHOT_SECONDS)
             artifact_id = self._take_snapshot(state, checkpoint)
             self._record(artifact_id=artifact_id)
-            self._prefetch(artifact_id)
-            status = "creating" if wait is None else self._wait_for_artifact(artifact_id, wait)
-        finally:
-            self.api.transport.close()
-        return {"artifact_id": artifact_id, "status": status}
+            try:
+                self.api.prefetch(artifact_id)
+            except SandboxError as error:  # VMs start from it without that, too
+                self.reporter.trace(error.message)
+            if wait:
+                self._wait_for_artifact(artifact_id, wait_timeout)
+        return {"artifact_id": artifact_id, "status": "ready" if wait else "creating"}
 
-    def _prefetch(self, artifact_id: str) -> None:
-        """Let the workers bring the artifact near. VMs start from it without that, too."""
-        try:
-            self.api.prefetch(artifact_id)
-        except SandboxError as error:
-            self.reporter.trace(error.message)
-
-    def _config_for_snapshot(self) -> dict[str, Any]:
+    def _config_for_snapshot(self) -> Json:
         """What Plato stores of a config and gives back: one dataset with the file's own keys, no anchors."""
         config = self._config(None, None)
         metadata = as_dict(config.content.get("metadata"))
-        fields: dict[str, Any] = {
+        flows = as_text(metadata.get("flows_path"))
+        place = shown_path(from_here(config.path))
+        text = read_config(flows_file(config.path, flows, place)) if flows else ""
+        return {
             "plato_config": yaml_dump(config.content),
             "override_service": config.service,
             "internal_app_port": whole_number(config.compute.get("app_port")),
             "messaging_port": whole_number(config.compute.get("plato_messaging_port")),
             "credentials": artifact_credentials(metadata),
+            "flows": text if text.strip() else None,
         }
-        flows = as_text(metadata.get("flows_path"))
-        if flows:
-            text = read_config(flows_file(config.path, flows, shown_path(from_here(config.path))))
-            fields["flows"] = text if text.strip() else None
-        return {name: value for name, value in fields.items() if value is not None}
 
-    def _take_snapshot(self, state: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
+    def _take_snapshot(self, state: Json, checkpoint: Json) -> str:
         try:
-            answer = self.api.snapshot(state["session_id"], checkpoint)
+            given = {name: value for name, value in checkpoint.items() if value is not None}
+            answer = self.api.snapshot(state["session_id"], given)
         except ApiError as error:
             if error.outcome_unknown:
                 raise lost_snapshot(f"its answer was lost: {error.message}") from None
-            raise self._gone_or(error) from None
-        job = job_of(answer, state.get("job_id"))
-        artifact_id, said = as_text(job.get("artifact_id")), as_text(job.get("error"))
-        if job.get("success") is False or (said and not artifact_id):
-            raise SandboxError(
-                f"The snapshot could not be created: {printable(said or 'no reason was given').rstrip('.')}.",
-                hint="The sandbox runs on; try again.",
-            )
+            raise
+        hint = "The sandbox runs on; try again."
+        check_success(answer, state.get("job_id"), "The snapshot could not be created", hint)
+        artifact_id = as_text(job_of(answer, state.get("job_id")).get("artifact_id"))
         if artifact_id is None:
             raise lost_snapshot("its answer names none.")
         return artifact_id
 
-    def _wait_for_artifact(self, artifact_id: str, seconds: float) -> str:
-        deadline = time.monotonic() + seconds
-        self.reporter.step("Waiting for the artifact to be ready", seconds)
-        while True:
-            status = self._artifact_status(artifact_id)
-            if status == "ready":
-                return status
-            if status == "failed":
+    def _wait_for_artifact(self, artifact_id: str, seconds: float) -> None:
+        def status() -> str:
+            try:
+                word = (as_text(self.api.artifact(artifact_id).get("status")) or "ready").lower()
+            except ApiError as error:
+                if not error.may_pass and error.status != 404:
+                    raise
+                word = "creating"
+            if word == "failed":
                 raise SandboxError(
                     f"The artifact {artifact_id} failed: Plato could not store the VM.",
                     hint="The sandbox runs on; take another snapshot.",
                 )
-            self.reporter.detail(status)
-            if time.monotonic() > deadline:
-                raise TimedOutError(
-                    f"The artifact {artifact_id} was not ready after {seconds:g} s.",
-                    hint="It may still become ready; it is recorded in .sandbox.yaml.",
-                )
-            time.sleep(ARTIFACT_POLL_SECONDS)
+            return "" if word == "ready" else word
 
-    def _artifact_status(self, artifact_id: str) -> str:
-        try:
-            answer = self.api.artifact(artifact_id)
-        except ApiError as error:
-            if error.may_pass or error.status == 404:
-                self.reporter.trace(error.message)
-                return "creating"
-            raise
-        return (as_text(answer.get("status")) or "ready").lower()
-
-    # What they share
-
-    def _load_for_use(self) -> dict[str, Any]:
-        """The state of a sandbox that is to be used now, with a key to use it.
-
-        ConflictError while its `start` is at work; what one left that was killed is used as far as it got.
-        """
-        state = self.load()
-        if state.get("starting"):
-            with DirectoryLock(self.directory, shared=True):
-                pass
-        if not state.get("session_id"):
-            raise unfinished_start(state)
-        self.settings.require_key()
-        return state
-
-    def _config(self, path: str | None, dataset: str | None, *, stored: bool = False) -> Config:
-        """The config at a path, or the one that the sandbox was started from, or that of its directory.
-
-        stored: where there is none, that of the artifact that the VM was started from will do.
-        """
-        recorded = as_text(self.state.get("plato_config_path"))
-        chosen = dataset or as_text(self.state.get("dataset"))
-        if path is not None:
-            found = os.path.abspath(path)
-        elif recorded and os.path.isfile(recorded):
-            found = recorded
-        else:
-            try:
-                found = find_config(self.directory)
-            except ConfigError as error:
-                if not stored or self.state.get("mode") != "artifact":
-                    raise
-                return self._stored_config(chosen, error)
-        config = load_config(found, chosen)
-        for warning in config.warnings:
-            self.reporter.warn(warning)
-        return config
-
-    def _stored_config(self, dataset: str | None, missing: ConfigError) -> Config:
-        """The dataset that Plato stores with the VM's artifact; `missing` when it has none."""
-        try:
-            content = self.api.job_config(self.state["job_id"])
-        except ApiError as error:
-            raise missing if error.status == 404 else self._gone_or(error) from None
-        name = dataset or DEFAULT_DATASET
-        service = as_text(self.state.get("service")) or "simulator"
-        text = yaml_dump({"service": service, "datasets": {name: content}})
-        return parse_config(text, "The config that Plato stores with the artifact", "", name)
-
-    def _record(self, **changes: Any) -> None:
-        """Write something learned into .sandbox.yaml, unless a `start` or `stop` is at work here."""
-        try:
-            with DirectoryLock(self.directory):
-                session_id = self.state["session_id"]
-                if self.load().get("session_id") == session_id:
-                    self.save(**changes)
-        except (ConflictError, NoSandboxError) as error:
-            self.reporter.warn(f"{STATE_FILE} was not updated: {error.message}")
-
-    def _gone_or(self, error: SandboxError) -> SandboxError:
-        """What a failure means: an answer that says only that something failed leaves it to be asked."""
-        known = isinstance(error, (NoSandboxError, NetworkError, AuthenticationError))
-        if known or getattr(error, "status", None) is not None:
-            return error
-        return self.end_of_vm() or error
-
-    def end_of_vm(self) -> NoSandboxError | None:
-        """Ask Plato whether the VM is gone; None when it is not, or when nobody can tell."""
-        try:
-            details = self.api.session_details(self.state["session_id"])
-        except NoSandboxError as error:
-            return error
-        except SandboxError:
-            return None
-        word, why = vm_status(details, self.state.get("job_id"))
-        return gone_error(why) if (word or "").lower() in TERMINAL_STATUSES else None
+        self.reporter.step("Waiting for the artifact to be ready", seconds)
+        if poll(status, seconds, ARTIFACT_POLL_SECONDS, self.reporter):
+            raise TimedOutError(
+                f"The artifact {artifact_id} was not ready after {seconds:g} s.",
+                hint="It may still become ready; it is recorded in .sandbox.yaml.",
+            )
 
     # What a browser sees
 
@@ -8571,10 +8350,7 @@ class Sandbox(SandboxBase):
         state = load_state(self.directory)
         if source == "api" or state or not local_flows_path(self):
             self.load()
-        try:
-            return find_flows(self, source)
-        except ApiError as error:
-            raise self._gone_or(error) from None
+        return find_flows(self, source)
 
     def flow(
         self,
@@ -8666,67 +8442,48 @@ class Sandbox(SandboxBase):
 
     def _mutations_now(self) -> list[Mutation]:
         self.reporter.step("Reading the mutations")
-        return self.mutations(self.read_state())
+        return mutations_in(self.read_state())
 
     def _page_address(self) -> str:
         """The address of the sandbox's page; asked again where `start` could not find it out."""
         state = self.state
         address = state.get("url") or state.get("public_url")
         if not address:
-            try:
-                answer = job_of(self.api.public_url(state["session_id"]), state.get("job_id"))
-            except ApiError as error:
-                raise self._gone_or(error) from None
+            answer = job_of(self.api.public_url(state["session_id"]), state.get("job_id"))
             address = with_router_target(as_text(answer.get("url")), state.get("service"))
         if not address:
             raise SandboxError("Plato knows no address of this sandbox, so there is no page for a browser.")
         return address
 
-    def revive_heartbeat(self) -> None:
-        """See to it that the heartbeat runs; left to a `start` or `stop` that is at work here."""
-        health = heartbeat_health(self.settings, self.state, time.time())
-        if health["state"] in ("ok", "expired"):
-            return
-        try:
-            with DirectoryLock(self.directory):
-                pid = ensure_heartbeat(self.settings, self.load(), self.directory, self.reporter)
-                if pid is not None:
-                    self.save(heartbeat_pid=pid)
-        except ConflictError as error:
-            self.reporter.trace(error.message)
-
     # The end
 
-    def stop(self, session_id: str | None = None) -> dict[str, Any]:
+    def stop(self, session_id: str | None = None) -> Json:
         """Destroy the VM, then remove all that belongs to it; in that order, so nothing is lost on failure.
 
-        session_id: stop this session, from any directory. Returns session_id and already_gone.
+        session_id: stop this session, from any directory. Returns stopped, session_id and already_gone.
         """
-        if session_id is not None:
-            session_id = session_id.strip()
-            if not session_id:
-                raise UsageError("--session-id is empty, so nothing was stopped.")
+        if session_id is not None and not session_id.strip():
+            raise UsageError("--session-id is empty, so nothing was stopped.")
+        self.settings.require_key()
         try:
-            with DirectoryLock(self.directory):
-                return self._stop(session_id)
+            with locked(self.directory):
+                remove_temporaries(state_path(self.directory))
+                if session_id is None:
+                    self.load()
+                else:
+                    self._load_if_about(session_id.strip())
+                target = (session_id or self.state.get("session_id") or "").strip()
+                if target:
+                    self.reporter.step("Stopping the VM")
+                    already_gone = self.end(target)
+                else:  # a start that died before Plato answered
+                    already_gone = True
+                    remove_state(self.directory)
+                    words = unfinished_start(self.state).message
+                    self.reporter.warn(f"{words} Its record was removed.")
         finally:
             self.api.transport.close()
-
-    def _stop(self, session_id: str | None) -> dict[str, Any]:
-        remove_temporaries(state_path(self.directory))
-        if session_id is None:
-            self.load()
-        else:
-            self._load_if_about(session_id)
-        target = session_id or self.state.get("session_id")
-        if target is None:  # a start that died before Plato answered
-            remove_state(self.directory)
-            self.reporter.warn(f"{unfinished_start(self.state).message} Its record was removed.")
-            return {"session_id": None, "already_gone": True}
-        self.reporter.step("Stopping the VM")
-        already_gone = self.close_session(target)
-        self.clean_up({**self.state, "session_id": target})
-        return {"session_id": target, "already_gone": already_gone}
+        return {"stopped": True, "session_id": target or None, "already_gone": already_gone}
 
     def _load_if_about(self, session_id: str) -> None:
         """Take up this directory's state if it is of that session; another or a damaged one is left alone."""
@@ -8739,49 +8496,43 @@ class Sandbox(SandboxBase):
             self._check_base_url(state)
             self.state = state
 
-    def close_session(self, session_id: str) -> bool:
-        """Close a session and be sure of it; True when it was gone already. Raises when it may still run."""
+    def end(self, session_id: str) -> bool:
+        """Close a session, surely, then remove what is left of it here; whether it was gone already."""
         try:
-            answer = self.api.close(session_id)
-            if answer.get("success") is not False:
-                return False
-            details = self.api.session_details(session_id)
+            why = refusal(self.api.close(session_id), None)
+            already_gone = bool(why)
+            if why:
+                word, _ = vm_status(self.api.session_details(session_id), self.state.get("job_id"))
+                if (word or "").lower() not in TERMINAL_STATUSES:
+                    raise ApiError(
+                        f"Plato did not close the session: {why}.",
+                        hint=f"Everything was left as it is; run `{PROGRAM} stop` again.",
+                    )
         except NoSandboxError:
-            return True
-        word, _ = vm_status(details, self.state.get("job_id"))
-        if word is not None and word.lower() in TERMINAL_STATUSES:
-            return True
-        said = as_text(answer.get("message")) or "no reason was given"
-        raise ApiError(
-            f"Plato did not close the session: {printable(said)}.",
-            hint=f"Everything was left as it is; run `{PROGRAM} stop` again.",
-        )
+            already_gone = True
+        self._clean_up(session_id)
+        return already_gone
 
-    def clean_up(self, state: Mapping[str, Any]) -> None:
+    def _clean_up(self, session_id: str) -> None:
         """Remove what belongs to a session that is certainly closed: heartbeat, SSH files, .sandbox.yaml."""
-        session_id = state["session_id"]
+        home, state = self.settings.home, {**self.state, "session_id": session_id}
         if not stop_heartbeat(self.settings, state):
             self.reporter.warn("The heartbeat could not be ended; it ends by itself within two beats.")
-        SshFiles(self.settings.home, session_id).remove()
-        remove_tree(git_store_path(self.settings.home, session_id))
-        self._remove_foreign_ssh_files(state)
-        _unlink_quietly(heartbeat_path(self.settings.home, session_id))
+        SshFiles(home, session_id).remove()
+        remove_tree(git_store_path(home, session_id))
+        key = str(state.get("ssh_private_key_path"))
+        for path in (state.get("ssh_config_path"), key, f"{key}.pub"):  # another client's, if they are here
+            name = os.path.basename(path or "")
+            ours = re.fullmatch(r"ssh_[A-Za-z0-9-]+(\.conf|_key|_key\.pub)", name)
+            if ours and path == os.path.join(home, name):
+                _unlink_quietly(path)
+        _unlink_quietly(heartbeat_path(home, session_id))
         if self.state.get("session_id") == session_id:  # last: what a killed `stop` leaves is still on record
             if "slot_path" in self.state:
                 update_slot(self.state, stopped_at=time.time())
             else:
                 remove_state(self.directory)
         self.state = {}
-
-    def _remove_foreign_ssh_files(self, state: Mapping[str, Any]) -> None:
-        """Another client's SSH files, if they lie in PLATO_HOME and are named as such files are."""
-        key = state.get("ssh_private_key_path")
-        for path in (state.get("ssh_config_path"), key, key and key + ".pub"):
-            name = os.path.basename(path or "")
-            if path == os.path.join(self.settings.home, name) and re.fullmatch(
-                r"ssh_[A-Za-z0-9-]+(\.conf|_key|_key\.pub)", name
-            ):
-                _unlink_quietly(path)
 
 
 def plan_audit(
@@ -8806,7 +8557,7 @@ def plan_audit(
         if not direct:
             raise
     config = sandbox._config(None, dataset, stored=bool(state))
-    repair_ssh_config(state, sandbox.settings, sandbox.reporter)
+    repair_ssh_config(state, sandbox.settings)
     databases = []
     for name, fields in _audit_listeners(config, listener).items():
         at, tunnel = AuditTable(name, fields), None
@@ -8882,12 +8633,7 @@ def audit_changes(directory: str, names: Sequence[str]) -> dict[str, list[Mutati
     return {name: mutations_of({"mutations": part}) for name, part in parts.items()}
 
 
-_USER_VARIABLES = ("username", "user", "email", "login")
-_PASSWORD_VARIABLES = ("password", "pass")
-_TOKEN_VARIABLES = ("token", "api_key", "api_token", "secret")
-
-
-def artifact_credentials(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+def artifact_credentials(metadata: Json) -> Json | None:
     """The logins that an artifact carries: metadata.credentials, else what metadata.variables name.
 
     {"default_role": NAME, "roles": {NAME: [{"type": email|username|password|bearer, "text"}]}}; an empty list
@@ -8895,54 +8641,63 @@ def artifact_credentials(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     declared = metadata.get("credentials")
     if declared is None:
-        pairs = (as_dict(entry) for entry in as_list(metadata.get("variables")))
-        values = {str(pair.get("name")).strip().lower(): pair.get("value") for pair in pairs}
-        user, password, token = (
-            next((str(values[name]) for name in names if values.get(name) is not None), "")
-            for names in (_USER_VARIABLES, _PASSWORD_VARIABLES, _TOKEN_VARIABLES)
-        )
-        account = {"user": user, "password": password} if user else {"token": token}
-        return {"default_role": "default", "roles": {"default": _logins(account)}} if user or token else None
-    roles = {name: _logins(account) for name, account in as_dict(as_dict(declared).get("roles")).items()}
-    default = as_dict(declared).get("default_role")
-    older = as_dict(declared).get("login") or as_dict(declared).get("primary")
+        account = _account_of_variables(as_list(metadata.get("variables")))
+        return {"default_role": "default", "roles": {"default": _logins(account)}} if account else None
+    declared = as_dict(declared)
+    roles = {name: _logins(account) for name, account in as_dict(declared.get("roles")).items()}
+    default = declared.get("default_role")
+    older = declared.get("login") or declared.get("primary")
     if older is not None:
         name = "default_login" if "default" in roles else "default"
         roles[name] = _logins(older)
         default = default or name
-    default = default or (next(iter(roles)) if len(roles) == 1 else None)
+    if default is None and len(roles) == 1:
+        default = next(iter(roles))
     if not roles or default not in (None, *roles):
         raise ConfigError("metadata.credentials names no role, or a default_role that is none of its roles.")
     return {"default_role": default, "roles": roles}
 
 
-def _logins(account: Any) -> list[dict[str, str]]:
+def _account_of_variables(variables: list[Any]) -> Json:
+    """A user with a password, or a token, by the usual names of variables."""
+    pairs = [as_dict(entry) for entry in variables]
+    values = {str(pair.get("name")).strip().lower(): pair.get("value") for pair in pairs}
+    found = {}
+    for word, names in (
+        ("user", ("username", "user", "email", "login")),
+        ("password", ("password", "pass")),
+        ("token", ("token", "api_key", "api_token", "secret")),
+    ):
+        found[word] = next((str(values[name]) for name in names if values.get(name) is not None), "")
+    if found["user"]:
+        del found["token"]
+    return found if found["user"] or found.get("token") else {}
+
+
+def _logins(account: Any) -> list[Json]:
     """The login of one role, from a list of {type, text} or the older {kind, user, password | secret}."""
-    entries = account
     if isinstance(account, dict):
-        kind = account.get("kind") or "password"
-        user, email = account.get("user"), account.get("email")
+        kind, user, email = account.get("kind") or "password", account.get("user"), account.get("email")
         pairs = (
             ("email" if email or "@" in str(user) else "username", email or user),
             ("password", account.get("password") if kind == "password" else None),
             ("bearer", account.get("token") or (account.get("secret") if kind == "token" else None)),
         )
-        entries = [{"type": word, "text": text} for word, text in pairs if text and kind != "none"]
-    for entry in entries if isinstance(entries, list) else [None]:
+        account = [{"type": word, "text": text} for word, text in pairs if text and kind != "none"]
+    for entry in account if isinstance(account, list) else [None]:
         known = as_dict(entry).get("type") in ("email", "username", "password", "bearer")
         if not known or not as_text(as_dict(entry).get("text")):
             raise ConfigError(
                 "metadata.credentials cannot be used: a role must be a list of entries"
                 " {type: email|username|password|bearer, text: TEXT}."
             )
-    return list(entries)
+    return list(account)
 
 
-def check_reset(answer: Mapping[str, Any], job_id: str | None, hint: str | None = None) -> None:
-    """Raise when a reset was answered with `success: false`."""
-    if answer.get("success") is False:
-        said = as_text(job_of(answer, job_id).get("message")) or "no reason was given"
-        raise SandboxError(f"The environment could not be reset: {printable(said).rstrip('.')}.", hint=hint)
+def mutations_in(report: Mapping[str, Any]) -> list[Mutation]:
+    """The mutations in a SessionStateResponse."""
+    jobs = (as_dict(job) for job in as_dict(report.get("results")).values())
+    return [mutation for job in jobs for mutation in mutations_of(as_dict(job.get("state")))]
 
 
 def lost_snapshot(why: str) -> UnknownOutcomeError:
@@ -8970,25 +8725,26 @@ class Starter:
     session is closed and everything removed; where even that fails, the record stays.
     """
 
-    def __init__(self, sandbox: Sandbox, plan: StartPlan) -> None:
+    def __init__(self, sandbox: Sandbox, patience: float, *, reset: bool) -> None:
         self.sandbox = sandbox
-        self.plan = plan
+        self.patience = patience  # seconds until the VM must be ready
+        self.reset = reset
         self.api = sandbox.api
         self.settings = sandbox.settings
         self.reporter = sandbox.reporter
         self.provider: str | None = None
-        self.keys: KeyMaking | None = None
+        self.key: Aside | None = None  # being made while the VM boots
+        self.unknown = False  # whether nobody knows if there is a VM
 
-    def run(self, replace: bool) -> None:
-        for warning in self.plan.config.warnings if self.plan.config else ():
-            self.reporter.warn(warning)
+    def run(self, environment: Json, record: Json, lifetime: int, *, replace: bool) -> None:
         cached = Aside(cache_bytecode)
-        with DirectoryLock(self.sandbox.directory), SignalGuard(self.reporter) as guard:
+        with locked(self.sandbox.directory), SignalGuard(self.reporter) as guard:
             make_home(self.settings.home)
             ssh_config_text(self.settings, SshFiles(self.settings.home, "x"), "x", "x")  # refuses odd paths
-            self._make_way(replace)
+            self._end_what_is_here(replace)
             try:
-                self._create(guard)
+                answer = self._create(environment, record, lifetime, guard)
+                self._record_vm(answer)
                 cached.result()
                 guard.release()
                 self._bring_up()
@@ -8996,199 +8752,169 @@ class Starter:
                 guard.held = False
                 if self.sandbox.state.get("session_id"):
                     self._undo(error)
+                elif not self.unknown:
+                    remove_state(self.sandbox.directory)
                 raise
 
     # Before the VM exists
 
-    def _make_way(self, replace: bool) -> None:
+    def _end_what_is_here(self, replace: bool) -> None:
         """Make sure that no live sandbox is recorded here; with `replace`, stop it."""
-        if load_state(self.sandbox.directory) is None:
+        sandbox = self.sandbox
+        if load_state(sandbox.directory) is None:
             return
-        state = self.sandbox.load()
+        state = sandbox.load()
         session_id = state.get("session_id")
         if session_id is None:
             self.reporter.warn(unfinished_start(state).message)
         elif replace:
             self.reporter.step("Stopping the sandbox that is here")
-            self.sandbox.close_session(session_id)
-            self.sandbox.clean_up(state)
+            sandbox.end(session_id)
         else:
-            report = self.sandbox.status()
-            if not isinstance(report["error"], NoSandboxError):
-                raise report["error"] or live_sandbox_error(state)
+            error = sandbox.status()["error"]
+            if not isinstance(error, NoSandboxError):
+                raise error or live_sandbox_error(state)
             self.reporter.note("The sandbox that was recorded here is gone; its files are removed.")
-            self.sandbox.close_session(session_id)
             if "slot_path" in state:
-                self.sandbox.state = {}  # so that another client's record stays as it is
-            self.sandbox.clean_up(state)
-        self.sandbox.state = {}
+                sandbox.state = {}  # so that another client's record stays as it is
+            sandbox.end(session_id)
+        sandbox.state = {}
 
-    def _create(self, guard: SignalGuard) -> None:
-        """Create the VM and record it. From the request to the record no signal is obeyed at once.
+    def _create(self, environment: Json, record: Json, lifetime: int, guard: SignalGuard) -> Json:
+        """Record that a VM is asked for, and ask for it, once; returns an answer that names the session.
 
-        What is left after an error: without a VM, nothing; when nobody knows whether there is one, the
-        record without a session, so that `status` tells what is known; else a session for `_undo` to close.
+        From the request to the record of its answer no signal is obeyed at once. When nobody knows whether
+        there is a VM, the record stays without a session, so that `status` tells what is known.
         """
-        now = time.time()
-        place = os.path.abspath(self.sandbox.directory)
-        intent: dict[str, Any] = {**self.plan.state, "directory": place, "starting": True}
-        intent["created_at"] = utc_text(now)
-        intent["expires_at"] = utc_text(now + self.plan.lifetime)
-        if self.settings.base_url != DEFAULT_BASE_URL:
-            intent["base_url"] = self.settings.base_url
-        try:
-            self.sandbox.save(**intent)
-            guard.held = True
-            self.reporter.step("Creating the VM", MAKE_SECONDS)
-            answer = self._make()
-        except BaseException as error:
-            unknown = isinstance(error, UnknownOutcomeError) or (
-                isinstance(error, Interrupted) and guard.held
-            )
-            if isinstance(error, Interrupted) and unknown:
-                error.message = f"Interrupted before Plato answered. {UNKNOWN_VM}"
-                error.hint = unfinished_start(self.sandbox.state).hint
-            elif not unknown and not self.sandbox.state.get("session_id"):
-                remove_state(self.sandbox.directory)
-            raise
-        session_id = answer["session_id"]
-        entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
-        if entry.get("success") is False or not as_text(entry.get("job_id")):
-            self._refuse(session_id, as_text(entry.get("error")))
-        self.sandbox.save(session_id=session_id, job_id=entry["job_id"], **self._learned(entry))
-
-    def _learned(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """What `make` tells of a VM beyond its id: the service of an artifact, the sizes of a config."""
-        state = self.sandbox.state
-        if state["mode"] == "artifact":
-            return {} if state.get("service") else {"service": as_text(entry.get("simulator"))}
-        sizes = as_dict(entry.get("effective_sim_config"))
-        return {
-            name: whole_number(sizes.get(name)) for name in ("cpus", "memory", "disk") if name not in state
-        }
-
-    def _make(self) -> dict[str, Any]:
         import uuid
 
-        environment = {**self.plan.environment, "alias": f"sandbox-{uuid.uuid4().hex[:8]}"}
+        now, base_url = time.time(), self.settings.base_url
+        record = {**record, "directory": self.sandbox.directory, "starting": True}
+        record.update(created_at=utc_text(now), expires_at=utc_text(now + lifetime))
+        if base_url != DEFAULT_BASE_URL:
+            record["base_url"] = base_url
+        self.sandbox.save(**record)
+        guard.held = self.unknown = True
+        self.reporter.step("Creating the VM", MAKE_SECONDS)
         try:
-            answer = self.api.make_session(environment, self.plan.lifetime)
-            if as_text(answer.get("session_id")):
-                return answer
-            raise ApiError("Plato's answer to the request that creates a VM names no session.")
-        except ApiError as error:
-            if error.outcome_unknown:
-                self._record_what_the_answer_names(error)
-                raise lost_answer(error) from None
+            alias = f"sandbox-{uuid.uuid4().hex[:8]}"
+            answer = self.api.make_session({**environment, "alias": alias}, lifetime)
+            if not as_text(answer.get("session_id")):
+                raise ApiError("Plato's answer to the request that creates a VM names no session.")
+        except Interrupted as error:
+            error.message = f"Interrupted before Plato answered. {UNKNOWN_VM}"
+            error.hint = unfinished_start(self.sandbox.state).hint
             raise
+        except SandboxError as error:
+            self.unknown = isinstance(error, ApiError) and error.outcome_unknown
+            if not isinstance(error, ApiError) or not self.unknown:
+                raise
+            # Half an answer may still name the session: then it can be closed, and nothing runs unknown.
+            found = re.search(r'"session_id"\s*:\s*"([^"\\]{1,200})"', error.text)
+            if found is None:
+                raise lost_answer(error) from None
+            self.sandbox.save(session_id=found[1])
+            raise ApiError(
+                f"Plato's answer to the request that creates a VM was cut short: {error.message}",
+                hint="Run the command once more.",
+            ) from None
+        return answer
 
-    def _record_what_the_answer_names(self, error: ApiError) -> None:
-        """Half an answer may still name the session: then it can be closed, and nothing runs unknown."""
-        found = re.search(r'"session_id"\s*:\s*"([^"\\]{1,200})"', error.text)
-        if found is None:
-            return
-        self.sandbox.save(session_id=found[1])
-        raise ApiError(
-            f"Plato's answer to the request that creates a VM was cut short: {error.message}",
-            hint="Run the command once more.",
-        )
-
-    def _refuse(self, session_id: str, why: str | None) -> NoReturn:
-        """Plato made a session without a VM: record it, to be closed, and say why there is none."""
-        self.sandbox.save(session_id=session_id)
-        raise SandboxError(
-            f"Plato could not create the VM: {printable(why or 'no reason was given').rstrip('.')}.",
-            hint="Check the simulator, tag, dataset or artifact id; nothing is left running.",
-        )
+    def _record_vm(self, answer: Json) -> None:
+        """Record what `make` tells of a VM: its ids, the service of an artifact, the sizes of a config."""
+        sandbox = self.sandbox
+        sandbox.save(session_id=answer["session_id"])
+        entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
+        job_id = as_text(entry.get("job_id"))
+        if entry.get("success") is False or job_id is None:
+            why = as_text(entry.get("error")) or "no reason was given"
+            raise SandboxError(
+                f"Plato could not create the VM: {why.rstrip('.')}.",
+                hint="Check the simulator, tag, dataset or artifact id; nothing is left running.",
+            )
+        sizes = as_dict(entry.get("effective_sim_config"))
+        learned: Json = {name: whole_number(sizes.get(name)) for name in VM_SIZES}
+        if sandbox.state["mode"] == "artifact":
+            learned = {"service": as_text(entry.get("simulator"))}
+        sandbox.save(job_id=job_id, **{**learned, **sandbox.state})
 
     # From the moment it exists
 
     def _bring_up(self) -> None:
-        """Heartbeat first; then wait, with the keys being made meanwhile; then network, reset and SSH."""
+        """Heartbeat first; then wait for the VM; then network, reset and SSH."""
         sandbox = self.sandbox
-        pid = spawn_heartbeat(self.settings, sandbox.state, sandbox.directory, self.reporter)
-        sandbox.save(heartbeat_pid=pid)
-        session_id, job_id = sandbox.state["session_id"], sandbox.state["job_id"]
-        self.keys = self._begin_keys(session_id)
-        self._wait_for_ready(session_id, job_id)
-        address = Aside(lambda: self._public_url(session_id, job_id))
-        connected = self._connect_network()
-        if self.plan.reset:
-            self._reset(session_id, job_id)
-        self.reporter.step("Setting up SSH", SETUP_SECONDS)
-        ssh = self._set_up_ssh(self.keys, session_id, job_id, connected) if self.keys else {}
-        public_url = address.result()
-        url = with_router_target(public_url, sandbox.state.get("service"))
-        sandbox.save(public_url=public_url, url=url, **ssh)
-        if ssh and connected:
-            self._wait_for_ssh()
-        sandbox.save(starting=None)
-
-    def _connect_network(self) -> bool:
-        self.reporter.step("Connecting the VM to the network", CONNECT_SECONDS)
-        try:
-            self.sandbox.connect_network()
-        except SandboxError as error:
-            self._warn_unless_gone(
-                f"{error.message} SSH and tunnels to the VM do not work; `sync` goes through the API."
-            )
-            return False
-        return True
-
-    def _reset(self, session_id: str, job_id: str) -> None:
-        self.reporter.step("Resetting the environment", RESET_SECONDS)
-        try:
-            check_reset(self.api.reset(session_id), job_id)
-        except (ApiError, NoSandboxError) as error:
-            self._warn_unless_gone(f"{error.message} The VM is as it booted.")
-        except SandboxError as error:  # the worker is not up, for one
-            self.reporter.warn(f"{error.message} The VM is as it booted.")
-
-    def _wait_for_ssh(self) -> None:
-        self.reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
-        silence = wait_for_ssh(self.sandbox.state, self.settings, self.reporter)
-        if silence is not None:
-            self._warn_unless_gone(
-                f"SSH to the VM does not answer yet: {silence}. Until it does, `sync` goes through the API."
-            )
-
-    def _warn_unless_gone(self, words: str) -> None:
-        """Something is missing that a VM can do without; if the VM itself is gone, that is the error."""
-        gone = self.sandbox.end_of_vm()
-        if gone is not None:
-            raise gone
-        self.reporter.warn(words)
-
-    def _begin_keys(self, session_id: str) -> KeyMaking | None:
+        sandbox.spawn_heartbeat()
+        files = SshFiles(self.settings.home, sandbox.state["session_id"])
         missing = [name for name in ("ssh", "ssh-keygen") if find_program(name) is None]
         if missing:
             self.reporter.warn(
                 f"{' and '.join(missing)} cannot be found, so SSH to this sandbox is not set up."
                 " Install the OpenSSH client and start again to have it."
             )
-            return None
-        return KeyMaking(SshFiles(self.settings.home, session_id), self.reporter)
+        else:
+            self.key = Aside(lambda: make_key(files, self.reporter))
+        self._wait_for_ready()
+        address = Aside(self._public_url)
+        connected = self._may_fail(
+            sandbox.connect_network,
+            ("Connecting the VM to the network", CONNECT_SECONDS),
+            "SSH and tunnels to the VM do not work; `sync` goes through the API.",
+        )
+        if self.reset:
+            step = "Resetting the environment", RESET_SECONDS
+            self._may_fail(self._reset, step, "The VM is as it booted.")
+        self.reporter.step("Setting up SSH", SETUP_SECONDS)
+        ready = self.key is not None and self._set_up_ssh(files, self.key.result(), connected)
+        public_url = address.result()
+        url = with_router_target(public_url, sandbox.state.get("service"))
+        sandbox.save(public_url=public_url, url=url)
+        if ready and connected:
+            step = "Waiting for SSH to answer", SSH_FIRST_SECONDS
+            self._may_fail(self._wait_for_ssh, step, "Until it does, `sync` goes through the API.")
+        sandbox.save(starting=None)
 
-    def _wait_for_ready(self, session_id: str, job_id: str) -> None:
-        deadline = time.monotonic() + self.plan.ready_seconds
-        self.reporter.step("Waiting for the VM to boot", self.plan.ready_seconds)
-        while True:
-            began = time.monotonic()
-            left = deadline - began
-            if left <= 0:
-                raise TimedOutError(
-                    f"The VM was not ready after {self.plan.ready_seconds:g} s.",
-                    hint="Run `start` again, with a longer --timeout if it needs one.",
-                )
-            if self._is_ready(session_id, job_id, max(1, min(READY_POLL_SECONDS, int(left)))):
-                return
-            pause = 0.5 - (time.monotonic() - began)
-            if pause > 0:  # a server that answers at once is not to be flooded
-                time.sleep(pause)
-
-    def _is_ready(self, session_id: str, job_id: str, seconds: int) -> bool:
+    def _may_fail(self, act: Callable[[], None], step: tuple[str, float], consequence: str) -> bool:
+        """Do what a VM can live without; a failure is a warning, unless the VM itself is gone."""
+        self.reporter.step(*step)
         try:
-            answer = self.api.wait_for_ready(session_id, seconds)
+            act()
+        except SandboxError as error:
+            gone = self.sandbox.end_of_vm()
+            if gone is not None:
+                raise gone from None
+            self.reporter.warn(f"{error.message} {consequence}")
+            return False
+        return True
+
+    def _reset(self) -> None:
+        state = self.sandbox.state
+        answer = self.api.reset(state["session_id"])
+        check_success(answer, state["job_id"], "The environment could not be reset")
+
+    def _wait_for_ssh(self) -> None:
+        silence = wait_for_ssh(self.sandbox.state, self.settings, self.reporter)
+        if silence:
+            raise SandboxError(f"SSH to the VM does not answer yet: {silence}.")
+
+    def _wait_for_ready(self) -> None:
+        self.reporter.step("Waiting for the VM to boot", self.patience)
+        deadline = time.monotonic() + self.patience
+
+        def look() -> str:
+            return self._boot_trouble(max(1, min(READY_POLL_SECONDS, int(deadline - time.monotonic()))))
+
+        # The pause is for a server that answers at once.
+        if poll(look, self.patience, 0.5, self.reporter):
+            raise TimedOutError(
+                f"The VM was not ready after {self.patience:g} s.",
+                hint="Run `start` again, with a longer --timeout if it needs one.",
+            )
+
+    def _boot_trouble(self, seconds: int) -> str:
+        """Ask, for so long, whether the VM is ready; "" if it is, else what it is doing."""
+        state = self.sandbox.state
+        try:
+            answer = self.api.wait_for_ready(state["session_id"], seconds)
         except NoSandboxError:
             raise NoSandboxError("The session ended while its VM was booting.") from None
         except ApiError as error:
@@ -9196,61 +8922,49 @@ class Starter:
                 raise
             if error.status != 408:  # that is how some servers say that it is not ready yet
                 self.reporter.note(f"{error.message} Still waiting.")
-            return False
-        job = job_of(answer, job_id)
-        word = as_text(job.get("status"))
-        if answer.get("status") == "failed" or (word or "").lower() in TERMINAL_STATUSES:
-            why = as_text(job.get("error")) or word or "no reason was given"
+            return "pending"
+        job = job_of(answer, state["job_id"])
+        word = as_text(job.get("status")) or "pending"
+        if answer.get("status") == "failed" or word.lower() in TERMINAL_STATUSES:
+            why = as_text(job.get("error")) or word
             raise SandboxError(
-                f"The VM could not be started: {printable(why).rstrip('.')}.",
+                f"The VM could not be started: {why.rstrip('.')}.",
                 hint="Run `start` again; if it fails the same way, try other sizes or another artifact.",
             )
         self.provider = as_text(job.get("provider")) or self.provider
-        if answer.get("ready") is not True:
-            self.reporter.detail(word or "pending")
-        return answer.get("ready") is True
+        return "" if answer.get("ready") is True else word
 
-    def _public_url(self, session_id: str, job_id: str) -> str | None:
-        api = self.api.another()
+    def _public_url(self) -> str | None:
+        api, state = self.api.another(), self.sandbox.state
         try:
-            answer = api.public_url(session_id)
+            return as_text(job_of(api.public_url(state["session_id"]), state["job_id"]).get("url"))
         except SandboxError as error:
             self.reporter.warn(f"The public URL is unknown: {error.message}")
             return None
         finally:
             api.transport.close()
-        return as_text(job_of(answer, job_id).get("url"))
 
-    def _set_up_ssh(self, keys: KeyMaking, session_id: str, job_id: str, connected: bool) -> dict[str, Any]:
-        """Install the key on the VM and write the config; returns the SSH fields of the state."""
-        public_key = keys.finish()
-        user = "plato" if self._provider_of(job_id) == "qemu" else "root"
+    def _set_up_ssh(self, files: SshFiles, public_key: str, connected: bool) -> bool:
+        """Install the key on the VM, write the config and record it; whether that is done."""
+        state = self.sandbox.state
+        if self.provider is None:
+            try:
+                self.provider = as_text(self.api.job_info(state["job_id"]).get("provider"))
+            except SandboxError as error:
+                self.reporter.trace(error.message)
+        user = "plato" if self.provider == "qemu" else "root"
         try:
-            answer = self.api.add_ssh_key(session_id, public_key, user)
-            job = job_of(answer, job_id)
-            if answer.get("success") is False or job.get("success") is False:
-                said = printable(as_text(job.get("error")) or "no reason was given").rstrip(".")
-                raise SandboxError(f"The SSH key could not be installed on the VM: {said}.")
+            answer = self.api.add_ssh_key(state["session_id"], public_key, user)
+            check_success(answer, state["job_id"], "The SSH key could not be installed on the VM")
         except SandboxError as error:
             if connected:
                 raise
-            self._warn_unless_gone(error.message)
-            return {}
-        write_ssh_config(self.settings, keys.files, job_id, user)
-        return {
-            "ssh_host": keys.files.host,
-            "ssh_config_path": keys.files.config,
-            "ssh_private_key_path": keys.files.key,
-        }
-
-    def _provider_of(self, job_id: str) -> str | None:
-        """What runs the VM ("firecracker" or "qemu"), if it can be learned."""
-        if self.provider is None:
-            try:
-                self.provider = as_text(self.api.job_info(job_id).get("provider"))
-            except SandboxError as error:
-                self.reporter.trace(error.message)
-        return self.provider
+            self.reporter.warn(error.message)
+            return False
+        write_ssh_config(self.settings, files, state["job_id"], user)
+        paths = {"ssh_config_path": files.config, "ssh_private_key_path": files.key}
+        self.sandbox.save(ssh_host=files.host, **paths)
+        return True
 
     # When it goes wrong
 
@@ -9258,26 +8972,22 @@ class Starter:
         """Close the session after a failure. Where that fails too, the record stays and the hint names it."""
         sandbox = self.sandbox
         self.reporter.step("Closing the VM")
-        had_vm = "job_id" in sandbox.state
+        what = "The VM" if "job_id" in sandbox.state else "Its session"
+        known = isinstance(error, (SandboxError, Interrupted))
         try:
-            if self.keys:
-                self.keys.cancel()
-            sandbox.close_session(sandbox.state["session_id"])
-            sandbox.clean_up(sandbox.state)
+            if self.key is not None:
+                self.key.wait()  # so that no file of it comes after those here are removed
+            sandbox.end(sandbox.state["session_id"])
         except (SandboxError, Interrupted) as trouble:
             why = trouble.message if isinstance(trouble, SandboxError) else "interrupted again"
-            left = (
-                f"The VM could not be closed ({printable(why).rstrip('.')}) and may still run: {PROGRAM} stop"
-            )
-            if isinstance(error, (SandboxError, Interrupted)):
-                error.hint = left
+            left = f"The VM could not be closed ({why.rstrip('.')}) and may still run: {PROGRAM} stop"
+            if known:
+                error.hint = left  # type: ignore[attr-defined]
             else:
                 self.reporter.warn(left)
             return
-        if isinstance(error, (SandboxError, Interrupted)):
-            error.message = (
-                f"{error.message.rstrip()} {'The VM' if had_vm else 'Its session'} was closed again."
-            )
+        if known:
+            error.message = f"{error.message.rstrip()} {what} was closed again."  # type: ignore[attr-defined]
 
 
 def live_sandbox_error(state: Mapping[str, Any]) -> ConflictError:
@@ -9503,16 +9213,9 @@ def terminal_columns(stream: TextIO) -> int:
 # A Line of a result is a text, or the label, value, style and more of a field (see `Output.result`).
 
 
-def run_start(sandbox: Sandbox, **options: Any) -> dict[str, Any]:
-    try:
-        state = Sandbox.start(
-            sandbox.directory, settings=sandbox.settings, reporter=sandbox.reporter, **options
-        ).state
-    except Interrupted as interruption:
-        if os.path.exists(state_path(sandbox.directory)):
-            ended = f"The sandbox runs all the same; to end it: {PROGRAM} stop"
-            interruption.hint = interruption.hint or ended
-        raise
+def run_start(sandbox: Sandbox, **options: Any) -> Json:
+    started = {"settings": sandbox.settings, "reporter": sandbox.reporter, **options}
+    state = Sandbox.start(sandbox.directory, **started).state
     return {**state, "ssh_command": ssh_command(state, shown=False)}
 
 
@@ -9545,11 +9248,6 @@ def sandbox_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield "Slot", shown_path(report.get("slot_path", ""))
 
 
-def run_status(sandbox: Sandbox) -> dict[str, Any]:
-    repair_ssh_config(sandbox.load(), sandbox.settings, sandbox.reporter)
-    return sandbox.status()
-
-
 def status_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     """With the heartbeat's line of the specification, then its last good beat and its last error."""
     yield "Sandbox Status"
@@ -9577,16 +9275,6 @@ def seconds_of(text: str) -> float:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S+00:00").replace(tzinfo=timezone.utc).timestamp()
 
 
-def run_stop(sandbox: Sandbox, session_id: str | None = None) -> dict[str, Any]:
-    sandbox.settings.require_key()
-    try:
-        return {"stopped": True, **sandbox.stop(session_id)}
-    except Interrupted as interruption:
-        which = f" --session-id {session_id}" if session_id else ""
-        interruption.hint = f"The VM may still run, and nothing is lost; go on with: {PROGRAM} stop{which}"
-        raise
-
-
 def stop_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     gone = " It was gone already; what was left of it here is removed." if report["already_gone"] else ""
     yield f"Sandbox stopped successfully.{gone}"
@@ -9601,11 +9289,7 @@ def run_sync(sandbox: Sandbox, path: str = ".", watch: bool = False, **options: 
         for line in sync_lines(report):
             output.note(str(line)) if output.json else output.result(line)
 
-    try:
-        return sandbox.sync(path, watch=tell if watch else None, **options)
-    except Interrupted as interruption:
-        interruption.hint = f"The tree on the VM is the old one or the new one; go on with: {PROGRAM} sync"
-        raise
+    return sandbox.sync(path, watch=tell if watch else None, **options)
 
 
 def sync_lines(report: Mapping[str, Any]) -> Iterator[Line]:
@@ -9639,12 +9323,6 @@ def services_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield "Took", duration_text(report["seconds"]), "", f" ({steps})"
 
 
-def run_start_worker(
-    sandbox: Sandbox, wait: bool = False, wait_timeout: float = WORKER_SECONDS, **options: Any
-) -> dict[str, Any]:
-    return sandbox.start_worker(wait=wait_timeout if wait else None, **options)
-
-
 def worker_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield "Worker started successfully!" if report["ready"] else "The worker is starting."
     yield "Service", report["service"]
@@ -9653,13 +9331,6 @@ def worker_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     if not report["ready"]:
         yield ""
         yield f"It takes minutes to come up; see whether it has: {PROGRAM} state"
-
-
-def run_state(sandbox: Sandbox, verify_no_mutations: bool = False) -> dict[str, Any]:
-    report = sandbox.read_state()
-    found = mutations_in(report)
-    error = mutations_found(found) if verify_no_mutations and found else None
-    return {**report, "error": error}
 
 
 def state_lines(report: Mapping[str, Any]) -> Iterator[Line]:
@@ -9678,28 +9349,6 @@ def state_lines(report: Mapping[str, Any]) -> Iterator[Line]:
         yield f"  {mutation.action:<7} {mutation.table:<{width}}  {mutation.told()}".rstrip()
     if len(mutations) > SHOWN_MUTATIONS:
         yield f"  ... and {len(mutations) - SHOWN_MUTATIONS} more; --json has all of them"
-
-
-def mutations_in(report: Mapping[str, Any]) -> list[Mutation]:
-    """The mutations in a SessionStateResponse."""
-    jobs = (as_dict(job) for job in as_dict(report.get("results")).values())
-    return [mutation for job in jobs for mutation in mutations_of(as_dict(job.get("state")))]
-
-
-def run_clear_audit(sandbox: Sandbox) -> dict[str, Any]:
-    return {"cleared": True, **sandbox.clear_audit()}
-
-
-def run_snapshot(
-    sandbox: Sandbox,
-    include_config: bool = False,
-    wait: bool = False,
-    wait_timeout: float = ARTIFACT_SECONDS,
-    **options: Any,
-) -> dict[str, Any]:
-    if include_config:
-        options["config"] = True
-    return sandbox.snapshot(wait=wait_timeout if wait else None, **options)
 
 
 def snapshot_lines(report: Mapping[str, Any]) -> Iterator[Line]:
@@ -9850,15 +9499,22 @@ def open_browser(url: str, output: Output) -> None:
 class Command:
     """A command. run: called with a Sandbox and the options that were given, returns the report, which is the
     document of --json (its `error`, if any, ends the command; None is shown already); lines: what people are
-    shown of it; text: the options, one a line (see `add_option`), then what --help adds.
+    shown of it; text: the options, one a line (see `add_options`), then what --help adds; interrupted: what
+    to do next after Ctrl-C.
     """
 
     def __init__(
-        self, about: str, run: Callable[..., Any], lines: Callable[[Any], Iterable[Line]], text: str = ""
+        self,
+        about: str,
+        run: Callable[..., Any],
+        lines: Callable[[Any], Iterable[Line]],
+        text: str = "",
+        interrupted: str | None = None,
     ) -> None:
         self.about = about
         self.run = run
         self.lines = lines
+        self.interrupted = interrupted
         self.options, _, self.more = text.partition("\n\n")
 
 
@@ -9896,14 +9552,16 @@ modes (choose one):
   {PROGRAM} start --artifact-id ID
   {PROGRAM} start --blank --service myapp [--cpus 4 --memory 2048]
 """,
+        f"See what is here now: {PROGRAM} status",
     ),
     "stop": Command(
         "Stop and destroy the sandbox",
-        run_stop,
+        Sandbox.stop,
         stop_lines,
         "    --session-id ID      stop this session, from any directory",
+        "The VM may still run, and nothing is lost; run the command again.",
     ),
-    "status": Command("Show current sandbox status", run_status, status_lines),
+    "status": Command("Show current sandbox status", Sandbox.status, status_lines),
     "sync": Command(
         "Sync local code to the sandbox",
         run_sync,
@@ -9929,6 +9587,7 @@ examples:
   {PROGRAM} sync ./src --dry-run      what would be done for another one
   {PROGRAM} sync --watch              keep the VM up to date while you edit
 """,
+        f"The tree on the VM is the old one or the new one; go on with: {PROGRAM} sync",
     ),
     "flow": Command(
         "Execute a test flow against the simulator",
@@ -9986,7 +9645,7 @@ examples:
     ),
     "start-worker": Command(
         "Start or configure the Plato worker",
-        run_start_worker,
+        Sandbox.start_worker,
         worker_lines,
         f"""\
 -s, --service NAME       service name (default: the sandbox's)
@@ -9997,7 +9656,7 @@ examples:
     ),
     "state": Command(
         "Show what changed in the environment's databases",
-        run_state,
+        Sandbox.read_state,
         state_lines,
         "-v, --verify-no-mutations  exit 8 if there are any mutations",
     ),
@@ -10008,7 +9667,7 @@ examples:
     ),
     "snapshot": Command(
         "Create a snapshot (artifact) of the current state",
-        run_snapshot,
+        Sandbox.snapshot,
         snapshot_lines,
         f"""\
     --description TEXT   a note that stays with the artifact
@@ -10020,7 +9679,7 @@ examples:
     ),
     "clear-audit": Command(
         "Empty the audit tables that `state` reads",
-        run_clear_audit,
+        Sandbox.clear_audit,
         lambda report: ["Audit tables emptied successfully."],
     ),
     "audit-ui": Command(
@@ -10243,9 +9902,14 @@ def run(arguments: Sequence[str], output: Output) -> int:
     )
     directory = options.pop("working_dir", ".")
     output.place = "" if directory == "." else " " + shell_words(["-w", directory])
-    with SignalGuard(output):
-        report = COMMANDS[name].run(Sandbox(directory, reporter=output), **options)
-    return 0 if report is None else show(report, COMMANDS[name], output)
+    command = COMMANDS[name]
+    try:
+        with SignalGuard(output):
+            report = command.run(Sandbox(directory, reporter=output), **options)
+    except Interrupted as interruption:
+        interruption.hint = interruption.hint or command.interrupted
+        raise
+    return 0 if report is None else show(report, command, output)
 
 
 def show(report: dict[str, Any], command: Command, output: Output) -> int:

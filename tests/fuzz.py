@@ -254,21 +254,19 @@ def fuzz_answers(data: bytes) -> None:
     product.load_state = lambda directory: {**sandbox.state, "base_url": sandbox.settings.base_url}
     sandbox.revive_heartbeat = sandbox.end_of_vm
     sandbox._record = lambda **_: None
-    starter = product.Starter(sandbox, product.plan_start("/", blank=True, service="x"))
+    starter = product.Starter(sandbox, 1.0, reset=True)
     for work in (
         lambda: told_lines(product.status_lines(sandbox.status())),
         lambda: told(lambda output: output.document(sandbox.reset())),
         lambda: told_lines(product.state_lines(sandbox.read_state())),
         lambda: sandbox.snapshot(config=False),
         lambda: sandbox.clear_audit(),
-        lambda: sandbox.close_session("s"),
-        lambda: sandbox._artifact_status("a"),
-        lambda: sandbox._worker_trouble(),
-        lambda: starter._is_ready("s", JOB, 1),
-        lambda: product.with_router_target(starter._public_url("s", JOB), "x"),
+        lambda: sandbox._wait_for_artifact("a", 0.0),
+        lambda: sandbox._wait_for_worker(0.0),
+        lambda: starter._boot_trouble(1),
+        lambda: product.with_router_target(starter._public_url(), "x"),
         lambda: sandbox.connect_network(),
-        lambda: starter._make(),
-        lambda: product.judge_beat(sandbox.api.checked(dict), JOB),
+        lambda: product.beat_trouble(sandbox.api.checked(dict), JOB),
         lambda: product.execute_outcome(sandbox.api.checked(dict), JOB, 1.0),
         lambda: told_lines(
             product.flow_lines(product.listed_flows(product.fetch_flows(sandbox), product.Reporter()))
@@ -358,8 +356,8 @@ def fuzz_state(data: bytes) -> None:
         files = product.SshFiles(settings.home, state.get("session_id") or "")
         assert all(os.path.dirname(path) == settings.home for path in files.all())
         told_lines([product.ssh_command(state, shown=True) or ""])
-        product.repair_ssh_config(state, settings, product.Reporter())
-        product.other_heartbeat_alive(state)
+        product.repair_ssh_config(state, settings)
+        product.is_heartbeat(state.get("heartbeat_pid"), state.get("session_id"))
         product.unfinished_start(state)
         product.default_target(state)
     except product.SandboxError as error:
@@ -367,10 +365,8 @@ def fuzz_state(data: bytes) -> None:
         state = {"session_id": "s"}
     truth = json_of(record)
     if isinstance(truth, dict):
-        kept = {
-            key: value for key, value in truth.items() if product.HeartbeatRecord._makes_sense(key, value)
-        }
-        product.HeartbeatRecord.read = lambda path: kept
+        kept = {key: value for key, value in truth.items() if product._is_fact(key, value)}
+        product.heartbeat_facts = lambda path: kept
         health = product.heartbeat_health(settings, state, time.time())
         told_lines(product.status_lines({**state, "heartbeat": health}))
 

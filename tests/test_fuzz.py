@@ -139,7 +139,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
         (fuzz.product, "load_state"),
         (fuzz.product, "read_config"),
         (fuzz.product, "text_of_others"),
-        (fuzz.product.HeartbeatRecord, "read"),
+        (fuzz.product, "heartbeat_facts"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 

@@ -343,9 +343,9 @@ def spawn_second(desk: Desk, plato: LocalPlato, session_id: str) -> subprocess.C
         "base_url": plato.base_url,
         "session_id": session_id,
         "job_id": state["job_id"],
-        "directory": str(desk.work),
+        "record": str(desk.state_file),
         "interval": 1.0,
-        "record": str(record),
+        "log": str(record),
     }
     return subprocess.run(
         desk.command("heartbeat-child"),
@@ -360,7 +360,7 @@ def spawn_second(desk: Desk, plato: LocalPlato, session_id: str) -> subprocess.C
 def test_of_two_heartbeats_one_lives(desk: Desk, plato: LocalPlato) -> None:
     pid = start(desk)
     second = spawn_second(desk, plato, desk.state["session_id"])
-    assert second.stdout == b"busy\n"
+    assert second.stdout == f"ready {pid}\n".encode()
     assert second.returncode == 0
     assert heartbeats(desk) == [pid]
     assert desk.heartbeat_record()["pid"] == pid
@@ -370,16 +370,16 @@ def test_of_two_heartbeats_one_lives(desk: Desk, plato: LocalPlato) -> None:
 def test_record_that_is_held_already(tmp_path: Path, holder: str) -> None:
     """By a heartbeat of this session: it will do. By that of another one: this sandbox has none, an error."""
     settings = product.Settings(api_key="key", home=str(tmp_path))
-    record = product.HeartbeatRecord(product.heartbeat_path(str(tmp_path), holder))
-    assert record.take()
-    record.write(session_id=holder, pid=os.getpid())
-    task = settings, {"session_id": "abcdef12-mine"}, str(tmp_path), product.Reporter()
+    log = product.HeartbeatLog(product.heartbeat_path(str(tmp_path), holder))
+    assert log.take()
+    log.write(session_id=holder, pid=os.getpid())
+    task = settings, {"session_id": "abcdef12-mine"}, str(tmp_path / "record"), product.Reporter()
     if holder == "abcdef12-mine":
         assert product.spawn_heartbeat(*task) == os.getpid()
     else:
         with pytest.raises(product.SandboxError, match="another sandbox"):
             product.spawn_heartbeat(*task)
-    os.close(record._handle)
+    os.close(log._file)
 
 
 def test_child_without_a_task_ends(desk: Desk) -> None:
@@ -425,17 +425,17 @@ GONE_ANSWER = {
 
 
 def heartbeat_in_process(directory: Path, answers: list[Any]) -> product.Heartbeat:
-    record = product.HeartbeatRecord(str(directory / "record.log"))
-    assert record.take()
+    log = product.HeartbeatLog(str(directory / "record.log"))
+    assert log.take()
     task = {
         "api_key": "key",
         "base_url": "http://127.0.0.1:1",
         "session_id": "s",
         "job_id": "j",
-        "directory": str(directory),
+        "record": str(directory / ".sandbox.yaml"),
         "interval": 30.0,
     }
-    heartbeat = product.Heartbeat(task, record)
+    heartbeat = product.Heartbeat(task, log)
     heartbeat.api = ScriptedApi(answers)  # type: ignore[assignment]
     return heartbeat
 
@@ -445,7 +445,7 @@ def test_record_stays_small(tmp_path: Path) -> None:
     trouble = product.ApiError("x" * 5000, status=500)
     heartbeat = heartbeat_in_process(tmp_path, [GOOD, trouble] * 3000)
     for _ in range(6000):
-        assert heartbeat.beat() is None
+        assert heartbeat.beat() == ""
     data = (tmp_path / "record.log").read_bytes()
     assert len(data) < 64_000
     assert len(data.splitlines()) <= 102
@@ -454,14 +454,14 @@ def test_record_stays_small(tmp_path: Path) -> None:
 
 def test_gone_then_good_again_is_not_gone(tmp_path: Path) -> None:
     heartbeat = heartbeat_in_process(tmp_path, [GONE_ANSWER, GOOD, GONE_ANSWER, GONE_ANSWER])
-    assert [heartbeat.beat() for _ in range(4)] == [None, None, None, "the VM is gone"]
+    assert [heartbeat.beat() for _ in range(4)] == ["", "", "", "the VM is gone"]
 
 
 def test_an_hour_without_a_good_beat_ends_it(tmp_path: Path) -> None:
     heartbeat = heartbeat_in_process(tmp_path, [product.NetworkError("no", sent=False)] * 2)
-    assert heartbeat.beat() is None
+    assert heartbeat.beat() == ""
     heartbeat.last_ok -= product.BEAT_SILENCE_LIMIT_SECONDS
-    assert heartbeat.beat() is not None
+    assert heartbeat.beat() == "no good beat for an hour"
 
 
 def job(**fields: Any) -> dict[str, Any]:
@@ -502,10 +502,9 @@ JUDGED: dict[str, tuple[dict[str, Any], bool, bool]] = {  # answer, good, gone
 
 
 @pytest.mark.parametrize(("answer", "good", "gone"), JUDGED.values(), ids=JUDGED)
-def test_judge_beat(answer: dict[str, Any], good: bool, gone: bool) -> None:
-    outcome = product.judge_beat(answer, "j")
-    assert (outcome.good, outcome.gone) == (good, gone)
-    assert good or outcome.words
+def test_what_an_answer_means(answer: dict[str, Any], good: bool, gone: bool) -> None:
+    trouble, is_gone = product.beat_trouble(answer, "j")
+    assert (not trouble, is_gone) == (good, gone)
 
 
 JSON = st.recursive(
@@ -522,32 +521,29 @@ JSON = st.recursive(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["success", "results", "errors"]), JSON))
-def test_judge_beat_of_anything(answer: dict[str, Any]) -> None:
-    outcome = product.judge_beat(answer, "j")
-    assert not (outcome.good and outcome.gone)
-    assert outcome.words.isprintable()
-    assert len(outcome.words) <= 200
+def test_what_any_answer_means(answer: dict[str, Any]) -> None:
+    trouble, is_gone = product.beat_trouble(answer, "j")
+    assert trouble or not is_gone
+    assert trouble.isprintable()
+    assert len(trouble) <= 200
 
 
-DELAYS = {  # interval, failures, elapsed, Retry-After, seconds since the last good beat -> seconds
-    "regular": ((30, 0, 0.25, None, 0), 29.75),
-    "regular after a slow beat": ((5, 0, 7, None, 0), 0),
-    "first failure": ((30, 1, 0, None, 30), 1),
-    "second": ((30, 2, 0, None, 31), 2),
-    "third": ((30, 3, 0, None, 33), 3),
-    "then as often": ((30, 40, 0, None, 140), 3),
-    "until the VM must have ended": ((30, 41, 0, None, 151), 30),
-    "first failures after a sleep": ((30, 2, 0, None, 9999), 2),
-    "never later than the regular one": ((3, 3, 0.5, None, 6), 2.5),
-    "no later for a failure that took long": ((30, 4, 28, None, 60), 2),
-    "Retry-After": ((30, 1, 0, 7.0, 30), 7),
-    "Retry-After of a minute": ((30, 1, 0, 60.0, 30), 10),
-    "Retry-After in the past": ((30, 1, 0, 0.0, 30), 1),
+DELAYS = {  # interval, failures, elapsed, seconds since the last good beat -> seconds
+    "regular": ((30, 0, 0.25, 0), 29.75),
+    "regular after a slow beat": ((5, 0, 7, 0), 0),
+    "first failure": ((30, 1, 0, 30), 1),
+    "second": ((30, 2, 0, 31), 2),
+    "third": ((30, 3, 0, 33), 3),
+    "then as often": ((30, 40, 0, 140), 3),
+    "until the VM must have ended": ((30, 41, 0, 151), 30),
+    "first failures after a sleep": ((30, 2, 0, 9999), 2),
+    "never later than the regular one": ((3, 3, 0.5, 6), 2.5),
+    "no later for a failure that took long": ((30, 4, 28, 60), 2),
 }
 
 
 @pytest.mark.parametrize(("arguments", "delay"), DELAYS.values(), ids=DELAYS)
-def test_next_beat_delay(arguments: tuple[float, int, float, float | None, float], delay: float) -> None:
+def test_next_beat_delay(arguments: tuple[float, int, float, float], delay: float) -> None:
     assert product.next_beat_delay(*arguments) == delay
 
 
@@ -555,13 +551,12 @@ def test_next_beat_delay(arguments: tuple[float, int, float, float | None, float
     interval=st.floats(0.1, 3600),
     failures=st.integers(0, 10_000),
     elapsed=st.floats(0, 1e6),
-    retry_after=st.none() | st.floats(0, 1e9),
     silence=st.floats(0, 1e6),
 )
 def test_next_beat_is_never_later_than_the_regular_one(
-    interval: float, failures: int, elapsed: float, retry_after: float | None, silence: float
+    interval: float, failures: int, elapsed: float, silence: float
 ) -> None:
-    delay = product.next_beat_delay(interval, failures, elapsed, retry_after, silence)
+    delay = product.next_beat_delay(interval, failures, elapsed, silence)
     assert 0 <= delay <= max(0.0, interval - elapsed)
     assert failures or delay == max(0.0, interval - elapsed)
 
@@ -603,13 +598,13 @@ def test_wait_until(monkeypatch: pytest.MonkeyPatch, watch: Watch, longest: floa
 
 
 def test_record_of_a_dead_heartbeat_is_not_alive(tmp_path: Path) -> None:
-    record = product.HeartbeatRecord(str(tmp_path / "record.log"))
-    assert record.take()
-    record.write("started", pid=os.getpid())
-    assert product.heartbeat_alive(record.path)
-    assert not product.HeartbeatRecord(record.path).take()
-    os.close(record._handle)
-    assert not product.heartbeat_alive(record.path)
+    log = product.HeartbeatLog(str(tmp_path / "record.log"))
+    assert log.take()
+    log.write("started", pid=os.getpid())
+    assert product.heartbeat_alive(log.path)
+    assert not product.HeartbeatLog(log.path).take()
+    os.close(log._file)
+    assert not product.heartbeat_alive(log.path)
     assert product.heartbeat_health(product.Settings(home=str(tmp_path)), {}, time.time())["state"] == "dead"
 
 

@@ -950,6 +950,7 @@ def test_the_gateway_reaches_no_port_before_the_network(
     client.serve_in_vm(session_id, DIGEST_SERVER, 7000)
     with contextlib.ExitStack() as stack:
         tunnels = [stack.enter_context(Tunnel(plato, f"{job_id}--{port}.localhost")) for port in (22, 7000)]
+        eventually(lambda: len([entry for entry in plato.gateway()["connections"] if entry["error"]]) == 2)
         client.call("POST", f"{path}/connect_network")
         tunnels += [stack.enter_context(Tunnel(plato, f"{job_id}--{port}.localhost")) for port in (22, 7000)]
         timed_out = user.run("-o", "ConnectTimeout=1", "root@vm", "true")

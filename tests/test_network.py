@@ -73,6 +73,7 @@ def test_start_says_that_ssh_does_not_answer_yet(
     assert synced.document["via"] == "api"
     assert connects(plato) == 2, "the command that found SSH silent connected again, once"
     plato.advance(100)
+    desk.tune()  # patient again
     assert desk.good("sync", "--via", "ssh", "--json").document["via"] == "ssh"
     assert connects(plato) == 2
 

@@ -344,20 +344,18 @@ def test_file_in_a_directory_with_a_line_break(desk: Desk, plato: LocalPlato) ->
 
 
 def test_status_repairs_the_config_after_a_move(desk: Desk) -> None:
-    first, second = desk.place / "first.py", desk.place / "second.py"
+    first, second = desk.place / "a tool.py", desk.place / "the tool.py"
     shutil.copy(PRODUCT, first)
     desk.good(command=[sys.executable, str(first), *BLANK])
     before = effective(desk, desk.state["ssh_host"])
     first.rename(second)
     assert desk.ssh("true").code == 255
-    status = desk.good(command=[sys.executable, str(second), "status"])
-    assert desk.state["ssh_config_path"].rpartition("/")[2] in status.err
+    desk.good(command=[sys.executable, str(second), "status"])
     after = effective(desk, desk.state["ssh_host"])
     assert after.pop("proxycommand") == before.pop("proxycommand").replace(str(first), str(second))
     assert after == before
     assert mode_of(desk.state["ssh_config_path"]) == "0o600"
     assert desk.ssh("echo there").out == "there\n"
-    assert desk.good(command=[sys.executable, str(second), "status"]).err == ""
 
 
 def test_status_repairs_the_config_after_the_interpreter_moved(desk: Desk) -> None:
@@ -366,14 +364,14 @@ def test_status_repairs_the_config_after_the_interpreter_moved(desk: Desk) -> No
     desk.good(command=[str(python), str(PRODUCT), *BLANK])
     python.unlink()
     assert desk.ssh("true").code == 255
-    assert "written anew" in desk.good("status").err
+    desk.good("status")
     assert desk.ssh("echo there").out == "there\n"
 
 
 def test_status_repairs_the_config_after_the_gateway_moved(desk: Desk, plato: LocalPlato) -> None:
     desk.good(*BLANK, environment={"PLATO_GATEWAY_PORT": "9"})
     assert desk.ssh("true").code == 255
-    assert "written anew" in desk.good("status").err
+    desk.good("status")
     assert f"--port {plato.gateway_port} " in effective(desk, desk.state["ssh_host"])["proxycommand"]
     assert desk.ssh("echo there").out == "there\n"
 

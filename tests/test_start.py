@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 import yaml
-from conftest import PRODUCT, Desk, Result, altered, eventually, is_running, living, part, sent
+from conftest import PRODUCT, Desk, Result, altered, is_running, living, part, sent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -675,25 +675,6 @@ def test_never_ready(
     assert result.code == 7
     assert result.error["code"] == "timed_out"
     assert "--timeout" in result.error["hint"]
-    nothing_left(desk, plato)
-
-
-def test_key_making_does_not_outlive_a_failed_start(desk: Desk, plato: LocalPlato) -> None:
-    programs, noted, pipe = desk.place / "programs", desk.place / "pid", desk.place / "pipe"
-    programs.mkdir()
-    os.mkfifo(pipe)
-    slow = programs / "ssh-keygen"
-    slow.write_text(f'#!/bin/sh\necho $$ > "{noted}.new"\nmv "{noted}.new" "{noted}"\nread line < "{pipe}"\n')
-    slow.chmod(0o755)
-    plato.fault("never_ready")
-    path = f"{programs}:{desk.environment['PATH']}"
-    start = desk.begin("start", *BLANK, "--json", environment={"PATH": path})
-    eventually(noted.exists)
-    (session,) = plato.sessions()
-    desk.good("stop", "--session-id", session["session_id"], directory=desk.home)
-    out, err = start.communicate(timeout=30)
-    assert Result(start.returncode, out, err).error["exit_code"] == 3
-    eventually(lambda: not is_running(int(noted.read_text())))
     nothing_left(desk, plato)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 import yaml
-from conftest import PRODUCT, Desk, Result, eventually, is_running, living
+from conftest import Desk, Result, eventually, is_running, living
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -402,44 +402,6 @@ def test_status_with_a_damaged_heartbeat_record(started: Desk, content: bytes) -
 
 
 # status: what moved
-
-
-def test_status_after_the_file_has_moved(desk: Desk) -> None:
-    first, second = desk.place / "a tool.py", desk.place / "moved" / "tool 100%.py"
-    shutil.copy(PRODUCT, first)
-    desk.product = first
-    desk.good("start", *BLANK)
-    config = desk.state["ssh_config_path"]
-    with open(config) as file:
-        assert str(first) in file.read()
-    second.parent.mkdir()
-    first.rename(second)
-    desk.product = second
-    assert config.rpartition("/")[2] in desk.good("status").err
-    assert desk.ssh("id -un").out == "root\n"
-    assert desk.good("status").err == ""
-    desk.good("stop")
-    assert desk.leftovers() == []
-
-
-def test_status_after_python_has_moved(desk: Desk) -> None:
-    first, second = desk.place / "python-a", desk.place / "python-b"
-    first.symlink_to(sys.executable)
-    desk.good(command=[str(first), str(PRODUCT), "start", *BLANK])
-    first.rename(second)
-    assert "written anew" in desk.good("status").err
-    assert desk.ssh("id -un").out == "root\n"
-
-
-@pytest.mark.parametrize("line", ["    ProxyCommand 'gateway-stream ", "    ProxyCommand gateway-stream x"])
-def test_status_repairs_a_proxy_command_that_cannot_run(started: Desk, line: str) -> None:
-    config = started.state["ssh_config_path"]
-    with open(config) as file:
-        lines = [text for text in file.read().splitlines() if "ProxyCommand" not in text]
-    with open(config, "w") as file:
-        file.write("\n".join([*lines, line]) + "\n")
-    started.good("status")
-    assert started.ssh("id -un").out == "root\n"
 
 
 def test_status_leaves_a_config_of_somebody_else(started: Desk) -> None:
