@@ -187,7 +187,6 @@ def fuzz_flows(data: bytes) -> None:
         return
     told_lines(product.flow_lines(product.listed_flows(known, product.Reporter())))
     for flow in known.flows:
-        product.flow_file_name(flow.name)
         for step in flow.steps:
             record = product.step_record(step)
             harmless(product.printable(product.step_words(record)))
