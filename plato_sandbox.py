@@ -1182,13 +1182,6 @@ class Field:
         self.choices = choices
 
 
-class Needed:
-    """The schema of a field that must be there and must not be empty."""
-
-    def __init__(self, schema: Any) -> None:
-        self.schema = schema
-
-
 def whole_number(value: Any) -> int | None:
     """An int, or a float or text that the API's models take for one; None for anything else."""
     return int(float(value)) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}(\.0*)?\s*", str(value)) else None
@@ -1211,7 +1204,7 @@ def _text(words: str, fits: Callable[[str], object] = lambda text: True) -> Fiel
 
 
 _TEXT = _text("a text (quotes make one)")
-_FILLED = Needed(_text("a text that is not blank", str.strip))
+_FILLED = _text("a text that is not blank", str.strip)
 _NAME = _text("a text of letters, digits, '.', '_' and '-'", re.compile(SERVICE_NAME).fullmatch)
 _TABLE = _text("a table name or {table: NAME, columns: [..]}")
 _PATH = _text("a path in the screenshots folder", lambda text: text.strip() and is_inside(text))
@@ -1255,15 +1248,15 @@ _SERVICE = {
 }
 _FILES = {
     "seed_data_path": _TEXT,
-    "target_dir": Needed(_TEXT),
+    "target_dir!": _TEXT,
     "watch_enabled": _BOOLEAN,
     **dict.fromkeys(("watch_patterns", "ignore_patterns", "volumes"), _TEXTS),
     "scan_frequency": _COUNT,
 }
 _LISTENERS: dict[str, Fields] = {
     "db": {
-        "db_type": Needed(_choice("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis")),
-        "db_database": Needed(_TEXT),
+        "db_type!": _choice("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis"),
+        "db_database!": _TEXT,
         "db_port": _PORT,
         **dict.fromkeys(("db_host", "db_user", "db_password", "db_schema", "schema_name"), _TEXT),
         "truncate_tables": _BOOLEAN,
@@ -1293,9 +1286,10 @@ _DATASET = {
 class Checker:
     """Compares a YAML text with a schema and collects what is wrong, each with file, line and column.
 
-    A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field, a
-    function from a node to its schema, or None for whatever can be sent as JSON. strict: an unknown field is
-    a problem; else it is worth a warning if it looks misspelt.
+    A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field and
+    "name!" one that must be there and must not be empty (the first of a name counts), a function from a node
+    to its schema, or None for whatever can be sent as JSON. strict: an unknown field is a problem; else it is
+    worth a warning if it looks misspelt.
     """
 
     def __init__(self, source: str, *, strict: bool = False) -> None:
@@ -1320,8 +1314,6 @@ class Checker:
         return root
 
     def check(self, node: YamlNode, where: str, schema: Any) -> None:
-        if isinstance(schema, Needed):
-            schema = schema.schema
         if callable(schema):
             schema = schema(node)
         if isinstance(schema, dict):
@@ -1363,28 +1355,29 @@ class Checker:
             self.tell(node, where, "must be a map of fields (`name: value` lines)")
             return
         prefix = f"{where}." if where else ""
-        for name, schema in fields.items():
+        known: list[str] = []
+        for field, schema in fields.items():
+            name = field.removesuffix("!")
             value = node.get(name)
+            if name in known:
+                continue
+            known.append(name)
             if value is not None and value.value is not None:
                 self.check(value, prefix + name, schema)
-            elif isinstance(schema, Needed):
+            elif name != field:
                 wrong = f"is {'empty' if value else 'missing'}"
-                if isinstance(schema.schema, Field):
-                    wrong += f"; it must be {schema.schema.words}"
+                if isinstance(schema, Field):
+                    wrong += f"; it must be {schema.words}"
                 elif "*" in fields:
                     wrong += _meant(name, [str(key.value) for key, _ in node.pairs()])
                 self.tell(value or node, prefix + name, wrong)
         for key, value in node.pairs():
-            if key.value not in fields:
+            if key.value not in known:
                 self.check(value, f"{prefix}{key.value}", fields.get("*"))
-                if "*" not in fields:
-                    self.unknown_field(key, where, fields)
-
-    def unknown_field(self, key: YamlNode, where: str, fields: Fields) -> None:
-        meant = _meant(str(key.value), fields)
-        if self.strict or "did you mean" in meant:
-            home = self.problems if self.strict else self.warnings
-            self.tell(key, where, f"has no field `{key.value}`{meant}", home)
+                meant = _meant(str(key.value), known)
+                if "*" not in fields and (self.strict or "did you mean" in meant):
+                    home = self.problems if self.strict else self.warnings
+                    self.tell(key, where, f"has no field `{key.value}`{meant}", home)
 
     def tell(self, node: YamlNode, where: str, text: str, home: list[str] | None = None) -> None:
         what = f"`{where}`" if where else "the file"
@@ -1442,9 +1435,7 @@ def read_config(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{shown_path(path)} is not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
 
 
@@ -1456,53 +1447,42 @@ def load_config(path: str, dataset: str | None) -> Config:
 def parse_config(text: str, source: str, path: str, dataset: str | None) -> Config:
     """The same from a text; source is what problems name as its place."""
     name = dataset or DEFAULT_DATASET
-    root, warnings = _read_dataset(text, source, name, _DATASET)
-    compute = root.get("datasets", name, "compute")
-    native = compute.key("native_worker") if compute is not None else None
-    if native is not None:
-        warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
-    plain = root.plain()
-    return Config(path, plain["service"], name, plain["datasets"][name], warnings)
-
-
-def _read_dataset(text: str, source: str, dataset: str, fields: Fields) -> tuple[YamlNode, list[str]]:
-    """A config whose dataset has these fields, and warnings; its other datasets are not looked at."""
     checker = Checker(source)
-    datasets = {"*": _UNSEEN, dataset: Needed(fields)}
-    root = checker.read(text, {"service": Needed(_NAME), "datasets": Needed(datasets)})
-    return root, checker.warnings
+    datasets = {"*": _UNSEEN, f"{name}!": _DATASET}  # the others are not looked at
+    plain = checker.read(text, {"service!": _NAME, "datasets!": datasets}).plain()
+    return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
 
 
 # Flows: the steps of the API's models, each with its own fields
 
 
 VERIFY_NEEDS: dict[str, Fields] = {
-    "element_exists": {"selector": _FILLED},
-    "element_visible": {"selector": _FILLED},
-    "element_text": {"selector": _FILLED, "text": _FILLED},
-    "element_count": {"selector": _FILLED, "count": Needed(_COUNT)},
-    "page_title": {"title": Needed(_TEXT)},
+    "element_exists": {"selector!": _FILLED},
+    "element_visible": {"selector!": _FILLED},
+    "element_text": {"selector!": _FILLED, "text!": _FILLED},
+    "element_count": {"selector!": _FILLED, "count!": _COUNT},
+    "page_title": {"title!": _TEXT},
 }
 STEP_FIELDS: dict[str, Fields] = {
-    "navigate": {"url": _FILLED},
-    "wait_for_selector": {"selector": _FILLED},
-    "click": {"selector": _FILLED},
-    "fill": {"selector": _FILLED, "value": Needed(_VALUE)},
-    "wait": {"duration": Needed(_COUNT)},
-    "wait_for_url": {"url_contains": _FILLED},
-    "check_element": {"selector": _FILLED, "should_exist": _BOOLEAN},
+    "navigate": {"url!": _FILLED},
+    "wait_for_selector": {"selector!": _FILLED},
+    "click": {"selector!": _FILLED},
+    "fill": {"selector!": _FILLED, "value!": _VALUE},
+    "wait": {"duration!": _COUNT},
+    "wait_for_url": {"url_contains!": _FILLED},
+    "check_element": {"selector!": _FILLED, "should_exist": _BOOLEAN},
     "verify": {
-        "verify_type": Needed(_choice(*VERIFY_NEEDS)),
+        "verify_type!": _choice(*VERIFY_NEEDS),
         **dict.fromkeys(("selector", "text", "title"), _TEXT),
         "contains": _BOOLEAN,
         "count": _COUNT,
     },
-    "verify_text": {"text": _FILLED, "should_exist": _BOOLEAN},
-    "verify_url": {"url": _FILLED, "contains": _BOOLEAN},
+    "verify_text": {"text!": _FILLED, "should_exist": _BOOLEAN},
+    "verify_url": {"url!": _FILLED, "contains": _BOOLEAN},
     "verify_no_errors": {"error_selectors": _TEXTS},
-    "screenshot": {"filename": Needed(_PATH), "full_page": _BOOLEAN},
-    "switch_page": {"page_index": Needed(_integer(-1000, 1000))},
-    "execute_script": {"script": _FILLED},
+    "screenshot": {"filename!": _PATH, "full_page": _BOOLEAN},
+    "switch_page": {"page_index!": _integer(-1000, 1000)},
+    "execute_script": {"script!": _FILLED},
 }
 STEP_TIMEOUT_MS = 8000
 SCREENSHOT_TIMEOUT_MS = 60000
@@ -1513,13 +1493,19 @@ RETRY_DELAY_MS = 500
 
 def _step_fields(node: YamlNode) -> dict[str, Any]:
     """The fields that a step may have, by its type and, if it has one, its verify_type."""
-    fields = {"type": Needed(_choice(*STEP_FIELDS)), **_of_kind(node, "type", STEP_FIELDS)}
-    if "verify_type" in fields:
-        fields.update(_of_kind(node, "verify_type", VERIFY_NEEDS))
-    return {**fields, "description": _TEXT, "timeout": _COUNT, "retries": _COUNT, "retry_delay_ms": _COUNT}
+    fields = {"type!": _choice(*STEP_FIELDS), **_of_kind(node, "type", STEP_FIELDS)}
+    needed = _of_kind(node, "verify_type", VERIFY_NEEDS) if "verify_type!" in fields else {}
+    return {
+        **needed,
+        **fields,
+        "description": _TEXT,
+        "timeout": _COUNT,
+        "retries": _COUNT,
+        "retry_delay_ms": _COUNT,
+    }
 
 
-_FLOW = {"name": _FILLED, "description": _TEXT, "har_path": _UNSEEN, "steps": [_step_fields]}
+_FLOW = {"name!": _FILLED, "description": _TEXT, "har_path": _UNSEEN, "steps": [_step_fields]}
 
 
 class FlowStep:
@@ -1529,21 +1515,17 @@ class FlowStep:
 
     def __init__(self, number: int, values: dict[str, Any], place: str) -> None:
         self.number = number
-        self.type: str = values["type"]
-        self.description: str = values.get("description") or ""
-        self.values = values
-        self.place = place
+        self.values = given = {name: value for name, value in values.items() if value is not None}
+        self.type: str = given["type"]
         # What a verify step checks, or else the type.
-        self.kind: str = values["verify_type"] if self.type == "verify" else self.type
-        self.retries = self._number("retries", 0)
-        self.retry_delay_ms = self._number("retry_delay_ms", RETRY_DELAY_MS)
+        self.kind: str = given["verify_type"] if self.type == "verify" else self.type
+        self.description: str = given.get("description", "")
+        self.place = place
+        self.retries = whole_number(given.get("retries")) or 0
+        self.retry_delay_ms = whole_number(given.get("retry_delay_ms", RETRY_DELAY_MS)) or 0
         standard = SCREENSHOT_TIMEOUT_MS if self.type == "screenshot" else STEP_TIMEOUT_MS
-        self.limit = self._number("timeout", standard) or STEP_FOREVER_MS
-        self.patience = self._number("timeout", STEP_PATIENCE_MS) or STEP_FOREVER_MS
-
-    def _number(self, name: str, default: int) -> int:
-        number = whole_number(self.values.get(name))
-        return default if number is None else number
+        self.limit = whole_number(given.get("timeout", standard)) or STEP_FOREVER_MS
+        self.patience = whole_number(given.get("timeout", STEP_PATIENCE_MS)) or STEP_FOREVER_MS
 
 
 class Flow:
@@ -1558,13 +1540,12 @@ class Flow:
 class FlowSet:
     """The flows of a simulator.
 
-    source: "local" or "api"; path: the flows file, None for flows that Plato sent; shown: where they are
+    path: the flows file, None for flows that Plato sent; shown: where they are
     from, in words; warnings: what looks mistaken.
     """
 
-    def __init__(self, flows: list[Flow], source: str, path: str | None, shown: str, warnings: list[str]):
+    def __init__(self, flows: list[Flow], path: str | None, shown: str, warnings: list[str]):
         self.flows = flows
-        self.source = source
         self.path = path
         self.shown = shown
         self.warnings = warnings
@@ -1583,52 +1564,46 @@ class FlowSet:
 
 def load_flows(path: str) -> FlowSet:
     """Read and check a whole flows file; ConfigError lists every problem with its line and column."""
-    return parse_flows(read_config(path), shown_path(from_here(path)), path=path)
+    return parse_flows(read_config(path), shown_path(from_here(path)), path)
 
 
-def parse_flows(text: str, source: str, *, path: str | None = None, placed: bool = True) -> FlowSet:
-    """The flows in a YAML text. placed: whether the user can look lines and columns up in that text."""
-    checker = Checker(source, strict=placed)
-    root = checker.read(text, {"flows": Needed([_FLOW]), "*": _UNSEEN})
+def parse_flows(text: str, source: str, path: str | None) -> FlowSet:
+    """The flows in a YAML text. path: None for a text in which nobody can look lines and columns up."""
+    checker = Checker(source, strict=path is not None)
+    root = checker.read(text, {"flows!": [_FLOW], "*": _UNSEEN})
     flows: list[Flow] = []
     for node in (root.get("flows") or root).items():
         steps = [
-            FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if placed else "")
+            FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if path else "")
             for number, step in enumerate((node.get("steps") or node).items(), 1)
         ]
         told = node.plain()
         flows.append(Flow(told["name"], told.get("description") or "", steps))
-    return FlowSet(flows, "local" if placed else "api", path, source, checker.warnings)
+    return FlowSet(flows, path, source, checker.warnings)
 
 
-def configured_flows_path(config_path: str, dataset: str) -> str | None:
-    """The absolute path of a dataset's flows file, or None when its `metadata` names none.
+def flows_file(config: Config) -> str | None:
+    """The absolute path of a config's flows file, None if it names none.
 
-    ConfigError when the config cannot be read, the dataset is not in it, or the path leads elsewhere.
+    ConfigError unless it lies in the config's directory: its text leaves this machine with a snapshot, so a
+    config must not be able to name any file at all.
     """
-    fields = {"metadata": {"flows_path": _FILLED.schema, "*": _UNSEEN}, "*": _UNSEEN}
-    source = shown_path(from_here(config_path))
-    root, _ = _read_dataset(read_config(config_path), source, dataset, fields)
-    node = root.get("datasets", dataset, "metadata", "flows_path")
-    if node is None or node.value is None:
+    name = (config.content.get("metadata") or {}).get("flows_path")
+    if not name:
         return None
-    where = f"{shown_path(from_here(config_path))}:{node.line}:{node.column}"
-    return flows_file(config_path, node.value, where)
-
-
-def flows_file(config_path: str, name: str, where: str) -> str:
-    """The absolute path of a config's flows file; ConfigError unless it lies in the config's directory.
-
-    Its text leaves this machine with a snapshot, so a config must not be able to name any file at all.
-    """
-    folder = os.path.dirname(os.path.abspath(config_path))
+    folder = os.path.dirname(os.path.abspath(config.path))
     path = os.path.normpath(os.path.join(folder, name))
-    top, real = os.path.realpath(folder), os.path.realpath(path)
-    if not is_inside(name) or os.path.commonpath([top, real]) != top:
+    if not is_inside(name) or not is_below(path, folder):
         raise ConfigError(
-            f"{where}: `metadata.flows_path` is {name!r}; it must lie in the directory of the config."
+            f"{shown_path(from_here(config.path))}: `metadata.flows_path` is {name!r};"
+            " it must lie in the directory of the config."
         )
     return path
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder, wherever links lead."""
+    return os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
 
 
 def is_inside(name: str) -> bool:
@@ -5682,7 +5657,7 @@ def local_flows_path(sandbox: SandboxBase) -> str | None:
     beside = [os.path.join(sandbox.directory, name) for name in CONFIG_NAMES]
     recorded = sandbox.state.get("plato_config_path") or ""
     config = next(filter(os.path.isfile, [recorded, *beside]), None)
-    return config and configured_flows_path(config, sandbox.state.get("dataset") or DEFAULT_DATASET)
+    return config and flows_file(load_config(config, sandbox.state.get("dataset")))
 
 
 def fetch_flows(sandbox: SandboxBase) -> FlowSet:
@@ -5703,7 +5678,7 @@ def fetch_flows(sandbox: SandboxBase) -> FlowSet:
             hint=f"Name a flows file in {CONFIG_NAMES[0]} (`metadata.flows_path`) and use --local.",
         )
     text = found if isinstance(found, str) else yaml_dump({"flows": found})
-    return parse_flows(text, "the flows that Plato has", placed=False)
+    return parse_flows(text, "the flows that Plato has", None)
 
 
 # What a flow changed
@@ -5899,7 +5874,7 @@ STEPS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "execute_script": (
         "{script}",
         "the script to end without an error",
-        lambda run, at: run.script(at["script"]),
+        lambda run, at: run.page.evaluate(at["script"]),
     ),
 }
 # In the page's HTML, or in what a person sees of it, whatever the line breaks and margins.
@@ -5965,7 +5940,7 @@ _TELLING = (
 
 def seen_words(error: Exception) -> str:
     """What Playwright says of a failure, in one line for people."""
-    text = getattr(error, "strerror", None) or str(error) or "the page did not answer"
+    text = str(error) or "the page did not answer"
     words = next(filter(None, (re.findall(telling, text, re.MULTILINE) for telling in _TELLING)))[-1]
     words = re.sub(r"net::ERR_\w+", lambda code: code[0][9:].lower().replace("_", " "), words)
     return re.sub(r"Timeout (\d+)ms exceeded.*", r"nothing like it within \1 ms", words)[:500]
@@ -6016,16 +5991,12 @@ class FlowRun:
 
     timed_out = False
     stays = False  # whether the flows are done and the window is still open
-    browser: Any = None
-    context: Any = None
     page: Any = None
-    _playwright: Any = None
     _ended = False
 
     def __init__(
         self, sandbox: SandboxBase, known: FlowSet, flows: Sequence[Flow], address: str, output: str
     ) -> None:
-
         self.reporter = sandbox.reporter
         self.flows = flows
         self.address = address
@@ -6036,7 +6007,7 @@ class FlowRun:
         self.output = output
         os.makedirs(self.output, exist_ok=True)
         for name in os.listdir(self.output):  # of an earlier run
-            if re.fullmatch(r"flow-\d+-.*-(step-\d+\.(jpeg|png)|trace\.zip)", name):
+            if re.fullmatch(r"flow-\d+-.*-(step-\d+\.jpeg|trace\.zip)", name):
                 os.unlink(os.path.join(self.output, name))
 
     def run(self, launch: Json, seconds: float, told: FlowListener, *, keep_open: bool) -> None:
@@ -6048,7 +6019,11 @@ class FlowRun:
         import signal
 
         self.seconds = seconds
-        thread = Aside(lambda: asyncio.run(self._serve(self._run(launch, told, keep_open))))
+
+        def tell(result: Json, step: Json | None) -> None:
+            told(each_text(result, self.mask), each_text(step, self.mask))
+
+        thread = Aside(lambda: asyncio.run(self._serve(self._run(launch, tell, keep_open))))
         try:
             thread.result()
         except Interrupted as interruption:
@@ -6069,7 +6044,7 @@ class FlowRun:
         task.cancel()
         await task
 
-    async def _run(self, launch: Json, told: FlowListener, keep_open: bool) -> None:
+    async def _run(self, launch: Json, tell: FlowListener, keep_open: bool) -> None:
         import asyncio
         import tempfile
 
@@ -6079,7 +6054,7 @@ class FlowRun:
                 self._ends = time.monotonic() + self.seconds
                 for flow in self.flows:
                     if not self.timed_out:
-                        await self._run_flow(flow, told)
+                        await self._run_flow(flow, tell)
                     if not keep_open:
                         await quietly(lambda: self.context.close())
                 if keep_open:
@@ -6115,7 +6090,7 @@ class FlowRun:
             chromium = self._playwright.chromium
             if launch["executable_path"] is None and not os.path.exists(chromium.executable_path):
                 launch["executable_path"] = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
-            self.browser = await chromium.launch(**launch, env=environment)
+            self.browser = await chromium.launch(**{**launch, "env": environment})
         except Exception as error:  # noqa: BLE001  (the driver or the browser failed in any way)
             raise SandboxError(
                 f"The browser could not be opened: {seen_words(error)}. This brings one:"
@@ -6123,7 +6098,7 @@ class FlowRun:
                 " (or install Chrome or Chromium, or set PLATO_BROWSER to the path of one)"
             ) from None
 
-    async def _run_flow(self, flow: Flow, told: FlowListener) -> None:
+    async def _run_flow(self, flow: Flow, tell: FlowListener) -> None:
         steps = [FlowStep(0, {"type": "navigate", "url": self.address}, ""), *flow.steps]
         result: Json = {
             "name": flow.name,
@@ -6143,27 +6118,35 @@ class FlowRun:
         for step, record in zip(steps, result["steps"]):
             words = f"{flow.name}: {step.number}/{len(flow.steps)} {record['type']} {record['target']}"
             self.reporter.step(self.mask(words))
-            seen = await self._run_step(step, record)
+            start = time.monotonic()
+            seen = await self._try(step, record)
+            seconds = time.monotonic() - start
             left_at_once = not step.number and steps[1].type == "navigate"
             looked_only = step.type.startswith(("verify", "check_", "wait_for_", "screenshot"))
-            if seen or not (left_at_once or (looked_only and record["seconds"] < PICTURE_FRESH_SECONDS)):
-                path = f"{place}step-{step.number:02d}.{'png' if seen else 'jpeg'}"
-                shown = await quietly(functools.partial(self._picture, path, timeout=5000)) and path
-            record["picture"] = shown
+            if seen or not (left_at_once or (looked_only and seconds < PICTURE_FRESH_SECONDS)):
+                path = f"{place}step-{step.number:02d}.jpeg"
+                picture = functools.partial(self._picture, path, quality=75, timeout=5000)
+                shown = await quietly(picture) and path
+            record.update(
+                status="failed" if seen else "passed",
+                seconds=round(seconds, 3),
+                url=getattr(self.page, "url", None),
+                expected=expectation(step) if seen else None,
+                seen=seen,
+                picture=shown,
+            )
             if seen:
-                record["expected"] = expectation(step)
                 await self._fail(step, record, result, f"{place}trace.zip")
             result["seconds"] = round(time.monotonic() - began, 3)
-            told(each_text(result, self.mask), each_text(record, self.mask))
+            tell(result, record)
             if seen:
                 break
-        told(each_text(result, self.mask), None)
+        tell(result, None)
 
-    async def _run_step(self, step: FlowStep, record: Json) -> str | None:
+    async def _try(self, step: FlowStep, record: Json) -> str | None:
         """Try a step as often as it says. Returns what was seen instead of what it waits for."""
         import asyncio
 
-        began, seen = time.monotonic(), None
         duration = whole_number(step.values.get("duration")) or 0
         longest = (step.limit + step.patience + step.retry_delay_ms + duration) / 1000 + FLOW_GRACE_SECONDS
         for attempt in range(1, step.retries + 2):
@@ -6171,20 +6154,12 @@ class FlowRun:
             try:
                 left = self._ends - time.monotonic()
                 await asyncio.wait_for(self._perform(step, record), min(longest, left))
-                seen = None
-                break
+                return None
             except Exception as error:  # noqa: BLE001  (Playwright's, AssertionError, of a file, of an address)
                 seen = seen_words(error)
             if time.monotonic() >= self._ends:
                 self.timed_out = True
-                seen = f"the {self.seconds:g} s for the whole run were over"
-                break
-        record.update(
-            status="failed" if seen else "passed",
-            seconds=round(time.monotonic() - began, 3),
-            url=getattr(self.page, "url", None),
-            seen=seen,
-        )
+                return f"the {self.seconds:g} s for the whole run were over"
         return seen
 
     async def _perform(self, step: FlowStep, record: Json) -> None:
@@ -6206,8 +6181,9 @@ class FlowRun:
         if step.type == "fill" and (looks_secret(step) or await self.element.evaluate(_PRIVATE_FIELD)):
             self.mask.add(step)
             self._covered.append(selector)
+        # The text that a script gives, or the path of a screenshot.
         note = await STEPS[step.kind][2](self, step.values)
-        record["note"] = note if isinstance(note, str) else ""
+        record["note"] = note[:200] if isinstance(note, str) else ""
 
     async def _open_page(self) -> None:
         """A first page, listened to."""
@@ -6222,15 +6198,16 @@ class FlowRun:
 
     def _heard(self, message: Any) -> None:
         """Note what the browser or the page calls an error, such as an answer of 404."""
-        if message.type == "error":
-            self._troubles.append(f"{message.text} {message.location['url']}")
+        url = message.location["url"]
+        if message.type == "error" and not url.endswith("/favicon.ico"):
+            self._troubles.append(f"{message.text} {url}")
 
     async def _dialog(self, dialog: Any) -> None:
         """Do with a dialog what Playwright does when nobody listens, and tell its words."""
         self._troubles.append(f"{dialog.type}: {dialog.message!r} (closed)")
         await (dialog.accept() if dialog.type == "beforeunload" else dialog.dismiss())
 
-    # Steps that are more than one call of Playwright; a text that they give is the note of the step
+    # Steps that are more than one call of Playwright
 
     async def navigate(self, url: str) -> None:
         import urllib.parse
@@ -6260,7 +6237,7 @@ class FlowRun:
         directory, base = os.path.split(name)
         base += "" if base.lower().endswith((".png", ".jpg", ".jpeg")) else ".png"
         path = os.path.join(self.screenshots, directory, f"{time.time() * 1000:.0f}_{base}")
-        if not os.path.realpath(path).startswith(os.path.realpath(self.screenshots) + os.sep):
+        if not is_below(path, self.screenshots):
             raise AssertionError(f"{name!r} would lie outside of {shown_path(self.screenshots)}")
         await self._picture(path, full_page=full_page)
         return from_here(path)
@@ -6273,17 +6250,11 @@ class FlowRun:
         await self.page.bring_to_front()
         await self.page.wait_for_load_state("domcontentloaded")
 
-    async def script(self, script: str) -> str:
-        result = await self.page.evaluate(script)
-        return "" if result is None else f"result: {result!r}"[:200]
-
     # What is kept
 
     async def _picture(self, path: str, **options: Any) -> Any:
         """Take a picture in which fields for passwords are covered."""
         covered = [self.page.locator(selector) for selector in self._covered]
-        if path.endswith(".jpeg"):
-            options["quality"] = 60
         return await self.page.screenshot(path=path, mask=covered, mask_color="#8a8f98", **options)
 
     async def _fail(self, step: FlowStep, record: Json, result: Json, path: str) -> None:
@@ -6336,7 +6307,7 @@ dt { color: var(--dim); } dd { margin: 0; min-width: 0; white-space: pre-wrap; }
   overflow: auto; }
 .seen { color: var(--bad); }
 .index { list-style: none; padding: 0; margin: 1rem 0 0; columns: 16rem; }
-.index li:only-child, dd:empty, dt:has(+ dd:empty), .head p:empty, .words :empty { display: none; }
+.index:not(:has(li + li)), dd:empty, dt:has(+ dd:empty), .head p:empty, .words :empty { display: none; }
 .index a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--line); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 1.5rem;
   overflow: hidden; }
@@ -6404,7 +6375,7 @@ REPORT_PAGE = """\
 <dl><dt>Page</dt><dd>{address}</dd>
 <dt>Flows</dt><dd>{source}</dd>
 <dt>Browser</dt><dd>{browser[name]} {browser[version]}</dd>
-<dt>Run</dt><dd>{started_at}, {seconds:.1f} s</dd>
+<dt>Run</dt><dd>{started_at:.16} UTC, {seconds:.1f} s</dd>
 <dt>Mutations</dt><dd>{changed}</dd></dl>
 <ul class="index">{index}</ul>
 </header>
@@ -6438,7 +6409,7 @@ REPORT_STEP = """\
 <small class="tries-{attempts}">{attempts} attempts</small><b>{seen}</b></span>
 <span class="time"><i>{seconds:.2f} s</i><u>{status}</u></span>{image}</summary></details></li>
 """
-REPORT_IMAGE = '<img alt="The page after this step" src="data:image/{kind};base64,{data}">'
+REPORT_IMAGE = '<img alt="The page after this step" src="data:image/jpeg;base64,{}">'
 
 
 def html_text(leaf: Any) -> Any:
@@ -6500,7 +6471,7 @@ def report_step(step: Json) -> str:
     if path:
         with open(path, "rb") as file:
             data = base64.b64encode(file.read()).decode()
-        image = REPORT_IMAGE.format(kind=path.rpartition(".")[2], data=data)
+        image = REPORT_IMAGE.format(data)
     return REPORT_STEP.format(**each_text(step, html_text), open=" open" if step["seen"] else "", image=image)
 
 
@@ -8274,9 +8245,9 @@ class Sandbox(SandboxBase):
             "messaging_port": whole_number(config.compute.get("plato_messaging_port")),
             "credentials": artifact_credentials(metadata),
         }
-        flows = as_text(metadata.get("flows_path"))
+        flows = flows_file(config)
         if flows:
-            text = read_config(flows_file(config.path, flows, shown_path(from_here(config.path))))
+            text = read_config(flows)
             fields["flows"] = text if text.strip() else None
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -8476,8 +8447,8 @@ class Sandbox(SandboxBase):
                 "started_at": utc_text(began),
                 "seconds": round(time.time() - began, 3),
                 "address": address,
-                "source": known.source,
-                "flows_path": known.path and os.path.abspath(known.path),
+                "source": "local" if known.path else "api",
+                "flows_path": known.path,
                 "browser": {"name": "chromium", "headed": headed, "version": session.browser.version},
                 "flows": session.results,
                 "mutations": [mutation.raw for mutation in changed] if verify_no_mutations else None,
@@ -9582,8 +9553,7 @@ def listed_flows(known: FlowSet, reporter: Reporter) -> dict[str, Any]:
     flows = [
         {"name": flow.name, "description": flow.description, "steps": len(flow.steps)} for flow in known.flows
     ]
-    path = known.path and os.path.abspath(known.path)
-    return {"source": known.source, "flows_path": path, "flows": flows}
+    return {"source": "local" if known.path else "api", "flows_path": known.path, "flows": flows}
 
 
 def flow_lines(report: Mapping[str, Any]) -> Iterator[Line]:
