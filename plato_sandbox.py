@@ -5986,9 +5986,11 @@ async def quietly(look: Callable[[], Any], seconds: float = FLOW_LOOK_SECONDS) -
 class FlowRun:
     """Some flows in one browser, one after the other, each in a context of its own.
 
-    results: what `Sandbox.flow` tells of each flow, as it grows.
+    results: what `Sandbox.flow` tells of each flow, as it grows. stay: what is to be done before the window
+    stays open; None to close it.
     """
 
+    stay: Callable[[], object] | None = None
     timed_out = False
     stays = False  # whether the flows are done and the window is still open
     page: Any = None
@@ -6010,7 +6012,7 @@ class FlowRun:
             if re.fullmatch(r"flow-\d+-.*-(step-\d+\.jpeg|trace\.zip)", name):
                 os.unlink(os.path.join(self.output, name))
 
-    def run(self, launch: Json, seconds: float, told: FlowListener, *, keep_open: bool) -> None:
+    def run(self, launch: Json, seconds: float, told: FlowListener) -> None:
         """Run the flows, as long as there is time, and tell of each step that ended, and of the end.
 
         launch: how the browser is started. Whatever ends this ends the browser too.
@@ -6019,11 +6021,10 @@ class FlowRun:
         import signal
 
         self.seconds = seconds
-
-        def tell(result: Json, step: Json | None) -> None:
-            told(each_text(result, self.mask), each_text(step, self.mask))
-
-        thread = Aside(lambda: asyncio.run(self._serve(self._run(launch, tell, keep_open))))
+        work = self._run(
+            launch, lambda result, step: told(each_text(result, self.mask), each_text(step, self.mask))
+        )
+        thread = Aside(lambda: asyncio.run(self._serve(work)))
         try:
             thread.result()
         except Interrupted as interruption:
@@ -6044,7 +6045,7 @@ class FlowRun:
         task.cancel()
         await task
 
-    async def _run(self, launch: Json, tell: FlowListener, keep_open: bool) -> None:
+    async def _run(self, launch: Json, tell: FlowListener) -> None:
         import asyncio
         import tempfile
 
@@ -6055,9 +6056,10 @@ class FlowRun:
                 for flow in self.flows:
                     if not self.timed_out:
                         await self._run_flow(flow, tell)
-                    if not keep_open:
+                    if self.stay is None:
                         await quietly(lambda: self.context.close())
-                if keep_open:
+                if self.stay is not None:
+                    self.stay()
                     self.stays = True
                     self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
                     while self.browser.is_connected():
@@ -6262,16 +6264,11 @@ class FlowRun:
         if step.type == "fill":
             self.mask.add(step)  # it may be a password; nobody can tell
         state = await quietly(lambda: self.page.evaluate(_STATE_OF_PAGE))
-        url, status, text = state or (record["url"], None, "")
-        result["passed"] = False
-        result["failure"] = {
-            "step": step.number,
-            **{name: record[name] for name in ("type", "place", "expected", "seen", "picture")},
-            "url": url,
-            "http_status": status,
-            "text": text,
-            "troubles": list(dict.fromkeys(self._troubles))[:TROUBLE_LIMIT],
-        }
+        names = ("type", "place", "expected", "seen", "picture")
+        failure = {"step": step.number, **{name: record[name] for name in names}}
+        failure["url"], failure["http_status"], failure["text"] = state or (record["url"], None, "")
+        failure["troubles"] = list(dict.fromkeys(self._troubles))[:TROUBLE_LIMIT]
+        result.update(passed=False, failure=failure)
         whole = os.path.join(self._folder, "trace.zip")
         await quietly(lambda: self.context.tracing.stop(path=whole), 4 * FLOW_CLOSE_SECONDS)
         if os.path.exists(whole):
@@ -8435,12 +8432,12 @@ class Sandbox(SandboxBase):
         before = self._mutations_now() if verify_no_mutations else []
         began = time.time()
         path = os.path.join(self.directory, output, "report.html")
-        try:
-            session = FlowRun(self, known, flows, address, os.path.dirname(path))
-            self.reporter.step("Opening the browser")
-            session.run(launch, timeout, told, keep_open=keep_open)
+        report: Json = {}
+
+        def finish() -> None:
+            """Find out what was changed, and write the report."""
             changed = new_mutations(before, self._mutations_now()) if verify_no_mutations else []
-            report: Json = {
+            content: Json = {
                 "passed": not changed
                 and not session.timed_out
                 and all(item["passed"] for item in session.results),
@@ -8453,8 +8450,17 @@ class Sandbox(SandboxBase):
                 "flows": session.results,
                 "mutations": [mutation.raw for mutation in changed] if verify_no_mutations else None,
             }
-            report = {**each_text(report, session.mask), "report": path}
+            report.update({**each_text(content, session.mask), "report": path})
             write_whole(path, report_page(report), 0o644)
+
+        try:
+            session = FlowRun(self, known, flows, address, os.path.dirname(path))
+            self.reporter.step("Opening the browser")
+            if keep_open:
+                session.stay = finish
+            session.run(launch, timeout, told)
+            if not keep_open:
+                finish()
         except BrokenPipeError:
             raise
         except OSError as problem:
