@@ -2511,13 +2511,6 @@ class Field:
         self.choices = choices
 
 
-class Needed:
-    """The schema of a field that must be there and must not be empty."""
-
-    def __init__(self, schema: Any) -> None:
-        self.schema = schema
-
-
 def whole_number(value: Any) -> int | None:
     """An int, or a float or text that the API's models take for one; None for anything else."""
     return int(float(value)) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}(\.0*)?\s*", str(value)) else None
@@ -2540,7 +2533,7 @@ def _text(words: str, fits: Callable[[str], object] = lambda text: True) -> Fiel
 
 
 _TEXT = _text("a text (quotes make one)")
-_FILLED = Needed(_text("a text that is not blank", str.strip))
+_FILLED = _text("a text that is not blank", str.strip)
 _NAME = _text("a text of letters, digits, '.', '_' and '-'", re.compile(SERVICE_NAME).fullmatch)
 _TABLE = _text("a table name or {table: NAME, columns: [..]}")
 _PATH = _text("a path in the screenshots folder", lambda text: text.strip() and is_inside(text))
@@ -2584,15 +2577,15 @@ _SERVICE = {
 }
 _FILES = {
     "seed_data_path": _TEXT,
-    "target_dir": Needed(_TEXT),
+    "target_dir!": _TEXT,
     "watch_enabled": _BOOLEAN,
     **dict.fromkeys(("watch_patterns", "ignore_patterns", "volumes"), _TEXTS),
     "scan_frequency": _COUNT,
 }
 _LISTENERS: dict[str, Fields] = {
     "db": {
-        "db_type": Needed(_choice("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis")),
-        "db_database": Needed(_TEXT),
+        "db_type!": _choice("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis"),
+        "db_database!": _TEXT,
         "db_port": _PORT,
         **dict.fromkeys(("db_host", "db_user", "db_password", "db_schema", "schema_name"), _TEXT),
         "truncate_tables": _BOOLEAN,
@@ -2622,9 +2615,10 @@ _DATASET = {
 class Checker:
     """Compares a YAML text with a schema and collects what is wrong, each with file, line and column.
 
-    A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field, a
-    function from a node to its schema, or None for whatever can be sent as JSON. strict: an unknown field is
-    a problem; else it is worth a warning if it looks misspelt.
+    A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field and
+    "name!" one that must be there and must not be empty (the first of a name counts), a function from a node
+    to its schema, or None for whatever can be sent as JSON. strict: an unknown field is a problem; else it is
+    worth a warning if it looks misspelt.
     """
 
     def __init__(self, source: str, *, strict: bool = False) -> None:
@@ -2649,8 +2643,6 @@ class Checker:
         return root
 
     def check(self, node: YamlNode, where: str, schema: Any) -> None:
-        if isinstance(schema, Needed):
-            schema = schema.schema
         if callable(schema):
             schema = schema(node)
         if isinstance(schema, dict):
@@ -2692,28 +2684,29 @@ class Checker:
             self.tell(node, where, "must be a map of fields (`name: value` lines)")
             return
         prefix = f"{where}." if where else ""
-        for name, schema in fields.items():
+        known: list[str] = []
+        for field, schema in fields.items():
+            name = field.removesuffix("!")
             value = node.get(name)
+            if name in known:
+                continue
+            known.append(name)
             if value is not None and value.value is not None:
                 self.check(value, prefix + name, schema)
-            elif isinstance(schema, Needed):
+            elif name != field:
                 wrong = f"is {'empty' if value else 'missing'}"
-                if isinstance(schema.schema, Field):
-                    wrong += f"; it must be {schema.schema.words}"
+                if isinstance(schema, Field):
+                    wrong += f"; it must be {schema.words}"
                 elif "*" in fields:
                     wrong += _meant(name, [str(key.value) for key, _ in node.pairs()])
                 self.tell(value or node, prefix + name, wrong)
         for key, value in node.pairs():
-            if key.value not in fields:
+            if key.value not in known:
                 self.check(value, f"{prefix}{key.value}", fields.get("*"))
-                if "*" not in fields:
-                    self.unknown_field(key, where, fields)
-
-    def unknown_field(self, key: YamlNode, where: str, fields: Fields) -> None:
-        meant = _meant(str(key.value), fields)
-        if self.strict or "did you mean" in meant:
-            home = self.problems if self.strict else self.warnings
-            self.tell(key, where, f"has no field `{key.value}`{meant}", home)
+                meant = _meant(str(key.value), known)
+                if "*" not in fields and (self.strict or "did you mean" in meant):
+                    home = self.problems if self.strict else self.warnings
+                    self.tell(key, where, f"has no field `{key.value}`{meant}", home)
 
     def tell(self, node: YamlNode, where: str, text: str, home: list[str] | None = None) -> None:
         what = f"`{where}`" if where else "the file"
@@ -2771,9 +2764,7 @@ def read_config(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{shown_path(path)} is not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
 
 
@@ -2785,88 +2776,89 @@ def load_config(path: str, dataset: str | None) -> Config:
 def parse_config(text: str, source: str, path: str, dataset: str | None) -> Config:
     """The same from a text; source is what problems name as its place."""
     name = dataset or DEFAULT_DATASET
-    root, warnings = _read_dataset(text, source, name, _DATASET)
-    compute = root.get("datasets", name, "compute")
-    native = compute.key("native_worker") if compute is not None else None
-    if native is not None:
-        warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
-    plain = root.plain()
-    return Config(path, plain["service"], name, plain["datasets"][name], warnings)
-
-
-def _read_dataset(text: str, source: str, dataset: str, fields: Fields) -> tuple[YamlNode, list[str]]:
-    """A config whose dataset has these fields, and warnings; its other datasets are not looked at."""
     checker = Checker(source)
-    datasets = {"*": _UNSEEN, dataset: Needed(fields)}
-    root = checker.read(text, {"service": Needed(_NAME), "datasets": Needed(datasets)})
-    return root, checker.warnings
+    datasets = {"*": _UNSEEN, f"{name}!": _DATASET}  # the others are not looked at
+    root = checker.read(text, {"service!": _NAME, "datasets!": datasets})
+    native = root.get("datasets", name, "compute", "native_worker")
+    if native is not None:
+        checker.warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
+    plain = root.plain()
+    return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
 
 
 # Flows: the steps of the API's models, each with its own fields
 
 
 VERIFY_NEEDS: dict[str, Fields] = {
-    "element_exists": {"selector": _FILLED},
-    "element_visible": {"selector": _FILLED},
-    "element_text": {"selector": _FILLED, "text": _FILLED},
-    "element_count": {"selector": _FILLED, "count": Needed(_COUNT)},
-    "page_title": {"title": Needed(_TEXT)},
+    "element_exists": {"selector!": _FILLED},
+    "element_visible": {"selector!": _FILLED},
+    "element_text": {"selector!": _FILLED, "text!": _FILLED},
+    "element_count": {"selector!": _FILLED, "count!": _COUNT},
+    "page_title": {"title!": _TEXT},
 }
 STEP_FIELDS: dict[str, Fields] = {
-    "navigate": {"url": _FILLED},
-    "wait_for_selector": {"selector": _FILLED},
-    "click": {"selector": _FILLED},
-    "fill": {"selector": _FILLED, "value": Needed(_VALUE)},
-    "wait": {"duration": Needed(_COUNT)},
-    "wait_for_url": {"url_contains": _FILLED},
-    "check_element": {"selector": _FILLED, "should_exist": _BOOLEAN},
+    "navigate": {"url!": _FILLED},
+    "wait_for_selector": {"selector!": _FILLED},
+    "click": {"selector!": _FILLED},
+    "fill": {"selector!": _FILLED, "value!": _VALUE},
+    "wait": {"duration!": _COUNT},
+    "wait_for_url": {"url_contains!": _FILLED},
+    "check_element": {"selector!": _FILLED, "should_exist": _BOOLEAN},
     "verify": {
-        "verify_type": Needed(_choice(*VERIFY_NEEDS)),
+        "verify_type!": _choice(*VERIFY_NEEDS),
         **dict.fromkeys(("selector", "text", "title"), _TEXT),
         "contains": _BOOLEAN,
         "count": _COUNT,
     },
-    "verify_text": {"text": _FILLED, "should_exist": _BOOLEAN},
-    "verify_url": {"url": _FILLED, "contains": _BOOLEAN},
+    "verify_text": {"text!": _FILLED, "should_exist": _BOOLEAN},
+    "verify_url": {"url!": _FILLED, "contains": _BOOLEAN},
     "verify_no_errors": {"error_selectors": _TEXTS},
-    "screenshot": {"filename": Needed(_PATH), "full_page": _BOOLEAN},
-    "switch_page": {"page_index": Needed(_integer(-1000, 1000))},
-    "execute_script": {"script": _FILLED},
+    "screenshot": {"filename!": _PATH, "full_page": _BOOLEAN},
+    "switch_page": {"page_index!": _integer(-1000, 1000)},
+    "execute_script": {"script!": _FILLED},
 }
 STEP_TIMEOUT_MS = 8000
 SCREENSHOT_TIMEOUT_MS = 60000
+STEP_PATIENCE_MS = 30000
+STEP_FOREVER_MS = 86400000  # where the timeout is 0
 RETRY_DELAY_MS = 500
 
 
 def _step_fields(node: YamlNode) -> dict[str, Any]:
     """The fields that a step may have, by its type and, if it has one, its verify_type."""
-    fields = {"type": Needed(_choice(*STEP_FIELDS)), **_of_kind(node, "type", STEP_FIELDS)}
-    if "verify_type" in fields:
-        fields.update(_of_kind(node, "verify_type", VERIFY_NEEDS))
-    return {**fields, "description": _TEXT, "timeout": _COUNT, "retries": _COUNT, "retry_delay_ms": _COUNT}
+    fields = {"type!": _choice(*STEP_FIELDS), **_of_kind(node, "type", STEP_FIELDS)}
+    needed = _of_kind(node, "verify_type", VERIFY_NEEDS) if "verify_type!" in fields else {}
+    return {
+        **needed,
+        **fields,
+        "description": _TEXT,
+        "timeout": _COUNT,
+        "retries": _COUNT,
+        "retry_delay_ms": _COUNT,
+    }
 
 
-_FLOW = {"name": _FILLED, "description": _TEXT, "har_path": _UNSEEN, "steps": [_step_fields]}
+_FLOW = {"name!": _FILLED, "description": _TEXT, "har_path": _UNSEEN, "steps": [_step_fields]}
 
 
 class FlowStep:
     """One checked step. number: from 1; place: `file:line:column`, "" for flows that Plato sent;
-    values: its fields as written; timeout and retry_delay_ms: milliseconds."""
+    values: its fields as written; limit: ms, for each thing that it waits for; patience: ms, for a page to
+    open, and for an element that is there to let itself be used."""
 
     def __init__(self, number: int, values: dict[str, Any], place: str) -> None:
         self.number = number
-        self.type: str = values["type"]
-        self.description: str = values.get("description") or ""
-        self.values = values
+        self.values = given = {name: value for name, value in values.items() if value is not None}
+        self.type: str = given["type"]
+        # What a verify step checks, or else the type.
+        self.kind: str = given["verify_type"] if self.type == "verify" else self.type
+        self.description: str = given.get("description", "")
         self.place = place
+        self.retries = whole_number(given.get("retries")) or 0
+        self.retry_delay_ms = whole_number(given.get("retry_delay_ms", RETRY_DELAY_MS)) or 0
         standard = SCREENSHOT_TIMEOUT_MS if self.type == "screenshot" else STEP_TIMEOUT_MS
-        self.timeout = self._number("timeout", standard)
-        self.retries = self._number("retries", 0)
-        self.retry_delay_ms = self._number("retry_delay_ms", RETRY_DELAY_MS)
-
-    def _number(self, name: str, default: int) -> int:
-        number = whole_number(self.values.get(name))
-        return default if number is None else number
+        self.limit = whole_number(given.get("timeout", standard)) or STEP_FOREVER_MS
+        self.patience = whole_number(given.get("timeout", STEP_PATIENCE_MS)) or STEP_FOREVER_MS
 
 
 class Flow:
@@ -2881,13 +2873,12 @@ class Flow:
 class FlowSet:
     """The flows of a simulator.
 
-    source: "local" or "api"; path: the flows file, None for flows that Plato sent; shown: where they are
+    path: the flows file, None for flows that Plato sent; shown: where they are
     from, in words; warnings: what looks mistaken.
     """
 
-    def __init__(self, flows: list[Flow], source: str, path: str | None, shown: str, warnings: list[str]):
+    def __init__(self, flows: list[Flow], path: str | None, shown: str, warnings: list[str]):
         self.flows = flows
-        self.source = source
         self.path = path
         self.shown = shown
         self.warnings = warnings
@@ -2906,52 +2897,46 @@ class FlowSet:
 
 def load_flows(path: str) -> FlowSet:
     """Read and check a whole flows file; ConfigError lists every problem with its line and column."""
-    return parse_flows(read_config(path), shown_path(from_here(path)), path=path)
+    return parse_flows(read_config(path), shown_path(from_here(path)), path)
 
 
-def parse_flows(text: str, source: str, *, path: str | None = None, placed: bool = True) -> FlowSet:
-    """The flows in a YAML text. placed: whether the user can look lines and columns up in that text."""
-    checker = Checker(source, strict=placed)
-    root = checker.read(text, {"flows": Needed([_FLOW]), "*": _UNSEEN})
+def parse_flows(text: str, source: str, path: str | None) -> FlowSet:
+    """The flows in a YAML text. path: None for a text in which nobody can look lines and columns up."""
+    checker = Checker(source, strict=path is not None)
+    root = checker.read(text, {"flows!": [_FLOW], "*": _UNSEEN})
     flows: list[Flow] = []
     for node in (root.get("flows") or root).items():
         steps = [
-            FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if placed else "")
+            FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if path else "")
             for number, step in enumerate((node.get("steps") or node).items(), 1)
         ]
         told = node.plain()
         flows.append(Flow(told["name"], told.get("description") or "", steps))
-    return FlowSet(flows, "local" if placed else "api", path, source, checker.warnings)
+    return FlowSet(flows, path, source, checker.warnings)
 
 
-def configured_flows_path(config_path: str, dataset: str) -> str | None:
-    """The absolute path of a dataset's flows file, or None when its `metadata` names none.
+def flows_file(config: Config) -> str | None:
+    """The absolute path of a config's flows file, None if it names none.
 
-    ConfigError when the config cannot be read, the dataset is not in it, or the path leads elsewhere.
+    ConfigError unless it lies in the config's directory: its text leaves this machine with a snapshot, so a
+    config must not be able to name any file at all.
     """
-    fields = {"metadata": {"flows_path": _FILLED.schema, "*": _UNSEEN}, "*": _UNSEEN}
-    source = shown_path(from_here(config_path))
-    root, _ = _read_dataset(read_config(config_path), source, dataset, fields)
-    node = root.get("datasets", dataset, "metadata", "flows_path")
-    if node is None or node.value is None:
+    name = (config.content.get("metadata") or {}).get("flows_path")
+    if not name:
         return None
-    where = f"{shown_path(from_here(config_path))}:{node.line}:{node.column}"
-    return flows_file(config_path, node.value, where)
-
-
-def flows_file(config_path: str, name: str, where: str) -> str:
-    """The absolute path of a config's flows file; ConfigError unless it lies in the config's directory.
-
-    Its text leaves this machine with a snapshot, so a config must not be able to name any file at all.
-    """
-    folder = os.path.dirname(os.path.abspath(config_path))
+    folder = os.path.dirname(os.path.abspath(config.path))
     path = os.path.normpath(os.path.join(folder, name))
-    top, real = os.path.realpath(folder), os.path.realpath(path)
-    if not is_inside(name) or os.path.commonpath([top, real]) != top:
+    if not is_inside(name) or not is_below(path, folder):
         raise ConfigError(
-            f"{where}: `metadata.flows_path` is {name!r}; it must lie in the directory of the config."
+            f"{shown_path(from_here(config.path))}: `metadata.flows_path` is {name!r};"
+            " it must lie in the directory of the config."
         )
     return path
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder, wherever links lead."""
+    return os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
 
 
 def is_inside(name: str) -> bool:
@@ -5460,13 +5445,10 @@ class AuditTable:
 
 FLOW_SECONDS = 600.0
 FLOW_OUTPUT = "test-results"
-FLOW_PATIENCE_MS = 30000  # for a page to open, and for an element that is there to let itself be used
-FLOW_GRACE_SECONDS = 3.0  # what a step may take longer than all that, before its page counts as hung
+FLOW_GRACE_SECONDS = 3.0  # what a step may take longer than its patience, before its page counts as hung
 FLOW_LOOK_SECONDS = 5.0  # for a picture, or a look at a page that just failed
 FLOW_CLOSE_SECONDS = 8.0  # for the browser to end in order
-FLOW_POLL_SECONDS = 0.05
 PICTURE_FRESH_SECONDS = 0.15  # a check that passes this soon shows what the picture before it shows
-FLOW_FOREVER_MS = 86400000  # a step whose timeout is 0
 TROUBLE_LIMIT = 20
 ERROR_SELECTORS = (
     *(".error", ".alert-danger", ".alert-error", "[role='alert']", ".error-message"),
@@ -5505,7 +5487,7 @@ def local_flows_path(sandbox: Sandbox) -> str | None:
     beside = [os.path.join(sandbox.directory, name) for name in CONFIG_NAMES]
     recorded = sandbox.state.get("plato_config_path") or ""
     config = next(filter(os.path.isfile, [recorded, *beside]), None)
-    return config and configured_flows_path(config, sandbox.state.get("dataset") or DEFAULT_DATASET)
+    return config and flows_file(load_config(config, sandbox.state.get("dataset")))
 
 
 def fetch_flows(sandbox: Sandbox) -> FlowSet:
@@ -5519,14 +5501,14 @@ def fetch_flows(sandbox: Sandbox) -> FlowSet:
             if error.status not in (404, 405, 501):
                 raise
         while isinstance(found, dict):  # bare, or under `flows` or `data`
-            found = found["data"] if isinstance(found.get("data"), dict) else found.get("flows")
+            found = found.get("flows", found.get("data"))
     if not found:
         raise ConfigError(
             "Plato has no flows for this sandbox.",
             hint=f"Name a flows file in {CONFIG_NAMES[0]} (`metadata.flows_path`) and use --local.",
         )
     text = found if isinstance(found, str) else yaml_dump({"flows": found})
-    return parse_flows(text, "the flows that Plato has", placed=False)
+    return parse_flows(text, "the flows that Plato has", None)
 
 
 # What a flow changed
@@ -5564,36 +5546,44 @@ _ANYWHERE = "()(?:{})"
 class Mask:
     """Hides the values of password fields in texts, in each spelling that they have in HTML, addresses, JSON.
 
-    said: what can be read anyway, such as selectors and addresses. A word of it, or a value that is too short
-    or too plain, is hidden only where it stands as a value: elsewhere that would make nonsense of other words
-    and tell what it is.
+    From the beginning it knows those fields that are for passwords by their own words. A value that is too
+    short, or a plain word, or a word that can be read anyway, as in a selector or an address, is hidden only
+    where it stands as a value: elsewhere that would make nonsense of other words and tell what it is.
     """
 
-    def __init__(self, said: str) -> None:
-        self._said = said.lower()
+    def __init__(self, flows: Sequence[Flow], address: str) -> None:
         self._patterns: dict[str, re.Pattern[str]] = {}
+        steps = [step for flow in flows for step in flow.steps]
+        said = [{**step.values, "value": "", "description": ""} for step in steps]
+        self._said = f"{address} {said}".lower()
+        for step in steps:
+            if step.type == "fill" and looks_secret(step):
+                self.add(step)
 
-    def add(self, value: str) -> None:
-        """Hide a value from now on."""
-        if not value:
-            return
+    def add(self, step: FlowStep) -> None:
+        """Hide the value of a fill step from now on."""
+        value = str(step.values["value"])
         is_word = value.isalpha() and (len(value) <= LONGEST_PLAIN_WORD or value.lower() in self._said)
         pattern = _VALUE_PLACE if is_word or len(value) < SHORTEST_SECRET else _ANYWHERE
         longest_first = sorted(spellings(value), key=len, reverse=True)
-        self._patterns[value] = re.compile(pattern.replace("{}", "|".join(map(re.escape, longest_first))))
+        if value:
+            self._patterns[value] = re.compile(pattern.replace("{}", "|".join(map(re.escape, longest_first))))
 
-    def __call__(self, text: str) -> str:
-        for value in sorted(self._patterns, key=len, reverse=True):
-            text = self._patterns[value].sub(rf"\1{HIDDEN}", text)
-        return text
+    def __call__(self, leaf: Any) -> Any:
+        """A text with nothing to be hidden in it; anything else as it is."""
+        if isinstance(leaf, str):
+            for value in sorted(self._patterns, key=len, reverse=True):
+                leaf = self._patterns[value].sub(rf"\1{HIDDEN}", leaf)
+        return leaf
 
-    def value(self, thing: Any) -> Any:
-        """A value for JSON with every text in it masked."""
-        if isinstance(thing, dict):
-            return {key: self.value(part) for key, part in thing.items()}
-        if isinstance(thing, list):
-            return [self.value(part) for part in thing]
-        return self(thing) if isinstance(thing, str) else thing
+
+def each_text(thing: Any, change: Callable[[Any], Any]) -> Any:
+    """A value for JSON with every leaf in it changed."""
+    if isinstance(thing, dict):
+        return {key: each_text(part, change) for key, part in thing.items()}
+    if isinstance(thing, list):
+        return [each_text(part, change) for part in thing]
+    return change(thing)
 
 
 def spellings(value: str) -> set[str]:
@@ -5603,7 +5593,7 @@ def spellings(value: str) -> set[str]:
     import urllib.parse
 
     found = {value, html.escape(value), html.escape(value, quote=False)}
-    found |= {urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value)}
+    found |= {urllib.parse.quote(value, safe=""), urllib.parse.quote(value)}
     found |= {text.replace("%20", "+") for text in found}
     for _ in range(2):
         found |= {json.dumps(text, ensure_ascii=escape)[1:-1] for text in found for escape in (True, False)}
@@ -5614,20 +5604,6 @@ def looks_secret(step: FlowStep) -> bool:
     """Whether a fill step is for a password, by its own words."""
     words = f"{step.values['selector']} {step.description}"
     return re.search(r"passw|passphrase|\bpwd|secret", words, re.IGNORECASE) is not None
-
-
-def mask_of(flows: Sequence[Flow], said: str) -> Mask:
-    """The mask of a run, with the values of those fields that are for passwords by their own words."""
-    steps = [step for flow in flows for step in flow.steps]
-    for step in steps:
-        said += " ".join(
-            str(text) for name, text in step.values.items() if name not in ("value", "description")
-        )
-    mask = Mask(said)
-    for step in steps:
-        if step.type == "fill" and looks_secret(step):
-            mask.add(str(step.values["value"]))
-    return mask
 
 
 def mask_trace(source: str, target: str, mask: Mask) -> None:
@@ -5645,22 +5621,26 @@ def mask_trace(source: str, target: str, mask: Mask) -> None:
 
 # What each type acts on; what is expected (behind the bar: with `should_exist: false` or `contains: false`);
 # and what is done, with Playwright's own waiting. It raises where it does not come true.
-STEPS: dict[str, tuple[str, str, Callable[[FlowRun, Json], Any]]] = {
-    "navigate": ("{url}", "{url} to open", lambda run, at: run.page.goto(run.absolute(at["url"]))),
+_ATTACHED = (
+    "an element {selector}|no element {selector}",
+    lambda run, at: run.expect(run.element).to_be_attached(attached=at.get("should_exist") is not False),
+)
+STEPS: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "navigate": ("{url}", "{url} to open", lambda run, at: run.navigate(at["url"])),
     "wait_for_selector": (
         "{selector}",
         "a visible element {selector}",
-        lambda run, at: run.page.wait_for_selector(at["selector"]),
+        lambda run, at: run.element.wait_for(),
     ),
     "click": (
         "{selector}",
         "an element {selector} that can be clicked",
-        lambda run, at: run.page.click(at["selector"], timeout=run.patience),
+        lambda run, at: run.element.click(),
     ),
     "fill": (
         "{selector}",
         "a field {selector} that can be filled",
-        lambda run, at: run.page.fill(at["selector"], str(at["value"]), timeout=run.patience),
+        lambda run, at: run.element.fill(str(at["value"])),
     ),
     "wait": (
         "{duration} ms",
@@ -5672,22 +5652,12 @@ STEPS: dict[str, tuple[str, str, Callable[[FlowRun, Json], Any]]] = {
         "an address with {url_contains!r}",
         lambda run, at: run.expect(run.page).to_have_url(matching(at["url_contains"], at)),
     ),
-    "check_element": (
-        "{selector}",
-        "an element {selector}|no element {selector}",
-        lambda run, at: run.expect(run.first(at)).to_be_attached(
-            attached=at.get("should_exist") is not False
-        ),
-    ),
-    "element_exists": (
-        "element_exists {selector}",
-        "an element {selector}",
-        lambda run, at: run.expect(run.first(at)).to_be_attached(),
-    ),
+    "check_element": ("{selector}", *_ATTACHED),
+    "element_exists": ("element_exists {selector}", *_ATTACHED),
     "element_visible": (
         "element_visible {selector}",
         "a visible element {selector}",
-        lambda run, at: run.expect(run.first(at)).to_be_visible(),
+        lambda run, at: run.expect(run.element).to_be_visible(),
     ),
     "element_text": (
         "element_text {selector} {text}",
@@ -5707,27 +5677,50 @@ STEPS: dict[str, tuple[str, str, Callable[[FlowRun, Json], Any]]] = {
     "verify_text": (
         "{text}",
         "a page with the text {text!r}|a page without the text {text!r}",
-        lambda run, at: run.page_text(at),
+        lambda run, at: run.page.wait_for_function(
+            _PAGE_HAS_TEXT, arg=[at["text"], at.get("should_exist") is not False], polling=100
+        ),
     ),
     "verify_url": (
         "{url}",
         "the address to contain {url!r}|the address to be {url!r}",
         lambda run, at: run.expect(run.page).to_have_url(matching(at["url"], at)),
     ),
-    "verify_no_errors": ("", "no visible error on the page", lambda run, at: run.no_errors(at)),
-    "screenshot": ("{filename}", "a screenshot {filename}", lambda run, at: run.screenshot(at)),
+    "verify_no_errors": (
+        "",
+        "no visible error on the page",
+        lambda run, at: run.no_errors(at.get("error_selectors") or ERROR_SELECTORS),
+    ),
+    "screenshot": (
+        "{filename}",
+        "a screenshot {filename}",
+        lambda run, at: run.screenshot(at["filename"], at.get("full_page")),
+    ),
     "switch_page": (
         "{page_index}",
         "a page with the index {page_index}",
         lambda run, at: run.switch_page(int(at["page_index"])),
     ),
-    "execute_script": ("{script}", "the script to end without an error", lambda run, at: run.script(at)),
+    "execute_script": (
+        "{script}",
+        "the script to end without an error",
+        lambda run, at: run.page.evaluate(at["script"]),
+    ),
 }
-
-
-def step_kind(step: FlowStep) -> tuple[str, str, Any]:
-    """The entry of a step in the table."""
-    return STEPS[step.values["verify_type"] if step.type == "verify" else step.type]
+# In the page's HTML, or in what a person sees of it, whatever the line breaks and margins.
+_PAGE_HAS_TEXT = r"""([text, there]) => {
+  const root = document.documentElement, squeezed = text => text.replace(/\s+/g, " ").trim();
+  return [root.innerHTML, root.innerText].some(part => squeezed(part).includes(squeezed(text))) === there;
+}"""
+_PRIVATE_FIELD = "e => e.type === 'password' || /password/.test(e.autocomplete || '')"
+# Whatever a page does to its own JavaScript: a text, a number or null, a text.
+_STATE_OF_PAGE = """() => {
+  const entry = performance.getEntriesByType("navigation")[0] || {};
+  const lines = (document.body ? document.body.innerText : "").split("\\n");
+  const text = lines.map(line => line.trim().replace(/\\s+/g, " ")).filter(line => line).join("\\n");
+  return [`${location.protocol === "chrome-error:" ? entry.name : location.href}`,
+    entry.responseStatus | 0 || null, `${text}`.slice(0, 4000)];
+}"""
 
 
 def matching(text: str, values: Json) -> re.Pattern[str]:
@@ -5735,16 +5728,12 @@ def matching(text: str, values: Json) -> re.Pattern[str]:
     return re.compile(f"^{re.escape(text)}$" if values.get("contains") is False else re.escape(text))
 
 
-def squeezed(text: str) -> str:
-    """A text as it is read, whatever its line breaks and margins."""
-    return " ".join(text.split())
-
-
 def expectation(step: FlowStep) -> str:
     """What a step waits for, as the end of "Expected ..."."""
-    forms = step_kind(step)[1].split("|")
-    negative = False in (step.values.get("should_exist"), step.values.get("contains"))
-    return forms[-1 if negative else 0].format_map(step.values)
+    words, _, negative = STEPS[step.kind][1].partition("|")
+    if False in (step.values.get("should_exist"), step.values.get("contains")):
+        words = negative or words
+    return words.format_map(step.values)
 
 
 def step_words(step: Json) -> str:
@@ -5758,7 +5747,7 @@ def step_record(step: FlowStep) -> Json:
         "number": step.number,
         "type": step.type if step.number else "open",
         "description": step.description,
-        "target": step_kind(step)[0].format_map(step.values)[:200],
+        "target": STEPS[step.kind][0].format_map(step.values)[:200],
         "place": step.place or None,
         "status": "skipped",
         "seconds": 0.0,
@@ -5771,68 +5760,38 @@ def step_record(step: FlowStep) -> Json:
     }
 
 
-# Lines in which Playwright says that a wait was in vain; lines of its call log that do not say why.
-_IN_VAIN = (
-    r"[\w. :]*(Timeout \d+ms exceeded|expected (not )?to |Actual value|element\(s\) not found|==|waiting)"
-)
-_NOT_WHY = (
-    r"attempting|retrying|waiting (\d|for element)|scrolling|done scroll|navigating|Expect |fill\(|"
-    r"element is visible|$"
+# What Playwright says of a failure, the most telling first: a line of its log, an error, its first line.
+_TELLING = (
+    r"[^\w\s] ((?:unexpected value|element is not|locator resolved to hidden) .+|<.+ intercepts .+)",
+    r"^(?:\w+\.\w+: )?\w*Error: (.+)",
+    r"\A(?:\w+\.\w+: )?(.+)",
 )
 
 
 def seen_words(error: Exception) -> str:
-    """What Playwright says of a failure, for people: its first line, or why a wait was in vain."""
-    text = getattr(error, "strerror", None) or str(error)
-    said, _, log = text.partition("Aria snapshot")[0].partition("Call log:")
-    lines = [line for line in said.splitlines() if line and not re.match(_IN_VAIN, line)]
-    if lines:
-        words = re.sub(r"^(\w+\.\w+: )?(\w*Error: )?", "", lines[0])
-        return re.sub(r"net::ERR_\w+", lambda code: code[0][9:].lower().replace("_", " "), words)[
-            :500
-        ].strip()
-    lines = [re.sub(r"^[\s-]*(\d+ . )?", "", line) for line in log.splitlines()]
-    words = ([line for line in lines if not re.match(_NOT_WHY, line)] or ["it was not done in time"])[-1]
-    return "nothing was found in time" if words.startswith("waiting for loc") else words[:500]
-
-
-def screenshot_path(folder: str, name: str, now: float) -> str:
-    """Where a screenshot step saves its picture: prefixed with the time in milliseconds; never outside."""
-    directory, base = os.path.split(os.path.normpath(name))
-    base += "" if base.lower().endswith((".png", ".jpg", ".jpeg")) else ".png"
-    path = os.path.join(folder, directory, f"{int(now * 1000)}_{base}")
-    real, top = os.path.realpath(path), os.path.realpath(folder)
-    if os.path.commonpath([real, top]) != top:
-        raise AssertionError(f"{name!r} would lie outside of {shown_path(folder)}")
-    return path
+    """What Playwright says of a failure, in one line for people."""
+    text = str(error) or "the page did not answer"
+    words = next(filter(None, (re.findall(telling, text, re.MULTILINE) for telling in _TELLING)))[-1]
+    words = re.sub(r"net::ERR_\w+", lambda code: code[0][9:].lower().replace("_", " "), words)
+    return re.sub(r"Timeout (\d+)ms exceeded.*", r"nothing like it within \1 ms", words)[:500]
 
 
 # A run
 
 
-def check_flow_options(base_url: str | None, slowmo: float, timeout: float, unseen: bool) -> None:
+def check_flow_options(base_url: str | None, unseen: bool) -> None:
     """UsageError for what makes no sense. unseen: whether a window is to stay open that nobody sees."""
-    for wrong, words in (
-        (not 0 <= slowmo <= 60000, f"--slowmo is {slowmo:g}; it must be from 0 to 60000."),
-        (not 1 <= timeout <= 86400, f"--timeout is {timeout:g}; it must be from 1 to 86400."),
-        (
-            base_url is not None and not re.fullmatch(r"https?://[^\s/?#]\S*", base_url),
-            f"--base-url is {base_url!r}, which is not the address of a page such as http://127.0.0.1:8080.",
-        ),
-        (unseen, "--keep-open needs --headed and a display: nobody sees a browser without a window."),
-    ):
-        if wrong:
-            raise UsageError(words)
-
-
-def has_display(environment: Mapping[str, str]) -> bool:
-    """Whether a window can be shown (X11 or Wayland; a Mac has one)."""
-    return sys.platform == "darwin" or bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
+    if base_url is not None and not re.fullmatch(r"https?://[^\s/?#]\S*", base_url):
+        raise UsageError(
+            f"--base-url is {base_url!r}, which is not the address of a page such as http://127.0.0.1:8080."
+        )
+    if unseen:
+        raise UsageError("--keep-open needs --headed: nobody sees a browser without a window.")
 
 
 def chosen_browser(settings: Settings) -> str | None:
     """The executable that PLATO_BROWSER names, checked; None without that variable."""
-    path = settings.browser and find_program(os.path.expanduser(settings.browser))
+    path = settings.browser and find_program(settings.browser)
     if settings.browser and not path:
         raise UsageError(f"PLATO_BROWSER is {settings.browser!r}, which is no program that can be run.")
     return path
@@ -5844,87 +5803,101 @@ class FlowFailedError(CheckFailedError):
     code = "flow_failed"
 
 
-class FlowSession:
-    """What the flows of one run share: the browser, driven by Playwright in a thread with an event loop of
-    its own, from `open` to `close`; the address that they begin at; where their files go; the time they have.
+async def quietly(look: Callable[[], Any], seconds: float = FLOW_LOOK_SECONDS) -> Any:
+    """What a look at a page gives, or None when the page does not answer or has gone."""
+    import asyncio
+
+    try:
+        return await asyncio.wait_for(look(), seconds)
+    except Exception:  # noqa: BLE001  (a page in any state; what was looked for is told as missing)
+        return None
+
+
+class FlowRun:
+    """Some flows in one browser, one after the other, each in a context of its own.
+
+    results: what `Sandbox.flow` tells of each flow, as it grows. stay: what is to be done before the window
+    stays open; None to close it.
     """
 
-    def __init__(
-        self,
-        sandbox: Sandbox,
-        known: FlowSet,
-        flows: list[Flow],
-        address: str,
-        output: str,
-        *,
-        seconds: float,
-        keep_open: bool,
-    ) -> None:
-        import asyncio
-        import tempfile
+    stay: Callable[[], object] | None = None
+    timed_out = False
+    stays = False  # whether the flows are done and the window is still open
+    page: Any = None
+    _ended = False
 
+    def __init__(
+        self, sandbox: Sandbox, known: FlowSet, flows: Sequence[Flow], address: str, output: str
+    ) -> None:
         self.reporter = sandbox.reporter
         self.flows = flows
         self.address = address
-        self.mask = mask_of(flows, address)
-        folder = os.path.dirname(os.path.abspath(known.path)) if known.path else sandbox.directory
+        self.mask = Mask(flows, address)
+        self.results: list[Json] = []
+        folder = os.path.dirname(known.path) if known.path else sandbox.directory
         self.screenshots = os.path.join(folder, "screenshots")
-        self.output = os.path.join(sandbox.directory, output)
-        try:
-            os.makedirs(self.output, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"The report cannot be written to {shown_path(self.output)}: {reason(error)}.",
-                hint="Name another directory: --output DIR",
-            ) from None
+        self.output = output
+        os.makedirs(self.output, exist_ok=True)
+        for name in os.listdir(self.output):  # of an earlier run
+            if re.fullmatch(r"flow-\d+-.*-(step-\d+\.jpeg|trace\.zip)", name):
+                os.unlink(os.path.join(self.output, name))
+
+    def run(self, launch: Json, seconds: float, told: FlowListener) -> None:
+        """Run the flows, as long as there is time, and tell of each step that ended, and of the end.
+
+        launch: how the browser is started. Whatever ends this ends the browser too.
+        """
+        import asyncio
+        import signal
+
         self.seconds = seconds
-        self.ends = 0.0  # by the monotonic clock
-        self.keep_open = keep_open
-        self.folder = tempfile.TemporaryDirectory(prefix="plato-flow-")  # for traces that are not masked yet
-        self.timed_out = False
-        self.expect: Any = None
-        self.browser: Any = None
-        self._playwright: Any = None
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(lambda *_: None)  # of answers for which nobody waits any more
-        self._thread = Aside(self._serve)
-
-    def _serve(self) -> None:
-        import asyncio
-
-        self._loop.run_forever()
-        under_way = asyncio.all_tasks(self._loop)  # as when a signal came while the driver was started
-        for task in under_way:
-            task.cancel()
-        if under_way:
-            self._loop.run_until_complete(asyncio.wait(under_way))
-        self._loop.close()
-
-    def left(self) -> float:
-        """The seconds that are left."""
-        return max(0.0, self.ends - time.monotonic())
-
-    def wait(self, work: Any, seconds: float | None = None) -> Any:
-        """What a coroutine gives that runs in the thread. AssertionError when it is not done in time."""
-        import asyncio
-        import concurrent.futures
-
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        work = self._run(
+            launch, lambda result, step: told(each_text(result, self.mask), each_text(step, self.mask))
+        )
+        thread = Aside(lambda: asyncio.run(self._serve(work)))
         try:
-            return future.result(seconds)
-        except concurrent.futures.TimeoutError:
-            raise AssertionError("the page did not answer") from None
+            thread.result()
+        except Interrupted as interruption:
+            if not self.stays or interruption.number != signal.SIGINT:
+                raise
         finally:
-            future.cancel()
+            self._ended = True
+            thread.wait(FLOW_CLOSE_SECONDS)
 
-    def look(self, work: Any, seconds: float = FLOW_LOOK_SECONDS) -> Any:
-        """What a look at a page gives, or None when the page does not answer or has gone."""
-        try:
-            return self.wait(work, seconds)
-        except Exception:  # noqa: BLE001  (a page in any state; what was looked for is told as missing)
-            return None
+    async def _serve(self, work: Any) -> None:
+        """Wait for work until it ends, or is not wanted any more."""
+        import asyncio
 
-    async def open(self, executable: str | None, *, headed: bool, slowmo: float) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # nobody waits for some answers
+        task = asyncio.ensure_future(work)
+        while not (task.done() or self._ended):
+            await asyncio.wait([task], timeout=0.05)
+        task.cancel()
+        await task
+
+    async def _run(self, launch: Json, tell: FlowListener) -> None:
+        import asyncio
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="plato-flow-") as self._folder:  # for what is not masked yet
+            try:
+                await self._open({**launch, "traces_dir": self._folder})
+                self._ends = time.monotonic() + self.seconds
+                for flow in self.flows:
+                    if not self.timed_out:
+                        await self._run_flow(flow, tell)
+                    if self.stay is None:
+                        await quietly(lambda: self.context.close())
+                if self.stay is not None:
+                    self.stay()
+                    self.stays = True
+                    self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
+                    while self.browser.is_connected():
+                        await asyncio.sleep(0.05)
+            finally:
+                await quietly(lambda: self._playwright.stop(), FLOW_CLOSE_SECONDS)
+
+    async def _open(self, launch: Json) -> None:
         """Open the browser. SandboxError with the command for what is missing."""
         import logging
 
@@ -5947,15 +5920,9 @@ class FlowSession:
             finally:
                 os.environ.update(secrets)
             chromium = self._playwright.chromium
-            if executable is None and not os.path.exists(chromium.executable_path):
-                executable = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
-            self.browser = await chromium.launch(
-                executable_path=executable,
-                headless=not headed,
-                slow_mo=slowmo,
-                env=environment,
-                traces_dir=self.folder.name,
-            )
+            if launch["executable_path"] is None and not os.path.exists(chromium.executable_path):
+                launch["executable_path"] = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
+            self.browser = await chromium.launch(**{**launch, "env": environment})
         except Exception as error:  # noqa: BLE001  (the driver or the browser failed in any way)
             raise SandboxError(
                 f"The browser could not be opened: {seen_words(error)}. This brings one:"
@@ -5963,240 +5930,149 @@ class FlowSession:
                 " (or install Chrome or Chromium, or set PLATO_BROWSER to the path of one)"
             ) from None
 
-    def run(self, told: FlowListener) -> list[Json]:
-        """Run the flows, as long as there is time. Returns a result each, as `Sandbox.flow` tells them."""
-        results: list[Json] = []
-        places: set[str] = set()
-        self.ends = time.monotonic() + self.seconds
-        for flow in self.flows:
-            if self.timed_out:
-                break
-            place = os.path.join(self.output, flow_file_name(self.mask(flow.name)))
-            while place in places:
-                place += "-2"
-            places.add(place)
-            os.makedirs(place, exist_ok=True)
-            for name in os.listdir(place):
-                if re.fullmatch(r"step-\d+\.(jpg|png)|trace\.zip", name):
-                    os.unlink(os.path.join(place, name))
-            run = FlowRun(self, flow, place)
-            results.append(run.result)
-            run.run(lambda result, step: told(self.mask.value(result), self.mask.value(step)))
-            if flow is not self.flows[-1] and not self.keep_open:
-                self.look(run.close())
-        return results
-
-    def stay_open(self) -> None:
-        """Wait until the user closes the window or presses Ctrl-C, which is no failure here."""
-        import signal
-
-        try:
-            self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
-            while self.browser.is_connected():
-                time.sleep(FLOW_POLL_SECONDS)
-        except Interrupted as interruption:
-            if interruption.number != signal.SIGINT:
-                raise
-
-    def close(self) -> None:
-        """End the browser, its driver and the thread."""
-        if self._playwright is not None:
-            self.look(self._playwright.stop(), FLOW_CLOSE_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.wait(FLOW_CLOSE_SECONDS)
-        self.folder.cleanup()
-
-
-_PRIVATE_FIELD = "e => e.type === 'password' || /password/.test(e.autocomplete || '')"
-_STATE_OF_PAGE = """() => {
-  const entry = performance.getEntriesByType("navigation")[0] || {};
-  const lines = (document.body ? document.body.innerText : "").split("\\n");
-  return [location.protocol === "chrome-error:" ? entry.name : location.href, entry.responseStatus || 0,
-    lines.map(line => line.trim().replace(/\\s+/g, " ")).filter(line => line).join("\\n").slice(0, 4000)];
-}"""
-
-
-class FlowRun:
-    """One flow in a browser context of its own; `result` is what `Sandbox.flow` tells of it, as it grows."""
-
-    def __init__(self, session: FlowSession, flow: Flow, place: str) -> None:
-        self.session = session
-        self.place = place
-        self.steps = [FlowStep(0, {"type": "navigate", "url": session.address}, ""), *flow.steps]
-        self.result: Json = {
+    async def _run_flow(self, flow: Flow, tell: FlowListener) -> None:
+        steps = [FlowStep(0, {"type": "navigate", "url": self.address}, ""), *flow.steps]
+        result: Json = {
             "name": flow.name,
             "description": flow.description,
             "passed": True,
             "seconds": 0.0,
-            "steps": list(map(step_record, self.steps)),
+            "steps": list(map(step_record, steps)),
             "failure": None,
             "trace": None,
             "trace_command": None,
         }
-        self.expect: Any = session.expect
-        self.context: Any = None
-        self.page: Any = None
-        self.limit: int = 0  # ms, for each thing that a step waits for
-        self.patience: int = 0  # ms, for what it then does
-        self._note = ""
-        self._shown: str | None = None  # the newest picture
-        self._covered: list[str] = []  # selectors of fields that no picture may show
-        self._troubles: list[str] = []
-
-    def run(self, told: FlowListener) -> None:
-        """Run it to its end, and tell of each step that ended, and of the end."""
+        self.results.append(result)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.mask(flow.name))[:60]
+        place = os.path.join(self.output, f"flow-{len(self.results)}-{name}-")
+        self.page = shown = None  # and the newest picture
         began = time.monotonic()
-        for step, record in zip(self.steps, self.result["steps"]):
-            self._run_step(step, record)
-            self.result["seconds"] = round(time.monotonic() - began, 3)
-            told(self.result, record)
-            if not self.result["passed"]:
-                break
-        told(self.result, None)
-
-    def _run_step(self, step: FlowStep, record: Json) -> None:
-        session = self.session
-        # The description of a fill step may hold a password that is not known as one yet.
-        words = f"fill {record['target']}" if step.type == "fill" else step_words(record)
-        total = len(self.steps) - 1
-        session.reporter.step(session.mask(f"{self.result['name']}: {step.number}/{total} {words}"))
-        began = time.monotonic()
-        seen = self._try(step, record)
-        record.update(
-            status="failed" if seen else "passed",
-            seconds=round(time.monotonic() - began, 3),
-            url=getattr(self.page, "url", None),
-            note=self._note,
-        )
-        left_at_once = not step.number and self.steps[1].type == "navigate"
-        looked_only = step.type.startswith(("verify", "check_", "wait_for_", "screenshot"))
-        if seen or not (left_at_once or (looked_only and record["seconds"] < PICTURE_FRESH_SECONDS)):
-            path = os.path.join(self.place, f"step-{step.number:02d}.{'png' if seen else 'jpg'}")
-            self._shown = session.look(self._picture(path, timeout=FLOW_LOOK_SECONDS * 1000)) and path
-        record["picture"] = self._shown
-        if seen:
-            self._fail(step, record, seen)
-
-    def _try(self, step: FlowStep, record: Json) -> str:
-        """Try a step as often as it says; "" when it passed, else what was seen instead."""
-        session = self.session
-        self.limit = self.patience = (step.type != "wait" and step.timeout) or FLOW_FOREVER_MS
-        if step.values.get("timeout") is None:
-            self.patience = max(self.limit, FLOW_PATIENCE_MS)
-        longest = (self.limit + self.patience) / 1000 + FLOW_GRACE_SECONDS
-        seen = ""
-        for attempt in range(1, step.retries + 2):
+        for step, record in zip(steps, result["steps"]):
+            words = f"{flow.name}: {step.number}/{len(flow.steps)} {record['type']} {record['target']}"
+            self.reporter.step(self.mask(words))
+            start = time.monotonic()
+            seen = await self._try(step, record)
+            seconds = time.monotonic() - start
+            left_at_once = not step.number and steps[1].type == "navigate"
+            looked_only = step.type.startswith(("verify", "check_", "wait_for_", "screenshot"))
+            if seen or not (left_at_once or (looked_only and seconds < PICTURE_FRESH_SECONDS)):
+                path = f"{place}step-{step.number:02d}.jpeg"
+                picture = functools.partial(self._picture, path, quality=75, timeout=5000)
+                shown = await quietly(picture) and path
+            record.update(
+                status="failed" if seen else "passed",
+                seconds=round(seconds, 3),
+                url=getattr(self.page, "url", None),
+                expected=expectation(step) if seen else None,
+                seen=seen,
+                picture=shown,
+            )
             if seen:
-                time.sleep(min(step.retry_delay_ms / 1000, session.left()))
+                await self._fail(step, record, result, f"{place}trace.zip")
+            result["seconds"] = round(time.monotonic() - began, 3)
+            tell(result, record)
+            if seen:
+                break
+        tell(result, None)
+
+    async def _try(self, step: FlowStep, record: Json) -> str | None:
+        """Try a step as often as it says. Returns what was seen instead of what it waits for."""
+        import asyncio
+
+        duration = whole_number(step.values.get("duration")) or 0
+        longest = (step.limit + step.patience + step.retry_delay_ms + duration) / 1000 + FLOW_GRACE_SECONDS
+        for attempt in range(1, step.retries + 2):
             record["attempts"] = attempt
             try:
-                session.wait(self._perform(step), min(longest, session.left()))
-                return ""
+                left = self._ends - time.monotonic()
+                await asyncio.wait_for(self._perform(step, record), min(longest, left))
+                return None
             except Exception as error:  # noqa: BLE001  (Playwright's, AssertionError, of a file, of an address)
                 seen = seen_words(error)
-            if not session.left():
-                session.timed_out = True
-                return f"the {session.seconds:g} s for the whole run were over"
+            if time.monotonic() >= self._ends:
+                self.timed_out = True
+                return f"the {self.seconds:g} s for the whole run were over"
         return seen
 
-    async def _perform(self, step: FlowStep) -> None:
-        """One attempt at a step. What it says of time holds for each thing that it waits for."""
+    async def _perform(self, step: FlowStep, record: Json) -> None:
+        """One attempt at a step."""
+        import asyncio
+
+        if record["attempts"] > 1:
+            await asyncio.sleep(step.retry_delay_ms / 1000)
         if self.page is None:
-            await self._open()
-        values, self._note = step.values, ""
-        self.context.set_default_timeout(self.limit)
-        self.context.set_default_navigation_timeout(self.patience)
-        self.expect.set_options(timeout=self.limit)
+            await self._open_page()
+        selector = step.values.get("selector", "")
+        self.element = self.page.locator(selector).first
+        self.context.set_default_timeout(step.limit)
+        self.context.set_default_navigation_timeout(step.patience)
+        self.expect.set_options(timeout=step.limit)
         if step.type in ("click", "fill"):
-            await self.page.wait_for_selector(values["selector"])
-        if step.type == "fill" and (
-            looks_secret(step) or await self.page.eval_on_selector(values["selector"], _PRIVATE_FIELD)
-        ):
-            self.session.mask.add(str(values["value"]))
-            self._covered.append(values["selector"])
-        await step_kind(step)[2](self, values)
+            await self.element.wait_for()
+            self.context.set_default_timeout(step.patience)
+        if step.type == "fill" and (looks_secret(step) or await self.element.evaluate(_PRIVATE_FIELD)):
+            self.mask.add(step)
+            self._covered.append(selector)
+        # The text that a script gives, or the path of a screenshot.
+        note = await STEPS[step.kind][2](self, step.values)
+        record["note"] = note[:200] if isinstance(note, str) else ""
 
-    async def close(self) -> None:
-        """Close its pages."""
-        await self.context.close()
-
-    async def _open(self) -> None:
+    async def _open_page(self) -> None:
         """A first page, listened to."""
-        self.context = context = await self.session.browser.new_context()
-        await context.tracing.start(snapshots=True)
-        context.on("response", self._heard)
-        context.on("requestfailed", self._missed)
-        context.on("weberror", lambda error: self._trouble(f"script error: {error.error}"))
-        context.on("dialog", self._dialog)
-        self.page = await context.new_page()
+        self._covered: list[str] = []  # selectors of fields that no picture may show
+        self._troubles: list[str] = []
+        self.context = await self.browser.new_context()
+        await self.context.tracing.start(snapshots=True)
+        self.context.on("console", self._heard)
+        self.context.on("weberror", lambda error: self._troubles.append(f"script error: {error.error}"))
+        self.context.on("dialog", self._dialog)
+        self.page = await self.context.new_page()
 
-    def _trouble(self, text: str) -> None:
-        if len(self._troubles) < TROUBLE_LIMIT and text not in self._troubles:
-            self._troubles.append(text)
-
-    def _heard(self, response: Any) -> None:
-        if response.status >= 400:
-            self._trouble(f"{response.request.method} {response.url}: HTTP {response.status}")
-
-    def _missed(self, request: Any) -> None:
-        """Note a request without an answer, unless the page itself gave it up, as on the way to another."""
-        if "ERR_ABORTED" not in (request.failure or ""):
-            self._trouble(f"{request.method} {request.url}: no answer")
+    def _heard(self, message: Any) -> None:
+        """Note what the browser or the page calls an error, such as an answer of 404."""
+        url = message.location["url"]
+        if message.type == "error" and not url.endswith("/favicon.ico"):
+            self._troubles.append(f"{message.text} {url}")
 
     async def _dialog(self, dialog: Any) -> None:
         """Do with a dialog what Playwright does when nobody listens, and tell its words."""
-        self._trouble(f"{dialog.type}: {dialog.message!r} (closed)")
+        self._troubles.append(f"{dialog.type}: {dialog.message!r} (closed)")
         await (dialog.accept() if dialog.type == "beforeunload" else dialog.dismiss())
 
     # Steps that are more than one call of Playwright
 
-    def absolute(self, url: str) -> str:
-        """An address as seen from the page."""
+    async def navigate(self, url: str) -> None:
         import urllib.parse
 
-        here = self.page.url if self.page.url.startswith("http") else self.session.address
-        return urllib.parse.urljoin(here, url)
-
-    def first(self, values: Json) -> Any:
-        """The first element that a selector matches, when it is asked for."""
-        return self.page.locator(values["selector"]).first
+        await self.page.goto(urllib.parse.urljoin(self.page.url, url))
 
     async def element_text(self, values: Json) -> None:
         """The text of an element, as it stands in the page or as a person sees it."""
-        expected = self.expect(self.first(values))
+        expected = self.expect(self.element)
         check = expected.to_have_text if values.get("contains") is False else expected.to_contain_text
         try:
             await check(values["text"], use_inner_text=True, timeout=1)
         except AssertionError:
             await check(values["text"])
 
-    async def page_text(self, values: Json) -> None:
-        """A text in the page's HTML, or in what a person sees of it."""
-        import asyncio
-
-        wanted, there = squeezed(values["text"]), values.get("should_exist") is not False
-        ends = time.monotonic() + self.limit / 1000
-        while True:
-            texts = [await self.page.inner_html(":root"), await self.page.inner_text(":root")]
-            if any(wanted in squeezed(text) for text in texts) is there:
-                return
-            if time.monotonic() >= ends:
-                raise AssertionError(f"the text is {'not there' if there else 'there'}")
-            await asyncio.sleep(FLOW_POLL_SECONDS)
-
-    async def no_errors(self, values: Json) -> None:
+    async def no_errors(self, selectors: Sequence[str]) -> None:
         """Looked at once: an error that is there counts, even if it is to vanish."""
         await self.page.wait_for_load_state("domcontentloaded")
-        for selector in values.get("error_selectors") or ERROR_SELECTORS:
+        for selector in selectors:
             visible = self.page.locator(selector).locator("visible=true")
-            for text in filter(None, map(squeezed, await visible.all_inner_texts())):
-                raise AssertionError(f"{selector} says {text[:300]!r}")
+            words = " ".join(" ".join(await visible.all_inner_texts()).split())
+            if words:
+                raise AssertionError(f"{selector} says {words[:300]!r}")
 
-    async def screenshot(self, values: Json) -> None:
-        """A picture for the user's own folder."""
-        path = screenshot_path(self.session.screenshots, values["filename"], time.time())
-        await self._picture(path, full_page=bool(values.get("full_page")))
-        self._note = from_here(path)
+    async def screenshot(self, name: str, full_page: bool | None) -> str:
+        """A picture in the user's own folder, its name prefixed with the time in milliseconds."""
+        directory, base = os.path.split(name)
+        base += "" if base.lower().endswith((".png", ".jpg", ".jpeg")) else ".png"
+        path = os.path.join(self.screenshots, directory, f"{time.time() * 1000:.0f}_{base}")
+        if not is_below(path, self.screenshots):
+            raise AssertionError(f"{name!r} would lie outside of {shown_path(self.screenshots)}")
+        await self._picture(path, full_page=full_page)
+        return from_here(path)
 
     async def switch_page(self, index: int) -> None:
         """Go on in another page, which may still be about to open."""
@@ -6206,46 +6082,27 @@ class FlowRun:
         await self.page.bring_to_front()
         await self.page.wait_for_load_state("domcontentloaded")
 
-    async def script(self, values: Json) -> None:
-        """A script, whose value becomes the note of the step."""
-        result = await self.page.evaluate(values["script"])
-        self._note = "" if result is None else f"result: {result!r}"[:200]
-
     # What is kept
 
     async def _picture(self, path: str, **options: Any) -> Any:
-        """Take a picture in which a password that can be read is covered."""
-        page, readable = self.page, self.page.locator(":not([type=password])")
-        covered = [page.locator(selector).and_(readable) for selector in self._covered]
-        if path.endswith(".jpg"):
-            options["quality"] = 60
-        return await page.screenshot(path=path, mask=covered, mask_color="#8a8f98", **options)
+        """Take a picture in which fields for passwords are covered."""
+        covered = [self.page.locator(selector) for selector in self._covered]
+        return await self.page.screenshot(path=path, mask=covered, mask_color="#8a8f98", **options)
 
-    async def _stop_trace(self, path: str) -> None:
-        await self.context.tracing.stop(path=path)
-
-    async def _state(self) -> Json:
-        """The address, the HTTP status and the visible text of the page; a page can say anything."""
-        url, status, text = await self.page.evaluate(_STATE_OF_PAGE)
-        return {"url": str(url), "http_status": int(status) or None, "text": str(text)}
-
-    def _fail(self, step: FlowStep, record: Json, seen: str) -> None:
-        """Note a failed step and what can be seen of its page, and keep the trace."""
-        session, result = self.session, self.result
+    async def _fail(self, step: FlowStep, record: Json, result: Json, path: str) -> None:
+        """Note a failed step and what can be seen of its page, and keep the trace at a path."""
         if step.type == "fill":
-            session.mask.add(str(step.values["value"]))  # it may be a password; nobody can tell
-        record.update(expected=expectation(step), seen=seen)
-        result["passed"] = False
-        result["failure"] = {
-            "step": step.number,
-            **{name: record[name] for name in ("type", "place", "expected", "seen", "picture")},
-            **(session.look(self._state()) or {"url": record["url"], "http_status": None, "text": ""}),
-            "troubles": self._troubles,
-        }
-        whole, path = (os.path.join(place, "trace.zip") for place in (session.folder.name, self.place))
-        session.look(self._stop_trace(whole), 4 * FLOW_CLOSE_SECONDS)
+            self.mask.add(step)  # it may be a password; nobody can tell
+        state = await quietly(lambda: self.page.evaluate(_STATE_OF_PAGE))
+        names = ("type", "place", "expected", "seen", "picture")
+        failure = {"step": step.number, **{name: record[name] for name in names}}
+        failure["url"], failure["http_status"], failure["text"] = state or (record["url"], None, "")
+        failure["troubles"] = list(dict.fromkeys(self._troubles))[:TROUBLE_LIMIT]
+        result.update(passed=False, failure=failure)
+        whole = os.path.join(self._folder, "trace.zip")
+        await quietly(lambda: self.context.tracing.stop(path=whole), 4 * FLOW_CLOSE_SECONDS)
         if os.path.exists(whole):
-            mask_trace(whole, path, session.mask)
+            mask_trace(whole, path, self.mask)
             os.unlink(whole)
             command = [sys.executable, "-m", "playwright", "show-trace", path]
             result.update(trace=path, trace_command=shell_words(command))
@@ -6268,16 +6125,16 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; letter-spacing: -.01em; }
 h1::before, .index li::before { content: "✓ "; color: var(--good); }
 h1.failed::before, .index .failed::before { content: "✗ "; color: var(--bad); }
 h2 { font-size: 1.15rem; margin: 0; }
-code, .text, .Trace { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+code, .text { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 header { margin-bottom: 1.75rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.1rem; margin: 1rem 0 0;
   font-size: .93rem; }
 dt { color: var(--dim); } dd { margin: 0; min-width: 0; white-space: pre-wrap; }
-.text, .Trace { background: var(--code); border-radius: 6px; padding: .5rem .75rem; max-height: 18rem;
+.text { background: var(--code); border-radius: 6px; padding: .5rem .75rem; max-height: 18rem;
   overflow: auto; }
-.Seen { color: var(--bad); }
+.seen { color: var(--bad); }
 .index { list-style: none; padding: 0; margin: 1rem 0 0; columns: 16rem; }
-.index:empty, .failure:empty, .head p:empty, .words :empty { display: none; }
+.index:not(:has(li + li)), dd:empty, dt:has(+ dd:empty), .head p:empty, .words :empty { display: none; }
 .index a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--line); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 1.5rem;
   overflow: hidden; }
@@ -6302,6 +6159,10 @@ ol { list-style: none; margin: 0; padding: 0; }
 .words { min-width: 0; }
 .words > * { display: block; color: var(--dim); font-size: .84rem; font-weight: 400; margin-top: .1rem; }
 .words code { font-size: .76rem; }
+.words em, .words em:empty + code { font: inherit; color: inherit; }
+.tries-0, .tries-1, .skipped .time i, .time u { display: none; }
+.time i, .time u { font-style: normal; text-decoration: none; }
+.skipped .time u { display: inline; }
 .words b { color: var(--bad); font-size: .9rem; }
 img { display: block; width: 8rem; height: 4.5rem; object-fit: cover; object-position: top;
   border-radius: 4px; border: 1px solid var(--line); cursor: zoom-in; }
@@ -6338,10 +6199,14 @@ REPORT_PAGE = """\
 <body>
 <main>
 <header><h1 class="{verdict}">{title}</h1>
-<dl>{facts}</dl>
+<dl><dt>Page</dt><dd>{address}</dd>
+<dt>Flows</dt><dd>{source}</dd>
+<dt>Browser</dt><dd>{browser[name]} {browser[version]}</dd>
+<dt>Run</dt><dd>{started_at:.16} UTC, {seconds:.1f} s</dd>
+<dt>Mutations</dt><dd>{changed}</dd></dl>
 <ul class="index">{index}</ul>
 </header>
-{flows}
+{sections}
 <footer>A click on a flow shows its steps, and on a step its picture in full.
 Made by plato-sandbox {version}.</footer>
 </main>
@@ -6349,82 +6214,74 @@ Made by plato-sandbox {version}.</footer>
 </html>
 """
 REPORT_INDEX = '<li class="{verdict}"><a href="#{number}">{name}</a></li>'
-REPORT_FACT = '<dt>{name}</dt><dd class="{name}">{value}</dd>'
 REPORT_FLOW = """\
 <section id="{number}" class="{verdict}"><details{open}><summary class="head"><h2>{name}</h2>
-<span class="verdict">{verdict} in {time}</span><p>{description}</p></summary>
-<dl class="failure">{facts}</dl><ol>{lines}</ol></details></section>
+<span class="verdict">{verdict} in {seconds:.1f} s</span><p>{description}</p></summary>
+{failed}<ol>{lines}</ol></details></section>
+"""
+REPORT_FAILURE = """\
+<dl class="failure"><dt>Step</dt><dd>{failure[step]} {failure[type]}</dd>
+<dt>Place</dt><dd>{failure[place]}</dd>
+<dt>Expected</dt><dd>{failure[expected]}</dd>
+<dt>Seen</dt><dd class="seen">{failure[seen]}</dd>
+<dt>Address</dt><dd>{failure[url]}</dd>
+<dt>HTTP status</dt><dd>{failure[http_status]}</dd>
+<dt>Page text</dt><dd class="text">{failure[text]}</dd>
+<dt>Also seen</dt><dd>{troubles}</dd>
+<dt>Trace</dt><dd class="text">{trace_command}</dd></dl>
 """
 REPORT_STEP = """\
 <li class="step {status}"><details{open}><summary><span class="number">{number}</span>
-<span class="words">{words}<code>{what}</code><small>{note}</small><b>{seen}</b></span>
-<span class="time">{time}</span>{image}</summary></details></li>
+<span class="words"><em>{description}</em><code>{type} {target}</code><small>{note}</small>
+<small class="tries-{attempts}">{attempts} attempts</small><b>{seen}</b></span>
+<span class="time"><i>{seconds:.2f} s</i><u>{status}</u></span>{image}</summary></details></li>
 """
-REPORT_IMAGE = '<img alt="The page after this step" src="data:image/{kind};base64,{data}">'
-FAILURE_FACTS = {
-    "Step": "step",
-    "Place": "place",
-    "Expected": "expected",
-    "Seen": "seen",
-    "Address": "url",
-    "HTTP status": "http_status",
-    "Page text": "text",
-    "Also seen": "troubles",
-    "Trace": "trace_command",
-}
+REPORT_IMAGE = '<img alt="The page after this step" src="data:image/jpeg;base64,{}">'
 
 
-class Html(str):
-    """A text that is HTML already."""
-
-
-def markup(template: str, **values: Any) -> Html:
-    """A template with texts in it, which become HTML unless they are it already; nothing for 0 and None."""
+def html_text(leaf: Any) -> Any:
+    """A text as HTML; nothing for None."""
     import html
 
-    for name, value in values.items():
-        if not isinstance(value, Html):
-            lines = map(printable, str(value or "").split("\n"))
-            values[name] = html.escape("\n".join(lines))
-    return Html(template.format_map(values))
-
-
-def markups(template: str, items: Iterable[Json]) -> Html:
-    """A template once for each item, one after the other."""
-    return Html("".join(markup(template, **item) for item in items))
-
-
-def facts(pairs: Mapping[str, Any]) -> Html:
-    return markups(REPORT_FACT, ({"name": name, "value": value} for name, value in pairs.items() if value))
+    if leaf is None:
+        return ""
+    return html.escape("\n".join(map(printable, leaf.split("\n")))) if isinstance(leaf, str) else leaf
 
 
 def report_page(report: Json) -> str:
     """The whole report as one page of HTML that needs nothing else. report: as `Sandbox.flow` tells it."""
-    browser, mutations = report["browser"], report["mutations"]
-    started = report["started_at"][:16].replace("T", ", ")
-    flows = [report_flow(number, flow) for number, flow in enumerate(report["flows"], 1)]
-    alone = len(flows) == 1
+    flows, mutations = report["flows"], report["mutations"]
     failed = sum(not flow["passed"] for flow in flows)
-    title = f"{failed} of {len(flows)} flows failed" if failed else f"All {len(flows)} flows passed"
-    if alone:
-        title = f"The flow {flows[0]['name']} {verdict(flows[0])}"
+    title = f"{len(flows) - failed} of {len(flows)} flows passed"
     if not report["passed"] and not failed:
         title += ", but the databases changed"
-    about = {
-        "Page": report["address"],
-        "Flows": report["flows_path"] or "from Plato",
-        "Browser": f"{browser['name']} {browser['version']}, {'headed' if browser['headed'] else 'headless'}",
-        "Run": f"{started} UTC, {duration_words(report['seconds'])}",
-        "Mutations": mutations is not None and mutation_words(mutations),
+    index = sections = ""
+    for number, flow in enumerate(flows, 1):
+        shown = {
+            **each_text(flow, html_text),
+            "number": number,
+            "verdict": verdict(flow),
+            "open": "" if flow["passed"] and len(flows) > 1 else " open",
+            "lines": "".join(map(report_step, flow["steps"])),
+            "failed": "",
+        }
+        if flow["failure"]:
+            troubles = "\n".join(shown["failure"]["troubles"])
+            shown["failed"] = REPORT_FAILURE.format(**shown, troubles=troubles)
+        index += REPORT_INDEX.format_map(shown)
+        sections += REPORT_FLOW.format_map(shown)
+    words = {
+        **report,
+        "title": title,
+        "source": report["flows_path"] or "from Plato",
+        "changed": mutations and mutation_words(mutations),
     }
-    return markup(
-        REPORT_PAGE,
-        title=title,
-        style=Html(REPORT_STYLE),
+    return REPORT_PAGE.format(
+        **each_text(words, html_text),
         verdict=verdict(report),
-        facts=facts(about),
-        index=markups(REPORT_INDEX, [] if alone else flows),
-        flows=markups(REPORT_FLOW, [{**flow, "open": " open"} for flow in flows] if alone else flows),
+        style=REPORT_STYLE,
+        index=index,
+        sections=sections,
         version=__version__,
     )
 
@@ -6433,70 +6290,31 @@ def verdict(result: Json) -> str:
     return "passed" if result["passed"] else "failed"
 
 
-def duration_words(seconds: float) -> str:
-    """A measured time, as short as it may be: 14 ms, 2.3 s, 4 min."""
-    if seconds < 0.0995:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 99.95 else f"{seconds / 60:.0f} min"
-
-
-def report_flow(number: int, flow: Json) -> Json:
-    """One flow for its template: its verdict, what is known of its failure, and its steps."""
-    known = {**(flow["failure"] or {}), "trace_command": flow["trace_command"]}
-    known["troubles"] = "\n".join(known.get("troubles", ()))
-    if flow["failure"]:
-        known["step"] = f"{known['step'] or ''} {step_words(flow['steps'][known['step']])}".strip()
-    return {
-        **flow,
-        "number": number,
-        "verdict": verdict(flow),
-        "open": "" if flow["passed"] else " open",
-        "time": duration_words(flow["seconds"]),
-        "facts": facts({label: known.get(name) for label, name in FAILURE_FACTS.items()}),
-        "lines": markups(REPORT_STEP, map(report_step, flow["steps"])),
-    }
-
-
-def report_step(step: Json) -> Json:
-    """One step for its template: a line that unfolds its picture."""
+def report_step(step: Json) -> str:
+    """A line that unfolds a picture."""
     import base64
 
-    image, failed = Html(), step["status"] == "failed"
-    if step["picture"] and os.path.exists(step["picture"]):
-        with open(step["picture"], "rb") as file:
+    image, path = "", step["picture"]
+    if path:
+        with open(path, "rb") as file:
             data = base64.b64encode(file.read()).decode()
-        image = markup(REPORT_IMAGE, kind="png" if failed else "jpeg", data=data)
-    tries = f"{step['attempts']} attempts" if step["attempts"] > 1 else ""
-    return {
-        **step,
-        "open": " open" if failed else "",
-        "words": step_words(step),
-        "what": f"{step['type']} {step['target']}" if step["description"] else "",
-        "note": " · ".join(filter(None, (step["note"], tries))),
-        "time": "skipped" if step["status"] == "skipped" else duration_words(step["seconds"]),
-        "image": image,
-    }
-
-
-def flow_file_name(name: str) -> str:
-    """The name of a flow's directory."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "flow"
+        image = REPORT_IMAGE.format(data)
+    return REPORT_STEP.format(**each_text(step, html_text), open=" open" if step["seen"] else "", image=image)
 
 
 def flow_failed_error(failed: Sequence[Json]) -> FlowFailedError:
     """What the first of the failed flows has to say, and how many there are."""
-    flow, failure = failed[0], failed[0]["failure"]
-    where = f"step {failure['step']}" if failure["step"] else "opening the page"
-    place = f" ({failure['place']})" if failure["place"] else ""
-    others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
-    status = failure["http_status"]
-    return FlowFailedError(
-        f"The flow {flow['name']} failed at {where}{place}: expected {failure['expected']};"
-        f" seen: {failure['seen']}.{others}",
-        hint=f"The page answers HTTP {status}: the simulator's services may not be up yet."
-        if status in (502, 503, 504)
-        else None,
+    failure = failed[0]["failure"]
+    error = FlowFailedError(
+        f"The flow {failed[0]['name']} failed"
+        f" at step {failure['step']} ({failure['place'] or failure['type']}):"
+        f" expected {failure['expected']}; seen: {failure['seen']}."
+        + (f" {len(failed) - 1} more failed." if len(failed) > 1 else "")
     )
+    status = failure["http_status"]
+    if status in (502, 503, 504):
+        error.hint = f"The page answers HTTP {status}: the simulator's services may not be up yet."
+    return error
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8290,9 +8108,8 @@ class Sandbox:
         """What Plato stores of a config and gives back: one dataset with the file's own keys, no anchors."""
         config = self._config(None, None)
         metadata = as_dict(config.content.get("metadata"))
-        flows = as_text(metadata.get("flows_path"))
-        place = shown_path(from_here(config.path))
-        text = read_config(flows_file(config.path, flows, place)) if flows else ""
+        flows = flows_file(config)
+        text = read_config(flows) if flows else ""
         return {
             "plato_config": yaml_dump(config.content),
             "override_service": config.service,
@@ -8377,11 +8194,12 @@ class Sandbox:
         None if not asked), report (the path of report.html), and `error`: a SandboxError, or None when all
         passed. What cannot even begin raises.
         """
-        if headed and not has_display(os.environ):
-            self.reporter.warn("There is no display here (DISPLAY is not set); the browser runs headless.")
-            headed = False
-        check_flow_options(base_url, slowmo, timeout, keep_open and not headed)
-        executable = chosen_browser(self.settings)
+        check_flow_options(base_url, keep_open and not headed)
+        launch = {
+            "executable_path": chosen_browser(self.settings),
+            "headless": not headed,
+            "slow_mo": slowmo,
+        }
         if base_url is None:
             self._load_for_use()
             self.revive_heartbeat()
@@ -8392,40 +8210,48 @@ class Sandbox:
         address = base_url or self._page_address()
         before = self._mutations_now() if verify_no_mutations else []
         began = time.time()
-        session = FlowSession(self, known, flows, address, output, seconds=timeout, keep_open=keep_open)
-        path = os.path.join(session.output, "report.html")
-        try:
-            self.reporter.step("Opening the browser")
-            session.wait(session.open(executable, headed=headed, slowmo=slowmo))
-            results = session.run(told)
+        path = os.path.join(self.directory, output, "report.html")
+        report: Json = {}
+
+        def finish() -> None:
+            """Find out what was changed, and write the report."""
             changed = new_mutations(before, self._mutations_now()) if verify_no_mutations else []
-            report: Json = {
-                "passed": not changed and not session.timed_out and all(item["passed"] for item in results),
+            content: Json = {
+                "passed": not changed
+                and not session.timed_out
+                and all(item["passed"] for item in session.results),
                 "started_at": utc_text(began),
                 "seconds": round(time.time() - began, 3),
                 "address": address,
-                "source": known.source,
-                "flows_path": known.path and os.path.abspath(known.path),
+                "source": "local" if known.path else "api",
+                "flows_path": known.path,
                 "browser": {"name": "chromium", "headed": headed, "version": session.browser.version},
-                "flows": results,
+                "flows": session.results,
                 "mutations": [mutation.raw for mutation in changed] if verify_no_mutations else None,
             }
-            report = {**session.mask.value(report), "report": path}
+            report.update({**each_text(content, session.mask), "report": path})
             write_whole(path, report_page(report), 0o644)
+
+        try:
+            session = FlowRun(self, known, flows, address, os.path.dirname(path))
+            self.reporter.step("Opening the browser")
             if keep_open:
-                session.stay_open()
+                session.stay = finish
+            session.run(launch, timeout, told)
+            if not keep_open:
+                finish()
         except BrokenPipeError:
             raise
         except OSError as problem:
             raise SandboxError(
-                f"{shown_path(session.output)} cannot be written: {reason(problem)}."
+                f"{shown_path(os.path.dirname(path))} cannot be written: {reason(problem)}.",
+                hint="Name another directory for the report: --output DIR",
             ) from None
         finally:
-            session.close()
             self.api.transport.close()
         return {**report, "error": self._flow_error(session, report, begun_elsewhere=bool(base_url))}
 
-    def _flow_error(self, session: FlowSession, report: Json, begun_elsewhere: bool) -> SandboxError | None:
+    def _flow_error(self, session: FlowRun, report: Json, begun_elsewhere: bool) -> SandboxError | None:
         """Why a run is no success, or None. NoSandboxError where the page was that of a VM that is gone."""
         failed = [result for result in report["flows"] if not result["passed"]]
         if session.timed_out:
@@ -9385,8 +9211,7 @@ def listed_flows(known: FlowSet, reporter: Reporter) -> dict[str, Any]:
     flows = [
         {"name": flow.name, "description": flow.description, "steps": len(flow.steps)} for flow in known.flows
     ]
-    path = known.path and os.path.abspath(known.path)
-    return {"source": known.source, "flows_path": path, "flows": flows}
+    return {"source": "local" if known.path else "api", "flows_path": known.path, "flows": flows}
 
 
 def flow_lines(report: Mapping[str, Any]) -> Iterator[Line]:
@@ -9413,7 +9238,7 @@ def show_flow_progress(output: Output, result: dict[str, Any], step: dict[str, A
         output.result(f"Flow {result['name']}{': ' if result['description'] else ''}{result['description']}")
     else:
         tries = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
-        words = f"{step['number'] or ' ':>2} {step_words(step)} ({duration_words(step['seconds'])}{tries})"
+        words = f"{step['number'] or ' ':>2} {step_words(step)} ({step['seconds']:.2f} s{tries})"
         good = step["status"] == "passed"
         output.outcome("ok" if good else "FAILED", words, "good" if good else "bad")
 
@@ -9422,11 +9247,10 @@ def flow_end_lines(result: Mapping[str, Any]) -> Iterator[Line]:
     """The verdict of a flow; after a failure, all that is known of it."""
     count = len(result["steps"]) - 1
     done = sum(step["status"] == "passed" for step in result["steps"][1:])
-    seconds = duration_words(result["seconds"])
     if result["passed"]:
-        yield f"Flow {result['name']} passed: {counted(count, 'step')} in {seconds}."
+        yield f"Flow {result['name']} passed: {counted(count, 'step')} in {result['seconds']:.1f} s."
     else:
-        yield f"Flow {result['name']} failed: {done} of {count} steps passed in {seconds}."
+        yield f"Flow {result['name']} failed: {done} of {count} steps passed in {result['seconds']:.1f} s."
         yield from failure_lines(result["failure"])
     yield "Trace", result["trace_command"]
 

@@ -173,7 +173,7 @@ def fuzz_config(data: bytes) -> None:
     except product.SandboxError as error:
         harmless(error.message)
     try:
-        product.configured_flows_path("/nowhere/plato-config.yml", "base")
+        product.flows_file(product.load_config("/nowhere/plato-config.yml", "base"))
     except product.SandboxError as error:
         harmless(error.message)
 
@@ -181,13 +181,12 @@ def fuzz_config(data: bytes) -> None:
 def fuzz_flows(data: bytes) -> None:
     text = data[1:].decode("utf-8", "replace")
     try:
-        known = product.parse_flows(text, "flows.yml", path="flows.yml", placed=data[:1] < b"\x80")
+        known = product.parse_flows(text, "flows.yml", "flows.yml" if data[:1] < b"\x80" else None)
     except product.SandboxError as error:
         harmless(error.message)
         return
     told_lines(product.flow_lines(product.listed_flows(known, product.Reporter())))
     for flow in known.flows:
-        product.flow_file_name(flow.name)
         for step in flow.steps:
             record = product.step_record(step)
             harmless(product.printable(product.step_words(record)))
