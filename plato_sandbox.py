@@ -1007,7 +1007,7 @@ class Transport:
         path: str,
         *,
         kind: type = dict,
-        query: Mapping[str, Any] | None = None,
+        query: Json | None = None,
         body: Any = None,
         seconds: float = REQUEST_SECONDS,
         repeatable: bool = True,
@@ -1206,7 +1206,7 @@ class PlatoApi:
         except ApiError as error:
             raise gone_error(None) if error.status in (404, 410) else error from None
 
-    def make_session(self, environment: Mapping[str, Any], lifetime: int | None) -> Json:
+    def make_session(self, environment: Json, lifetime: int | None) -> Json:
         """POST /api/v2/sessions/make: a session of one job. Sent once, whatever happens.
 
         lifetime: seconds until the server ends the VM. Returns CreateSessionResponse.
@@ -1277,7 +1277,7 @@ class PlatoApi:
         body = {"public_key": public_key, "username": username}
         return self.session(session_id, "/add_ssh_key", body=body, seconds=SETUP_SECONDS)
 
-    def start_worker(self, job_id: str, service: str, dataset: str, content: Mapping[str, Any]) -> Json:
+    def start_worker(self, job_id: str, service: str, dataset: str, content: Json) -> Json:
         """POST .../vm/{job_id}/start-worker: begins at once, is up later. Returns VMManagementResponse."""
         body = {"service": service, "dataset": dataset, "plato_dataset_config": dict(content)}
         return self.vm(job_id, "/start-worker", body)
@@ -1294,7 +1294,7 @@ class PlatoApi:
         """
         return self.call("POST", f"/api/v1/env/{quoted(session_id)}/cleanup", seconds=RESET_SECONDS)
 
-    def snapshot(self, session_id: str, checkpoint: Mapping[str, Any]) -> Json:
+    def snapshot(self, session_id: str, checkpoint: Json) -> Json:
         """POST .../snapshot: a new artifact. Sent once, whatever happens. Returns CreateSnapshotResponse.
 
         checkpoint: fields of CreateCheckpointRequest.
@@ -1342,7 +1342,7 @@ def quoted(part: str) -> str:
     return urllib.parse.quote(part, safe="")
 
 
-def job_of(answer: Mapping[str, Any], job_id: str | None) -> dict[str, Any]:
+def job_of(answer: Json, job_id: str | None) -> Json:
     """The entry of one job in the `results` of an answer; {} when it has none. Sessions here have one job."""
     results = as_dict(answer.get("results"))
     if job_id in results:
@@ -1367,7 +1367,7 @@ def check_success(answer: Json, job_id: str | None, failure: str, hint: str | No
         raise SandboxError(f"{failure}: {why}.", hint=hint)
 
 
-def vm_status(details: Mapping[str, Any], job_id: str | None) -> tuple[str | None, str | None]:
+def vm_status(details: Json, job_id: str | None) -> tuple[str | None, str | None]:
     """The VM's status and its reason in session details, wherever this server's version puts them."""
     jobs = [as_dict(job) for job in as_list(details.get("jobs")) or as_list(details.get("envs"))]
     same = [job for job in jobs if job_id and job_id in (job.get("job_id"), job.get("public_id"))]
@@ -2496,7 +2496,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 if TYPE_CHECKING:
-    Fields = Mapping[str, Any]  # of a mapping: the schema of each field, as `Checker` takes it
+    Fields = Json  # of a mapping: the schema of each field, as `Checker` takes it
 
 
 class Field:
@@ -2730,15 +2730,15 @@ class Config:
     looks mistaken.
     """
 
-    def __init__(self, path: str, service: str, dataset: str, content: dict[str, Any], warnings: list[str]):
+    def __init__(self, path: str, service: str, dataset: str, content: Json, warnings: list[str]):
         self.path = path
         self.service = service
         self.dataset = dataset
         self.content = content
-        self.compute: dict[str, Any] = content.get("compute") or {}
+        self.compute: Json = content.get("compute") or {}
         self.warnings = warnings
 
-    def for_worker(self) -> dict[str, Any]:
+    def for_worker(self) -> Json:
         """The dataset for `start-worker`: as written, required objects filled in."""
         filled = {**self.content, "compute": self.compute, "metadata": self.content.get("metadata") or {}}
         for name, kind in (("services", "docker-compose"), ("listeners", "db")):
@@ -2824,7 +2824,7 @@ STEP_FOREVER_MS = 86400000  # where the timeout is 0
 RETRY_DELAY_MS = 500
 
 
-def _step_fields(node: YamlNode) -> dict[str, Any]:
+def _step_fields(node: YamlNode) -> Json:
     """The fields that a step may have, by its type and, if it has one, its verify_type."""
     fields = {"type!": _choice(*STEP_FIELDS), **_of_kind(node, "type", STEP_FIELDS)}
     needed = _of_kind(node, "verify_type", VERIFY_NEEDS) if "verify_type!" in fields else {}
@@ -2846,7 +2846,7 @@ class FlowStep:
     values: its fields as written; limit: ms, for each thing that it waits for; patience: ms, for a page to
     open, and for an element that is there to let itself be used."""
 
-    def __init__(self, number: int, values: dict[str, Any], place: str) -> None:
+    def __init__(self, number: int, values: Json, place: str) -> None:
         self.number = number
         self.values = given = {name: value for name, value in values.items() if value is not None}
         self.type: str = given["type"]
@@ -2966,7 +2966,7 @@ def state_path(directory: str) -> str:
     return os.path.join(directory, STATE_FILE)
 
 
-def load_state(directory: str) -> dict[str, Any] | None:
+def load_state(directory: str) -> Json | None:
     """The state of a directory's sandbox (the keys of the specification), or None without one.
 
     It is in .sandbox.yaml, or in a slot of `plato sandbox`; then `slot_path` says which file is theirs.
@@ -2988,7 +2988,7 @@ def load_state(directory: str) -> dict[str, Any] | None:
     return parse_state(text, path)
 
 
-def parse_state(text: str, path: str) -> dict[str, Any]:
+def parse_state(text: str, path: str) -> Json:
     """The state in the text of a .sandbox.yaml, ours or that of `plato` 2.0.x; StateError if damaged."""
     if not text.strip():
         raise damaged_state(path, "it is empty", text)
@@ -3047,7 +3047,7 @@ _SLOT_TEXTS = {
 }
 
 
-def load_slot(directory: str) -> dict[str, Any] | None:
+def load_slot(directory: str) -> Json | None:
     """The state of the sandbox that `plato sandbox` 2.121 or newer started in a directory, or None.
 
     It is the one that PLATO_SANDBOX or .plato/current names, else the only one that was not stopped.
@@ -3075,7 +3075,7 @@ def load_slot(directory: str) -> dict[str, Any] | None:
     return next(iter(live.values()), None)
 
 
-def read_slot(path: str, directory: str) -> dict[str, Any] | None:
+def read_slot(path: str, directory: str) -> Json | None:
     """A slot in the words of .sandbox.yaml; None for what holds no running sandbox; StateError if damaged."""
     import json
 
@@ -3089,7 +3089,7 @@ def read_slot(path: str, directory: str) -> dict[str, Any] | None:
         return None  # a `start` of theirs has no more than its name yet
     if slot.get("stopped_at"):
         return None
-    state: dict[str, Any] = {name: slot.get(theirs) or "" for name, theirs in _SLOT_TEXTS.items()}
+    state: Json = {name: slot.get(theirs) or "" for name, theirs in _SLOT_TEXTS.items()}
     for name, value in state.items():
         if not isinstance(value, str) or not value.isprintable():
             raise damaged_state(path, f"its {_SLOT_TEXTS[name]} is not a plain text", text)
@@ -3106,7 +3106,7 @@ def read_slot(path: str, directory: str) -> dict[str, Any] | None:
     return {name: value for name, value in state.items() if value}
 
 
-def update_slot(state: Mapping[str, Any], **changes: Any) -> None:
+def update_slot(state: Json, **changes: Any) -> None:
     """Change fields of the slot of a state; the others stay, and so does that of another session."""
     import json
 
@@ -3119,7 +3119,7 @@ def update_slot(state: Mapping[str, Any], **changes: Any) -> None:
         raise StateError(f"{shown_path(path)} cannot be written: {reason(error)}.") from None
 
 
-def save_state(directory: str, state: Mapping[str, Any]) -> None:
+def save_state(directory: str, state: Json) -> None:
     """Write .sandbox.yaml so that a crash leaves the old file or the new one, readable by the owner only."""
     kept = {key: value for key, value in state.items() if value is not None}
     text = STATE_FIRST_LINE + yaml_dump(kept) + STATE_LAST_LINE
@@ -3432,7 +3432,7 @@ def repair_ssh_config(state: Json, settings: Settings) -> None:
         write_whole(path, text)
 
 
-def ssh_command(state: Mapping[str, Any], *, shown: bool) -> str | None:
+def ssh_command(state: Json, *, shown: bool) -> str | None:
     """The command that opens a shell on the VM; with `shown`, for people: the home directory as ~."""
     config, host = state.get("ssh_config_path"), state.get("ssh_host")
     if not config or not host:
@@ -3443,7 +3443,7 @@ def ssh_command(state: Mapping[str, Any], *, shown: bool) -> str | None:
     return shell_words(["ssh", "-F", config, host])
 
 
-def trusted_ssh_config(state: Mapping[str, Any], settings: Settings) -> str:
+def trusted_ssh_config(state: Json, settings: Settings) -> str:
     """The SSH config of a sandbox; SandboxError for one that lies where no client writes them.
 
     Such a file can name commands to run here, and the record may have come with somebody's repository.
@@ -3632,7 +3632,7 @@ def _part(content: Any, offset: int) -> str:
     return f"'{binascii.b2a_base64(os.pread(content.fileno(), PART_BYTES, offset), newline=False).decode()}'"
 
 
-def execute_outcome(answer: Mapping[str, Any], job_id: str | None, seconds: float) -> Outcome:
+def execute_outcome(answer: Json, job_id: str | None, seconds: float) -> Outcome:
     """What a command did, in an answer of `execute`. Raises when it did not run to its end."""
     result = job_of(answer, job_id)
     code = result.get("exit_code", 0 if result.get("success") else 1)
@@ -8376,7 +8376,7 @@ def plan_audit(
     """
     if url is not None:
         return _plan_audit_of_url(sandbox, url, dataset, listener)
-    state: dict[str, Any] = {}
+    state: Json = {}
     try:
         state = sandbox._load_for_use()
     except NoSandboxError:
@@ -8403,7 +8403,7 @@ def plan_audit(
     )
 
 
-def _audit_listeners(config: Config, wanted: str | None) -> dict[str, dict[str, Any]]:
+def _audit_listeners(config: Config, wanted: str | None) -> dict[str, Json]:
     """The `db` listeners of a config, or the wanted one. CheckFailedError, UsageError."""
     every = as_dict(config.content.get("listeners"))
     found = {str(name): part for name, part in every.items() if part.get("type", "db") == "db"}
@@ -8520,7 +8520,7 @@ def _logins(account: Any) -> list[Json]:
     return list(account)
 
 
-def mutations_in(report: Mapping[str, Any]) -> list[Mutation]:
+def mutations_in(report: Json) -> list[Mutation]:
     """The mutations in a SessionStateResponse."""
     jobs = (as_dict(job) for job in as_dict(report.get("results")).values())
     return [mutation for job in jobs for mutation in mutations_of(as_dict(job.get("state")))]
@@ -8536,7 +8536,7 @@ def lost_snapshot(why: str) -> UnknownOutcomeError:
 UNKNOWN_VM = "If a VM was created, it gets no heartbeat and is shut down after about two minutes."
 
 
-def unfinished_start(state: Mapping[str, Any]) -> NoSandboxError:
+def unfinished_start(state: Json) -> NoSandboxError:
     return NoSandboxError(
         f"A `start` ({state.get('created_at', 'at an unknown time')}) was cut off before Plato answered it."
         f" {UNKNOWN_VM}",
@@ -8816,7 +8816,7 @@ class Starter:
             error.message = f"{error.message.rstrip()} {what} was closed again."  # type: ignore[attr-defined]
 
 
-def live_sandbox_error(state: Mapping[str, Any]) -> ConflictError:
+def live_sandbox_error(state: Json) -> ConflictError:
     return ConflictError(
         f"There is a live sandbox here already (session {printable(str(state.get('session_id')))}).",
         hint=f"`{PROGRAM} stop` ends it; `start --replace` ends it and starts a new one.",
@@ -8901,7 +8901,7 @@ class Output(Reporter):
         colour = _COLOURS.get(style) if self._colour else None
         return f"{colour}{self.safe(text)}\033[0m" if colour else self.safe(text)
 
-    def document(self, value: Mapping[str, Any]) -> None:
+    def document(self, value: Json) -> None:
         """The one JSON document of --json, in ASCII."""
         import json
 
@@ -8909,7 +8909,7 @@ class Output(Reporter):
         text = json.dumps(value, indent=2).replace("\x7f", "\\u007f")
         self.stdout.write("\n".join(map(self.safe, text.split("\n"))) + "\n")
 
-    def error(self, error: SandboxError | Interrupted) -> dict[str, Any]:
+    def error(self, error: SandboxError | Interrupted) -> Json:
         """Tell an error in words on stderr; returns it for the document of --json."""
         self.finish()
         message, hint = self.told(error.message), self.told(error.hint) if error.hint else None
@@ -9045,7 +9045,7 @@ def run_start(sandbox: Sandbox, **options: Any) -> Json:
     return {**state, "ssh_command": ssh_command(state, shown=False)}
 
 
-def start_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def start_lines(report: Json) -> Iterator[Line]:
     yield "Sandbox started successfully!"
     yield from sandbox_lines(report)
     yield "Heartbeat", f"running (PID: {report['heartbeat_pid']})", "good"
@@ -9053,7 +9053,7 @@ def start_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield f"State saved to {STATE_FILE}"
 
 
-def sandbox_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def sandbox_lines(report: Json) -> Iterator[Line]:
     """The lines that `start` and `status` share: where the VM is and how long it may live."""
     status = report.get("vm_status")
     unsure = status in ("unreachable", "unknown", "created", "queued")
@@ -9074,7 +9074,7 @@ def sandbox_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield "Slot", shown_path(report.get("slot_path", ""))
 
 
-def status_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def status_lines(report: Json) -> Iterator[Line]:
     """With the heartbeat's line of the specification, then its last good beat and its last error."""
     yield "Sandbox Status"
     yield from sandbox_lines(report)
@@ -9101,24 +9101,24 @@ def seconds_of(text: str) -> float:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S+00:00").replace(tzinfo=timezone.utc).timestamp()
 
 
-def stop_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def stop_lines(report: Json) -> Iterator[Line]:
     gone = " It was gone already; what was left of it here is removed." if report["already_gone"] else ""
     yield f"Sandbox stopped successfully.{gone}"
 
 
-def run_sync(sandbox: Sandbox, path: str = ".", watch: bool = False, **options: Any) -> dict[str, Any]:
+def run_sync(sandbox: Sandbox, path: str = ".", watch: bool = False, **options: Any) -> Json:
     output: Any = sandbox.reporter
     if watch and options.get("dry_run"):
         raise UsageError("--watch and --dry-run exclude each other.")
 
-    def tell(report: Mapping[str, Any]) -> None:
+    def tell(report: Json) -> None:
         for line in sync_lines(report):
             output.note(str(line)) if output.json else output.result(line)
 
     return sandbox.sync(path, watch=tell if watch else None, **options)
 
 
-def sync_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def sync_lines(report: Json) -> Iterator[Line]:
     """What a sync did, or with --dry-run what it would do, or after --watch what all did together."""
     if "send" in report:
         for word in ("remove", "send"):
@@ -9134,7 +9134,7 @@ def sync_lines(report: Mapping[str, Any]) -> Iterator[Line]:
         yield f"Synced to {report['remote_path']}: {done} ({amount})."
 
 
-def services_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def services_lines(report: Json) -> Iterator[Line]:
     yield "Services started successfully!"
     yield "Branch", report["branch"]
     if report["commit"]:
@@ -9149,7 +9149,7 @@ def services_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield "Took", duration_text(report["seconds"]), "", f" ({steps})"
 
 
-def worker_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def worker_lines(report: Json) -> Iterator[Line]:
     yield "Worker started successfully!" if report["ready"] else "The worker is starting."
     yield "Service", report["service"]
     yield "Dataset", report["dataset"]
@@ -9159,7 +9159,7 @@ def worker_lines(report: Mapping[str, Any]) -> Iterator[Line]:
         yield f"It takes minutes to come up; see whether it has: {PROGRAM} state"
 
 
-def state_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def state_lines(report: Json) -> Iterator[Line]:
     """What changed: each table's counts, then the changes themselves."""
     yield "Environment State"
     mutations = mutations_in(report)
@@ -9177,7 +9177,7 @@ def state_lines(report: Mapping[str, Any]) -> Iterator[Line]:
         yield f"  ... and {len(mutations) - SHOWN_MUTATIONS} more; --json has all of them"
 
 
-def snapshot_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def snapshot_lines(report: Json) -> Iterator[Line]:
     yield "Snapshot created successfully!"
     yield "Artifact ID", report["artifact_id"]
     if report["status"] != "ready":
@@ -9193,7 +9193,7 @@ def run_flow(
     api: bool = False,
     headless: bool = True,
     **options: Any,
-) -> dict[str, Any]:
+) -> Json:
     source = "local" if local else "api" if api else None
     if list:
         return listed_flows(sandbox.flows(source), sandbox.reporter)
@@ -9204,7 +9204,7 @@ def run_flow(
     return sandbox.flow(flow_name, told=told, every=all, source=source, **options)
 
 
-def listed_flows(known: FlowSet, reporter: Reporter) -> dict[str, Any]:
+def listed_flows(known: FlowSet, reporter: Reporter) -> Json:
     """The flows by name, with how many steps each has and what it is about."""
     for warning in known.warnings:
         reporter.warn(warning)
@@ -9214,7 +9214,7 @@ def listed_flows(known: FlowSet, reporter: Reporter) -> dict[str, Any]:
     return {"source": "local" if known.path else "api", "flows_path": known.path, "flows": flows}
 
 
-def flow_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+def flow_lines(report: Json) -> Iterator[Line]:
     if "report" not in report:  # of --list
         width = max((len(flow["name"]) for flow in report["flows"]), default=0)
         for flow in report["flows"]:
@@ -9226,7 +9226,7 @@ def flow_lines(report: Mapping[str, Any]) -> Iterator[Line]:
     yield "Report", shown_path(from_here(report["report"]))
 
 
-def show_flow_progress(output: Output, result: dict[str, Any], step: dict[str, Any] | None) -> None:
+def show_flow_progress(output: Output, result: Json, step: Json | None) -> None:
     """A line for each step that ended, and for a flow that ended how it went."""
     output.finish(told=False)
     if output.json:
@@ -9243,7 +9243,7 @@ def show_flow_progress(output: Output, result: dict[str, Any], step: dict[str, A
         output.outcome("ok" if good else "FAILED", words, "good" if good else "bad")
 
 
-def flow_end_lines(result: Mapping[str, Any]) -> Iterator[Line]:
+def flow_end_lines(result: Json) -> Iterator[Line]:
     """The verdict of a flow; after a failure, all that is known of it."""
     count = len(result["steps"]) - 1
     done = sum(step["status"] == "passed" for step in result["steps"][1:])
@@ -9255,7 +9255,7 @@ def flow_end_lines(result: Mapping[str, Any]) -> Iterator[Line]:
     yield "Trace", result["trace_command"]
 
 
-def failure_lines(failure: Mapping[str, Any]) -> Iterator[Line]:
+def failure_lines(failure: Json) -> Iterator[Line]:
     yield "Place", failure["place"]
     yield "Expected", failure["expected"]
     yield "Seen", failure["seen"], "bad"
@@ -9557,7 +9557,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:
             raise UsageError(f"{message[:1].upper()}{message[1:]}.", hint=f"See {self.prog} --help")
 
-    about: dict[str, Any] = {
+    about: Json = {
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "allow_abbrev": False,
         "argument_default": argparse.SUPPRESS,
@@ -9736,7 +9736,7 @@ def run(arguments: Sequence[str], output: Output) -> int:
     return 0 if report is None else show(report, command, output)
 
 
-def show(report: dict[str, Any], command: Command, output: Output) -> int:
+def show(report: Json, command: Command, output: Output) -> int:
     """What a command did, in lines or as its document; and how it ends, if it is an error."""
     error: SandboxError | None = report.pop("error", None)
     if not output.json:
