@@ -5623,6 +5623,7 @@ class AuditTable:
         self.database = str(listener.get("db_database"))
         self.schema = as_text(listener.get("db_schema")) or as_text(listener.get("schema_name")) or "public"
         self.table = as_text(listener.get("audit_table_name")) or "audit_log"
+        self.rules = as_list(listener.get(RULES_KEY))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7413,8 +7414,8 @@ class Visit:
         self.plan = plan
         self.database = database
         self.schema = database.schema
-        self.saved: list[Any] = []
-        self.ticks: set[Tick] = set()
+        self.saved = database.listener.rules  # where no file has others
+        self.ticks = self.saved_ticks()
         self.turn = 0
         self.recording: Sequence[Mutation] | None = None
         self.recorded: Changes | None = None

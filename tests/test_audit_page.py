@@ -297,6 +297,18 @@ def test_without_a_config_there_is_the_block_to_copy(stage: Stage) -> None:
     assert yaml.safe_load(block) == {KEY: [{"table": "users", "columns": ["login_count"]}]}
 
 
+def test_without_a_config_the_rules_of_the_artifact_are_where_one_begins(stage: Stage) -> None:
+    """Whoever copies the YAML into a config loses none of them."""
+    stage.path = None
+    own = ["sessions", {"table": "users", "columns": ["last"], "why": "each login"}]
+    fields = {"db_type": "postgresql", "db_database": "taskboard", KEY: own}
+    stage.database.listener = AuditTable("db", fields)
+    page = tick(stage.open(), ("activity", WHOLE))
+    assert numbers(page) == ["2", "1", "1"]
+    (block,) = [code.value for code in page.code]
+    assert yaml.safe_load(block) == {KEY: [*own, "activity"]}
+
+
 def test_a_reload_keeps_what_is_not_saved(stage: Stage) -> None:
     page = tick(stage.open(), ("activity", WHOLE))
     again = stage.open("".join(page.query_params["visit"]))
