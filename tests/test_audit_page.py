@@ -16,12 +16,12 @@ from plato_sandbox import (
     AuditPlan,
     AuditTable,
     Changes,
+    Config,
     Database,
     DatabaseError,
     Mutation,
-    Table,
     WorkerNotUpError,
-    changes_picture,
+    bars_of,
     show_audit_page,
 )
 
@@ -62,27 +62,26 @@ class Shelf(Database):
 
     def __init__(self, name: str = "db", **tables: list[str]) -> None:
         super().__init__(AuditTable(name, {"db_type": "postgresql", "db_database": "taskboard"}))
-        self.found: dict[str, Table] = {}
+        self.found: dict[str, list[Any]] = {}
         for title, columns in tables.items():
             self.put(title, columns)
         self.looks: list[str] = []
         self.trouble: Exception | None = None
 
     def put(self, name: str, columns: list[str], keys: Sequence[str] = ("id",)) -> None:
-        self.found[name] = Table("public", name)
-        self.found[name].columns = [(column, "text", column in keys) for column in columns]
+        self.found[name] = [("public", name, column, "text", column in keys) for column in columns]
 
     def look(self, what: str) -> None:
         self.looks.append(what)
         if self.trouble is not None:
             raise self.trouble
 
-    def tables(self) -> dict[str, Table]:
+    def tables(self) -> dict[str, list[Any]]:
         self.look("tables")
         return self.found
 
-    def examples(self, table: Table) -> list[Sequence[str | None]]:
-        self.look(f"examples {table.name}")
+    def examples(self, columns: Sequence[Any]) -> list[Any]:
+        self.look(f"examples {columns[0][1]}")
         return [["1", "a\x1b[2J"], ["2", None]]
 
 
@@ -100,7 +99,7 @@ class Stage:
         self.changes: list[Mutation] | Exception = LOGIN
         self.reads = 0
         self.has_sandbox = True
-        self.path: str | None = str(self.config)
+        self.path = str(self.config)
         self.others: list[Shelf] = []
         self.plan: AuditPlan | None = None
 
@@ -116,12 +115,9 @@ class Stage:
             self.plan = AuditPlan(
                 [self.database, *self.others],
                 reader,
-                config=self.path,
-                service="taskboard",
-                dataset="base",
-                url="https://app.example/",
+                Config(self.path, "taskboard", "base", {}, []),
+                "https://app.example/",
             )
-            self.plan.begin()
         show_audit_page(self.plan)
 
     def open(self, visit: str | None = None) -> Any:
@@ -195,6 +191,11 @@ def text(page: Any) -> str:
 
 def html(page: Any) -> str:
     return "\n".join(str(part.proto.body) for part in page.get("html"))
+
+
+def charts(page: Any) -> str:
+    """The names in the data of the pictures."""
+    return "\n".join(repr(part.proto.datasets or part.proto.data) for part in page.get("vega_lite_chart"))
 
 
 def numbers(page: Any) -> list[str]:
@@ -284,13 +285,13 @@ def test_a_config_that_cannot_be_edited_leaves_the_block_to_copy(stage: Stage) -
     page = tick(stage.open(), ("activity", WHOLE))
     stage.config.write_text("nonsense: [")
     click(click(page, "save it"), "look")
-    assert "cannot be used" in text(page)
+    assert "plato\\-config\\.yml\\:1\\:11" in text(page)
     assert "save it" not in keys(page)
     assert any("- activity" in code.value and code.value.startswith(KEY) for code in page.code)
 
 
 def test_without_a_config_there_is_the_block_to_copy(stage: Stage) -> None:
-    stage.path = None
+    stage.path = ""
     page = tick(stage.open(), ("users", "login_count"))
     assert "save it" not in keys(page)
     (block,) = [code.value for code in page.code]
@@ -299,7 +300,7 @@ def test_without_a_config_there_is_the_block_to_copy(stage: Stage) -> None:
 
 def test_without_a_config_the_rules_of_the_artifact_are_where_one_begins(stage: Stage) -> None:
     """Whoever copies the YAML into a config loses none of them."""
-    stage.path = None
+    stage.path = ""
     own = ["sessions", {"table": "users", "columns": ["last"], "why": "each login"}]
     fields = {"db_type": "postgresql", "db_database": "taskboard", KEY: own}
     stage.database.listener = AuditTable("db", fields)
@@ -336,8 +337,7 @@ def test_recording_shows_only_what_happened_meanwhile(stage: Stage) -> None:
     click(page, "stop")
     assert numbers(page) == ["1", "0", "1"]
     assert rows(page)[0] == ("tasks", WHOLE)
-    assert "activity" not in html(page)
-    click(page, "all")
+    click(page, "look")
     assert numbers(page) == ["3", "0", "3"]
 
 
@@ -349,7 +349,7 @@ def test_a_row_is_recorded_by_its_real_key(stage: Stage) -> None:
     page = click(stage.open(), "record")
     stage.changes = [insert("prices", {"country": "at", "amount": 1}), first]
     assert "1 inserted: country=at, amount=1" in list(grid(click(page, "stop")).value["What happened"])
-    page = click(click(page, "all"), "record")
+    page = click(click(page, "look"), "record")
     stage.changes = [*stage.changes[:1], insert("prices", {"country": "de", "amount": 2})]
     assert rows(click(page, "stop"))[:2] == [("prices", WHOLE), ("prices", "amount")]
 
@@ -443,7 +443,6 @@ def test_names_from_a_database_are_text_and_nothing_else(stage: Stage, column: s
     click(page, "save it")
     assert stage.rules[1] == (SCRIPT if column == WHOLE else {"table": SCRIPT, "columns": [SCRIPT]})
     assert "<script" not in html(page)
-    assert "&lt;script&gt;" in html(page)
 
 
 @pytest.mark.parametrize("name", ["of it", "rules", "0", " ", "(whole table)"])
@@ -484,21 +483,6 @@ def test_each_listener_has_its_own_tables_changes_and_choices(stage: Stage) -> N
     assert numbers(page) == ["2", "1", "1"]
     assert "save it" in keys(page)
     assert stage.database.looks == stage.others[0].looks == ["tables"]
-    assert stage.reads == 1
-
-
-def test_tables_read_beforehand_are_used_once_and_only_while_they_are_fresh(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What changed is read when somebody looks at it, and not before."""
-    stage.open()
-    assert (stage.database.looks, stage.reads) == (["tables"], 1)
-    stage.open()
-    assert (stage.database.looks, stage.reads) == (["tables"] * 2, 2)
-    monkeypatch.setattr(plato_sandbox, "AUDIT_FRESH_SECONDS", 0.0)
-    stage.plan = None
-    stage.open()
-    assert (stage.database.looks, stage.reads) == (["tables"] * 4, 3)
 
 
 # Much, and pictures
@@ -514,17 +498,19 @@ def test_the_effect_of_a_tick_does_not_depend_on_how_much_changed() -> None:
     assert sum(changes.remaining({("wide", "c0")}).values()) == 27_500
     began = time.process_time()
     for number in range(1000):
-        changes_picture(changes, {("wide", f"c{number % 12}")})
+        bars_of(changes, {("wide", f"c{number % 12}")})
     assert time.process_time() - began < 10, "a thousand times"
 
 
 def test_the_picture_has_each_kind_and_fades_what_is_hidden() -> None:
     mutations = [*LOGIN, Mutation({"table": "activity", "action": "DELETE", "row_data": {"id": 2}})]
     changes = Changes(mutations, "public")
-    plain, faded = changes_picture(changes, []), changes_picture(changes, [("activity", "")])
-    assert '<i class="inserted" style="width:50.0%"></i><i class="deleted"' in plain
-    assert "hidden" not in plain
-    assert faded.count("hidden") == 4  # two bars, and the key with its word
+    activity = [
+        (bar["kind"], bar["changes"]) for bar in bars_of(changes, set()) if bar["table"] == "activity"
+    ]
+    assert activity == [("inserted", 1), ("deleted", 1)]
+    assert {bar["rules"] for bar in bars_of(changes, set())} == {"remaining"}
+    faded = [bar["table"] for bar in bars_of(changes, {("activity", "")}) if bar["rules"] != "remaining"]
+    assert faded == ["activity", "activity"]
     many = Changes([insert(f"t{number}", {}) for number in range(300)], "public")
-    assert changes_picture(many, []).count("count") == plato_sandbox.SHOWN_BARS
-    assert "and 290 more tables" in changes_picture(many, [])
+    assert len(bars_of(many, set())) == plato_sandbox.SHOWN_BARS
