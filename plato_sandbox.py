@@ -5509,26 +5509,25 @@ class Mutation:
 
     @property
     def columns(self) -> list[str]:
-        """The columns whose values an UPDATE changed, if both rows are known."""
+        """The columns whose values an UPDATE changed, as far as that is known."""
         listed = self.raw.get("changed_columns") or self.raw.get("changed_fields")
+        if self.action != "UPDATE":
+            return []
         if isinstance(listed, (list, dict)):
             return [str(name) for name in listed]
-        if not self.before or not self.after:
-            return []
-        missing = object()
-        return [name for name, value in self.after.items() if self.before.get(name, missing) != value]
+        before = self.before or self.after
+        return [name for name, value in self.after.items() if name not in before or before[name] != value]
 
     def told(self) -> str:
         """The change in one line: `id=1  login_count: 3 -> 4`."""
         row = self.after or self.before
-        if self.action != "UPDATE" or not self.before or not self.after:
+        changed = self.columns if self.before and self.after else []
+        if not changed:
             return ", ".join(f"{name}={_value(value)}" for name, value in row.items())
-        changes = ", ".join(
-            f"{name}: {_value(self.before.get(name))} -> {_value(self.after.get(name))}"
-            for name in self.columns
-        )
         key = f"id={_value(row['id'])}  " if "id" in row else ""
-        return key + (changes or "nothing changed")
+        return key + ", ".join(
+            f"{name}: {_value(self.before.get(name))} -> {_value(self.after.get(name))}" for name in changed
+        )
 
 
 def _row(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -5558,15 +5557,12 @@ def mutations_of(content: Mapping[str, Any]) -> list[Mutation]:
 def worker_trouble(job: Mapping[str, Any]) -> str | None:
     """Why the worker of a job cannot tell its state, in its own words; None when it can."""
     content = job.get("state")
-    if not isinstance(content, dict):
-        return as_text(job.get("error")) or as_text(content) or "it gave no state"
-    for name in ("error", "errors"):
-        said = content.get(name)
-        if said:
-            return printable(said if isinstance(said, str) else _value(said)).rstrip(".")
-    if job.get("success") is False:
-        return as_text(job.get("error")) or "it could not read its state"
-    return None
+    said = job.get("error") or content or "it gave no state"
+    if isinstance(content, dict):
+        said = content.get("error") or content.get("errors")
+        if job.get("success") is False:
+            said = said or job.get("error") or "it could not read its state"
+    return printable(value_text(said)).rstrip(".") if said else None
 
 
 def summarize(mutations: Sequence[Mutation]) -> dict[str, Any]:
@@ -5590,7 +5586,7 @@ def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
     """The `audit_ignore_tables` entries that would ignore them: columns where only those changed."""
     tables: dict[str, set[str] | None] = {}
     for mutation in mutations:
-        columns = set(mutation.columns) if mutation.action == "UPDATE" else set()
+        columns = set(mutation.columns)
         known = tables.get(mutation.table, set())
         tables[mutation.table] = known | columns if columns and known is not None else None
     return [
@@ -5628,16 +5624,16 @@ class AuditTable:
         self.name = name
         self.kind = str(given.get("db_type"))
         self.database = str(given.get("db_database"))
+        port, user = (3306, "root") if self.kind == "mysql" else (5432, "postgres")
         self.login: Json = {
             "host": given.get("db_host", "127.0.0.1"),
-            "port": whole_number(given.get("db_port", 3306 if self.kind == "mysql" else 5432)),
-            "user": given.get("db_user", "root" if self.kind == "mysql" else "postgres"),
+            "port": whole_number(given.get("db_port", port)),
+            "user": given.get("db_user", user),
             "password": given.get("db_password", ""),
             "database": self.database,
         }
-        schemas = {"mysql": self.database, "sqlite": "main"}
         schema = given.get("db_schema") or given.get("schema_name", "public")
-        self.schema: str = schemas.get(self.kind, schema)
+        self.schema = {"mysql": self.database, "sqlite": "main"}.get(self.kind, schema)
         self.table = given.get("audit_table_name", "audit_log")
         self.rules = as_list(given.get(RULES_KEY))
 
@@ -6744,34 +6740,33 @@ class Changes:
     """What happened to tables, counted, so that the effect of rules is known at once however much it was.
 
     kinds: how often, by table, kind ("inserted", ..) and the ticks of the columns that an UPDATE changed;
-    tables: how often, by table and kind; counts: how often, by tick; first: the first one, by tick.
+    counts: how often, by tick; first: the first one, by tick.
     """
 
     def __init__(self, mutations: Sequence[Mutation], schema: str) -> None:
         self.mutations = mutations
-        self.kinds: collections.Counter[tuple[str, str, frozenset[Tick]]] = collections.Counter()
-        self.tables: dict[str, collections.Counter[str]] = {}
+        self.kinds: collections.Counter[Any] = collections.Counter()
         self.counts: collections.Counter[Tick] = collections.Counter()
         self.first: dict[Tick, Mutation] = {}
         for mutation in mutations:
-            table, kind = table_of(mutation, schema), mutation.kind
-            whole = table, WHOLE
-            columns = [(table, name) for name in mutation.columns if kind == "updated"]
-            self.kinds[table, kind, frozenset(columns)] += 1
-            self.tables.setdefault(table, collections.Counter())[kind] += 1
-            self.counts.update([whole, *columns])
-            for place in columns or [whole]:
+            table = table_of(mutation, schema)
+            columns = [(table, name) for name in mutation.columns]
+            self.kinds[table, mutation.kind, frozenset(columns)] += 1
+            places = [(table, WHOLE), *columns]
+            self.counts.update(places)
+            for place in places:
                 self.first.setdefault(place, mutation)
 
     def told(self, place: Tick) -> str:
-        """What happened in a column, or how often to a whole table, with an example."""
-        table, column = place
-        example = self.first.get(place)
-        if column != WHOLE:
-            return difference(example.before.get(column), example.after.get(column)) if example else ""
-        return counts_text(self.tables.get(table, {})) + (f": {example.told()[:300]}" if example else "")
+        """The first thing that happened to a table, or in a column."""
+        first, column = self.first.get(place), place[1]
+        if first is None:
+            return ""
+        if column == WHOLE:
+            return printable(f"{first.kind}: {first.told()}"[:300])
+        return difference(first.before.get(column), first.after.get(column))
 
-    def remaining(self, ticks: set[Tick]) -> dict[tuple[str, str, frozenset[Tick]], int]:
+    def remaining(self, ticks: set[Tick]) -> dict[Any, int]:
         """The `kinds` that rules do not hide."""
         return {
             (table, kind, columns): number
@@ -6786,8 +6781,8 @@ class Changes:
 
 def table_of(mutation: Mutation, schema: str) -> str:
     """The name of a change's table, with its schema if that is another one."""
-    other = as_text(mutation.raw.get("schema")) or as_text(mutation.raw.get("table_schema"))
-    return mutation.table if other in (None, schema) else f"{other}.{mutation.table}"
+    other = mutation.raw.get("schema") or mutation.raw.get("table_schema") or schema
+    return mutation.table if other == schema else f"{other}.{mutation.table}"
 
 
 def difference(before: Any, after: Any) -> str:
@@ -7023,8 +7018,8 @@ class Database:
         found.pop(self.listener.table, None)
         return found
 
-    def examples(self, columns: Sequence[Any]) -> list[Any]:
-        """A few rows of a table as texts, long values cut off where they are."""
+    def examples(self, columns: Sequence[Any]) -> Json:
+        """A few values of each column of a table as texts, long ones cut off where they are."""
         text = "CHAR" if self.listener.kind == "mysql" else "TEXT"
         values = ", ".join(
             "'(binary)'"
@@ -7033,7 +7028,8 @@ class Database:
             for _, _, name, kind, _ in columns
         )
         place = ".".join(map(quoted_name, columns[0][:2]))
-        return self.query(f"SELECT {values} FROM {place} LIMIT {AUDIT_EXAMPLE_ROWS}")  # noqa: S608  (quoted)
+        rows = self.query(f"SELECT {values} FROM {place} LIMIT {AUDIT_EXAMPLE_ROWS}")  # noqa: S608  (quoted)
+        return {column[2]: [row[at] for row in rows] for at, column in enumerate(columns)}
 
     def query(self, statement: str) -> list[Any]:
         """The rows of a statement, which can read only. DatabaseError, TimedOutError."""
@@ -7250,7 +7246,7 @@ class Visit:
         changes = Aside(self.plan.read_changes)
         before = self.saved_ticks()
         self.troubles: dict[str, SandboxError] = {}
-        self.examples = functools.lru_cache(None)(self._examples)
+        self.examples = functools.lru_cache(None)(lambda name: self.database.examples(self.tables[name]))
         self.recorded = False
         self.tables: dict[str, list[Any]] = self._try("tables", self.database.tables) or {}
         self.text: str | None = self._try("config", self._read_config)
@@ -7296,13 +7292,6 @@ class Visit:
             self.said = "success", "Saved. `start-worker --wait` gives the rules to the worker."
         except SandboxError as error:
             self.said = "error", _told(error)
-
-    def _examples(self, name: str) -> dict[str, list[str]]:
-        """The texts in a few rows of a table, by column."""
-        rows = self.database.examples(self.tables[name])
-        cells = [["NULL" if value is None else printable(value) for value in row] for row in rows]
-        names = (printable(row[2]) for row in self.tables[name])
-        return {name: [row[at] for row in cells] for at, name in enumerate(names)}
 
     def record(self) -> None:
         """Note what has changed so far, or show what happened since that was done."""
@@ -7363,56 +7352,48 @@ button[data-testid="stBaseButton-primary"] { background: #3b70c4; border-color: 
 button[data-testid="stBaseButton-primary"]:hover { background: #2f5ea8; border-color: #2f5ea8; }
 div:has(> .st-key-save) { position: sticky; bottom: 0; padding: .8rem 0 1.2rem; z-index: 9;
   backdrop-filter: blur(16px); }
-.bars { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr max-content;
-  gap: .35rem .9rem; align-items: center; font-size: .9rem; }
-.bars .name { overflow-wrap: anywhere; max-width: 18rem; }
-.bars .bar { display: flex; height: .8rem; gap: 2px; }
-.bars .bar i { min-width: 3px; border-radius: 2px; }
-.bars .count { font-variant-numeric: tabular-nums; opacity: .75; text-align: right; }
-.bars-key { display: flex; flex-wrap: wrap; gap: 1.1rem; margin-top: .8rem; font-size: .8rem; opacity: .8; }
-.bars-key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem; }
-i.inserted { background: #2f9e68; order: 1; } i.updated { background: #4b83d6; order: 2; }
-i.deleted { background: #d2574d; order: 3; } i.other { background: #8a8f98; order: 4; }
-i.hidden { opacity: .28; }
 </style>
 """
-SHOWN_BARS = 10
-# A picture in the language of Vega-Lite; how faint a bar is tells what the rules hide.
+# A picture in the language of Vega-Lite: the tables that changed most, what the rules hide of that in a
+# fainter shade.
 _AUDIT_CHART = """{
-    "encoding": {"y": {"field": "table", "type": "nominal", "sort": null, "title": null,
-        "axis": {"ticks": false, "domain": false, "labelLimit": 260, "labelPadding": 10}}},
+    "transform": [
+        {"joinaggregate": [{"op": "sum", "field": "changes", "as": "all"}], "groupby": ["table"]},
+        {"window": [{"op": "dense_rank", "as": "rank"}],
+            "sort": [{"field": "all", "order": "descending"}, {"field": "table"}]},
+        {"filter": "datum.rank <= 10"}],
+    "encoding": {"y": {"field": "table", "type": "nominal", "title": null,
+        "sort": {"field": "rank", "op": "min"},
+        "axis": {"ticks": false, "domain": false, "labelLimit": 260, "labelPadding": 12,
+            "labelFontSize": 14}}},
     "layer": [
         {"mark": {"type": "bar", "height": 13, "cornerRadius": 2}, "encoding": {
             "x": {"field": "changes", "type": "quantitative", "aggregate": "sum", "axis": null},
-            "color": {"field": "kind", "type": "nominal", "scale": {
-                "domain": ["inserted", "updated", "deleted", "other"],
-                "range": ["#2f9e68", "#4b83d6", "#d2574d", "#8a8f98"]},
-                "legend": {"orient": "bottom", "title": null}},
-            "opacity": {"field": "rules", "type": "nominal", "scale": {
-                "domain": ["remaining", "hidden by the rules"], "range": [1, 0.28]},
-                "legend": {"orient": "bottom", "title": null}}}},
-        {"mark": {"type": "text", "align": "left", "dx": 8}, "encoding": {
+            "color": {"field": "kind", "type": "nominal",
+                "scale": {"domain": ["inserted", "updated", "deleted", "other"],
+                    "range": ["#2f9e68", "#4b83d6", "#d2574d", "#8a8f98"]},
+                "legend": {"title": null}},
+            "opacity": {"field": "rules", "type": "nominal",
+                "scale": {"domain": ["remaining", "hidden by the rules"], "range": [1, 0.28]},
+                "legend": {"title": null, "values": ["hidden by the rules"], "symbolFillColor": "#8a8f98"}}}},
+        {"mark": {"type": "text", "align": "left", "dx": 8, "fontSize": 13, "color": "#8a8f98"}, "encoding": {
             "x": {"field": "changes", "type": "quantitative", "aggregate": "sum"},
             "text": {"field": "changes", "type": "quantitative", "aggregate": "sum", "format": ","}}}],
-    "height": {"step": 26},
-    "config": {"view": {"stroke": null}}
+    "height": {"step": 28},
+    "padding": {"bottom": 0, "left": 0, "top": 0, "right": 0},
+    "config": {"view": {"stroke": null}, "legend": {"orient": "bottom", "offset": 8, "symbolOpacity": 1}}
 }"""
 
 
 def bars_of(changes: Changes, ticks: set[Tick]) -> list[Json]:
-    """What the picture is drawn of: the tables that changed most, and what the rules hide of that."""
+    """What the picture is drawn of."""
     left = changes.remaining(ticks)
-    shown = sorted(changes.tables, key=lambda name: (-changes.counts[name, WHOLE], name))[:SHOWN_BARS]
+    bars: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    for what, number in changes.kinds.items():
+        bars[what[0], what[1], "remaining" if what in left else "hidden by the rules"] += number
     return [
-        {
-            "table": printable(table),
-            "kind": kind,
-            "rules": "remaining" if (table, kind, columns) in left else "hidden by the rules",
-            "changes": number,
-        }
-        for name in shown
-        for (table, kind, columns), number in changes.kinds.items()
-        if table == name
+        {"table": printable(table), "kind": kind, "rules": rules, "changes": number}
+        for (table, kind, rules), number in bars.items()
     ]
 
 
@@ -7451,21 +7432,22 @@ def show_audit_page(plan: AuditPlan) -> None:
 
 
 def _show_controls(st: Any, visit: Visit) -> None:
+    recording = visit.recording is not None
     with st.container(horizontal=True, vertical_alignment="center"):
-        if visit.recording is not None:
-            words = "Stop and show what happened"
-            st.button(words, key="stop", type="primary", on_click=visit.record)
+        words = "Show all changes" if visit.recorded else "Look again"
+        st.button(words, key="look", icon=":material/refresh:", on_click=visit.look)
+        if visit.known or recording:
+            words = "Stop and show what happened" if recording else "Record"
+            look = {
+                "icon": ":material/radio_button_checked:",
+                "type": "primary" if recording else "secondary",
+            }
+            st.button(words, key="record", on_click=visit.record, **look)
+        if recording:
             url = visit.plan.url
             place = f"[the application]({url})" if url else "the application"
             st.markdown(f":red[●] Recording. Do something in {place}, then stop.")
-            return
-        words = "Show all changes" if visit.recorded else "Look again"
-        st.button(words, key="look", icon=":material/refresh:", on_click=visit.look)
-        if visit.known:
-            words = "See only what one thing that you do in the application changes"
-            icon = ":material/radio_button_checked:"
-            st.button("Record", key="record", icon=icon, on_click=visit.record, help=words)
-        if visit.recorded:
+        elif visit.recorded:
             st.caption("Only what happened during the recording")
 
 
@@ -7511,7 +7493,6 @@ def _show_grid(st: Any, visit: Visit, number: int) -> None:
             rows,
             key=key,
             hide_index=True,
-            height=min(460, 38 + 35 * len(rows)),
             disabled=list(rows[0])[1:],
             column_config={
                 "Ignore": column.CheckboxColumn(width="small"),

@@ -206,14 +206,13 @@ def test_odd_names(server: Server) -> None:
     for name in odd:
         assert names(found[name]) == ["id", name]
         assert [row[4] for row in found[name]] == [True, False]
-        assert [list(row) for row in server.reader().examples(found[name])] == [["1", "it's"], ["2", None]]
+        assert server.reader().examples(found[name]) == {"id": ["1", "2"], name: ["it's", None]}
 
 
 def test_long_values_are_cut_off_where_they_are(server: Server) -> None:
     server.run("CREATE TABLE notes (a text)", "INSERT INTO notes VALUES (repeat('x', 60000))")
     reader = server.reader()
-    ((value,),) = reader.examples(reader.tables()["notes"])
-    assert value == "x" * plato_sandbox.AUDIT_EXAMPLE_CHARACTERS
+    assert reader.examples(reader.tables()["notes"]) == {"a": ["x" * plato_sandbox.AUDIT_EXAMPLE_CHARACTERS]}
 
 
 def test_nothing_can_be_written(server: Server) -> None:
@@ -333,8 +332,8 @@ def test_schemas_partitions_and_types(postgres: Server) -> None:
     assert [row[3] for row in orders] == [
         *("bigint", "jsonb", "ARRAY", "bytea", "USER-DEFINED", "numeric", "timestamp with time zone")
     ]
-    row = postgres.reader().examples(orders)[0]
-    assert list(row[:6]) == ["1", '{"a": [1, null]}', '{x,"y z"}', "\\x00ff10", "good", "12.50"]
+    row = [values[0] for values in postgres.reader().examples(orders).values()]
+    assert row[:6] == ["1", '{"a": [1, null]}', '{x,"y z"}', "\\x00ff10", "good", "12.50"]
     assert set(postgres.reader(db_schema="Sales 2024").tables()) == {
         *("orders", "public.orders", "public.events", "public.events_1")
     }
@@ -365,10 +364,9 @@ def test_types_of_mariadb(maria: Server) -> None:
         "VALUES ('{\"a\": 1}', x'00ff', repeat('x', 100000), 'bad', b'101', '2024-01-02', point(1, 2), 1.5)",
     )
     reader = maria.reader()
-    (row,) = reader.examples(reader.tables()["orders"])
-    assert row[0:2] == ("1", '{"a": 1}')
-    assert row[2:5] == ("(binary)", "(binary)", "bad")
-    assert row[7:9] == ("(binary)", "1.50")
+    row = [values[0] for values in reader.examples(reader.tables()["orders"]).values()]
+    assert row[:5] == ["1", '{"a": 1}', "(binary)", "(binary)", "bad"]
+    assert row[7:9] == ["(binary)", "1.50"]
 
 
 # SQLite
@@ -398,7 +396,7 @@ def test_a_file_of_sqlite(file: Path) -> None:
     assert list(tables) == ['it\'s "odd"', "keyed"]
     odd = tables['it\'s "odd"']
     assert [row[2:] for row in odd] == [["id", "INTEGER", 1], ["name", "TEXT", 0], ["raw", "BLOB", 0]]
-    assert reader.examples(odd) == [["1", "é" * 120, "(binary)"], ["7", None, "(binary)"]]
+    assert reader.examples(odd) == {"id": ["1", "7"], "name": ["é" * 120, None], "raw": ["(binary)"] * 2}
 
 
 def test_a_file_is_not_written_and_may_be_in_use(file: Path) -> None:
@@ -407,7 +405,7 @@ def test_a_file_is_not_written_and_may_be_in_use(file: Path) -> None:
         connection.execute("INSERT INTO keyed VALUES ('x')")
         connection.commit()
         reader = sqlite(file)
-        assert reader.examples(reader.tables()["keyed"]) == [["x"]]
+        assert reader.examples(reader.tables()["keyed"]) == {"name": ["x"]}
     connection.close()
     file.chmod(0o444)
     before = file.read_bytes()

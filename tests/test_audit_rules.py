@@ -106,8 +106,8 @@ def test_what_happened_is_told_by_table_and_column() -> None:
     assert changes.counts["users", "seen"] == 2
     assert changes.told(("users", "seen")) == "1 → 2"
     assert changes.told(("users", "name")) == "a → b"
-    assert changes.told(("users", "")) == "2 updated, 1 inserted: id=2, seen=1"
-    assert changes.told(("sessions", "")) == "1 inserted: token=x"
+    assert changes.told(("users", "")) == "updated: id=1  seen: 1 -> 2, count: 1 -> 2"
+    assert changes.told(("sessions", "")) == "inserted: token=x"
     columns = {("users", name) for name in ("seen", "count", "name")}
     assert changes.noise(set()) == {("users", ""), ("sessions", ""), *columns}
     assert Changes([LOGIN], "public").noise(set()) == {("users", "seen"), ("users", "count")}

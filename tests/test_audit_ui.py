@@ -699,7 +699,7 @@ def test_a_file_of_sqlite_on_the_vm(desk: Desk) -> None:
         ((name, table),) = reader.tables().items()
         assert name == "odd itname"
         assert [row[2:] for row in table] == [["id", "INTEGER", 1], ["a", "TEXT", 0]]
-        assert reader.examples(table) == [["3", "x"]]
+        assert reader.examples(table) == {"id": ["3"], "a": ["x"]}
     listener = AuditTable("file", {"db_type": "sqlite", "db_database": "/no.db"})
     with pytest.raises(DatabaseError, match=r"there is no file /no\.db"):
         Database(listener, sandbox=sandbox).tables()
