@@ -5493,7 +5493,7 @@ class Mutation:
     not known; raw: as Plato tells it.
     """
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
+    def __init__(self, raw: Json) -> None:
         self.raw = raw
         self.table = as_text(raw.get("table_name")) or as_text(raw.get("table")) or "?"
         self.action = (as_text(raw.get("action")) or as_text(raw.get("operation")) or "?").upper()
@@ -5530,7 +5530,7 @@ class Mutation:
         )
 
 
-def _row(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _row(raw: Json, names: Sequence[str]) -> Json:
     return next((raw[name] for name in names if isinstance(raw.get(name), dict)), {})
 
 
@@ -5545,7 +5545,7 @@ def _value(value: Any) -> str:
     return printable(text if len(text) <= 60 else text[:57] + "...")
 
 
-def mutations_of(content: Mapping[str, Any]) -> list[Mutation]:
+def mutations_of(content: Json) -> list[Mutation]:
     """The mutations in the `state` of a job: merged if Plato does that, else listener by listener."""
     found = content.get("mutations")
     if not isinstance(found, list):
@@ -5554,7 +5554,7 @@ def mutations_of(content: Mapping[str, Any]) -> list[Mutation]:
     return [Mutation(as_dict(entry)) for entry in found]
 
 
-def worker_trouble(job: Mapping[str, Any]) -> str | None:
+def worker_trouble(job: Json) -> str | None:
     """Why the worker of a job cannot tell its state, in its own words; None when it can."""
     content = job.get("state")
     said = job.get("error") or content or "it gave no state"
@@ -5565,9 +5565,9 @@ def worker_trouble(job: Mapping[str, Any]) -> str | None:
     return printable(value_text(said)).rstrip(".") if said else None
 
 
-def summarize(mutations: Sequence[Mutation]) -> dict[str, Any]:
+def summarize(mutations: Sequence[Mutation]) -> Json:
     """How many rows changed: {"mutations": N, "tables": [{table, inserted, updated, deleted}]}."""
-    tables: dict[str, dict[str, Any]] = {}
+    tables: dict[str, Json] = {}
     for mutation in mutations:
         counts = tables.setdefault(
             mutation.table, {"table": mutation.table, "inserted": 0, "updated": 0, "deleted": 0}
@@ -5576,7 +5576,7 @@ def summarize(mutations: Sequence[Mutation]) -> dict[str, Any]:
     return {"mutations": len(mutations), "tables": [tables[name] for name in sorted(tables)]}
 
 
-def counts_text(counts: Mapping[str, Any]) -> str:
+def counts_text(counts: Json) -> str:
     """`1 inserted, 2 updated`, of a table in a summary."""
     kinds = [name for name in counts if name != "table" and counts[name]]
     return ", ".join(f"{counts[name]} {name}" for name in kinds)
@@ -5616,10 +5616,10 @@ def rules_text(entries: Sequence[Any]) -> str:
 class AuditTable:
     """The audit table of a `db` listener, and how to reach it from the VM.
 
-    login: the database's host, port, user, password and name, as drivers call them.
+    login: the database's host, port, user, password and name, as drivers call them, and further options.
     """
 
-    def __init__(self, name: str, listener: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, listener: Json) -> None:
         given = {key: value for key, value in listener.items() if value}
         self.name = name
         self.kind = str(given.get("db_type"))
@@ -6718,8 +6718,8 @@ def entries_with(entries: Sequence[Any], ticks: Iterable[Tick], schema: str) -> 
     before = columns_by_table(tick for entry in entries for tick in ticks_of(entry, schema))
     found: list[Any] = []
     for entry in [*entries, *sorted(wanted.keys() - before.keys())]:
-        table = next((table for table, _ in ticks_of(entry, schema)), None)
-        if table is None or before.get(table) == wanted.get(table):
+        table = next((table for table, _ in ticks_of(entry, schema)), "")  # which is none
+        if before.get(table) == wanted.get(table):
             found.append(entry)
         elif table in wanted:
             found.append(_entry(entry, wanted.pop(table)))
@@ -6992,7 +6992,7 @@ class Database:
     """The database of a `db` listener as it is reached from here; every look is a connection of its own.
 
     tunnel: the way to it, None for a direct one; sandbox: whose VM has the file of SQLite, None for one here;
-    options: of the connection; hint: what to do where it cannot be reached.
+    hint: what to do where it cannot be reached.
     """
 
     def __init__(
@@ -7000,18 +7000,16 @@ class Database:
         listener: AuditTable,
         tunnel: Tunnel | None = None,
         sandbox: SandboxBase | None = None,
-        options: Mapping[str, str] = {},
         hint: str | None = "Correct what the config says of this listener.",
     ) -> None:
         self.listener = listener
         self.tunnel = tunnel
         self.sandbox = sandbox
-        self.options = options
         self.hint = hint
 
-    def tables(self) -> dict[str, list[Any]]:
+    def tables(self) -> Json:
         """The rows of _COLUMNS, by the names that rules have for tables; without what the worker fills."""
-        found: dict[str, list[Any]] = {}
+        found: Json = {}
         for row in self.query(_COLUMNS.get(self.listener.kind, "")):
             name = row[1] if row[0] == self.listener.schema else f"{row[0]}.{row[1]}"
             found.setdefault(name, []).append(row)
@@ -7040,7 +7038,7 @@ class Database:
             return self._query_file(statement)
         if kind not in AUDIT_DRIVERS:
             raise self.failure(f"audit-ui cannot look into databases of the type {kind}")
-        options: Json = {**self.listener.login, "connect_timeout": AUDIT_CONNECT_SECONDS, **self.options}
+        options: Json = {**self.listener.login, "connect_timeout": AUDIT_CONNECT_SECONDS}
         if self.tunnel:
             options.update(host="127.0.0.1", port=self.tunnel.port)
         if kind == "postgresql":
@@ -7209,7 +7207,7 @@ class AuditPlan:
     def __init__(
         self,
         databases: Sequence[Database],
-        read_changes: Callable[[], Mapping[str, list[Mutation]]],
+        read_changes: Callable[[], Json],
         config: Config,
         url: str | None,
     ) -> None:
@@ -7217,7 +7215,7 @@ class AuditPlan:
         self.read_changes = read_changes
         self.config = config
         self.url = url
-        self.visits: dict[tuple[str, int], Visit] = {}
+        self.visits: dict[Any, Visit] = {}
 
 
 class Visit:
@@ -7237,7 +7235,7 @@ class Visit:
         self.saved = self.listener.rules  # where no file has others
         self.ticks = self.drawn = self.saved_ticks()
         self.turn = 0
-        self.said: tuple[str, str] | None = None
+        self.said: tuple[str, ...] = ()
         self.recording: Sequence[Mutation] | None = None
         self.look()
 
@@ -7248,7 +7246,7 @@ class Visit:
         self.troubles: dict[str, SandboxError] = {}
         self.examples = functools.lru_cache(None)(lambda name: self.database.examples(self.tables[name]))
         self.recorded = False
-        self.tables: dict[str, list[Any]] = self._try("tables", self.database.tables) or {}
+        self.tables: Json = self._try("tables", self.database.tables) or {}
         self.text: str | None = self._try("config", self._read_config)
         found = self._try("changes", changes.result) or {}
         self.known = self.listener.name in found
@@ -7284,11 +7282,11 @@ class Visit:
         self.ticks = ticks
         self.turn += 1
 
-    def save(self, edited: str) -> None:
-        """Write the rules into the file, whose text they make this; `said` is how that went."""
+    def save(self, edited: str, entries: list[Any]) -> None:
+        """Write rules into the file, whose text they make this; `said` is how that went."""
         try:
             replace_text(self.plan.config.path, self.text or "", edited)
-            self.text, self.saved = edited, self.entries
+            self.text, self.saved = edited, entries
             self.said = "success", "Saved. `start-worker --wait` gives the rules to the worker."
         except SandboxError as error:
             self.said = "error", _told(error)
@@ -7379,6 +7377,8 @@ _AUDIT_CHART = """{
         {"mark": {"type": "text", "align": "left", "dx": 8, "fontSize": 13, "color": "#8a8f98"}, "encoding": {
             "x": {"field": "changes", "type": "quantitative", "aggregate": "sum"},
             "text": {"field": "changes", "type": "quantitative", "aggregate": "sum", "format": ","}}}],
+    "title": {"text": "What changed most", "anchor": "start", "frame": "group", "fontSize": 14,
+        "fontWeight": "normal", "offset": 12},
     "height": {"step": 28},
     "padding": {"bottom": 0, "left": 0, "top": 0, "right": 0},
     "config": {"view": {"stroke": null}, "legend": {"orient": "bottom", "offset": 8, "symbolOpacity": 1}}
@@ -7422,7 +7422,7 @@ def show_audit_page(plan: AuditPlan) -> None:
         f"database {os.path.basename(visit.listener.database)}",
         counted(len(visit.tables), "table") if visit.tables else "",
     ]
-    st.caption(" · ".join(_markdown(part) for part in parts if part))
+    st.caption(_markdown(" · ".join(filter(None, parts))))
     _show_controls(st, visit)
     numbers = st.container()  # they are of what is ticked in the grid
     _show_grid(st, visit, number)
@@ -7522,13 +7522,14 @@ def _show_grid(st: Any, visit: Visit, number: int) -> None:
 def _show_rules(st: Any, visit: Visit) -> None:
     """The rules, and the way into the file, which stays in view while there is something to save."""
     name = _markdown(visit.place[0])
-    said, visit.said = visit.said, None
-    st.code(rules_text(visit.entries), language="yaml")
+    said, visit.said = visit.said, ()
+    entries = visit.entries
+    st.code(rules_text(entries), language="yaml")
     if visit.text is None:
         st.caption(_told(visit.troubles["config"]))
         return
     try:
-        edited, shared = edit_rules(visit.text, *visit.place, visit.entries)
+        edited, shared = edit_rules(visit.text, *visit.place, entries)
     except SandboxError as error:
         st.error(_told(error))
         return
@@ -7544,7 +7545,11 @@ def _show_rules(st: Any, visit: Visit) -> None:
         if changed:
             with st.container(horizontal=True, vertical_alignment="center"):
                 st.button(
-                    f"Save to {name}", key="save it", type="primary", on_click=visit.save, args=(edited,)
+                    f"Save to {name}",
+                    key="save it",
+                    type="primary",
+                    on_click=visit.save,
+                    args=(edited, entries),
                 )
                 st.button("Discard", key="discard", on_click=visit.choose, args=(visit.saved_ticks(),))
                 if shared:
@@ -8611,7 +8616,9 @@ def _plan_audit_of_url(sandbox: Sandbox, url: str, dataset: str | None, listener
             )
         own = _audit_listeners(config, name)[name]
         fields = {**fields, **{key: own[key] for key in ("audit_table_name", "db_schema") if key in own}}
-    return AuditPlan([Database(AuditTable(name, fields), options=options, hint=None)], dict, config, None)
+    at = AuditTable(name, fields)
+    at.login.update(options)
+    return AuditPlan([Database(at, hint=None)], dict, config, None)
 
 
 def audit_changes(directory: str, names: Sequence[str]) -> dict[str, list[Mutation]]:
