@@ -7493,6 +7493,7 @@ def _show_grid(st: Any, visit: Visit, number: int) -> None:
             rows,
             key=key,
             hide_index=True,
+            height=min(460, 38 + 35 * len(rows)),
             disabled=list(rows[0])[1:],
             column_config={
                 "Ignore": column.CheckboxColumn(width="small"),
