@@ -60,6 +60,7 @@ the section of the heartbeat.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import io
@@ -5273,7 +5274,7 @@ RULES_KEY = "audit_ignore_tables"
 WORKER_SECONDS = 240.0
 WORKER_POLL_SECONDS = 2.0
 SHOWN_MUTATIONS = 50
-_ACTIONS = {"insert": "inserted", "update": "updated", "delete": "deleted", "truncate": "deleted"}
+_ACTIONS = {"INSERT": "inserted", "UPDATE": "updated", "DELETE": "deleted", "TRUNCATE": "deleted"}
 _BEFORE_KEYS = ("before", "old_data", "old_values", "old_row", "old", "previous")
 _AFTER_KEYS = (
     "after",
@@ -5303,7 +5304,7 @@ class Mutation:
     not known; raw: as Plato tells it.
     """
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
+    def __init__(self, raw: Json) -> None:
         self.raw = raw
         self.table = as_text(raw.get("table_name")) or as_text(raw.get("table")) or "?"
         self.action = (as_text(raw.get("action")) or as_text(raw.get("operation")) or "?").upper()
@@ -5313,41 +5314,49 @@ class Mutation:
             self.before, self.after = self.after, {}
 
     @property
+    def kind(self) -> str:
+        """What became of the row: "inserted", "updated", "deleted" or "other"."""
+        return _ACTIONS.get(self.action, "other")
+
+    @property
     def columns(self) -> list[str]:
-        """The columns whose values an UPDATE changed, if both rows are known."""
+        """The columns whose values an UPDATE changed, as far as that is known."""
         listed = self.raw.get("changed_columns") or self.raw.get("changed_fields")
+        if self.action != "UPDATE":
+            return []
         if isinstance(listed, (list, dict)):
             return [str(name) for name in listed]
-        if not self.before or not self.after:
-            return []
-        missing = object()
-        return [name for name, value in self.after.items() if self.before.get(name, missing) != value]
+        before = self.before or self.after
+        return [name for name, value in self.after.items() if name not in before or before[name] != value]
 
     def told(self) -> str:
         """The change in one line: `id=1  login_count: 3 -> 4`."""
         row = self.after or self.before
-        if self.action != "UPDATE" or not self.before or not self.after:
+        changed = self.columns if self.before and self.after else []
+        if not changed:
             return ", ".join(f"{name}={_value(value)}" for name, value in row.items())
-        changes = ", ".join(
-            f"{name}: {_value(self.before.get(name))} -> {_value(self.after.get(name))}"
-            for name in self.columns
-        )
         key = f"id={_value(row['id'])}  " if "id" in row else ""
-        return key + (changes or "nothing changed")
+        return key + ", ".join(
+            f"{name}: {_value(self.before.get(name))} -> {_value(self.after.get(name))}" for name in changed
+        )
 
 
-def _row(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _row(raw: Json, names: Sequence[str]) -> Json:
     return next((raw[name] for name in names if isinstance(raw.get(name), dict)), {})
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
     import json
 
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _value(value: Any) -> str:
+    text = value_text(value)
     return printable(text if len(text) <= 60 else text[:57] + "...")
 
 
-def mutations_of(content: Mapping[str, Any]) -> list[Mutation]:
+def mutations_of(content: Json) -> list[Mutation]:
     """The mutations in the `state` of a job: merged if Plato does that, else listener by listener."""
     found = content.get("mutations")
     if not isinstance(found, list):
@@ -5356,33 +5365,29 @@ def mutations_of(content: Mapping[str, Any]) -> list[Mutation]:
     return [Mutation(as_dict(entry)) for entry in found]
 
 
-def worker_trouble(job: Mapping[str, Any]) -> str | None:
+def worker_trouble(job: Json) -> str | None:
     """Why the worker of a job cannot tell its state, in its own words; None when it can."""
     content = job.get("state")
-    if not isinstance(content, dict):
-        return as_text(job.get("error")) or as_text(content) or "it gave no state"
-    for name in ("error", "errors"):
-        said = content.get(name)
-        if said:
-            return printable(said if isinstance(said, str) else _value(said)).rstrip(".")
-    if job.get("success") is False:
-        return as_text(job.get("error")) or "it could not read its state"
-    return None
+    said = job.get("error") or content or "it gave no state"
+    if isinstance(content, dict):
+        said = content.get("error") or content.get("errors")
+        if job.get("success") is False:
+            said = said or job.get("error") or "it could not read its state"
+    return printable(value_text(said)).rstrip(".") if said else None
 
 
-def summarize(mutations: Sequence[Mutation]) -> dict[str, Any]:
+def summarize(mutations: Sequence[Mutation]) -> Json:
     """How many rows changed: {"mutations": N, "tables": [{table, inserted, updated, deleted}]}."""
-    tables: dict[str, dict[str, Any]] = {}
+    tables: dict[str, Json] = {}
     for mutation in mutations:
         counts = tables.setdefault(
             mutation.table, {"table": mutation.table, "inserted": 0, "updated": 0, "deleted": 0}
         )
-        kind = _ACTIONS.get(mutation.action.lower(), "other")
-        counts[kind] = counts.get(kind, 0) + 1
+        counts[mutation.kind] = counts.get(mutation.kind, 0) + 1
     return {"mutations": len(mutations), "tables": [tables[name] for name in sorted(tables)]}
 
 
-def counts_text(counts: Mapping[str, Any]) -> str:
+def counts_text(counts: Json) -> str:
     """`1 inserted, 2 updated`, of a table in a summary."""
     kinds = [name for name in counts if name != "table" and counts[name]]
     return ", ".join(f"{counts[name]} {name}" for name in kinds)
@@ -5392,7 +5397,7 @@ def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
     """The `audit_ignore_tables` entries that would ignore them: columns where only those changed."""
     tables: dict[str, set[str] | None] = {}
     for mutation in mutations:
-        columns = set(mutation.columns) if mutation.action == "UPDATE" else set()
+        columns = set(mutation.columns)
         known = tables.get(mutation.table, set())
         tables[mutation.table] = known | columns if columns and known is not None else None
     return [
@@ -5420,20 +5425,28 @@ def rules_text(entries: Sequence[Any]) -> str:
 
 
 class AuditTable:
-    """The audit table of a `db` listener, and how to reach it from the VM."""
+    """The audit table of a `db` listener, and how to reach it from the VM.
 
-    def __init__(self, name: str, listener: Mapping[str, Any]) -> None:
+    login: the database's host, port, user, password and name, as drivers call them, and further options.
+    """
+
+    def __init__(self, name: str, listener: Json) -> None:
+        given = {key: value for key, value in listener.items() if value}
         self.name = name
-        self.kind = str(listener.get("db_type"))
-        self.host = as_text(listener.get("db_host")) or "127.0.0.1"
-        self.port = whole_number(listener.get("db_port")) or {"postgresql": 5432, "mysql": 3306}.get(
-            self.kind, 0
-        )
-        self.user = as_text(listener.get("db_user")) or {"mysql": "root"}.get(self.kind, "postgres")
-        self.password = as_text(listener.get("db_password")) or ""
-        self.database = str(listener.get("db_database"))
-        self.schema = as_text(listener.get("db_schema")) or as_text(listener.get("schema_name")) or "public"
-        self.table = as_text(listener.get("audit_table_name")) or "audit_log"
+        self.kind = str(given.get("db_type"))
+        self.database = str(given.get("db_database"))
+        port, user = (3306, "root") if self.kind == "mysql" else (5432, "postgres")
+        self.login: Json = {
+            "host": given.get("db_host", "127.0.0.1"),
+            "port": whole_number(given.get("db_port", port)),
+            "user": given.get("db_user", user),
+            "password": given.get("db_password", ""),
+            "database": self.database,
+        }
+        schema = given.get("db_schema") or given.get("schema_name", "public")
+        self.schema = {"mysql": self.database, "sqlite": "main"}.get(self.kind, schema)
+        self.table = given.get("audit_table_name", "audit_log")
+        self.rules = as_list(given.get(RULES_KEY))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6332,16 +6345,14 @@ def ticks_of(entry: Any, schema: str) -> list[Tick]:
     """What a rule ignores; [] for what is none."""
     fields = {"table": entry} if isinstance(entry, str) else as_dict(entry)
     table, columns = as_text(fields.get("table")), fields.get("columns")
-    if table is None:
-        return []
-    table = table.removeprefix(f"{schema}.")
-    return [(table, WHOLE)] if columns is None else [(table, str(name)) for name in as_list(columns)]
+    names = [WHOLE] if columns is None else as_list(columns)
+    return [(table.removeprefix(f"{schema}."), str(name)) for name in names if table]
 
 
-def columns_by_table(ticks: Iterable[Tick]) -> dict[str, list[str]]:
-    tables: dict[str, list[str]] = {}
-    for table, column in sorted(set(ticks)):
-        tables.setdefault(table, []).append(column)
+def columns_by_table(ticks: Iterable[Tick]) -> dict[str, set[str]]:
+    tables: dict[str, set[str]] = {}
+    for table, column in ticks:
+        tables.setdefault(table, set()).add(column)
     return tables
 
 
@@ -6350,134 +6361,103 @@ def entries_with(entries: Sequence[Any], ticks: Iterable[Tick], schema: str) -> 
     wanted = columns_by_table(ticks)
     before = columns_by_table(tick for entry in entries for tick in ticks_of(entry, schema))
     found: list[Any] = []
-    done: set[str] = set()
-    for entry in entries:
-        table = next(iter(ticks_of(entry, schema)), (None,))[0]
-        if table is None or before[table] == wanted.get(table):
+    for entry in [*entries, *sorted(wanted.keys() - before.keys())]:
+        table = next((table for table, _ in ticks_of(entry, schema)), "")  # which is none
+        if before.get(table) == wanted.get(table):
             found.append(entry)
-        elif table in wanted and table not in done:
-            found.append(_entry(entry, table, wanted[table]))
-        if table is not None:
-            done.add(table)
-    return found + [_entry(name, name, columns) for name, columns in wanted.items() if name not in done]
+        elif table in wanted:
+            found.append(_entry(entry, wanted.pop(table)))
+    return found
 
 
-def _entry(old: Any, table: str, columns: Sequence[str]) -> Any:
-    """A rule with the further fields and the order of an old one."""
+def _entry(old: Any, columns: set[str]) -> Any:
+    """A rule for these columns, with the further fields and the order of an old one."""
     fields = dict(old) if isinstance(old, dict) else {"table": old}
+    kept = [name for name in as_list(fields.get("columns")) if name in columns]
     if WHOLE in columns:
         fields.pop("columns", None)
         return fields if len(fields) > 1 else fields["table"]
-    kept = [name for name in as_list(fields.get("columns")) if name in columns]
-    return {**fields, "columns": kept + [name for name in columns if name not in kept]}
+    return {**fields, "columns": kept + sorted(columns.difference(kept))}
 
 
 class Changes:
     """What happened to tables, counted, so that the effect of rules is known at once however much it was.
 
-    kinds: how often, by table, kind ("inserted", ..) and the columns that an UPDATE changed; counts: how
-    often, by tick; examples: the first one, as text, by tick.
+    kinds: how often, by table, kind ("inserted", ..) and the ticks of the columns that an UPDATE changed;
+    counts: how often, by tick; first: the first one, by tick.
     """
 
     def __init__(self, mutations: Sequence[Mutation], schema: str) -> None:
         self.mutations = mutations
-        self.kinds: dict[tuple[str, str, frozenset[str]], int] = {}
-        self.tables: dict[str, dict[str, int]] = {}
-        self.counts: dict[Tick, int] = {}
-        self.examples: dict[Tick, str] = {}
+        self.kinds: collections.Counter[Any] = collections.Counter()
+        self.counts: collections.Counter[Tick] = collections.Counter()
+        self.first: dict[Tick, Mutation] = {}
         for mutation in mutations:
-            table, kind = table_of(mutation, schema), _ACTIONS.get(mutation.action.lower(), "other")
-            columns = mutation.columns if kind == "updated" else []
-            key = table, kind, frozenset(columns)
-            self.kinds[key] = self.kinds.get(key, 0) + 1
-            of_table = self.tables.setdefault(table, {})
-            of_table[kind] = of_table.get(kind, 0) + 1
-            for name in columns:
-                if (table, name) not in self.examples:
-                    rows = mutation.before, mutation.after
-                    self.examples[table, name] = difference(*(value_text(row.get(name)) for row in rows))
-            if not columns and (table, WHOLE) not in self.examples:
-                self.examples[table, WHOLE] = mutation.told()[:300]
-        for (table, _, changed), number in self.kinds.items():
-            for name in (WHOLE, *changed):
-                self.counts[table, name] = self.counts.get((table, name), 0) + number
+            table = table_of(mutation, schema)
+            columns = [(table, name) for name in mutation.columns]
+            self.kinds[table, mutation.kind, frozenset(columns)] += 1
+            places = [(table, WHOLE), *columns]
+            self.counts.update(places)
+            for place in places:
+                self.first.setdefault(place, mutation)
 
     def told(self, place: Tick) -> str:
-        """What happened in a column, or how often to a whole table, with an example."""
-        if place[1] != WHOLE:
-            return self.examples.get(place, "")
-        example = self.examples.get(place)
-        told = counts_text(self.tables.get(place[0], {})) + (f": {example}" if example else "")
-        return printable(told)
+        """The first thing that happened to a table, or in a column."""
+        first, column = self.first.get(place), place[1]
+        if first is None:
+            return ""
+        if column == WHOLE:
+            return printable(f"{first.kind}: {first.told()}"[:300])
+        return difference(first.before.get(column), first.after.get(column))
 
-    def remaining(self, ticks: Collection[Tick]) -> dict[tuple[str, str, frozenset[str]], int]:
+    def remaining(self, ticks: set[Tick]) -> dict[Any, int]:
         """The `kinds` that rules do not hide."""
         return {
             (table, kind, columns): number
             for (table, kind, columns), number in self.kinds.items()
-            if (table, WHOLE) not in ticks
-            and not (columns and all((table, name) in ticks for name in columns))
+            if (table, WHOLE) not in ticks and not set() < columns <= ticks
         }
 
-    def noise(self, ticks: Collection[Tick]) -> set[Tick]:
+    def noise(self, ticks: set[Tick]) -> set[Tick]:
         """The ticks that would hide what remains: columns where an UPDATE changed only those."""
-        left = self.remaining(ticks)
-        whole = {table for table, _, columns in left if not columns}
-        return {
-            (table, name) for table, _, columns in left for name in ([WHOLE] if table in whole else columns)
-        }
+        return {place for table, _, columns in self.remaining(ticks) for place in columns or [(table, WHOLE)]}
 
 
 def table_of(mutation: Mutation, schema: str) -> str:
     """The name of a change's table, with its schema if that is another one."""
-    other = as_text(mutation.raw.get("schema")) or as_text(mutation.raw.get("table_schema"))
-    return mutation.table if other in (None, schema) else f"{other}.{mutation.table}"
+    other = mutation.raw.get("schema") or mutation.raw.get("table_schema") or schema
+    return mutation.table if other == schema else f"{other}.{mutation.table}"
 
 
-def difference(before: str, after: str) -> str:
+def difference(before: Any, after: Any) -> str:
     """Two values side by side; of long ones what stands around the place where they begin to differ."""
-    start, room = 0, 60
-    if max(len(before), len(after)) > room:
-        same = next((at for at, pair in enumerate(zip(before, after)) if pair[0] != pair[1]), len(before))
-        start = max(0, same - 15)
-    parts = (
-        ("…" if start else "") + text[start : start + room] + ("…" if len(text) > start + room else "")
-        for text in (before, after)
-    )
-    return printable(" → ".join(parts))
-
-
-def value_text(value: Any) -> str:
-    import json
-
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    texts = [value_text(before), value_text(after)]
+    same = len(os.path.commonprefix(texts))  # noqa: RUF071  (it is meant to go by characters)
+    start = max(0, same - 15) if max(map(len, texts)) > 60 else 0
+    parts = (text[start : start + 60] + ("…" if len(text) > start + 60 else "") for text in texts)
+    return printable(" → ".join(("…" if start else "") + part for part in parts))
 
 
 def changes_between(
     earlier: Sequence[Mutation], later: Sequence[Mutation], key_of: Callable[[Mutation], str]
 ) -> list[Mutation]:
     """What happened between two looks at the state, where all changes of a row are told as one."""
-    waiting: dict[str, list[Mutation]] = {}
-    for mutation in earlier:
-        waiting.setdefault(key_of(mutation), []).append(mutation)
+    before = {key_of(mutation): mutation for mutation in earlier}
     found: list[Mutation] = []
-    for mutation in later:
-        old = waiting.get(key_of(mutation))
-        found += _step(mutation, old.pop(0).after, mutation.after) if old else [mutation]
-    for left in waiting.values():  # these rows are again as they were at the last reset
-        for mutation in left:
-            found += _step(mutation, mutation.after, mutation.before)
-    return found
+    for key, mutation in {key_of(mutation): mutation for mutation in later}.items():
+        old = before.pop(key, None)
+        if old is None:
+            found.append(mutation)
+        elif old.after != mutation.after:
+            found.append(_step(mutation, old.after, mutation.after))
+    return found + [_step(left, left.after, left.before) for left in before.values()]  # as at the last reset
 
 
-def _step(like: Mutation, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Mutation]:
-    if before == after:
-        return []
-    names = {
-        key: like.raw[key] for key in ("table_name", "table", "schema", "table_schema") if key in like.raw
-    }
+def _step(like: Mutation, before: Json, after: Json) -> Mutation:
+    """Another change of the same row."""
     action = "UPDATE" if before and after else "INSERT" if after else "DELETE"
-    return [Mutation({**names, "action": action, "before": dict(before), "after": dict(after)})]
+    unknown = {"changed_columns": None, "changed_fields": None}
+    return Mutation({**like.raw, **unknown, "action": action, "before": before, "after": after})
 
 
 # The way into the file: the lines of one list change, and what comes out is proved by reading it again
@@ -6491,147 +6471,70 @@ def edit_rules(
     A list changes where it stands; a listener that merges another's rules gets a list of its own. ConfigError
     when the text cannot be edited so: nothing but rules may differ when it is loaded.
     """
-    root = yaml_compose(text, source)
-    node = listener_node(root, dataset, listener)
+    node = listener_node(text, source, dataset, listener)
     if as_list(node.plain().get(RULES_KEY)) == list(entries):
         return text, []
+    edited = _with_rules(text, node, entries)
+    place = ("datasets", dataset, "listeners", listener, RULES_KEY)
     try:
-        editor = _ListEditor(text)
-        editor.set_rules(node, entries)
-        edited = editor.result()
-        old, new = yaml_load(text), yaml_load(edited)
-    except YamlError as error:
-        raise _not_editable(source, str(error)) from None
-    before, after = _all_rules(old), _all_rules(new)
-    if after.pop((dataset, listener)) != list(entries) or repr(_without_rules(old)) != repr(
-        _without_rules(new)
-    ):
-        raise _not_editable(source, f"the list of {listener!r} is written in a way that cannot be edited")
-    return edited, ["/".join(place) for place in after if after[place] != before.get(place)]
+        changed = dict(differences(yaml_load(text), yaml_load(edited)))
+    except YamlError:
+        changed = {}
+    if changed.get(place) != list(entries) or any(path[-1:] != (RULES_KEY,) for path in changed):
+        raise ConfigError(
+            f"{source} was not changed: the rules of {listener!r} are written in an unusual way.",
+            hint="Copy the YAML into the file with an editor.",
+        )
+    return edited, [f"{path[1]}/{path[3]}" for path in changed if len(path) == len(place) and path != place]
 
 
-def _not_editable(source: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"{source} was not changed: {why}.", hint="Copy the YAML into the file with an editor."
-    )
-
-
-def rules_in(text: str, source: str, dataset: str, listener: str) -> list[Any]:
-    """The rules of a listener in a config. ConfigError when it cannot be read or has no such listener."""
-    try:
-        node = listener_node(yaml_compose(text, source), dataset, listener)
-    except YamlError as error:
-        raise ConfigError(f"{source} cannot be used: {error}.") from None
-    return as_list(node.plain().get(RULES_KEY))
-
-
-def listener_node(root: YamlNode | None, dataset: str, listener: str) -> YamlNode:
-    """The mapping of a listener in a config. ConfigError when there is none."""
-    node = root
-    for name in ("datasets", dataset, "listeners", listener):
-        node = node.get(name) if node is not None else None
+def listener_node(text: str, source: str, dataset: str, listener: str) -> YamlNode:
+    """The mapping of a listener in a config. ConfigError when there is none, YamlError."""
+    root = yaml_compose(text, source)
+    node = root and root.get("datasets", dataset, "listeners", listener)
     if node is None or node.kind != "mapping":
-        raise ConfigError(f"The config has no listener {listener!r} in the dataset {dataset!r} any more.")
+        raise ConfigError(f"{source} has no listener {listener!r} in the dataset {dataset!r} any more.")
     return node
 
 
-def _without_rules(value: Any) -> Any:
-    """A config without any ignore rules."""
-    if isinstance(value, dict):
-        return {key: _without_rules(part) for key, part in value.items() if key != RULES_KEY}
-    return list(map(_without_rules, value)) if isinstance(value, list) else value
+def differences(old: Any, new: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """Where two configs differ: the keys that lead there, and what the new one has."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from differences(old.get(key), new.get(key), (*path, key))
+    elif repr(old) != repr(new):
+        yield path, new
 
 
-def _all_rules(config: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
-    """The rules of every listener of every dataset."""
-    return {
-        (str(dataset), str(name)): as_dict(listener).get(RULES_KEY)
-        for dataset, content in as_dict(config.get("datasets")).items()
-        for name, listener in as_dict(as_dict(content).get("listeners")).items()
-    }
+def _with_rules(text: str, listener: YamlNode, entries: Sequence[Any]) -> str:
+    """A config with another list of rules, or nonsense where a list is written in an unusual way.
 
+    The lines of entries that stay are as they were, with the comments above them.
+    """
+    line_break = "\r\n" if "\r\n" in text else "\n"
+    lines = text.split(line_break)
 
-class _ListEditor:
-    """Edits of lists in a YAML text, line by line; all lines that have nothing to do with them stay."""
+    def line_of(at: int) -> int:
+        return text.count(line_break, 0, at)
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.line_break = "\r\n" if "\r\n" in text else "\n"
-        self.lines = text.split(self.line_break)
-        self.edits: list[
-            tuple[int, int, list[str]]
-        ] = []  # from a line to one before another, and the new ones
-
-    def result(self) -> str:
-        for start, end, new in sorted(self.edits, key=lambda edit: edit[:2], reverse=True):
-            self.lines[start:end] = new
-        return self.line_break.join(self.lines)
-
-    def set_rules(self, mapping: YamlNode, entries: Sequence[Any]) -> None:
-        """Let a mapping have this list of rules. A YamlError, or nonsense, where that is not easy."""
-        margin = " " * (mapping.column - 1)
-        key, value = mapping.key(RULES_KEY), mapping.get(RULES_KEY)
-        if self.text.startswith("{", mapping.start):
-            raise mapping.error("the listener is written on one line")
-        if key is None or value is None or not mapping.start <= key.start < mapping.end:  # or it is merged
-            _, end = self._lines_of(mapping)
-            self.edits.append((end, end, [f"{margin}{RULES_KEY}:", *yaml_items(margin + "  ", entries)]))
-        elif value.value is not None and value.kind != "sequence":
-            raise value.error("this is not a list")
-        elif value.value and self.text.startswith("-", value.start):
-            self.set_items(value, entries)
-            line, _ = self._lines_of(key)
-            colon = re.match(r" *[\w\"']+ *:(?: *&[\w-]+)?", self.lines[line])
-            if colon and not entries:
-                self.edits.append((line, line + 1, [colon[0] + " []" + self.lines[line][colon.end() :]]))
-        else:  # [..], null or nothing
-            self._replace(value, "" if entries else " []")
-            self.edits[-1][2].extend(yaml_items(margin + "  ", entries))
-
-    def set_items(self, node: YamlNode, values: Sequence[Any]) -> None:
-        """Make a block list another one: the lines of items that stay, and all between items, stay too."""
-        import difflib
-
-        margin = " " * (node.column - 1)
-        places = list(map(self._lines_of, node.items()))
-        for (start, end), (following, _) in zip(places, [*places[1:], (len(self.lines), 0)]):
-            if not self.lines[start].startswith(f"{margin}-") or end > following:
-                raise node.error("this list is written in a way that cannot be edited")
-        old, new = (
-            [repr(as_dict(value).get("table", value)) for value in some] for some in (node.plain(), values)
-        )
-        for what, i, i_end, j, j_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
-            if what == "equal":
-                for place, item, value in zip(places[i:i_end], node.value[i:i_end], values[j:j_end]):
-                    self._set_item(place, item, value, margin)
-            else:
-                self.edits += [(*place, []) for place in places[i:i_end]]
-                at = places[i_end - 1][1] if i_end else places[0][0]
-                self.edits.append((at, at, yaml_items(margin, values[j:j_end])))
-
-    def _set_item(self, place: tuple[int, int], item: YamlNode, value: Any, margin: str) -> None:
-        """Make an item another one of the same table: only its columns, if that will do."""
-        old, columns = item.plain(), item.get("columns")
-        if old == value:
-            return
-        same = columns is not None and {**old, "columns": 0} == {**as_dict(value), "columns": 0}
-        if columns is None or columns.kind != "sequence" or not same:
-            self.edits.append((*place, yaml_items(margin, [value])))
-        elif self.text.startswith("-", columns.start):
-            self.set_items(columns, value["columns"])
-        else:
-            self._replace(columns, " " + yaml_inline(value["columns"]))
-
-    def _replace(self, node: YamlNode, new: str) -> None:
-        """Put another text in the place of a node and the spaces before it."""
-        before = self.text[: node.start].rpartition(self.line_break)[2].rstrip(" ")
-        behind = self.text[node.end :].partition(self.line_break)[0]
-        self.edits.append((*self._lines_of(node), [before + new + behind]))
-
-    def _lines_of(self, node: YamlNode) -> tuple[int, int]:
-        """The first line of a node, and the one behind its last, counted from 0."""
-        start = self.text.count(self.line_break, 0, node.start)
-        return start, self.text.count(self.line_break, 0, node.end - 1) + 1
+    key, value = listener.key(RULES_KEY), listener.get(RULES_KEY)
+    new = [" " * (listener.column - 1) + line for line in rules_text(entries).split("\n")]
+    if key is None or value is None or not listener.start <= key.start < listener.end:  # or it is merged
+        start = end = line_of(listener.end - 1) + 1
+    else:
+        start, end = line_of(key.start), line_of(value.end - 1) + 1
+        new[0] += text[value.end :].partition(line_break)[0]
+        if entries and text.startswith("-", value.start):
+            start = at = line_of(value.start)
+            kept = {}
+            for item in value.items():
+                behind = line_of(item.end - 1) + 1
+                kept[repr(item.plain())] = lines[at:behind]
+                at = behind
+            margin = " " * (value.column - 1)
+            new = [line for entry in entries for line in kept.get(repr(entry)) or yaml_items(margin, [entry])]
+    lines[start:end] = new
+    return line_break.join(lines)
 
 
 def difference_of(old: str, new: str) -> str:
@@ -6681,7 +6584,8 @@ AUDIT_QUERY_SECONDS = 20
 AUDIT_EXAMPLE_ROWS = 20
 AUDIT_EXAMPLE_CHARACTERS = 120
 TUNNEL_SECONDS = 60.0  # no single look at a database takes longer
-AUDIT_PACKAGES = {"postgresql": ("psycopg2", "psycopg2-binary"), "mysql": ("pymysql", "pymysql")}
+AUDIT_DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
+AUDIT_PACKAGES = ("streamlit", "psycopg2-binary", "pymysql")
 _NO_TEXT = re.compile("(?i)blob|binary|geometry|point|linestring|polygon")
 _MYSQL_AWAY = (0, 2003, 2006, 2013, 2055)
 
@@ -6722,15 +6626,6 @@ sys.exit(problem)
 """
 
 
-class Table:
-    """A table of a database. columns: (name, type, whether it is of the primary key) each, in order."""
-
-    def __init__(self, schema: str, name: str) -> None:
-        self.schema = schema
-        self.name = name
-        self.columns: list[tuple[str, str, bool]] = []
-
-
 class DatabaseError(SandboxError):
     """A database does not answer or refuses; the message has its words."""
 
@@ -6741,7 +6636,7 @@ class Database:
     """The database of a `db` listener as it is reached from here; every look is a connection of its own.
 
     tunnel: the way to it, None for a direct one; sandbox: whose VM has the file of SQLite, None for one here;
-    options: of the connection; in_config: whether a config says how to reach it, for the hints of errors.
+    hint: what to do where it cannot be reached.
     """
 
     def __init__(
@@ -6749,156 +6644,124 @@ class Database:
         listener: AuditTable,
         tunnel: Tunnel | None = None,
         sandbox: Sandbox | None = None,
-        options: Mapping[str, str] = {},
-        in_config: bool = True,
+        hint: str | None = "Correct what the config says of this listener.",
     ) -> None:
         self.listener = listener
         self.tunnel = tunnel
         self.sandbox = sandbox
-        self.options = options
-        self.in_config = in_config
-        self.schema = {"mysql": listener.database, "sqlite": "main"}.get(listener.kind, listener.schema)
+        self.hint = hint
 
-    def tables(self) -> dict[str, Table]:
-        """The tables, but for the one that the worker itself fills, by the names that rules have for them."""
-        found: dict[str, Table] = {}
-        for schema, table, column, kind, is_key in self.query(_COLUMNS.get(self.listener.kind, "")):
-            name = table if schema == self.schema else f"{schema}.{table}"
-            found.setdefault(name, Table(schema, table)).columns.append((column, kind, bool(is_key)))
+    def tables(self) -> Json:
+        """The rows of _COLUMNS, by the names that rules have for tables; without what the worker fills."""
+        found: Json = {}
+        for row in self.query(_COLUMNS.get(self.listener.kind, "")):
+            name = row[1] if row[0] == self.listener.schema else f"{row[0]}.{row[1]}"
+            found.setdefault(name, []).append(row)
         found.pop(self.listener.table, None)
         return found
 
-    def examples(self, table: Table) -> list[Sequence[str | None]]:
-        """A few rows as texts, long values cut off where they are."""
-        mark, kind = ("`", "CHAR") if self.listener.kind == "mysql" else ('"', "TEXT")
-
-        def quoted(name: str) -> str:
-            return mark + name.replace(mark, 2 * mark) + mark
-
-        cast = f"substr(CAST({{}} AS {kind}), 1, {AUDIT_EXAMPLE_CHARACTERS})"
+    def examples(self, columns: Sequence[Any]) -> Json:
+        """A few values of each column of a table as texts, long ones cut off where they are."""
+        text = "CHAR" if self.listener.kind == "mysql" else "TEXT"
         values = ", ".join(
-            "'(binary)'" if _NO_TEXT.search(column_kind) else cast.format(quoted(name))
-            for name, column_kind, _ in table.columns
+            "'(binary)'"
+            if _NO_TEXT.search(kind)
+            else f"substr(CAST({quoted_name(name)} AS {text}), 1, {AUDIT_EXAMPLE_CHARACTERS})"
+            for _, _, name, kind, _ in columns
         )
-        place = f"{quoted(table.schema)}.{quoted(table.name)}"
-        return self.query(f"SELECT {values} FROM {place} LIMIT {AUDIT_EXAMPLE_ROWS}")  # noqa: S608  (quoted)
+        place = ".".join(map(quoted_name, columns[0][:2]))
+        rows = self.query(f"SELECT {values} FROM {place} LIMIT {AUDIT_EXAMPLE_ROWS}")  # noqa: S608  (quoted)
+        return {column[2]: [row[at] for row in rows] for at, column in enumerate(columns)}
 
-    def query(self, statement: str) -> list[Sequence[Any]]:
+    def query(self, statement: str) -> list[Any]:
         """The rows of a statement, which can read only. DatabaseError, TimedOutError."""
-        if self.listener.kind == "sqlite":
+        import importlib
+
+        kind, seconds = self.listener.kind, AUDIT_QUERY_SECONDS
+        if kind == "sqlite":
             return self._query_file(statement)
-        if self.listener.kind not in AUDIT_PACKAGES:
-            raise self.failure(f"audit-ui cannot look into databases of the type {self.listener.kind}")
-        driver = import_package(*AUDIT_PACKAGES[self.listener.kind])
-        names: dict[str, Any] = {
-            "host": "127.0.0.1" if self.tunnel else self.listener.host,
-            "port": self.tunnel.port if self.tunnel else self.listener.port,
-            "user": self.listener.user,
-            "password": self.listener.password,
-            "database": self.listener.database,
-            "connect_timeout": AUDIT_CONNECT_SECONDS,
-            **self.options,
-        }
-        connection = None
+        if kind not in AUDIT_DRIVERS:
+            raise self.failure(f"audit-ui cannot look into databases of the type {kind}")
+        options: Json = {**self.listener.login, "connect_timeout": AUDIT_CONNECT_SECONDS}
+        if self.tunnel:
+            options.update(host="127.0.0.1", port=self.tunnel.port)
+        if kind == "postgresql":
+            options.update(gssencmode="disable", client_encoding="UTF8")
+            limits = f"SET TRANSACTION READ ONLY; SET statement_timeout = '{seconds}s'"
+        else:
+            options.update(charset="utf8mb4", read_timeout=seconds, sql_mode="ANSI_QUOTES")
+            limits = "SET SESSION TRANSACTION READ ONLY"
+        connected = False
         try:
-            if self.listener.kind == "postgresql":
-                connection = driver.connect(**names, gssencmode="disable", client_encoding="UTF8")
-                connection.set_session(readonly=True)
-                limit = f"SET statement_timeout = '{AUDIT_QUERY_SECONDS}s'"
-            else:
-                connection = driver.connect(**names, charset="utf8mb4", read_timeout=AUDIT_QUERY_SECONDS)
-                limit = "SET SESSION TRANSACTION READ ONLY"
-            with connection.cursor() as cursor:
-                cursor.execute(limit)
+            driver = importlib.import_module(AUDIT_DRIVERS[kind])
+            with contextlib.closing(driver.connect(**options)) as connection:
+                connected = True
+                cursor = connection.cursor()
+                cursor.execute(limits)
                 cursor.execute(statement)
                 return list(cursor.fetchall())
         except Exception as error:  # noqa: BLE001  (the drivers have no class of errors in common)
-            raise self._failure_of(error, connection is not None) from None
-        finally:
-            if connection is not None and getattr(connection, "open", True):
-                connection.close()
+            raise self._failure_of(error, connected) from None
 
-    def _query_file(self, statement: str) -> list[Sequence[Any]]:
+    def _query_file(self, statement: str) -> list[Any]:
         """SQLite is read by the Python of the machine where the file is."""
         import json
 
-        path = self.listener.database
-        if self.sandbox is not None and not path.startswith("/"):
-            path = f"{default_target(self.sandbox.state)}/{path}"
-        words = ["-I", "-c", _SQLITE_READER, path, statement]
-        if self.sandbox is not None:
-            outcome = self._run_on_vm(shell_words(["python3", *words]))
+        words, path, seconds = ["-I", "-c", _SQLITE_READER], self.listener.database, AUDIT_QUERY_SECONDS
+        if self.sandbox is None:
+            command = [sys.executable, *words, path, statement]
+            outcome = run_program(command, Reporter(), seconds=seconds)
         else:
-            outcome = run_program([sys.executable, *words], Reporter(), seconds=AUDIT_QUERY_SECONDS)
-        if outcome.code:
-            said = outcome.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-            raise self.failure(said or "no reason was given")
+            there = os.path.join(default_target(self.sandbox.state), path)
+            script = shell_words(["python3", *words, there, statement])
+            outcome = Vm(self.sandbox, "ssh").outcome(script, seconds=seconds)
         try:
-            return as_list(json.loads(outcome.stdout))
-        except (ValueError, RecursionError):
-            raise self.failure("what was read there cannot be understood") from None
-
-    def _run_on_vm(self, script: str) -> Outcome:
-        sandbox: Any = self.sandbox
-        return Vm(sandbox, "ssh").outcome(script, seconds=AUDIT_QUERY_SECONDS)
+            return as_list(json.loads(check_script(outcome)))
+        except (SandboxError, ValueError, RecursionError) as error:
+            raise self.failure(str(error)) from None
 
     def failure(self, words: str, hint: str | None = None) -> DatabaseError:
-        whose = f"The database of {self.listener.name!r}" if self.in_config else "The database"
-        return DatabaseError(f"{whose} could not be read: {printable(words).rstrip('.')}.", hint=hint)
+        return DatabaseError(f"The database could not be read: {words.rstrip('.')}.", hint=hint)
 
     def _failure_of(self, error: Exception, connected: bool) -> DatabaseError:
-        """An error in the database's own words; where it was not reached through a tunnel, in ours."""
+        """An error in the database's own words; where a tunnel led to none, in ours."""
         said = str(error.args[-1] if error.args else error).strip()
         refusal = re.search(r"(?:FATAL|ERROR): +(.*)", said)
-        words = refusal[1] if refusal else said.partition("\n")[0]
-        if connected or not self.in_config:
-            return self.failure(words)
         number = error.args[0] if len(error.args) > 1 else 0
-        if self.tunnel is None or refusal or number not in _MYSQL_AWAY:
-            return self.failure(words, "Correct what the config says of this listener.")
-        if self.tunnel.problem:
-            return self.failure(self.tunnel.problem, f"See what the VM is doing: {PROGRAM} status")
+        if self.tunnel and not connected and not refusal and number in _MYSQL_AWAY:
+            silent = f"it does not answer on port {self.listener.login['port']} of the VM"
+            hint = (
+                f"See whether the VM runs: {PROGRAM} status; start its containers: {PROGRAM} start-services"
+            )
+            return self.failure(self.tunnel.problem or silent, hint)
         return self.failure(
-            f"it does not answer on port {self.listener.port} of the VM",
-            f"If its container does not run, start it: {PROGRAM} start-services",
+            refusal[1] if refusal else said.partition("\n")[0], None if connected else self.hint
         )
 
 
-def import_package(module: str, package: str) -> Any:
-    """A module that is not of the standard library. SandboxError says how to install its package."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise missing_packages([package]) from None
-
-
-def missing_packages(packages: Sequence[str]) -> SandboxError:
-    """The error for packages that this Python lacks, with the command that installs them."""
-    import sysconfig
-
-    names = " and ".join(packages)
-    command = shell_words([sys.executable, "-m", "pip", "install", *packages])
-    managed = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
-    if sys.prefix == sys.base_prefix and os.path.exists(managed):
-        steps = [sys.executable, "-m", "venv", "audit-venv"], ["audit-venv/bin/pip", "install", *packages]
-        command = " && ".join(map(shell_words, steps)) + ", then run this with audit-venv/bin/python"
-    return SandboxError(f"audit-ui needs {names}, which this Python does not have: {command}")
+def quoted_name(name: str) -> str:
+    """A name in SQL; MySQL is told to take it so."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def check_audit_packages(databases: Sequence[Database]) -> None:
     """SandboxError with the command that installs what is missing, before anything is started."""
     import importlib.util
 
-    kinds = [database.listener.kind for database in databases if database.listener.kind in AUDIT_PACKAGES]
-    needed = dict([("streamlit", "streamlit"), *map(AUDIT_PACKAGES.__getitem__, kinds)])
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    drivers = (AUDIT_DRIVERS.get(database.listener.kind, "json") for database in databases)
+    missing = [name for name in ("streamlit", *drivers) if importlib.util.find_spec(name) is None]
     if missing:
-        raise missing_packages(missing)
+        command = shell_words([sys.executable, "-m", "pip", "install", *AUDIT_PACKAGES])
+        raise SandboxError(f"audit-ui needs {missing[0]}, which this Python does not have: {command}")
 
 
-def database_url(url: str, environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+_DATABASE_URL = re.compile(
+    r"(postgres|mysql|mariadb|sqlite)(?:ql)?(?:\+\w+)?:"
+    r"//(?:([^:/]*)(?::(.*))?@)?(?:\[(.*)\]|([^:/]*))(?::(\d+))?/([^?]+)(?:\?(.*))?"
+)
+
+
+def database_url(url: str, environment: Mapping[str, str]) -> tuple[Json, Json]:
     """The fields of a listener and the connection's options. UsageError for anything else.
 
     postgresql://user@host:port/database?sslmode=require, mysql://.., mariadb://.., sqlite:///path/of/file.
@@ -6906,41 +6769,24 @@ def database_url(url: str, environment: Mapping[str, str]) -> tuple[dict[str, An
     """
     import urllib.parse
 
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = urllib.parse.urlsplit(""), None
-    scheme = parts.scheme.partition("+")[0]
-    kind = {"postgres": "postgresql", "mariadb": "mysql"}.get(scheme, scheme)
-    database = urllib.parse.unquote(parts.path[1:])
-    options = dict(urllib.parse.parse_qsl(parts.query))
-    if not database or kind not in _COLUMNS or not set(options) <= _URL_OPTIONS.get(kind, set()):
+    match = _DATABASE_URL.fullmatch(url)
+    if not match:
         raise UsageError(
             "--database-url is not the address of a database that can be read.",
             hint="It looks like postgresql://user@host:5432/database (?sslmode=.. and ?sslrootcert=.. may"
             " follow), mysql://user@host:3306/database or sqlite:///path/of/file.",
         )
-    password = environment.get({"postgresql": "PGPASSWORD"}.get(kind, "MYSQL_PWD"), "")
+    scheme, user, password, *host, port, database = map(urllib.parse.unquote, match.groups("")[:7])
+    kind = {"postgres": "postgresql", "mariadb": "mysql"}.get(scheme, scheme)
     fields = {
         "db_type": kind,
-        "db_host": parts.hostname,
+        "db_host": "".join(host),
         "db_port": port,
-        "db_user": urllib.parse.unquote(parts.username or ""),
-        "db_password": urllib.parse.unquote(parts.password or "") or password,
+        "db_user": user,
+        "db_password": password or environment.get("PGPASSWORD" if kind == "postgresql" else "MYSQL_PWD"),
         "db_database": os.path.abspath(database) if kind == "sqlite" else database,
     }
-    return fields, options
-
-
-_URL_OPTIONS = {"postgresql": {"sslmode", "sslrootcert"}}
-
-
-def gateway_connection(settings: Settings, target: str) -> ssl.SSLSocket:
-    """A connection to `<job id>--<port>`. NetworkError when the gateway does not give one."""
-    deadline = time.monotonic() + AUDIT_CONNECT_SECONDS
-    sock = connect(settings.gateway_host, settings.gateway_port, deadline)
-    return secure(sock, f"{target}.{settings.gateway_host}", deadline, settings.ca_file)
+    return fields, dict(urllib.parse.parse_qsl(match[8]))
 
 
 class Tunnel:
@@ -6950,48 +6796,46 @@ class Tunnel:
     """
 
     def __init__(self, settings: Settings, target: str) -> None:
-        import socketserver
-        import threading
+        import socket
 
         self.settings = settings
         self.target = target
         self.problem = ""
-        carry = self._carry
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        Aside(self._serve)
 
-        class Carrier(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                carry(self.request)
+    def connect(self) -> ssl.SSLSocket:
+        """A connection to the gateway that leads there. NetworkError when it does not give one."""
+        settings, deadline = self.settings, time.monotonic() + AUDIT_CONNECT_SECONDS
+        sock = connect(settings.gateway_host, settings.gateway_port, deadline)
+        return secure(sock, f"{self.target}.{settings.gateway_host}", deadline, settings.ca_file)
 
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Carrier)
-        self._server.daemon_threads = True
-        self.port: int = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            Aside(functools.partial(self._carry, near))
 
     def _carry(self, near: socket.socket) -> None:
         """One connection, which ends after a while whatever happens: a VM can go without a word."""
         import socket
         import threading
 
-        try:
-            far = gateway_connection(self.settings, self.target)
-        except SandboxError as error:
-            self.problem = error.message
-            return
-        self.problem = ""
-        timer = threading.Timer(TUNNEL_SECONDS, far.shutdown, [socket.SHUT_RDWR])
-        timer.daemon = True
-        timer.start()
-        try:
-            _relay(far, near.fileno(), near.fileno())
-        except OSError:
-            pass  # either side hung up
-        finally:
-            timer.cancel()
-            far.close()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        with near:
+            try:
+                far = self.connect()
+                self.problem = ""
+            except SandboxError as error:
+                self.problem = error.message
+                return
+            timer = threading.Timer(TUNNEL_SECONDS, far.shutdown, [socket.SHUT_RDWR])
+            timer.daemon = True
+            timer.start()
+            try:
+                _relay(far, near.fileno(), near.fileno())
+            finally:
+                timer.cancel()
+                far.close()
 
 
 # What a visitor of the page has before them
@@ -7000,98 +6844,74 @@ class Tunnel:
 class AuditPlan:
     """What a page shows.
 
-    config: the path of the file whose rules are edited, or None; url: of the application; read_changes: gives
-    the mutations that Plato tells now, by listener, or {} without a sandbox.
+    config: whose rules are edited, in the file at its path if it has one; url: of the application;
+    read_changes: gives the mutations that Plato tells now, by listener, or {} without a sandbox.
     """
 
     def __init__(
         self,
         databases: Sequence[Database],
-        read_changes: Callable[[], Mapping[str, list[Mutation]]],
-        *,
-        config: str | None,
-        service: str | None,
-        dataset: str,
+        read_changes: Callable[[], Json],
+        config: Config,
         url: str | None,
     ) -> None:
         self.databases = databases
         self.read_changes = read_changes
         self.config = config
-        self.config_name = os.path.basename(config or "")
-        self.service = service
-        self.dataset = dataset
         self.url = url
-        self.visits: dict[str, list[Visit]] = {}
-        self.early: list[Aside] = []
-        self.began = 0.0
-
-    def begin(self) -> None:
-        """Start to read the tables that the first visitor will see. DatabaseError for a useless address."""
-        self.began = time.monotonic()
-        self.early = [Aside(database.tables) for database in self.databases]
-        for database, tables in zip(self.databases, self.early):
-            if not database.in_config:
-                tables.result()
-
-    def visits_of(self, token: str) -> list[Visit]:
-        """What a visitor has, for each listener: who comes back, as with a reload of the page, or is new."""
-        if token not in self.visits:
-            early, self.early = self.early, []
-            if not early or time.monotonic() - self.began > AUDIT_FRESH_SECONDS:
-                early = [Aside(database.tables) for database in self.databases]
-            changes = Aside(self.read_changes)
-            pairs = zip(self.databases, early)
-            self.visits[token] = [Visit(self, database, tables, changes) for database, tables in pairs]
-        return self.visits[token]
+        self.visits: dict[Any, Visit] = {}
 
 
 class Visit:
     """What one visitor has of one listener: its tables, what changed, the rules in the file and those chosen.
 
-    tables, changes: what was read, or the error; changes is None without a sandbox. text: of the config, None
-    without one, where `problem` says why; saved: the rules in it. ticks: the rules chosen; drawn: those that
-    the grid was drawn with, for the `turn`-th time. recording: what had changed before.
+    known: whether Plato tells what changed; recorded: whether that is what happened during a recording;
+    recording: what had changed before one. text: of the config, None without one; saved: the rules in it.
+    troubles: why something could not be read. ticks: the rules chosen; drawn: what the grid was drawn with.
     """
 
-    def __init__(self, plan: AuditPlan, database: Database, tables: Aside, changes: Aside) -> None:
+    def __init__(self, plan: AuditPlan, database: Database) -> None:
         self.plan = plan
         self.database = database
-        self.schema = database.schema
-        self.saved: list[Any] = []
-        self.ticks: set[Tick] = set()
+        self.listener = database.listener
+        self.schema = self.listener.schema
+        self.place = os.path.basename(plan.config.path), plan.config.dataset, self.listener.name
+        self.saved = self.listener.rules  # where no file has others
+        self.ticks = self.drawn = self.saved_ticks()
         self.turn = 0
+        self.said: tuple[str, ...] = ()
         self.recording: Sequence[Mutation] | None = None
-        self.recorded: Changes | None = None
-        self.look(tables, changes)
+        self.look()
 
-    def look(self, tables: Aside | None = None, changes: Aside | None = None) -> None:
+    def look(self) -> None:
         """Read everything anew; choices that were made stay, on top of what the file has now."""
-        self.said: tuple[bool, str] | None = None
-        self._reading = [tables or Aside(self.database.tables), changes or Aside(self.plan.read_changes)]
-        self.examples: dict[str, Any] = {}
+        changes = Aside(self.plan.read_changes)
         before = self.saved_ticks()
-        self.text: str | None = None
-        self.problem = "There is no plato-config.yml here to save to; copy the YAML instead."
-        try:
-            if self.plan.config is not None:
-                text = read_text(self.plan.config)
-                self.saved = rules_in(
-                    text, self.plan.config_name, self.plan.dataset, self.database.listener.name
-                )
-                self.text = text
-        except SandboxError as error:
-            self.problem = error.message
-        self.begin((self.saved_ticks() - (before - self.ticks)) | (self.ticks - before))
+        self.troubles: dict[str, SandboxError] = {}
+        self.examples = functools.lru_cache(None)(lambda name: self.database.examples(self.tables[name]))
+        self.recorded = False
+        self.tables: Json = self._try("tables", self.database.tables) or {}
+        self.text: str | None = self._try("config", self._read_config)
+        found = self._try("changes", changes.result) or {}
+        self.known = self.listener.name in found
+        self.changes = Changes(found.get(self.listener.name, []), self.schema)
+        self.choose((self.saved_ticks() - (before - self.ticks)) | (self.ticks - before))
 
-    def settle(self) -> None:
-        """Wait for what is being read."""
-        if self._reading:
-            found: Any
-            self.tables, found = (_attempt(work) for work in self._reading)
-            self._reading = []
-            if not isinstance(found, SandboxError):
-                found = found.get(self.database.listener.name)
-            self.changes = Changes(found, self.schema) if isinstance(found, list) else found
+    def _try(self, what: str, work: Callable[[], Any]) -> Any:
+        """What comes of some work; None when nothing does, and why is in `troubles`."""
+        try:
+            return work()
+        except SandboxError as error:
+            self.troubles[what] = error
+        return None
+
+    def _read_config(self) -> str:
+        path = self.plan.config.path
+        if not path:
+            raise ConfigError(f"There is no {CONFIG_NAMES[0]} here to save to; copy the YAML instead.")
+        text = read_text(path)
+        self.saved = as_list(listener_node(text, *self.place).plain().get(RULES_KEY))
+        return text
 
     def saved_ticks(self) -> set[Tick]:
         return {tick for entry in self.saved for tick in ticks_of(entry, self.schema)}
@@ -7101,123 +6921,67 @@ class Visit:
         """The rules as they are chosen now."""
         return entries_with(self.saved, self.ticks, self.schema)
 
-    @property
-    def shown(self) -> Changes | SandboxError | None:
-        """The changes to be looked at: all, or what happened during a recording."""
-        return self.changes if self.recorded is None else self.recorded
-
-    def begin(self, ticks: Iterable[Tick]) -> None:
+    def choose(self, ticks: set[Tick]) -> None:
         """Choose these rules, and have the grid drawn with them."""
-        self._choose(set(ticks))
-        self.drawn = frozenset(self.ticks)
+        self.ticks = ticks
         self.turn += 1
 
-    def tick(self, edits: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take what was ticked in the grid since it was drawn, by row."""
-        ticks = set(self.drawn)
-        for row, cells in edits.items():
-            (ticks.add if cells.get("Ignore") else ticks.discard)(self.rows[row])
-        self._choose(ticks)
-
-    def _choose(self, ticks: set[Tick]) -> None:
-        if ticks != self.ticks:
-            self.ticks, self.said = ticks, None
-
-    def edit(self) -> tuple[str, list[str]]:
-        """What the file would be with these rules, and which other listeners they would change for."""
-        place = self.plan.config_name, self.plan.dataset, self.database.listener.name
-        return edit_rules(self.text or "", *place, self.entries)
-
-    def save(self) -> None:
-        """Write the rules into the file; `said` is how that went."""
+    def save(self, edited: str, entries: list[Any]) -> None:
+        """Write rules into the file, whose text they make this; `said` is how that went."""
         try:
-            edited, _ = self.edit()
-            replace_text(self.plan.config or "", self.text or "", edited)
-            self.text, self.saved = edited, self.entries
-            self.said = True, "Saved. `start-worker --wait` gives the rules to the worker."
+            replace_text(self.plan.config.path, self.text or "", edited)
+            self.text, self.saved = edited, entries
+            self.said = "success", "Saved. `start-worker --wait` gives the rules to the worker."
         except SandboxError as error:
-            self.said = False, _told(error)
-
-    def look_into(self, name: str, table: Table) -> list[Sequence[str | None]] | SandboxError:
-        """Rows of a table, read once; or the error."""
-        if name not in self.examples:
-            self.examples[name] = _attempt(Aside(functools.partial(self.database.examples, table)))
-        found: list[Sequence[str | None]] | SandboxError = self.examples[name]
-        return found
+            self.said = "error", _told(error)
 
     def record(self) -> None:
-        """Note what has changed so far, as it is now and not as the page shows it."""
+        """Note what has changed so far, or show what happened since that was done."""
+        earlier = self.recording
         self.look()
-        self.settle()
-        self.recorded = None
-        if isinstance(self.changes, Changes):
+        if self.known and earlier is None:
             self.recording = self.changes.mutations
-
-    def stop_recording(self) -> None:
-        self.look()
-        self.settle()
-        if isinstance(self.changes, Changes) and self.recording is not None:
-            happened = changes_between(self.recording, self.changes.mutations, self._row_key)
-            self.recorded, self.recording = Changes(happened, self.schema), None
-
-    def show_all(self) -> None:
-        self.recorded = None
+        elif self.known:
+            happened = changes_between(earlier or [], self.changes.mutations, self._row_key)
+            self.changes, self.recorded, self.recording = Changes(happened, self.schema), True, None
 
     def _row_key(self, mutation: Mutation) -> str:
         """What tells a row from all others: its table, and its primary key, `id`, or else the whole row."""
-        import json
+        name, row = table_of(mutation, self.schema), mutation.before or mutation.after or mutation.raw
+        keys = {column for _, _, column, _, is_key in self.tables.get(name, []) if is_key} or {"id"}
+        known = {column: value for column, value in row.items() if column in keys}
+        return repr((name, known or row))
 
-        name, row = table_of(mutation, self.schema), mutation.before or mutation.after
-        table = self.tables.get(name) if isinstance(self.tables, dict) else None
-        keys = [column for column, _, is_key in table.columns if is_key] if table else []
-        known = {key: row[key] for key in keys or ["id"] if key in row}
-        return json.dumps([name, known or row or mutation.raw], sort_keys=True, default=str)
-
-    def grid(self, only_changed: bool, words: str) -> list[dict[str, Any]]:
-        """A row for each table and one for each column, what changed most first; `rows` has their ticks.
+    def grid(self, only_changed: bool, words: str) -> tuple[list[Tick], list[Json]]:
+        """A row for each table and one for each column, what changed most first, after what they stand for.
 
         only_changed: no others, but for those with a rule; words: only those with a name that has them in it.
         """
-        tables = self.tables if isinstance(self.tables, dict) else {}
-        changes = self.shown if isinstance(self.shown, Changes) else Changes([], "")
-        counts = changes.counts
+        counts = self.changes.counts
         kinds: dict[Tick, str] = {}
-        for name, table in tables.items():
+        for name, columns in self.tables.items():
             kinds[name, WHOLE] = ""
-            kinds.update(((name, column), kind) for column, kind, _ in table.columns)
-        missing = "not in the database" if tables else ""
-        kinds.update(dict.fromkeys(sorted({*counts, *self.drawn} - set(kinds)), missing))
-        self.rows = [
+            kinds.update(((name, column), kind) for _, _, column, kind, _ in columns)
+        for place in sorted({*counts, *self.drawn}):
+            kinds.setdefault(place, "not in the database" if self.tables else "")
+        places = [
             place
             for place in kinds
-            if (counts.get(place) or place in self.drawn or not only_changed)
+            if (counts[place] or place in self.drawn or not only_changed)
             and any(words in name.lower() for name in place)
         ]
-        self.rows.sort(
-            key=lambda at: (-counts.get((at[0], WHOLE), 0), at[0], at[1] != WHOLE, -counts.get(at, 0))
-        )
-        return [
+        places.sort(key=lambda at: (-counts[at[0], WHOLE], at[0], at[1] != WHOLE, -counts[at]))
+        return places, [
             {
                 "Ignore": place in self.drawn,
                 "Table": printable(place[0]),
                 "Column": printable(place[1]) or "(whole table)",
-                "Changes": counts.get(place, 0),
-                "What happened": changes.told(place),
+                "Changes": counts[place],
+                "What happened": self.changes.told(place),
                 "Type": printable(kinds[place]),
             }
-            for place in self.rows
+            for place in places
         ]
-
-
-AUDIT_FRESH_SECONDS = 10.0
-
-
-def _attempt(work: Aside) -> Any:
-    """What came of some work, which may be the SandboxError that it ended with."""
-    try:
-        return work.result()
-    except SandboxError as error:
-        return error
 
 
 # The page: drawn by Streamlit, top to bottom, each time something is clicked
@@ -7230,145 +6994,148 @@ button[data-testid="stBaseButton-primary"] { background: #3b70c4; border-color: 
 button[data-testid="stBaseButton-primary"]:hover { background: #2f5ea8; border-color: #2f5ea8; }
 div:has(> .st-key-save) { position: sticky; bottom: 0; padding: .8rem 0 1.2rem; z-index: 9;
   backdrop-filter: blur(16px); }
-.bars { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr max-content;
-  gap: .35rem .9rem; align-items: center; font-size: .9rem; }
-.bars .name { overflow-wrap: anywhere; max-width: 18rem; }
-.bars .bar { display: flex; height: .8rem; gap: 2px; }
-.bars .bar i { min-width: 3px; border-radius: 2px; }
-.bars .count { font-variant-numeric: tabular-nums; opacity: .75; text-align: right; }
-.bars-key { display: flex; flex-wrap: wrap; gap: 1.1rem; margin-top: .8rem; font-size: .8rem; opacity: .8; }
-.bars-key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem; }
-i.inserted { background: #2f9e68; } i.updated { background: #4b83d6; }
-i.deleted { background: #d2574d; } i.other { background: #8a8f98; } i.hidden { opacity: .28; }
 </style>
 """
-_KINDS = ("inserted", "updated", "deleted", "other")
-SHOWN_BARS = 10
+# A picture in the language of Vega-Lite: the tables that changed most, what the rules hide of that in a
+# fainter shade.
+_AUDIT_CHART = """{
+    "transform": [
+        {"joinaggregate": [{"op": "sum", "field": "changes", "as": "all"}], "groupby": ["table"]},
+        {"window": [{"op": "dense_rank", "as": "rank"}],
+            "sort": [{"field": "all", "order": "descending"}, {"field": "table"}]},
+        {"filter": "datum.rank <= 10"}],
+    "encoding": {"y": {"field": "table", "type": "nominal", "title": null,
+        "sort": {"field": "rank", "op": "min"},
+        "axis": {"ticks": false, "domain": false, "labelLimit": 260, "labelPadding": 12,
+            "labelFontSize": 14}}},
+    "layer": [
+        {"mark": {"type": "bar", "height": 13, "cornerRadius": 2}, "encoding": {
+            "x": {"field": "changes", "type": "quantitative", "aggregate": "sum", "axis": null},
+            "color": {"field": "kind", "type": "nominal",
+                "scale": {"domain": ["inserted", "updated", "deleted", "other"],
+                    "range": ["#2f9e68", "#4b83d6", "#d2574d", "#8a8f98"]},
+                "legend": {"title": null}},
+            "opacity": {"field": "rules", "type": "nominal",
+                "scale": {"domain": ["remaining", "hidden by the rules"], "range": [1, 0.28]},
+                "legend": {"title": null, "values": ["hidden by the rules"], "symbolFillColor": "#8a8f98"}}}},
+        {"mark": {"type": "text", "align": "left", "dx": 8, "fontSize": 13, "color": "#8a8f98"}, "encoding": {
+            "x": {"field": "changes", "type": "quantitative", "aggregate": "sum"},
+            "text": {"field": "changes", "type": "quantitative", "aggregate": "sum", "format": ","}}}],
+    "title": {"text": "What changed most", "anchor": "start", "frame": "group", "fontSize": 14,
+        "fontWeight": "normal", "offset": 12},
+    "height": {"step": 28},
+    "padding": {"bottom": 0, "left": 0, "top": 0, "right": 0},
+    "config": {"view": {"stroke": null}, "legend": {"orient": "bottom", "offset": 8, "symbolOpacity": 1}}
+}"""
 
 
-def changes_picture(changes: Changes, ticks: Collection[Tick]) -> str:
-    """Bars, as HTML: which tables changed how often, what the rules hide in a fainter shade."""
-    import html
-
+def bars_of(changes: Changes, ticks: set[Tick]) -> list[Json]:
+    """What the picture is drawn of."""
     left = changes.remaining(ticks)
-    tables: dict[str, dict[str, int]] = {}
+    bars: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for what, number in changes.kinds.items():
-        bars = tables.setdefault(what[0], {})
-        shade = what[1] if what in left else f"{what[1]} hidden"
-        bars[shade] = bars.get(shade, 0) + number
-    order = sorted(tables, key=lambda name: (-sum(tables[name].values()), name))
-    most = sum(tables[order[0]].values())
-    rows = ""
-    for name in order[:SHOWN_BARS]:
-        shades = (shade for kind in _KINDS for shade in (kind, f"{kind} hidden") if shade in tables[name])
-        widths = ((shade, 100 * tables[name][shade] / most) for shade in shades)
-        bar = "".join(f'<i class="{shade}" style="width:{width:.1f}%"></i>' for shade, width in widths)
-        rows += (
-            f'<div class="name">{html.escape(printable(name))}</div><div class="bar">{bar}</div>'
-            f'<div class="count">{sum(tables[name].values()):,}</div>'
-        )
-    kinds = [kind for kind in _KINDS if any(kind in counts for counts in changes.tables.values())]
-    key = "".join(f'<span><i class="{kind}"></i>{kind}</span>' for kind in kinds)
-    if len(left) < len(changes.kinds):
-        key += '<span><i class="other hidden"></i>faint: hidden by the rules</span>'
-    if len(order) > SHOWN_BARS:
-        key += f"<span>and {counted(len(order) - SHOWN_BARS, 'more table')}</span>"
-    return f'<div class="bars">{rows}</div><div class="bars-key">{key}</div>'
+        bars[what[0], what[1], "remaining" if what in left else "hidden by the rules"] += number
+    return [
+        {"table": printable(table), "kind": kind, "rules": rules, "changes": number}
+        for (table, kind, rules), number in bars.items()
+    ]
 
 
 def show_audit_page(plan: AuditPlan) -> None:
     """Draw the page for whoever looks at it; a choice outlives a reload by a word in the page's address."""
+    import importlib
     import secrets
 
-    st = import_package("streamlit", "streamlit")
-    st.set_page_config(page_title=f"Ignore rules: {plan.service or 'database'}", layout="wide")
+    st: Any = importlib.import_module("streamlit")
+    config = plan.config
+    st.set_page_config(page_title=f"Ignore rules: {config.service or 'database'}", layout="wide")
     st.html(_AUDIT_STYLE)
-    if "visit" not in st.query_params:
-        st.query_params["visit"] = secrets.token_hex(8)
-    visits = plan.visits_of(st.query_params["visit"])
+    token = st.query_params.setdefault("visit", secrets.token_hex(8))
     st.title("Ignore rules")
     number = 0
-    if len(visits) > 1:
-        names = [_markdown(visit.database.listener.name) for visit in visits]
-        number = st.radio("Listener", range(len(names)), 0, names.__getitem__, horizontal=True) or 0
-    visit, listener = visits[number], visits[number].database.listener
-    with st.spinner("Looking at the database and at what changed ..."):
-        visit.settle()
-    parts = [plan.service, f"dataset {plan.dataset}" if plan.config else None]
-    parts.append(
-        f"{_DATABASES.get(listener.kind, listener.kind)} database {os.path.basename(listener.database)}"
-    )
-    parts.append(counted(len(visit.tables), "table") if isinstance(visit.tables, dict) else None)
-    st.caption(" · ".join(_markdown(part) for part in parts if part))
-    grid = st.session_state.get(f"grid {number} {visit.turn}")
-    if grid is None:  # it was not drawn in the last run
-        visit.begin(visit.ticks)
-    else:
-        visit.tick(grid["edited_rows"])
+    if len(plan.databases) > 1:
+        names = [_markdown(database.listener.name) for database in plan.databases]
+        number = st.radio("Listener", range(len(names)), 0, names.__getitem__, horizontal=True)
+    if (token, number) not in plan.visits:
+        with st.spinner("Looking at the database and at what changed ..."):
+            plan.visits[token, number] = Visit(plan, plan.databases[number])
+    visit = plan.visits[token, number]
+    parts = [
+        config.service,
+        config.service and f"dataset {config.dataset}",
+        f"database {os.path.basename(visit.listener.database)}",
+        counted(len(visit.tables), "table") if visit.tables else "",
+    ]
+    st.caption(_markdown(" · ".join(filter(None, parts))))
     _show_controls(st, visit)
-    _show_changes(st, visit)
+    numbers = st.container()  # they are of what is ticked in the grid
     _show_grid(st, visit, number)
+    with numbers:
+        _show_changes(st, visit)
     _show_rules(st, visit)
 
 
 def _show_controls(st: Any, visit: Visit) -> None:
+    recording = visit.recording is not None
     with st.container(horizontal=True, vertical_alignment="center"):
-        if visit.recording is not None:
-            words = "Stop and show what happened"
-            st.button(words, key="stop", type="primary", on_click=visit.stop_recording)
+        words = "Show all changes" if visit.recorded else "Look again"
+        st.button(words, key="look", icon=":material/refresh:", on_click=visit.look)
+        if visit.known or recording:
+            words = "Stop and show what happened" if recording else "Record"
+            look = {
+                "icon": ":material/radio_button_checked:",
+                "type": "primary" if recording else "secondary",
+            }
+            st.button(words, key="record", on_click=visit.record, **look)
+        if recording:
             url = visit.plan.url
             place = f"[the application]({url})" if url else "the application"
             st.markdown(f":red[●] Recording. Do something in {place}, then stop.")
-            return
-        st.button("Look again", key="look", icon=":material/refresh:", on_click=visit.look)
-        if isinstance(visit.changes, Changes):
-            words = "See only what one thing that you do in the application changes"
-            icon = ":material/radio_button_checked:"
-            st.button("Record", key="record", icon=icon, on_click=visit.record, help=words)
-        if visit.recorded is not None:
-            st.button("Show all changes", key="all", on_click=visit.show_all)
+        elif visit.recorded:
             st.caption("Only what happened during the recording")
 
 
 def _show_changes(st: Any, visit: Visit) -> None:
     """How much changed, and how much of it the rules hide."""
-    found = visit.shown
-    if isinstance(found, SandboxError):
-        known = isinstance(visit.tables, SandboxError)  # why, and what to do
-        st.info(_told(found, hint=not known), icon=":material/info:")
-    elif found is not None and not found.kinds:
-        recorded = visit.recorded is not None
-        st.success("Nothing changed meanwhile." if recorded else "No changes since the last reset.")
-    elif found is not None:
-        total, left = (sum(kinds.values()) for kinds in (found.kinds, found.remaining(visit.ticks)))
+    import json
+
+    changes = visit.changes
+    if "changes" in visit.troubles and "tables" not in visit.troubles:  # one thing at a time
+        st.info(_told(visit.troubles["changes"]), icon=":material/info:")
+    elif visit.known and not changes.kinds:
+        st.success("Nothing changed meanwhile." if visit.recorded else "No changes since the last reset.")
+    elif visit.known:
+        total, left = (sum(kinds.values()) for kinds in (changes.kinds, changes.remaining(visit.ticks)))
         numbers = {"Changes": total, "Hidden by the rules": total - left, "Remaining": left}
         with st.container(horizontal=True, gap="large"):
             for label, number in numbers.items():
                 st.metric(label, f"{number:,}", width="content")
-        st.html(changes_picture(found, visit.ticks))
+        st.vega_lite_chart(bars_of(changes, visit.ticks), json.loads(_AUDIT_CHART))
         if not left:
             words = "The rules hide every change: `state -v` would pass."
             st.success(words, icon=":material/check_circle:")
 
 
 def _show_grid(st: Any, visit: Visit, number: int) -> None:
-    if isinstance(visit.tables, SandboxError):
-        st.error(_told(visit.tables), icon=":material/database_off:")
-    changes = visit.shown if isinstance(visit.shown, Changes) else Changes([], "")
-    redraw: dict[str, Any] = {"on_change": lambda: visit.begin(visit.ticks)}
+    """The tables and columns to be ticked, and what can be seen of one of them."""
+    if "tables" in visit.troubles:
+        st.error(_told(visit.troubles["tables"]), icon=":material/database_off:")
     with st.container(horizontal=True, vertical_alignment="center"):
-        only = bool(changes.kinds) and st.toggle("Only what changed", True, key=f"only {number}", **redraw)
+        only = bool(visit.changes.kinds) and st.toggle("Only what changed", True, key=f"only {number}")
         hint = "Search: part of a table's or a column's name"
         words = st.text_input(
-            "Search", key=f"search {number}", placeholder=hint, label_visibility="collapsed", **redraw
+            "Search", key=f"search {number}", placeholder=hint, label_visibility="collapsed"
         )
     words = words.strip().lower()
-    rows = visit.grid(only and not words, words)
+    key = f"grid {number} {visit.turn} {only} {words}"
+    if key not in st.session_state:  # it was not drawn in the last run
+        visit.drawn = visit.ticks
+    places, rows = visit.grid(only and not words, words)
     if rows:
         column = st.column_config
-        st.data_editor(
+        ticked = st.data_editor(
             rows,
-            key=f"grid {number} {visit.turn}",
+            key=key,
             hide_index=True,
             height=min(460, 38 + 35 * len(rows)),
             disabled=list(rows[0])[1:],
@@ -7378,62 +7145,60 @@ def _show_grid(st: Any, visit: Visit, number: int) -> None:
                 "What happened": column.TextColumn(width="large"),
             },
         )
+        chosen = {place for place, row in zip(places, ticked) if row["Ignore"]}
+        visit.ticks = visit.drawn - set(places) | chosen
     else:
         st.caption("Nothing here has such a name." if words else "There are no tables.")
-    tables = visit.tables if isinstance(visit.tables, dict) else {}
-    name: str | None
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        more, label = changes.noise(visit.ticks), "Ignore all that remains"
+        more, label = visit.changes.noise(visit.ticks), "Ignore all that remains"
         if words:
-            more = {place for place in visit.rows if words in place[1].lower()} - visit.ticks
-            label = f"Ignore {'this column' if len(more) == 1 else f'these {len(more)} columns'}"
+            more = {place for place in places if words in place[1].lower()} - visit.ticks
+            label = f"Ignore {counted(len(more), 'column')}"
         if more:
-            st.button(label, key="more", on_click=visit.begin, args=(visit.ticks | more,))
-        name = st.selectbox("Look into a table", list(tables), None, printable, key=f"into {number}")
-    if name is not None and name in tables:
-        _show_examples(st, visit, name, tables[name])
-
-
-def _show_examples(st: Any, visit: Visit, name: str, table: Table) -> None:
-    found = visit.look_into(name, table)
-    if isinstance(found, SandboxError):
-        st.warning(_told(found))
-        return
-    names = [printable(column) for column, _, _ in table.columns]
-    cells = [["NULL" if value is None else printable(str(value)) for value in row] for row in found]
-    st.dataframe([dict(zip(names, row)) for row in cells or [[""] * len(names)]], hide_index=True)
+            st.button(label, key="more", on_click=visit.choose, args=(visit.ticks | more,))
+        name = st.selectbox("Look into a table", list(visit.tables), None, printable, key=f"into {number}")
+    if name in visit.tables:
+        try:
+            st.dataframe(visit.examples(name), hide_index=True)
+        except SandboxError as error:
+            st.warning(_told(error))
 
 
 def _show_rules(st: Any, visit: Visit) -> None:
     """The rules, and the way into the file, which stays in view while there is something to save."""
-    name = _markdown(visit.plan.config_name)
-    st.code(rules_text(visit.entries), language="yaml")
+    name = _markdown(visit.place[0])
+    said, visit.said = visit.said, ()
+    entries = visit.entries
+    st.code(rules_text(entries), language="yaml")
     if visit.text is None:
-        st.caption(_markdown(visit.problem))
+        st.caption(_told(visit.troubles["config"]))
         return
     try:
-        edited, shared = visit.edit()
+        edited, shared = edit_rules(visit.text, *visit.place, entries)
     except SandboxError as error:
         st.error(_told(error))
         return
     changed = edited != visit.text
     if changed:
         st.code(difference_of(visit.text, edited), language="diff")
-    elif visit.said is None:
+    elif not said:
         st.caption(f"{name} has these rules.")
         return
     with st.container(key="save"):
-        if visit.said is not None:
-            (st.success if visit.said[0] else st.error)(visit.said[1])
+        if said:
+            getattr(st, said[0])(said[1])
         if changed:
             with st.container(horizontal=True, vertical_alignment="center"):
-                st.button(f"Save to {name}", key="save it", type="primary", on_click=visit.save)
-                st.button("Discard", key="discard", on_click=visit.begin, args=(visit.saved_ticks(),))
+                st.button(
+                    f"Save to {name}",
+                    key="save it",
+                    type="primary",
+                    on_click=visit.save,
+                    args=(edited, entries),
+                )
+                st.button("Discard", key="discard", on_click=visit.choose, args=(visit.saved_ticks(),))
                 if shared:
                     st.caption(f"The same list, so they change too: {_markdown(', '.join(shared))}")
-
-
-_DATABASES = {"postgresql": "PostgreSQL", "mysql": "MySQL", "sqlite": "SQLite"}
 
 
 def _markdown(text: str) -> str:
@@ -7441,15 +7206,15 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|$:~])", r"\\\1", printable(text))
 
 
-def _told(error: SandboxError, hint: bool = True) -> str:
+def _told(error: SandboxError) -> str:
     """An error and its hint, for the page."""
-    return _markdown(error.message) + (f"  \n{_markdown(error.hint)}" if error.hint and hint else "")
+    return "  \n".join(_markdown(part) for part in (str(error), error.hint) if part)
 
 
 # The server: Streamlit in this process
 
 
-AUDIT_PAGE = "plato_sandbox_audit_page"  # the module whose `show` draws the page, while one is served
+AUDIT_PAGE = "plato_sandbox_audit_page"  # what draws the page, in `sys.modules` while one is served
 STREAMLIT_OPTIONS = {
     "server.address": "127.0.0.1",
     "server.fileWatcherType": "none",
@@ -7468,53 +7233,47 @@ STREAMLIT_OPTIONS = {
 def serve_page(draw: Callable[[], None], port: int, ready: Callable[[], None]) -> int:
     """Serve a page until a signal comes; its number. ready: called once the page can be asked for."""
     import asyncio
-    import contextlib
-    import io
+    import importlib
     import signal
     import tempfile
-    import types
 
-    bootstrap = import_package("streamlit.web.bootstrap", "streamlit")
+    bootstrap: Any = importlib.import_module("streamlit.web.bootstrap")
     bootstrap.load_config_options({**STREAMLIT_OPTIONS, "server.port": port})
-    sys.modules[AUDIT_PAGE] = types.ModuleType(AUDIT_PAGE)
-    sys.modules[AUDIT_PAGE].draw = draw  # type: ignore[attr-defined]
-    signals: list[int] = []
+    sys.modules[AUDIT_PAGE] = draw  # type: ignore[assignment]
 
-    def end(number: int) -> None:
-        signals.append(number)
-        with contextlib.redirect_stdout(io.StringIO()):  # it says that it stops
-            server.stop()
-
-    async def serve() -> None:
+    async def serve(script: str) -> int:
+        server = bootstrap.Server(script, False)
+        signals: asyncio.Queue[int] = asyncio.Queue()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                asyncio.get_running_loop().add_signal_handler(number, end, number)
+                asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
         await server.start()
         ready()
+        ended_by = await signals.get()
+        with contextlib.redirect_stdout(io.StringIO()):  # it says that it stops
+            server.stop()
         await server.stopped
+        return ended_by
 
     Aside(functools.partial(__import__, "pandas"))  # the first page needs it
     with tempfile.TemporaryDirectory() as place:
         script = os.path.join(place, "page.py")  # Streamlit runs a file anew at each click
         with open(script, "w", encoding="utf-8") as file:
-            file.write(f"import sys\nsys.modules[{AUDIT_PAGE!r}].draw()\n")
-        server = bootstrap.Server(script, False)
-        asyncio.run(serve())
-    return signals[0]
+            file.write(f"import sys\nsys.modules[{AUDIT_PAGE!r}]()\n")
+        return asyncio.run(serve(script))
 
 
 def free_port(wanted: int | None) -> int:
     """The wanted port of 127.0.0.1, or the next that is free after it; any free one if none is wanted."""
     import socket
 
-    last: OSError | None = None
-    for port in range(wanted, min(wanted + 50, 65536)) if wanted else (0,):
+    first = wanted or 0  # which is any
+    for port in range(first, first + 50):
         try:
             with socket.create_server(("127.0.0.1", port)) as listener:
                 return int(listener.getsockname()[1])
-        except OSError as error:
-            last = error
-    why = reason(last) if last else "there is no such port"
+        except (OSError, OverflowError) as error:
+            why = reason(error)
     raise SandboxError(f"No port could be opened for the page: {why}.", hint="Name another one with --port.")
 
 
@@ -8387,19 +8146,16 @@ def plan_audit(
     databases = []
     for name, fields in _audit_listeners(config, listener).items():
         at, tunnel = AuditTable(name, fields), None
-        if state and not direct and at.kind in AUDIT_PACKAGES:
-            target = f"{state['job_id']}--{at.port}"
-            gateway_connection(sandbox.settings, target).close()
-            tunnel = Tunnel(sandbox.settings, target)
+        if state and not direct and at.kind in AUDIT_DRIVERS:
+            tunnel = Tunnel(sandbox.settings, f"{state['job_id']}--{at.login['port']}")
+            tunnel.connect().close()
         databases.append(Database(at, tunnel, sandbox if state and not direct else None))
     names = [database.listener.name for database in databases]
     return AuditPlan(
         databases,
         functools.partial(audit_changes, sandbox.directory, names) if state else dict,
-        config=config.path or None,
-        service=config.service,
-        dataset=config.dataset,
-        url=as_text(state.get("url")),
+        config,
+        as_text(state.get("url")),
     )
 
 
@@ -8427,7 +8183,7 @@ def _plan_audit_of_url(sandbox: Sandbox, url: str, dataset: str | None, listener
             "Others on this machine can see the password in --database-url;"
             " leave it out, and set PGPASSWORD or MYSQL_PWD instead."
         )
-    config, name = None, "database"
+    config, name = Config("", "", DEFAULT_DATASET, {}, []), "database"
     if listener or any(os.path.exists(os.path.join(sandbox.directory, name)) for name in CONFIG_NAMES):
         config = load_config(find_config(sandbox.directory), dataset)
         name, *others = _audit_listeners(config, listener)
@@ -8438,14 +8194,9 @@ def _plan_audit_of_url(sandbox: Sandbox, url: str, dataset: str | None, listener
             )
         own = _audit_listeners(config, name)[name]
         fields = {**fields, **{key: own[key] for key in ("audit_table_name", "db_schema") if key in own}}
-    return AuditPlan(
-        [Database(AuditTable(name, fields), options=options, in_config=False)],
-        dict,
-        config=config.path if config else None,
-        service=config.service if config else None,
-        dataset=config.dataset if config else DEFAULT_DATASET,
-        url=None,
-    )
+    at = AuditTable(name, fields)
+    at.login.update(options)
+    return AuditPlan([Database(at, hint=None)], dict, config, None)
 
 
 def audit_changes(directory: str, names: Sequence[str]) -> dict[str, list[Mutation]]:
@@ -9283,7 +9034,8 @@ def run_audit_ui(
     plan = plan_audit(sandbox, url=database_url, **options)
     sandbox.api.transport.close()
     check_audit_packages(plan.databases)
-    plan.begin()
+    if database_url:
+        plan.databases[0].tables()  # whether it leads anywhere
     output.step("Starting the page")
     free, for_person = free_port(port), browser and not output.json
 
@@ -9302,7 +9054,7 @@ def show_audit_address(port: int, plan: AuditPlan, output: Output) -> None:
     url = f"http://127.0.0.1:{port}"
     if output.json:
         names = [database.listener.name for database in plan.databases]
-        output.document({"url": url, "port": port, "listeners": names, "config": plan.config})
+        output.document({"url": url, "port": port, "listeners": names, "config": plan.config.path or None})
         output.json = False
     else:
         output.result(f"The page is at {url} (Ctrl-C ends it)")

@@ -317,8 +317,8 @@ def fuzz_mutations(data: bytes) -> None:
     ticks = {tick for entry in entries for tick in product.ticks_of(entry, "public")}
     changes = product.Changes(found, "public")
     assert changes.remaining(ticks | changes.noise(ticks)) == {}
-    if found:
-        assert "<script" not in product.changes_picture(changes, ticks)
+    for bar in product.bars_of(changes, ticks):
+        harmless(bar["table"])
     for place in changes.counts:
         harmless(changes.told(place))
     product.entries_with(entries, ticks | changes.noise(ticks), "public")

@@ -242,17 +242,16 @@ def test_a_listener_that_is_not_there(desk: Desk) -> None:
     assert desk.run(*SERVE, "--direct", "-d", "nope").code == 8
 
 
-@pytest.mark.parametrize(
-    ("gone", "package"), [("streamlit", "streamlit"), ("psycopg2", "psycopg2-binary"), ("pymysql", "pymysql")]
-)
-def test_a_missing_package_is_one_line_with_the_command(desk: Desk, gone: str, package: str) -> None:
+@pytest.mark.parametrize("gone", ["streamlit", "psycopg2", "pymysql"])
+def test_a_missing_package_is_one_line_with_the_command(desk: Desk, gone: str) -> None:
     kind = "mysql" if gone == "pymysql" else "postgresql"
     with_listeners(desk, db={"type": "db", "db_type": kind, "db_database": "x"})
     code = f"import sys; sys.modules[{gone!r}] = None"
     result = desk.run(command=altered(code, *SERVE, "--direct"))
     assert result.code == 1
     (line,) = [line for line in result.err.splitlines() if "needs" in line]
-    assert f"{sys.executable} -m pip install {package}" in line
+    assert f"{sys.executable} -m pip install streamlit psycopg2-binary pymysql" in line
+    assert f"needs {gone}" in line
     assert result.out == ""
 
 
@@ -558,7 +557,7 @@ def test_recording_and_looking_into_tables(
     search = page.tab.get_by_role("textbox", name="Search")
     search.fill("token_hash")
     search.press("Enter")
-    page.tab.get_by_role("button", name="Ignore this column").wait_for()
+    page.tab.get_by_role("button", name="Ignore 1 column").wait_for()
 
 
 @pytest.mark.long
@@ -654,7 +653,6 @@ def test_a_tunnel_says_why_it_cannot_open(scene: Scene) -> None:
     gone = Tunnel(scene.settings, "no-such-job--5432")
     with pytest.raises(DatabaseError, match="no-such-job"):
         Database(scene_listener(scene), gone).tables()
-    gone.close()
 
 
 def test_a_tunnel_carries_many_connections_and_ends_with_them(scene: Scene) -> None:
@@ -699,8 +697,9 @@ def test_a_file_of_sqlite_on_the_vm(desk: Desk) -> None:
         listener = AuditTable("file", {"db_type": "sqlite", "db_database": path})
         reader = Database(listener, sandbox=sandbox)
         ((name, table),) = reader.tables().items()
-        assert (name, table.columns) == ("odd itname", [("id", "INTEGER", True), ("a", "TEXT", False)])
-        assert reader.examples(table) == [["3", "x"]]
+        assert name == "odd itname"
+        assert [row[2:] for row in table] == [["id", "INTEGER", 1], ["a", "TEXT", 0]]
+        assert reader.examples(table) == {"id": ["3"], "a": ["x"]}
     listener = AuditTable("file", {"db_type": "sqlite", "db_database": "/no.db"})
     with pytest.raises(DatabaseError, match=r"there is no file /no\.db"):
         Database(listener, sandbox=sandbox).tables()
