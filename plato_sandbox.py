@@ -5862,8 +5862,10 @@ class FlowRun:
         """
         import asyncio
         import signal
+        import tempfile
 
         self.seconds = seconds
+        self._folder = tempfile.mkdtemp(prefix="plato-flow-")  # for what is not masked yet
         work = self._run(
             launch, lambda result, step: told(each_text(result, self.mask), each_text(step, self.mask))
         )
@@ -5875,7 +5877,10 @@ class FlowRun:
                 raise
         finally:
             self._ended = True
-            thread.wait(FLOW_CLOSE_SECONDS)
+            try:
+                thread.wait(FLOW_CLOSE_SECONDS)
+            finally:
+                remove_tree(self._folder)
 
     async def _serve(self, work: Any) -> None:
         """Wait for work until it ends, or is not wanted any more."""
@@ -5890,25 +5895,23 @@ class FlowRun:
 
     async def _run(self, launch: Json, tell: FlowListener) -> None:
         import asyncio
-        import tempfile
 
-        with tempfile.TemporaryDirectory(prefix="plato-flow-") as self._folder:  # for what is not masked yet
-            try:
-                await self._open({**launch, "traces_dir": self._folder})
-                self._ends = time.monotonic() + self.seconds
-                for flow in self.flows:
-                    if not self.timed_out:
-                        await self._run_flow(flow, tell)
-                    if self.stay is None:
-                        await quietly(lambda: self.context.close())
-                if self.stay is not None:
-                    self.stay()
-                    self.stays = True
-                    self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
-                    while self.browser.is_connected():
-                        await asyncio.sleep(0.05)
-            finally:
-                await quietly(lambda: self._playwright.stop(), FLOW_CLOSE_SECONDS)
+        try:
+            await self._open({**launch, "traces_dir": self._folder})
+            self._ends = time.monotonic() + self.seconds
+            for flow in self.flows:
+                if not self.timed_out:
+                    await self._run_flow(flow, tell)
+                if self.stay is None:
+                    await quietly(lambda: self.context.close())
+            if self.stay is not None:
+                self.stay()
+                self.stays = True
+                self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
+                while self.browser.is_connected():
+                    await asyncio.sleep(0.05)
+        finally:
+            await quietly(lambda: self._playwright.stop(), FLOW_CLOSE_SECONDS)
 
     async def _open(self, launch: Json) -> None:
         """Open the browser. SandboxError with the command for what is missing."""
@@ -7954,11 +7957,8 @@ class Sandbox:
         passed. What cannot even begin raises.
         """
         check_flow_options(base_url, keep_open and not headed)
-        launch = {
-            "executable_path": chosen_browser(self.settings),
-            "headless": not headed,
-            "slow_mo": slowmo,
-        }
+        browser = chosen_browser(self.settings)
+        launch = {"executable_path": browser, "headless": not headed, "slow_mo": slowmo}
         if base_url is None:
             self._load_for_use()
             self.revive_heartbeat()
@@ -7975,17 +7975,16 @@ class Sandbox:
         def finish() -> None:
             """Find out what was changed, and write the report."""
             changed = new_mutations(before, self._mutations_now()) if verify_no_mutations else []
+            results = session.results
             content: Json = {
-                "passed": not changed
-                and not session.timed_out
-                and all(item["passed"] for item in session.results),
+                "passed": not (changed or session.timed_out) and all(item["passed"] for item in results),
                 "started_at": utc_text(began),
                 "seconds": round(time.time() - began, 3),
                 "address": address,
                 "source": "local" if known.path else "api",
                 "flows_path": known.path,
                 "browser": {"name": "chromium", "headed": headed, "version": session.browser.version},
-                "flows": session.results,
+                "flows": results,
                 "mutations": [mutation.raw for mutation in changed] if verify_no_mutations else None,
             }
             report.update({**each_text(content, session.mask), "report": path})
