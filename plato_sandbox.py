@@ -3883,8 +3883,7 @@ SYNC_SECONDS = 120.0
 PATIENCE_SHARE = 0.5  # of a command's seconds the VM waits for another sync: it must be able to say so
 SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes while it is read
 SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
-BLOCK_BYTES = 256 * 1024
-PROBE_BYTES = 1024 * 1024  # what a connection has to take before its speed says anything
+CHUNK_BYTES = 2 * 1024 * 1024  # of an archive; with each, the speed of the connection is looked at anew
 FAST_BYTES = 25_000_000  # a second; compression could not keep up with more
 EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tree
 WATCH_QUIET_SECONDS = 0.3
@@ -3968,19 +3967,17 @@ def ignore_expression(pattern: bytes, name: bytes) -> bytes:
 class IgnoreFile:
     """The patterns of one ignore file. The last one that matches decides.
 
-    odd_patterns: those that are none, which match nothing, as in git; takes_back: whether one has a "!".
+    odd_patterns: those that are none, which match nothing, as in git.
     """
 
     def __init__(self, text: bytes) -> None:
         self.odd_patterns: list[bytes] = []
-        self.takes_back = False
         alternatives: list[bytes] = []
         for line in text[3 if text.startswith(b"\xef\xbb\xbf") else 0 :].split(b"\n"):
             pattern = re.sub(rb"(?<!\\)((?:\\\\)*) +$", rb"\1", re.sub(rb"\r$|\0.*", b"", line))
             if pattern.startswith(b"#"):
                 continue
             negated = pattern.startswith(b"!")
-            self.takes_back |= negated
             name = b"%s%d" % (b"kept" if negated else b"ignored", len(alternatives))
             try:
                 alternatives += _alternatives(pattern[1:] if negated else pattern, name)
@@ -4012,43 +4009,43 @@ def _alternatives(pattern: bytes, name: bytes) -> list[bytes]:
 class LocalTree:
     """What there is to sync: stamps by path; what is left out, and why.
 
-    single: the name of the only file to look at. also: what .gitignore files do not hide. odd_patterns: those
-    in ignore files that git does not know either. takes_back: whether an ignore file has a "!".
+    only: the name of the only file to look at. also: what .gitignore files do not hide. odd_patterns: those
+    in ignore files that git does not know either.
     """
 
     def __init__(
-        self, root: bytes, *, gitignore: bool = False, single: bytes = b"", also: Sequence[bytes] = ()
+        self, root: bytes, *, gitignore: bool = False, only: bytes = b"", also: Sequence[bytes] = ()
     ) -> None:
         self.root = root
         self.stamps: dict[bytes, bytes] = {}
         self.skipped: dict[bytes, str] = {}
         self.odd_patterns: list[bytes] = []
-        self.takes_back = False
+        self._only = only
         self._also = also
         self._names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
-        built_in = IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))
-        self._files: dict[bytes, tuple[tuple[int, IgnoreFile], ...]] = {b"": ((0, built_in),)}
+        # The ignore files of each directory that has some, the most important one first, with their names.
+        self._rules = {b"": [(b"", IgnoreFile(b"\n".join(EXCLUDED_PATTERNS)))]}
         waiting = [b""]
         while waiting:
-            waiting += self._scan(waiting.pop(), single)
-        if gitignore and any(name not in self.stamps for name in also):
-            hidden = LocalTree(root).stamps
-            self.stamps.update((path, hidden[path]) for path in hidden if self._is_named(path))
+            waiting += self._scan(waiting.pop())
 
-    def _scan(self, directory: bytes, single: bytes) -> list[bytes]:
+    def _scan(self, directory: bytes) -> list[bytes]:
         """Take up what a directory holds; the directories in it to go into."""
         below = []
         prefix = directory + b"/" if directory else b""
         try:
             with os.scandir(self.location(directory)) as listing:
-                entries = {entry.name: entry for entry in listing if single in (b"", entry.name)}
-            for name in self._names if not single else ():
+                entries = {entry.name: entry for entry in listing if self._only in (b"", entry.name)}
+            for name in self._names:
                 if name in entries and entries[name].is_file():
-                    self._read_ignore_file(directory, prefix, name)
+                    with open(entries[name].path, "rb") as file:
+                        rules = IgnoreFile(file.read())
+                    self._rules.setdefault(directory, []).insert(0, (name, rules))
+                    self.odd_patterns += [prefix + name + b": " + odd for odd in rules.odd_patterns]
             for name, entry in entries.items():
                 is_directory = entry.is_dir(follow_symlinks=False)
-                if single or not self.ignores(prefix + name, is_directory):
-                    self._take(prefix + name, entry)
+                if not self.ignores(prefix + name, is_directory):
+                    self._take(prefix + name)
                     below += [prefix + name] * is_directory
         except FileNotFoundError:
             pass  # gone meanwhile
@@ -4056,61 +4053,42 @@ class LocalTree:
             raise _unreadable(shown_path(os.fsdecode(error.filename)), error) from None
         return below
 
-    def _read_ignore_file(self, directory: bytes, prefix: bytes, name: bytes) -> None:
-        with open(self.location(prefix + name), "rb") as file:
-            rules = IgnoreFile(file.read())
-        self._files[directory] = ((len(prefix), rules), *self._files_for(directory))
-        self.odd_patterns += [prefix + name + b": " + pattern for pattern in rules.odd_patterns]
-        self.takes_back |= rules.takes_back
-
-    def _take(self, path: bytes, entry: os.DirEntry[bytes]) -> None:
-        import stat
-
-        status = entry.stat(follow_symlinks=False)
-        mode = stat.S_IMODE(status.st_mode)
-        if stat.S_ISREG(status.st_mode):
-            moment = divmod(status.st_mtime_ns, 1_000_000_000)
-            self.stamps[path] = b"f %o %d %d.%09d0" % (mode, status.st_size, *moment)
-        elif stat.S_ISDIR(status.st_mode):
-            self.stamps[path] = b"d %o" % mode
-        elif not stat.S_ISLNK(status.st_mode):
+    def _take(self, path: bytes) -> None:
+        stamp = local_stamp(self.location(path))
+        if stamp == b"?":
             self.skipped[path] = "not a file, a directory or a symbolic link"
-        elif link_leaves(path, os.readlink(entry.path)):
+        elif stamp[:1] == b"l" and link_leaves(path, stamp[2:]):
             self.skipped[path] = "a symbolic link that leads out of the tree"
-        else:
-            self.stamps[path] = b"l " + os.readlink(entry.path)
+        elif stamp:
+            self.stamps[path] = stamp
 
     def location(self, path: bytes) -> bytes:
         return os.path.join(self.root, path)
-
-    def _files_for(self, directory: bytes) -> tuple[tuple[int, IgnoreFile], ...]:
-        while directory not in self._files:
-            directory = directory.rpartition(b"/")[0]
-        return self._files[directory]
 
     def ignores(self, path: bytes, is_directory: bool) -> bool:
         """Whether a path stays out, given that the directories above it do not."""
         directory, _, name = path.rpartition(b"/")
         if NEVER_SENT.fullmatch(name):
             return True
-        for start, rules in self._files_for(directory):
-            verdict = rules.verdict(path[start:], is_directory)
-            if verdict is not None:
-                return verdict
+        for above in (*lineage(directory), b""):
+            for file, rules in self._rules.get(above, ()):
+                verdict = rules.verdict(path[len(above) :].lstrip(b"/"), is_directory)
+                if verdict and file == b".gitignore" and self._is_named(path):
+                    self._rules.setdefault(path, [(file, IgnoreFile(b"*"))])  # but for what is named in it
+                elif verdict is not None:
+                    return verdict
         return False
-
-    def keeps_away(self, path: bytes, is_directory: bool) -> bool:
-        """Whether what is not in this tree is none of its business on the VM."""
-        above = list(lineage(path))
-        if not self.skipped.keys().isdisjoint(above):
-            return True
-        ignored = any(self.ignores(one, one != path or is_directory) for one in above)
-        return ignored and not self._is_named(path)
 
     def _is_named(self, path: bytes) -> bool:
         """Whether a path is one of `also`, below one, or above one."""
         pairs = [(path + b"/", name + b"/") for name in self._also]
         return any(one.startswith(other) or other.startswith(one) for one, other in pairs)
+
+    def keeps_away(self, path: bytes, is_directory: bool) -> bool:
+        """Whether what is not in this tree is none of its business on the VM."""
+        return bool(self._only) or any(
+            one in self.skipped or self.ignores(one, one != path or is_directory) for one in lineage(path)
+        )
 
     def check_before_sending(self, paths: Iterable[bytes]) -> None:
         """Leave out what turns out to be a private key. SandboxError for what cannot be read."""
@@ -4120,23 +4098,39 @@ class LocalTree:
                 continue
             try:
                 with open(self.location(path), "rb", buffering=0) as file:
-                    beginning = file.read(100)
+                    if not PRIVATE_KEY.match(file.read(100)):
+                        continue
+                self.skipped[path] = "a private key"
             except FileNotFoundError:
-                del self.stamps[path]
+                pass
             except OSError as error:
                 unreadable.append(path)
                 why = error
-            else:
-                if PRIVATE_KEY.match(beginning):
-                    self.skipped[path] = "a private key"
-                    del self.stamps[path]
+            del self.stamps[path]
         if unreadable:
             raise _unreadable(listed_paths(sorted(unreadable)), why)
 
 
+def local_stamp(location: bytes) -> bytes:
+    """What `find` on the VM would say of what is here; "?" for what is not synced, "" for what is gone."""
+    import stat
+
+    try:
+        status = os.lstat(location)
+        mode = stat.S_IMODE(status.st_mode)
+        if stat.S_ISREG(status.st_mode):
+            moment = divmod(status.st_mtime_ns, 1_000_000_000)
+            return b"f %o %d %d.%09d0" % (mode, status.st_size, *moment)
+        if stat.S_ISDIR(status.st_mode):
+            return b"d %o" % mode
+        return b"l " + os.readlink(location) if stat.S_ISLNK(status.st_mode) else b"?"
+    except FileNotFoundError:
+        return b""
+
+
 def _unreadable(names: str, error: OSError) -> SandboxError:
     return SandboxError(
-        f"{names} cannot be read: {reason(error)}. Nothing was sent.",
+        f"{names} cannot be read: {reason(error)}. Nothing was changed.",
         hint="Make it readable, or list it in .platoignore.",
     )
 
@@ -4166,19 +4160,16 @@ class SyncPlan:
     """
 
     def __init__(
-        self, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes], *, single: bool
+        self, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes]
     ) -> None:
         local = tree.stamps
         self.send = sorted(path for path, stamp in local.items() if remote.get(path) != stamp)
         self.files = [path for path in self.send if local[path][:1] != b"d"]
         self.manifest = {path: stamp[:1] for path, stamp in local.items()}
-        going = set()
-        for path in [path for path in manifest if path in remote and path not in local]:
-            is_directory = manifest[path] == b"d"
-            if single or tree.keeps_away(path, is_directory):
-                self.manifest[path] = manifest[path]
-            elif remote[path] != b"x" and (remote[path][:1] == b"d") == is_directory:
-                going.add(path)
+        gone = [path for path in manifest if path in remote and path not in local]
+        kept = {path for path in gone if tree.keeps_away(path, manifest[path] == b"d")}
+        self.manifest.update((path, manifest[path]) for path in kept)
+        going = {path for path in gone if path not in kept and remote[path][:1] == manifest[path]}
         self.lost = sum(manifest[path] != b"d" for path in going)
         replaced = {path for path in self.send if path in remote and remote[path][:1] != local[path][:1]}
         going |= replaced
@@ -4189,7 +4180,7 @@ class SyncPlan:
         self.remove_directories = sorted((path for path in going if remote[path][:1] == b"d"), reverse=True)
         around = {above for path in (*self.send, *going) for above in lineage(os.path.dirname(path))}
         self.archived = sorted(around.intersection(local).union(self.send))
-        self.is_nothing = not self.send and not going and (single or self.manifest == manifest)
+        self.is_nothing = not self.send and not going and self.manifest == manifest
 
 
 def listed_paths(paths: Sequence[bytes], limit: int = 5) -> str:
@@ -4207,15 +4198,9 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
-def size_text(count: float) -> str:
-    """A number of bytes for people: 512 bytes, 34.5 kB, 20 MB."""
-    if count < 1000:
-        return f"{count:.0f} bytes"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.5 or unit == "GB":
-            return f"{count:.1f} {unit}" if count < 99.95 else f"{count:.0f} {unit}"
-    raise AssertionError("the last unit fits all")
+def size_text(count: int) -> str:
+    """A number of bytes for people: 0.5 kB, 20.0 MB."""
+    return f"{count / 1e3:,.1f} kB" if count < 999_950 else f"{count / 1e6:,.1f} MB"
 
 
 def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
@@ -4244,137 +4229,107 @@ def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, byte
 
 
 class TreeArchive:
-    """A tar file of what changes, in gzip, written to a file as often as wanted.
+    """A tar file of what changes, in chunks, written to a file as often as wanted.
 
     `tree/` holds the entries, and `meta/` lists for the VM, the manifest last: when it has come, all has.
-    files, bytes: content so far; packed: bytes that travelled; unsteady: files that changed while they were
-    read, or were gone. It is compressed from where the connection turns out to be slower than that.
+    A line `plain SIZE` goes ahead of a chunk. From where the connection turns out to be slower than gzip,
+    there is a line `gzip`, and all that follows is packed; so it is from the start through the API.
+    files, bytes: content so far; packed: bytes that travelled.
     """
 
-    def __init__(self, tree: LocalTree, plan: SyncPlan, reporter: Reporter) -> None:
+    def __init__(self, tree: LocalTree, plan: SyncPlan, reporter: Reporter, *, is_slow: bool) -> None:
         self._tree = tree
         self._plan = plan
         self._reporter = reporter
-        self._out: Any = None
-        self._begin(None)
-
-    def _begin(self, out: Any) -> None:
-        self._out = out
+        self._is_slow = is_slow
         self.files = self.bytes = self.packed = 0
-        self.unsteady: list[bytes] = []
-        self._seconds = 0.0
-        self._pack(0)
-
-    def _pack(self, level: int) -> None:
-        """Begin a gzip member; several are one file."""
-        import zlib
-
-        self._level = level
-        self._packer = zlib.compressobj(level, zlib.DEFLATED, 31)
 
     def write_to(self, out: Any) -> None:
         """Write it whole."""
-        self._begin(out)
-        for path in self._plan.archived:
-            self._add(path, self._tree.stamps[path])
-        manifest = [kind + path for path, kind in sorted(self._plan.manifest.items())]
-        lists = {b"remove": self._plan.remove, b"rmdir": self._plan.remove_directories}
-        for name, paths in {**lists, b"manifest": manifest}.items():
+        import zlib
+
+        self.files = self.bytes = self.packed = 0
+        packer: Any = None
+        seconds = 1.0 if self._is_slow else 0.0
+        for chunk in self._chunks():
+            if packer is None and self.packed < FAST_BYTES * seconds:
+                packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+                out.write(b"gzip\n")
+            if packer is None:
+                out.write(b"plain %d\n" % len(chunk))
+                data = chunk
+            else:
+                data = packer.compress(chunk) + packer.flush(zlib.Z_SYNC_FLUSH)
+            began = time.monotonic()
+            out.write(data)
+            seconds += time.monotonic() - began
+            self.packed += len(data)
+            self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
+        if packer is not None:
+            out.write(packer.flush())
+
+    def _chunks(self) -> Iterator[bytearray]:
+        chunk = bytearray()
+        for piece in self._pieces():
+            chunk += piece
+            if len(chunk) >= CHUNK_BYTES:
+                yield chunk
+                chunk = bytearray()
+        yield chunk
+
+    def _pieces(self) -> Iterator[bytes]:
+        plan = self._plan
+        for path in plan.archived:
+            yield from self._entry(path, self._tree.stamps[path])
+        manifest = [kind + path for path, kind in sorted(plan.manifest.items())]
+        lists = {b"remove": plan.remove, b"rmdir": plan.remove_directories, b"manifest": manifest}
+        for name, paths in lists.items():
             data = b"".join(path + b"\0" for path in paths)
-            self._write(tar_entry(b"meta/" + name, b"0", 0o644, len(data)) + data + padding(len(data)))
-        self._write(bytes(1024))
-        self._send(self._packer.flush())
+            yield tar_entry(b"0", b"644", len(data), path=b"meta/" + name) + data + padding(len(data))
+        yield bytes(1024)
 
-    def _add(self, path: bytes, stamp: bytes) -> None:
+    def _entry(self, path: bytes, stamp: bytes) -> Iterator[bytes]:
+        """An entry; a file has exactly the length that its header says, whatever becomes of it."""
+        kind, _, rest = stamp.partition(b" ")
         name = b"tree/" + path
-        if stamp[:1] == b"f":
-            self._add_file(path, name)
-        elif stamp[:1] == b"d":
-            self._write(tar_entry(name + b"/", b"5", int(stamp[2:], 8)))
-        else:
-            self._write(tar_entry(name, b"2", 0o777, link=stamp[2:]))
+        if kind == b"d":
+            yield tar_entry(b"5", rest, 0, path=name + b"/")
+        elif kind == b"l":
+            yield tar_entry(b"2", b"777", 0, path=name, linkpath=rest)
             self.files += 1
-
-    def _add_file(self, path: bytes, name: bytes) -> None:
-        """Add a file as it is now, and exactly as long as its header says, whatever becomes of it."""
-        import stat
-
-        try:
-            file = open(self._tree.location(path), "rb", buffering=0)  # noqa: SIM115  (closed below)
-        except OSError:
-            self.unsteady.append(path)
-            return
-        with file:
-            before = os.fstat(file.fileno())
-            mode, left = stat.S_IMODE(before.st_mode), before.st_size
-            data = tar_entry(name, b"0", mode, left, mtime=before.st_mtime_ns)
-            while left:
-                block = _block(file, left, path) or bytes(min(left, BLOCK_BYTES))
-                self._write(data + block)
-                data = b""
-                left -= len(block)
-            self._write(data + padding(before.st_size))
-            after = os.fstat(file.fileno())
-        self.files += 1
-        self.bytes += before.st_size
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            self.unsteady.append(path)
-
-    def _write(self, data: bytes) -> None:
-        self._send(self._packer.compress(data))
-
-    def _send(self, packed: bytes) -> None:
-        began = time.monotonic()
-        self._out.write(packed)
-        self._seconds += time.monotonic() - began
-        self.packed += len(packed)
-        self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
-        if not self._level and PROBE_BYTES < self.packed < FAST_BYTES * self._seconds:
-            self._out.write(self._packer.flush())
-            self._pack(1)
+        else:
+            mode, size, moment = rest.split(b" ")
+            left = int(size)
+            try:
+                with open(self._tree.location(path), "rb", buffering=0) as file:
+                    yield tar_entry(b"0", mode, left, path=name, mtime=moment)
+                    while left:
+                        block = file.read(min(left, CHUNK_BYTES)) or bytes(min(left, CHUNK_BYTES))
+                        left -= len(block)
+                        yield block
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                raise _unreadable(shown_name(path), error) from None
+            yield padding(int(size))
+            self.files += 1
+            self.bytes += int(size)
 
 
-def _block(file: Any, left: int, path: bytes) -> bytes:
-    try:
-        block: bytes = file.read(min(left, BLOCK_BYTES))
-    except OSError as error:
-        raise _unreadable(shown_name(path), error) from None
-    return block
+def tar_entry(kind: bytes, mode: bytes, size: int, **records: bytes) -> bytes:
+    """The header of an entry: owner 0; its name, link and time in POSIX's extended form."""
+    lines = [(key.encode(), value) for key, value in records.items()]
+    extended = b"".join(b"%09d %s=%s\n" % (len(key) + len(value) + 12, key, value) for key, value in lines)
+    before = _tar_block(b"x", b"644", len(extended)) + extended + padding(len(extended))
+    return before + _tar_block(kind, mode, size)
 
 
-def stamp_size(stamp: bytes) -> int:
-    """The size of a file in its stamp, else 0."""
-    return int(stamp.split(b" ")[2]) if stamp[:1] == b"f" else 0
-
-
-def tar_entry(
-    name: bytes, kind: bytes, mode: int, size: int = 0, *, link: bytes = b"", mtime: int | None = None
-) -> bytes:
-    """The header of an entry: owner 0; what ustar has no room for in POSIX's extended form. mtime in ns."""
-    records = {}
-    if mtime is not None:
-        records[b"mtime"] = b"-" * (mtime < 0) + b"%d.%09d" % divmod(abs(mtime), 1_000_000_000)
-    for key, value in ((b"path", name), (b"linkpath", link)):
-        if len(value) > 100:
-            records[key] = value
-    extended = b"".join(pax_record(key, value) for key, value in records.items())
-    before = _tar_block(b"pax", b"x", 0o644, len(extended), b"") if extended else b""
-    return before + extended + padding(len(extended)) + _tar_block(name, kind, mode, size, link)
-
-
-def _tar_block(name: bytes, kind: bytes, mode: int, size: int, link: bytes) -> bytes:
+def _tar_block(kind: bytes, mode: bytes, size: int) -> bytes:
     import struct
 
-    fields = (b"%07o" % mode, b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8, kind, link)
-    block = struct.pack("100s8s8s8s12s12s8sc100s8s247x", name, *fields, b"ustar\x0000")
+    numbers = (mode.zfill(7), b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8)
+    block = struct.pack("100s8s8s8s12s12s8sc100s8s247x", b"x", *numbers, kind, b"", b"ustar\x0000")
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def pax_record(key: bytes, value: bytes) -> bytes:
-    """`length key=value`, where the length counts itself."""
-    rest = len(key) + len(value) + 3
-    length = rest + len(str(rest))
-    return b"%d %s=%s\n" % (rest + len(str(length)), key, value)
 
 
 def padding(size: int) -> bytes:
@@ -4407,7 +4362,7 @@ made() {
 """
 
 _LOOK = r"""
-for tool in base64 chmod chown cp dirname find gzip id mkdir mktemp mv rm rmdir sort stat tar xargs; do
+for tool in base64 chmod chown cp dirname find gzip head id mkdir mktemp mv rm rmdir sort stat tar xargs; do
   command -v "$tool" >/dev/null 2>&1 || fail 69 "The VM has no $tool, which sync needs there; install it."
 done
 find / -maxdepth 0 -printf '' 2>/dev/null || fail 69 "The VM has no GNU find, which sync needs; install it."
@@ -4442,7 +4397,9 @@ turn() {
   [ "$(generation)" = "$expected" ] || fail 75 "Another sync changed the tree on the VM meanwhile."
 }
 torn() { turn; fail 74 "The VM could not take the files, and nothing was changed: $words"; }
-words=$(tar -xzp --no-same-owner -f - -C "$new" 2>&1) || torn
+arrived() { while read -r form size; do
+  if [ "$form" = gzip ]; then gzip -dc; else head -c "$size"; fi || break; done; }
+words=$({ arrived | tar -xp --no-same-owner -f - -C "$new"; } 2>&1) || torn
 words='not everything arrived'; [ -e "$new/meta/manifest" ] || torn
 mkdir -p "$new/tree"
 staged() { (cd "$new/tree" && find . -mindepth 1 "$@"); }
@@ -4486,7 +4443,7 @@ words=$(move -l) || {
 [ "$(id -u)" != 0 ] || [ "${owner%%:*}" = 0 ] || xargs -0 -r chown -h "$owner" -- < "$new/created"
 xargs -0 -r -n 2 chmod < "$new/special"
 staged -type d ! -perm -2000 -print0 | xargs -0 -r chmod g-s --  # which a new directory inherits
-[ -n "$single" ] || mv -f -- "$new/meta/manifest" "$state/manifest.$source"
+mv -f -- "$new/meta/manifest" "$state/manifest.$source"
 printf %s "$id" > "$new/generation" && mv -f -- "$new/generation" "$state/generation"
 sweep "$state"/new.*
 """
@@ -4511,17 +4468,13 @@ class Syncer:
         via: str = "auto",
         timeout: float = SYNC_SECONDS,
     ) -> None:
-        check_way(via, ("auto", "api", "ssh"), timeout)
+        check_timeout(timeout)
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.root = os.path.normpath(os.path.join(sandbox.directory, path))
-        self.single = os.path.basename(os.fsencode(self.root)) if os.path.isfile(self.root) else b""
-        if not path or not os.path.lexists(self.root):
-            raise UsageError(f"There is no {shown_path(self.root)} to sync.")
-        if not self.single and not os.path.isdir(self.root):
-            raise UsageError(f"{shown_path(self.root)} is neither a file nor a directory.")
-        if NEVER_SENT.fullmatch(self.single):
-            raise UsageError(f"{shown_path(self.root)} never leaves this machine.")
+        self._is_file = os.path.isfile(self.root)
+        if not path or not (self._is_file or os.path.isdir(self.root)):
+            raise UsageError(f"There is no file or directory {shown_path(self.root)} to sync.")
         self.target = normal_target(remote_path or default_target(sandbox.state))
         self.dry_run = dry_run
         self.force = force
@@ -4532,12 +4485,12 @@ class Syncer:
         self._warned: set[str] = set()
         self._vm: Vm | None = None
         parent, _, name = self.target.rpartition("/")
-        self._values: dict[str, object] = {
-            "target": self.target,
-            "state": f"{parent}/{SYNC_STATE}/{name}",
-            "source": hashed(os.path.relpath(self.root, sandbox.directory)),
-            "patience": max(1, int(timeout * PATIENCE_SHARE)),
-        }
+        self.head = _SHELL_HEAD + assigned(
+            target=self.target,
+            state=f"{parent}/{SYNC_STATE}/{name}",
+            source=hashed(os.path.relpath(self.root, sandbox.directory)),
+            patience=max(1, int(timeout * PATIENCE_SHARE)),
+        )
 
     def connect(self) -> Vm:
         """The VM; a connection to it is opened while this goes on."""
@@ -4545,30 +4498,27 @@ class Syncer:
         return self._vm
 
     def scan(self) -> LocalTree:
-        root = os.fsencode(os.path.dirname(self.root) if self.single else self.root)
-        return LocalTree(root, gitignore=self._gitignore, single=self.single, also=self._also)
+        root, name = os.path.split(os.fsencode(self.root)) if self._is_file else (os.fsencode(self.root), b"")
+        return LocalTree(root, gitignore=self._gitignore, only=name, also=self._also)
 
     def run(self) -> dict[str, Any]:
         """Sync once; what was done, as `Sandbox.sync` tells it. Again when another sync came between, or a
         file changed while it was read."""
         began = time.monotonic()
         total = dict.fromkeys(("sent", "removed", "bytes", "archive_bytes"), 0)
-        with taking_turns(self.sandbox, self.timeout):
-            for left in reversed(range(SYNC_TRIES)):
-                try:
-                    report, unsteady = self._run_plan()
-                except OvertakenError:
-                    if not left:
-                        raise
-                    continue
-                total = {key: count + report[key] for key, count in total.items() if key in report}
-                if not unsteady:
-                    break
-            else:
-                names = listed_paths(unsteady)
-                self.reporter.warn(
-                    f"{names}: still changing while read, so the VM may have half of a change."
-                )
+        for left in reversed(range(SYNC_TRIES)):
+            try:
+                report, unsteady = self._run_plan()
+            except OvertakenError:
+                if not left:
+                    raise
+                continue
+            total = {key: count + report.get(key, 0) for key, count in total.items()}
+            if not unsteady:
+                break
+        else:
+            names = listed_paths(unsteady)
+            self.reporter.warn(f"{names}: still changing while read, so the VM may have half of a change.")
         seconds = round(time.monotonic() - began, 3)
         return {**report, **total, "seconds": seconds, "via": self.connect().via, "remote_path": self.target}
 
@@ -4576,44 +4526,43 @@ class Syncer:
         """What was done, and the files that changed meanwhile."""
         vm = self.connect()
         tree = self.scan()
-        if not tree.stamps and not self.force:
+        stamps = tree.stamps
+        if not stamps and not self.force:
             raise SandboxError(
                 f"There is nothing to sync in {shown_path(self.root)}; nothing was changed.",
                 hint="If it is meant to be empty, give --force.",
             )
         self.reporter.step("Looking at the VM", self.timeout)
         generation, manifest, remote = self._look(vm, tree)
-        tree.check_before_sending([path for path, stamp in tree.stamps.items() if remote.get(path) != stamp])
+        tree.check_before_sending([path for path, stamp in stamps.items() if remote.get(path) != stamp])
         self.warn(tree)
-        plan = SyncPlan(tree, remote, manifest, single=bool(self.single))
+        plan = SyncPlan(tree, remote, manifest)
         self._check(plan, manifest)
         report: dict[str, Any] = {
-            "unchanged": sum(stamp[:1] != b"d" for stamp in tree.stamps.values()) - len(plan.files),
+            "unchanged": sum(stamp[:1] != b"d" for stamp in stamps.values()) - len(plan.files),
             "skipped": [
                 {"path": os.fsdecode(path), "reason": why} for path, why in sorted(tree.skipped.items())
             ],
         }
         if self.dry_run:
-            send = [os.fsdecode(path) + "/" * (tree.stamps[path][:1] == b"d") for path in plan.send]
-            remove = [os.fsdecode(path) for path in plan.remove]
-            remove += [os.fsdecode(path) + "/" for path in plan.remove_directories]
-            return {"dry_run": True, "send": send, "remove": sorted(remove), **report}, []
-        counts = {"sent": 0, "removed": len(plan.remove), "bytes": 0, "archive_bytes": 0}
+            removed = plan.remove + plan.remove_directories
+            lists = {"send": _names(plan.send, stamps), "remove": _names(removed, remote)}
+            return {"dry_run": True, **lists, **report}, []
         if plan.is_nothing:
-            return {**counts, **report}, []
+            return report, []
         archive = self._send(vm, tree, plan, generation)
-        counts.update(sent=archive.files, bytes=archive.bytes, archive_bytes=archive.packed)
-        return {**counts, **report}, archive.unsteady
+        report.update(sent=archive.files, removed=len(plan.remove))
+        report.update(bytes=archive.bytes, archive_bytes=archive.packed)
+        return report, [path for path in plan.files if local_stamp(tree.location(path)) != stamps[path]]
 
     def _look(self, vm: Vm, tree: LocalTree) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
         """What is on the VM (see `parse_look`). Directories of excluded names are not entered there."""
-        inside = {part for path in tree.stamps for part in path.split(b"/")}
-        closed = {b".git"} if tree.takes_back else {*EXCLUDED_DIRECTORIES} - inside
+        closed = {name for name in EXCLUDED_DIRECTORIES if tree.ignores(name, True)}
+        closed.difference_update(*(path.split(b"/") for path in tree.stamps))
         names = [*map(os.fsdecode, sorted(closed)), SYNC_STATE, SYNC_STATE + ".new"]
         tests = shell_words([word for name in names for word in ("-o", "-name", name)][1:])
-        depth = "-maxdepth 1" if self.single else ""
-        values = assigned(**self._values, refused=" ".join(REFUSED_TARGETS), depth=depth)
-        return parse_look(vm.run(values + _SHELL_HEAD + _LOOK.replace("CLOSED", tests), None, self.timeout))
+        script = assigned(refused=" ".join(REFUSED_TARGETS)) + _LOOK.replace("CLOSED", tests)
+        return parse_look(vm.run(self.head + script, None, self.timeout))
 
     def warn(self, tree: LocalTree) -> None:
         """Say what is left out, once."""
@@ -4645,20 +4594,22 @@ class Syncer:
         """Carry out a plan."""
         import secrets
 
-        total = size_text(sum(stamp_size(tree.stamps[path]) for path in plan.files))
-        sending = f"Sending {counted(len(plan.files), 'file')}, {total}"
+        sizes = [tree.stamps[path].split(b" ")[2] for path in plan.files if tree.stamps[path][:1] == b"f"]
+        sending = f"Sending {counted(len(plan.files), 'file')}, {size_text(sum(map(int, sizes)))}"
         self.reporter.step(sending if plan.send else "Removing what is gone here")
-        archive = TreeArchive(tree, plan, self.reporter)
-        values = {"id": secrets.token_hex(12), "expected": generation, "single": "yes" if self.single else ""}
-        script = assigned(**self._values, **values) + _SHELL_HEAD + _OWNER + _PLACE
-        vm.run(script, archive.write_to, self.timeout)
+        archive = TreeArchive(tree, plan, self.reporter, is_slow=vm.via == "api")
+        values = assigned(id=secrets.token_hex(12), expected=generation)
+        vm.run(self.head + values + _OWNER + _PLACE, archive.write_to, self.timeout)
         return archive
 
     # The watch
 
     def watch(self, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
-        something. Returns the sums of all reports; Interrupted when there is none yet."""
+        something. Returns the sums of all reports; Interrupted when there is none yet.
+
+        A lost connection is tried again; other trouble after the first sync waits for a change.
+        """
         import signal
 
         total = {"syncs": 0, "sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
@@ -4666,8 +4617,19 @@ class Syncer:
         report: dict[str, Any] = {}
         try:
             while True:
-                seen, latest = self._sync_for_watch(bool(report))
-                report = latest or report
+                seen = self._seen()
+                try:
+                    latest = report = self.run()
+                except (NetworkError, TimedOutError) as error:
+                    self.reporter.warn(f"{error.message} Trying again in {WATCH_RETRY_SECONDS:g} s.")
+                    self._vm = None
+                    time.sleep(WATCH_RETRY_SECONDS)
+                    continue
+                except SandboxError as error:
+                    if not report or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
+                        raise
+                    self.reporter.warn(f"{error.message} Waiting for the next change.")
+                    latest = {}
                 if latest.get("sent") or latest.get("removed") or not total["syncs"]:
                     total = {key: value + latest.get(key, 1) for key, value in total.items()}
                     told(latest)
@@ -4677,22 +4639,6 @@ class Syncer:
             if interruption.number != signal.SIGINT or not report:
                 raise
         return {**report, **total, "seconds": round(time.monotonic() - began, 3)}
-
-    def _sync_for_watch(self, has_synced: bool) -> tuple[dict[bytes, bytes], dict[str, Any]]:
-        """Sync until it succeeds: a lost connection is tried again, other trouble waits for a change."""
-        while True:
-            seen = self._seen()
-            try:
-                return seen, self.run()
-            except (NetworkError, TimedOutError) as error:
-                self.reporter.warn(f"{error.message} Trying again in {WATCH_RETRY_SECONDS:g} s.")
-                self._vm = None
-                time.sleep(WATCH_RETRY_SECONDS)
-            except SandboxError as error:
-                if not has_synced or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
-                    raise
-                self.reporter.warn(f"{error.message} Waiting for the next change.")
-                return seen, {}
 
     def _seen(self) -> dict[bytes, bytes]:
         """What tells whether the tree has changed."""
@@ -4711,47 +4657,20 @@ class Syncer:
             time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
 
 
-@contextlib.contextmanager
-def taking_turns(sandbox: SandboxBase, seconds: float) -> Iterator[None]:
-    """Hold the kernel's lock on the record of a sandbox: its syncs take turns."""
-    import fcntl
-
-    deadline = time.monotonic() + seconds
-    told = False
-    sandbox.check_still_there()
-    with open(sandbox.state.get("slot_path") or state_path(sandbox.directory), "rb") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConflictError(
-                        "Another sync of this sandbox is still at work.",
-                        hint="Wait for it to end, then run this again.",
-                    ) from None
-            if not told:
-                sandbox.reporter.step("Waiting for another sync of this sandbox to end", seconds)
-                told = True
-            time.sleep(0.05)
-        yield
+def _names(paths: Iterable[bytes], stamps: Mapping[bytes, bytes]) -> list[str]:
+    """Paths for a report, those of directories with a slash behind them."""
+    return sorted(os.fsdecode(path) + "/" * (stamps[path][:1] == b"d") for path in paths)
 
 
-def check_way(via: str, known: Sequence[str], timeout: float) -> None:
-    if via not in known:
-        raise UsageError(f"via is {via!r}; it must be one of {_listed(known)}.")
-    if not 1 <= timeout <= 86400:
-        raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
+def check_timeout(seconds: float) -> None:
+    if not 1 <= seconds <= 86400:
+        raise UsageError(f"The timeout is {seconds:g} s; it must be from 1 to 86400.")
 
 
 def normal_target(text: str) -> str:
     """A remote path in its normal form; UsageError for one that must not become a synced tree."""
     path = "/" + "/".join(part for part in text.split("/") if part not in ("", "."))
-    try:
-        is_text = bool(text.encode()) and not {"\0", "\n"} & set(text)
-    except UnicodeEncodeError:
-        is_text = False
-    if not is_text or not text.startswith("/") or ".." in path.split("/"):
+    if not text.startswith("/") or ".." in path.split("/") or not text.isprintable():
         raise UsageError(
             f"The remote path {printable(text)!r} is not an absolute path of one line without '..'.",
             hint=f"It looks like {SYNC_ROOT}/NAME.",
@@ -4795,7 +4714,6 @@ GIT_TRIES = 3
 UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
 COMPOSE_POLL_SECONDS = (0.2, 0.5, 1.0)
 HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
-LOG_LINES = 20
 COMPOSE_FILE = "docker-compose.yml"  # where a service names none
 
 # What git asks for is answered from the environment; the text itself holds no secret.
@@ -4814,22 +4732,12 @@ _AS_IT_IS = "* -text -eol -ident -filter -working-tree-encoding"  # git's attrib
 # What is to be started, and from which files
 
 
-class ComposeService:
-    """A service of a dataset.
+def plan_services(config: Config) -> list[dict[str, Any]]:
+    """The services of a config's dataset, in its order; ConfigError when they cannot be started.
 
-    file: its Compose file; required: the containers that must be healthy, by container or Compose service
+    file: the Compose file; required: the containers that must be healthy, by container or Compose service
     name, empty for all; seconds: how long they may take.
     """
-
-    def __init__(self, name: str, file: str, required: Sequence[str], seconds: float) -> None:
-        self.name = name
-        self.file = file
-        self.required = list(required)
-        self.seconds = seconds
-
-
-def plan_services(config: Config) -> list[ComposeService]:
-    """The services of a config's dataset, in its order; ConfigError when they cannot be started."""
     wanted = config.content.get("services") or {}
     if not wanted:
         raise ConfigError(
@@ -4840,14 +4748,11 @@ def plan_services(config: Config) -> list[ComposeService]:
     planned, problems = [], []
     for name, part in wanted.items():
         file = os.path.normpath(part.get("file") or COMPOSE_FILE)
-        if os.path.isabs(file) or file.startswith(".."):
-            problems.append(f"services.{name}.file is {file!r}; it must lie in the directory of the config")
-        elif not os.path.isfile(os.path.join(root, file)):
+        if file.startswith(("/", "..")) or not os.path.isfile(os.path.join(root, file)):
             problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
         required = [text for text in part.get("required_healthy_containers") or [] if text != "all"]
         seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
-        file = "./-" if file == "-" else file  # which means standard input to Compose
-        planned.append(ComposeService(str(name), file, required, float(seconds)))
+        planned.append({"name": str(name), "file": file, "required": required, "seconds": seconds})
     if problems:
         raise unusable_config(shown_path(from_here(config.path)), problems)
     return planned
@@ -4859,8 +4764,7 @@ def named_files(dataset: Mapping[str, Any]) -> list[bytes]:
     found += [service.get("file") or COMPOSE_FILE for service in as_dict(dataset.get("services")).values()]
     for listener in as_dict(dataset.get("listeners")).values():
         found += [listener.get("seed_data_path"), *as_list(listener.get("seed_data_paths"))]
-    paths = [os.path.normpath(path) for path in filter(as_text, found)]
-    return [os.fsencode(path) for path in paths if not os.path.isabs(path) and not path.startswith("..")]
+    return [os.fsencode(os.path.normpath(path)) for path in filter(as_text, found)]
 
 
 # Gitea
@@ -4868,8 +4772,7 @@ def named_files(dataset: Mapping[str, Any]) -> list[bytes]:
 
 def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
     """The clone URL and the default branch of the repository of a service's simulator, made if need be."""
-    listed = [as_dict(entry) for entry in api.gitea_simulators()]
-    simulators = {name: entry for entry in listed if (name := as_text(entry.get("name")))}
+    simulators = {str(entry.get("name")): entry for entry in map(as_dict, api.gitea_simulators())}
     found = next((simulators[name] for name in simulators if name.lower() == service.lower()), None)
     if found is None:
         close = closest(service.lower(), [name.lower() for name in simulators])
@@ -4880,14 +4783,13 @@ def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
             f" Without Gitea: {PROGRAM} start-services --via sync",
         )
     identifier = str(found.get("id"))
-    repository = api.gitea_repository(identifier) if found.get("has_repo") else {"has_repo": False}
-    if repository.get("has_repo") is False:
-        try:
-            repository = api.create_gitea_repository(identifier)
-        except ApiError as error:
-            if error.status != 409:  # another one has just done so, or our own first try
-                raise
-            repository = api.gitea_repository(identifier)
+    has_one = found.get("has_repo")
+    try:
+        repository = (api.gitea_repository if has_one else api.create_gitea_repository)(identifier)
+    except ApiError as error:
+        if error.status != 409:  # another one has just made it, or our own first try
+            raise
+        repository = api.gitea_repository(identifier)
     url = plain_clone_url(as_text(repository.get("clone_url")) or "", api.settings)
     return url, as_text(repository.get("default_branch")) or "main"
 
@@ -4895,26 +4797,19 @@ def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
 def gitea_credentials(api: PlatoApi) -> dict[str, str]:
     """What the credential helper answers with, as environment variables."""
     answer = api.gitea_credentials()
-    found = {name: as_text(answer.get(name)) or "\n" for name in ("username", "password")}
-    for name, value in found.items():
-        if any(mark in value for mark in "\n\r\0"):
-            raise ApiError(f"Plato's answer holds no usable {name} for Gitea.")
-    return {f"GITEA_{name.upper()}": value for name, value in found.items()}
+    found = {f"GITEA_{name.upper()}": as_text(answer.get(name)) or "" for name in ("username", "password")}
+    if any(not value or set(value) & set("\n\r\0") for value in found.values()):
+        raise ApiError("Plato's answer holds no usable username and password for Gitea.")
+    return found
 
 
 def plain_clone_url(url: str, settings: Settings) -> str:
     """A clone URL without user and password; ApiError for one that git must not be given."""
-    import urllib.parse
-
-    allowed = ("https", "http") if settings.base_url.startswith("http:") else ("https",)
-    try:
-        parts = urllib.parse.urlsplit(url)
-        fits = parts.scheme in allowed and bool(parts.hostname) and url.isprintable() and " " not in url
-    except ValueError:  # brackets that hold no address
-        fits = False
-    if not fits:
+    parts = re.fullmatch(r"(https?)://(?:[^/]*@)?([^/@\s]+(?:/\S*)?)", url)
+    plainly = settings.base_url.startswith("http:")
+    if parts is None or not url.isprintable() or not (parts[1] == "https" or plainly):
         raise ApiError(f"Plato names no usable clone URL for the repository ({printable(url)[:100]!r}).")
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return f"{parts[1]}://{parts[2]}"
 
 
 class GitStore:
@@ -4923,50 +4818,14 @@ class GitStore:
     def __init__(self, sandbox: SandboxBase, root: str, url: str, credentials: Mapping[str, str]) -> None:
         self.path = git_store_path(sandbox.settings.home, sandbox.state["session_id"])
         self._reporter = sandbox.reporter
-        self._ca_file = sandbox.settings.ca_file
         self._root = root
         self._url = url
         self._credentials = credentials
-        if find_program("git") is None:
-            raise SandboxError(
-                "git cannot be found on this machine.",
-                hint="Install git, or bring the code over without it: start-services --via sync",
-            )
-        self._is_old = os.path.isfile(os.path.join(self.path, "HEAD")) and not os.path.islink(self.path)
-        if not self._is_old:
-            self._make()
-
-    def _make(self) -> None:
-        """Make it anew."""
-        import shutil
-
-        shutil.rmtree(self.path, ignore_errors=True)
-        _unlink_quietly(self.path)  # a link is not followed
-        self._is_old = False
-        self.run("init", "--quiet", "--bare", "--template=", self.path)
-        os.makedirs(os.path.join(self.path, "info"), exist_ok=True)
-        with open(os.path.join(self.path, "info", "attributes"), "w", encoding="ascii") as file:
-            file.write(_AS_IT_IS + "\n")
-
-    def run(self, *arguments: str, stdin: bytes = b"") -> str:
-        """Run git on this repository; what it prints, or the error that its failure means."""
-        outcome = run_program(
-            [*_GIT, f"--git-dir={self.path}", *arguments],
-            self._reporter,
-            seconds=GIT_SECONDS,
-            feed=lambda file: file.write(stdin),
-            env=self._environment(),
-            cwd=self._root,
-        )
-        if outcome.code:
-            raise git_error(outcome.stderr, self._credentials)
-        return outcome.stdout.decode("utf-8", "replace").strip()
-
-    def _environment(self) -> dict[str, str]:
-        """The user's, without what would change what git does, and without the API key."""
+        # The user's environment without what would change what git does, and without the API key.
         unwanted = ("GIT_", "GITEA_", "SSH_ASKPASS", "PLATO_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-        own = {
+        self._environment = {
+            **child_environment(kept),
             "GIT_CONFIG_NOSYSTEM": "1",
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_TERMINAL_PROMPT": "0",
@@ -4976,49 +4835,73 @@ class GitStore:
             "LC_ALL": "C",
             **{f"GIT_{who}_NAME": "plato-sandbox" for who in ("AUTHOR", "COMMITTER")},
             **{f"GIT_{who}_EMAIL": "plato-sandbox@localhost" for who in ("AUTHOR", "COMMITTER")},
+            **({"GIT_SSL_CAINFO": sandbox.settings.ca_file} if sandbox.settings.ca_file else {}),
+            **credentials,
         }
-        if self._ca_file:
-            own["GIT_SSL_CAINFO"] = self._ca_file
-        return {**child_environment(kept), **own, **self._credentials}
+
+    def _make(self) -> None:
+        """Make it anew."""
+        remove_tree(self.path)
+        self.run("init", "--quiet", "--bare", "--template=", self.path)
+        os.makedirs(os.path.join(self.path, "info"), exist_ok=True)
+        with open(os.path.join(self.path, "info", "attributes"), "w", encoding="ascii") as file:
+            file.write(_AS_IT_IS + "\n")
+
+    def run(self, *arguments: str, stdin: bytes = b"", **environment: str) -> str:
+        """Run git on this repository; what it prints, or the error that its failure means."""
+        outcome = run_program(
+            [*_GIT, f"--git-dir={self.path}", *arguments],
+            self._reporter,
+            seconds=GIT_SECONDS,
+            feed=lambda file: file.write(stdin),
+            env={**self._environment, **environment},
+            cwd=self._root,
+        )
+        if outcome.code:
+            raise git_error(outcome.stderr, self._credentials)
+        return outcome.stdout.decode("utf-8", "replace").strip()
 
     def push(self, paths: Sequence[bytes], branch: str, default: str) -> tuple[str, bool]:
         """Make these files the newest commit of a branch in Gitea; that commit, and whether it is a new one.
 
         Again when the connection broke, another push came between, or what an earlier run left is of no use.
         """
-        for attempt in range(GIT_TRIES):
+        is_new = not os.path.isfile(os.path.join(self.path, "HEAD"))
+        for left in reversed(range(GIT_TRIES)):
             try:
+                if is_new:
+                    self._make()
                 return self._push(paths, f"refs/heads/{branch}", f"refs/heads/{default}")
             except (NetworkError, OvertakenError, GitFailureError) as error:
-                if attempt + 1 == GIT_TRIES or (isinstance(error, GitFailureError) and not self._is_old):
+                if not left:
                     raise
                 self._reporter.trace(f"{error.message} Once more.")
-                if isinstance(error, GitFailureError):
-                    self._make()
-                elif isinstance(error, NetworkError):
-                    time.sleep(0.4 * 2**attempt)
+                is_new = isinstance(error, GitFailureError)
+                time.sleep(0.5)
         raise AssertionError("the last attempt returns or raises")
 
     def _push(self, paths: Sequence[bytes], reference: str, default: str) -> tuple[str, bool]:
-        lines = self.run("ls-remote", "--", self._url, reference, default).splitlines()
-        listed = {name: commit for commit, _, name in (line.partition("\t") for line in lines)}
-        known = next((name for name in (reference, default) if name in listed), None)
-        parent = listed[known] if known else None
-        self.run("read-tree", "--empty")
-        add = (f"--work-tree={self._root}", "update-index", "--add", "--remove", "-z", "--stdin")
-        self.run(*add, stdin=b"".join(path + b"\0" for path in paths))
-        tree = self.run("write-tree")
-        commit = parent
-        if known is None or parent is None:
-            commit = self._commit(tree)
-        elif tree != self._tree_of(parent, known):
-            commit = self._commit(tree, "-p", parent)
-        if listed.get(reference) != commit:
-            self.run("push", "--quiet", "--", self._url, f"{commit}:{reference}")
-        return str(commit), commit != parent
+        import tempfile
 
-    def _commit(self, tree: str, *parents: str) -> str:
-        return self.run("commit-tree", *parents, "-m", "The workspace of a sandbox", tree)
+        listed = dict.fromkeys((reference, default), "")
+        for line in self.run("ls-remote", "--", self._url, reference, default).splitlines():
+            commit, _, name = line.partition("\t")
+            listed[name] = commit
+        known = reference if listed[reference] else default
+        parent = listed[known]
+        add = (f"--work-tree={self._root}", "update-index", "--add", "--remove", "-z", "--stdin")
+        with tempfile.TemporaryDirectory(dir=self.path) as place:
+            index = os.path.join(place, "index")
+            self.run(*add, stdin=b"".join(path + b"\0" for path in paths), GIT_INDEX_FILE=index)
+            tree = self.run("write-tree", GIT_INDEX_FILE=index)
+        if parent and tree == self._tree_of(parent, known):
+            commit = parent
+        else:
+            words = ("-p", parent) if parent else ()
+            commit = self.run("commit-tree", *words, "-m", "The workspace of a sandbox", tree)
+        if listed[reference] != commit:
+            self.run("push", "--quiet", "--", self._url, f"{commit}:{reference}")
+        return commit, commit != parent
 
     def _tree_of(self, commit: str, reference: str) -> str:
         """The tree of a commit in Gitea, which is brought here without the history before it."""
@@ -5075,7 +4958,7 @@ def git_error(stderr: bytes, credentials: Mapping[str, str]) -> SandboxError:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("fatal:", "error:", "remote:"))]
     said = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:] or "it gave no reason"
-    troubles = (trouble for trouble in _GIT_TROUBLES if re.search(trouble[0], "\n".join(lines).lower()))
+    troubles = (trouble for trouble in _GIT_TROUBLES if re.search(trouble[0], text.lower()))
     _, kind, words, hint = next(troubles)
     return kind(f"{words}: {said}.", hint=hint)
 
@@ -5120,6 +5003,7 @@ cd -- "$target" || fail 77 "$target on the VM cannot be entered."
 if [ -z "$DOCKER_HOST" ] && [ -S /var/run/docker-user.sock ]; then
   DOCKER_HOST=unix:///var/run/docker-user.sock; export DOCKER_HOST
 fi
+run=$state/compose-$key
 """
 
 # The services of the file, and `up` begun in the background: it outlives a connection that breaks.
@@ -5129,36 +5013,76 @@ words=$(docker version --format '{{.Server.Version}}' 2>&1) ||
   fail 70 "Docker on the VM does not answer: $words"
 mkdir -p "$run" || fail 77 "$run on the VM cannot be made."
 [ -e "$run/lock" ] || : > "$run/lock"
-rm -f -- "$run"/*.code "$run"/*.code.new "$run"/*.output "$run"/*.services "$run"/*.stop
+rm -f -- "$run"/*.*
 run=$run/$id
-words=$(docker compose -f "$file" config --services 2>&1 > "$run.services") || {
+words=$(docker compose -f "./$file" config --services 2>&1 > "$run.services") || {
   docker compose version >/dev/null 2>&1 || fail 69 "The VM has no docker compose (Compose v2)."
   fail 71 "$file is not a valid Compose file: $words"
 }
-: > "$run.output"; : > "$run.code.new"
+: > "$run.output"; : > "$run.code.new"; : > "$run.found"
 [ "$(id -u)" != 0 ] || chown -hR --reference="$target" "${run%/*}"
 up='echo $$ > "$run.pid"
   if command -v flock >/dev/null 2>&1; then exec 8<"${run%/*}/lock"; flock 8; fi
   [ ! -e "$run.stop" ] || exit
-  docker compose -f "$file" up -d "$@" > "$run.output" 2>&1 < /dev/null 8<&-
+  docker compose -f "./$file" up -d "$@" > "$run.output" 2>&1 < /dev/null 8<&-
   echo $? > "$run.code.new"; mv -f "$run.code.new" "$run.code"; rm -f "$run.pid"'
 if command -v setsid >/dev/null 2>&1; then alone=setsid; else alone=nohup; fi
 run="$run" file="$file" "$alone" sh -c "$up" - OPTIONS > /dev/null 2>&1 < /dev/null &
-cat "$run.services"
 """
 
-# The code of `up`, the time a second ago, and the last lines of `up`; after an empty line the containers.
+# Says how it stands: `up`, `wait`, `failed` or `late`; what there is to say of it; then the containers, or
+# the last log lines of the one that is to blame. One that has just begun to run may die at once.
 _LOOK_AT = r"""
-run=$run/$id
+run=$run/$id; set -- REQUIRED
+joined() { sed -e :a -e '$!N;s/\n/'"$1 "'/;ta'; }
+said() { tail -n 15 "$run.output" | tr '\r' '\n' | grep -a . | tail -n "$1" | joined ';'; }
+older() { [ $(($(date +%s) - $(stat -c %Y -- "$1"))) -gt "$2" ]; }
+tell() {
+  printf '%s\n%s\n' "$1" "$2"
+  [ -z "$3" ] || { docker logs --tail 20 -- "${3% *}" 2>&1 | grep -a . || echo '(it wrote nothing)'; } |
+    sed "s/^/${3#* } | /"
+  exit 0; }
 code=$(cat "$run.code" 2>/dev/null) || code=-
-echo "$code $(date -u -d '1 second ago' +%Y-%m-%dT%H:%M:%S)"
-tail -n 15 "$run.output" 2>/dev/null | tr '\r' '\n' | grep . | tail -c 3000; printf '\n\n'
-ids=$(docker compose -f "$file" ps -aq) || [ "$code" = - ] ||
+ids=$(docker compose -f "./$file" ps -aq) || [ "$code" = - ] ||
   fail 72 "The containers of $file cannot be listed."
-form='{{.Name}} {{index .Config.Labels "com.docker.compose.service"}} {{.State.Status}} {{.State.ExitCode}} '
-form=$form'{{with .State.Health}}{{.Status}}{{else}}-{{end}} {{.State.StartedAt}}'
-[ -z "$ids" ] || docker inspect --format "$form" $ids
-:
+moment=$(date -u -d '1 second ago' +%Y-%m-%dT%H:%M:%S)
+form='{{.Name}} {{index .Config.Labels "com.docker.compose.service"}} {{.State.Status}}'
+form=$form' {{with .State.Health}}{{.Status}}{{else}}-{{end}} {{.State.StartedAt}} {{.State.ExitCode}}'
+[ -z "$ids" ] || docker inspect --format "$form" $ids | sort > "$run.found"
+while read -r name service state health started ended; do
+  grep -qxF -e "$service" "$run.services" || continue
+  name=${name#/}; word=$state
+  case $state:$health in exited:*) word="exited ($ended)" ;; running:[!-]*) word=$health ;; esac
+  known="$known $name $service "; states="$states, $service $word"
+  listed="$listed$name $service $state $health
+"
+  required=no; case " ${*:-$name} " in *" $name "* | *" $service "*) required=yes ;; esac
+  case $word in
+    healthy | 'exited (0)') continue ;;
+    running) ! expr "$started" '<=' "$moment" >/dev/null || continue ;;
+    unhealthy | exited* | dead)
+      dead=${dead:-"$name $service"}
+      [ "$required" = no ] || { failed="$failed, $service is $word"; blamed=${blamed:-"$name $service"}; }
+      continue ;;
+  esac
+  [ "$required" = no ] || { late="$late, $service is $word"; slow=${slow:-"$name $service"}; }
+done < "$run.found"
+states=${states#, }; states=${states:-$(said 1)}
+case $code in
+  0) ;;
+  -) ! older "$run.services" "$up_seconds" || tell late "\`docker compose up\` of $file did not end within\
+ $up_seconds s and goes on there (${states:-no container yet}); give it more with --timeout."
+    tell wait "$states" ;;
+  *) tell failed "\`docker compose up\` failed: $(said 5)" "$dead" ;;
+esac
+for one; do case $known in *" $one "*) ;; *) unknown="$unknown, $one" ;; esac; done
+[ -z "$unknown" ] || tell failed "\`required_healthy_containers\` names ${unknown#, }; $file has none such.\
+ Its services are: $(sort "$run.services" | joined ,)."
+[ -z "$failed" ] || tell failed "${failed#, }." "$blamed"
+[ -z "$late" ] || ! older "$run.code" "$healthy_seconds" ||
+  tell late "Not healthy within $healthy_seconds s: ${late#, }." "$slow"
+[ -z "$late" ] || tell wait "$states"
+printf 'up\n%s\n%s' "$states" "$listed"
 """
 
 _STOP_UP = r"""
@@ -5169,168 +5093,6 @@ kill -TERM "$pid" 2>/dev/null
 for n in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$pid" 2>/dev/null || break; sleep 0.2; done
 kill -KILL "$pid" 2>/dev/null; rm -f "$run/$id.pid"
 """
-
-_LOGS = r"""
-docker logs --tail "$lines" -- "$name" 2>&1
-"""
-
-
-class Container:
-    """A container as `docker inspect` tells of it. is_new: whether it began within the last second."""
-
-    def __init__(self, line: str, moment: str) -> None:
-        name, self.service, self.state, code, health, started = line.split(" ")
-        self.name = name.lstrip("/")
-        self.health = "" if health == "-" else health
-        self.exit_code = int(code)
-        self.is_new = started > moment
-
-    @property
-    def word(self) -> str:
-        """Its state in a word or two."""
-        if self.state == "running":
-            return self.health or "running"
-        return f"{self.state} ({self.exit_code})" if self.state == "exited" else self.state
-
-    @property
-    def is_up(self) -> bool:
-        """Whether it runs and is healthy, or has not died at once; or has done what it was there for."""
-        if self.state == "running":
-            return self.health == "healthy" or (not self.health and not self.is_new)
-        return self.state == "exited" and self.exit_code == 0
-
-    @property
-    def has_failed(self) -> bool:
-        dead = self.state == "dead" or (self.state == "exited" and self.exit_code != 0)
-        return dead or (self.state == "running" and self.health == "unhealthy")
-
-
-class ComposeLook:
-    """What one look at a service showed: what `_LOOK_AT` prints.
-
-    code: of `up`, or "-" while it works; output: its last lines; containers by name, of these services.
-    """
-
-    def __init__(self, answer: bytes, services: Sequence[str]) -> None:
-        head, _, listing = answer.decode("utf-8", "replace").partition("\n\n")
-        first, *self.output = head.split("\n")
-        self.code, _, moment = first.partition(" ")
-        found = []
-        for line in listing.splitlines():
-            try:
-                found.append(Container(line, moment))
-            except ValueError:
-                continue  # what else docker says
-        found = [container for container in found if container.service in services]
-        self.containers = sorted(found, key=lambda container: container.name)
-
-    def of(self, names: Sequence[str]) -> list[Container]:
-        """The containers with one of these names or service names."""
-        return [found for found in self.containers if found.name in names or found.service in names]
-
-
-def states_of(containers: Iterable[Container], verb: str = " ") -> str:
-    return _listed(f"{found.service}{verb}{found.word}" for found in containers)
-
-
-class ComposeRun:
-    """One Compose service on the VM: brings it up and waits until it is healthy."""
-
-    def __init__(self, vm: Vm, target: str, service: ComposeService, reporter: Reporter) -> None:
-        import secrets
-
-        self._vm = vm
-        self._service = service
-        self._reporter = reporter
-        parent, _, name = target.rpartition("/")
-        self._head = assigned(
-            target=target,
-            file=service.file,
-            run=f"{parent}/{SYNC_STATE}/{name}/compose-{hashed(service.file)}",
-            id=secrets.token_hex(12),
-        )
-        self._names: list[str] = []
-
-    def _run(self, script: str, **values: object) -> bytes:
-        return self._vm.run(self._head + assigned(**values) + _SHELL_HEAD + _COMPOSE_HEAD + script)
-
-    def start(self, options: Sequence[str], seconds: float) -> list[Container]:
-        """All of its containers, once those that must be are healthy. seconds: the longest wait for `up`."""
-        try:
-            said = self._run(_UP.replace("OPTIONS", shell_words(options)))
-            self._names = said.decode("utf-8", "replace").split()
-            return self._wait(seconds)
-        except Interrupted:
-            self._stop_up()
-            raise
-
-    def _stop_up(self) -> None:
-        """After an interruption: end `docker compose up`, which would go on without us."""
-        try:
-            self._run(_STOP_UP)
-        except SandboxError as error:
-            self._reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
-
-    def _wait(self, seconds: float) -> list[Container]:
-        """Look again and again, until `up` has ended and the containers that must be are healthy."""
-        pauses = iter(COMPOSE_POLL_SECONDS)
-        deadline = time.monotonic() + seconds
-        is_up = False
-        while True:
-            look = ComposeLook(self._run(_LOOK_AT), self._names)
-            state = states_of(look.containers) or "".join(look.output[-1:])
-            self._reporter.detail(state)
-            if look.code not in ("-", "0"):
-                words = printable("; ".join(look.output[-5:]))[-800:]
-                failed = [found for found in look.containers if found.has_failed]
-                raise self._failure(f"`docker compose up` failed: {words}", failed)
-            if look.code == "0" and not is_up:
-                is_up, deadline = True, time.monotonic() + self._service.seconds
-            late = self._late(look) if is_up else look.containers
-            if is_up and not late:
-                return look.containers
-            if time.monotonic() > deadline and not is_up:
-                raise TimedOutError(
-                    f"`docker compose up` of {self._service.file} did not end within {seconds:g} s"
-                    f" ({state or 'no container yet'}).",
-                    hint="It goes on there; run this again with a larger --timeout.",
-                )
-            if time.monotonic() > deadline:
-                words = f"Not healthy within {self._service.seconds:g} s: {states_of(late, ' is ')}."
-                raise self._failure(words, late, TimedOutError)
-            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
-
-    def _late(self, look: ComposeLook) -> list[Container]:
-        """The containers that must be up and are not yet; SandboxError when one never will be."""
-        required = self._service.required
-        unknown = [name for name in required if not look.of([name])]
-        if unknown:
-            raise SandboxError(
-                f"`required_healthy_containers` names {_listed(unknown)}; {self._service.file} has none"
-                " such.",
-                hint=f"Its services are: {_listed(self._names)}.",
-            )
-        awaited = look.of(required) if required else look.containers
-        failed = [found for found in awaited if found.has_failed]
-        if failed:
-            raise self._failure(f"{states_of(failed, ' is ')}.", failed)
-        return [found for found in awaited if not found.is_up]
-
-    def _failure(
-        self, words: str, failed: Sequence[Container], kind: type[SandboxError] = SandboxError
-    ) -> SandboxError:
-        """The error, with the last log lines of the first container that is to blame."""
-        failure = kind(words, hint="Correct what is wrong there, then run this again.")
-        for found in failed[:1]:
-            try:
-                lines = (
-                    self._run(_LOGS, name=found.name, lines=LOG_LINES).decode("utf-8", "replace").splitlines()
-                )
-            except SandboxError as error:
-                lines = [error.message]
-            said = [printable(line)[:300] for line in lines if line.strip()] or ["(it wrote nothing)"]
-            failure.message += "".join(f"\n  {printable(found.service)} | {line}" for line in said)
-        return failure
 
 
 class ServiceStarter:
@@ -5347,7 +5109,7 @@ class ServiceStarter:
         gitignore: bool = True,
         timeout: float = UP_SECONDS,
     ) -> None:
-        check_way(via, ("git", "sync"), timeout)
+        check_timeout(timeout)
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.services = plan_services(config)
@@ -5360,7 +5122,7 @@ class ServiceStarter:
             sandbox,
             os.path.dirname(config.path),
             gitignore=git and gitignore,
-            also=named_files(config.content) if git else (),
+            also=named_files(config.content),
             force=git,  # what is gone is in Gitea's history
             via="ssh" if git else "auto",
         )
@@ -5401,57 +5163,78 @@ class ServiceStarter:
 
     def _push(self) -> tuple[dict[str, Any], dict[str, str]]:
         """What was pushed, and the credentials."""
-        sandbox, state = self.sandbox, self.sandbox.state
+        sandbox, state, syncer = self.sandbox, self.sandbox.state, self.syncer
+        hint = f"Bring the code over without Gitea: {PROGRAM} start-services --via sync"
         if not (state.get("ssh_config_path") and state.get("ssh_host")):
             raise SandboxError(
                 "This sandbox has no SSH, and Gitea's credentials must not go to the VM in a command line.",
-                hint=f"Bring the code over without Gitea: {PROGRAM} start-services --via sync",
+                hint=hint,
             )
-        self.syncer.connect()
+        if find_program("git") is None:
+            raise SandboxError("git cannot be found on this machine.", hint=hint)
+        syncer.connect()
         with self._step("repository", "Finding the repository"):
             credentials = gitea_credentials(sandbox.api)
             url, default = find_repository(sandbox.api, state["service"])
-        tree = self.syncer.scan()
+        tree = syncer.scan()
         tree.check_before_sending(list(tree.stamps))
-        self.syncer.warn(tree)
+        syncer.warn(tree)
         files = [path for path, stamp in tree.stamps.items() if stamp[:1] != b"d"]
-        if not files:
-            raise SandboxError(f"There is nothing to push in {shown_path(self.syncer.root)}.")
         branch = f"workspace-{short_id(state['session_id'])}"
-        pushing = self._step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS)
-        with pushing, taking_turns(sandbox, GIT_SECONDS):
+        with self._step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS):
             make_home(sandbox.settings.home)
-            store = GitStore(sandbox, self.syncer.root, url, credentials)
+            store = GitStore(sandbox, syncer.root, url, credentials)
             commit, is_new = store.push(files, branch, default)
         return {"branch": branch, "commit": commit, "pushed": is_new, "repository": url}, credentials
 
     def _clone(self, pushed: Mapping[str, Any], credentials: Mapping[str, str]) -> None:
-        values = assigned(
-            target=self.syncer.target,
-            url=pushed["repository"],
-            branch=pushed["branch"],
-            commit=pushed["commit"],
-            helper=_CREDENTIAL_HELPER,
-            attributes=_AS_IT_IS,
-        )
+        values = {"url": pushed["repository"], "branch": pushed["branch"], "commit": pushed["commit"]}
+        script = self.syncer.head + assigned(helper=_CREDENTIAL_HELPER, attributes=_AS_IT_IS, **values)
         words = "".join(f"{value}\n" for value in credentials.values()).encode()
-        script = values + _SHELL_HEAD + _OWNER + _CLONE
+        script += _OWNER + _CLONE
         outcome = self.syncer.connect().outcome(script, lambda file: file.write(words), GIT_SECONDS)
         if outcome.code == 80:
             raise git_error(outcome.stderr, credentials)
         check_script(outcome)
 
-    def _start(self, service: ComposeService) -> dict[str, Any]:
-        words = f"Starting {service.name} ({service.file})"
-        with self._step(service.name, words, self.timeout):
-            compose = ComposeRun(self.syncer.connect(), self.syncer.target, service, self.reporter)
-            containers = compose.start(self.up, self.timeout)
-        keys = ("name", "service", "state")
-        told = [
-            {**{key: getattr(found, key) for key in keys}, "health": found.health or None}
-            for found in containers
-        ]
-        return {"name": service.name, "type": "docker-compose", "file": service.file, "containers": told}
+    def _start(self, service: Mapping[str, Any]) -> dict[str, Any]:
+        """Bring one service up and wait until its containers are healthy."""
+        import secrets
+
+        name, file = service["name"], service["file"]
+        seconds = {"up_seconds": int(self.timeout), "healthy_seconds": service["seconds"]}
+        values = assigned(file=file, key=hashed(file), id=secrets.token_hex(12), **seconds)
+        head = self.syncer.head + values + _COMPOSE_HEAD
+        look = head + _LOOK_AT.replace("REQUIRED", shell_words(service["required"]))
+        vm = self.syncer.connect()
+        with self._step(name, f"Starting {name} ({file})", self.timeout):
+            try:
+                vm.run(head + _UP.replace("OPTIONS", shell_words(self.up)))
+                containers = self._wait(vm, look)
+            except Interrupted:
+                try:
+                    vm.run(head + _STOP_UP)
+                except SandboxError as error:
+                    self.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
+                raise
+        return {"name": name, "type": "docker-compose", "file": file, "containers": containers}
+
+    def _wait(self, vm: Vm, look: str) -> list[dict[str, str | None]]:
+        """Look again and again until the containers are healthy; they."""
+        pauses = iter(COMPOSE_POLL_SECONDS)
+        while True:
+            answer = vm.run(look).decode("utf-8", "replace")
+            verdict, words, *lines = [printable(line) for line in f"{answer}\n".split("\n")]
+            self.reporter.detail(words)
+            if verdict == "up":
+                parts = [line.split(" ") for line in lines if line.count(" ") == 3]
+                keys = ("name", "service", "state", "health")
+                return [dict(zip(keys, [*part[:3], part[3].strip("-") or None])) for part in parts]
+            if verdict != "wait":
+                kind = TimedOutError if verdict == "late" else SandboxError
+                words += "".join(f"\n  {line[:300]}" for line in lines if line)
+                raise kind(words, hint="Correct what is wrong there, then run this again.")
+            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
 
 
 # ----------------------------------------------------------------------------------------------------------

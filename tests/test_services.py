@@ -1189,19 +1189,14 @@ def test_containers_that_do_not_come_up(
 
 SHORTER = """
 plan = product.plan_services
-def plan_services(config):
-    planned = plan(config)
-    planned[0].seconds = 1.0
-    return planned
-product.plan_services = plan_services
+product.plan_services = lambda config: [{**service, "seconds": 1} for service in plan(config)]
 """
 
 
 def test_containers_that_are_not_healthy_in_time(docker: Vm) -> None:
     check = {"test": ["CMD", "false"], "interval": "1s", "retries": 99}
-    write(
-        docker.work, {"docker-compose.yml": compose(app={"command": ["sleep", "1000"], "healthcheck": check})}
-    )
+    app = {"command": ["sleep", "1000"], "healthcheck": check}
+    write(docker.work, {"docker-compose.yml": compose(app=app)})
     result = docker.desk.run(command=altered(SHORTER, "start-services", "--json"))
     assert (result.code, result.error["code"]) == (7, "timed_out"), result
     assert "Not healthy within 1 s: app is starting." in result.error["message"]
