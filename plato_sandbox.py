@@ -3235,7 +3235,8 @@ class Vm:
     def __init__(self, sandbox: SandboxBase, via: str = "auto") -> None:
         has_ssh = bool(sandbox.state.get("ssh_config_path") and sandbox.state.get("ssh_host"))
         if via == "ssh" and not has_ssh:
-            raise SandboxError("This sandbox has no SSH.", hint="Go through the API: --via api")
+            hint = "Go through the API: `sync --via api`, `start-services --via sync`"
+            raise SandboxError("This sandbox has no SSH.", hint=hint)
         self.sandbox = sandbox
         self.via = "ssh" if has_ssh and via != "api" else "api"
         self._ssh_only = via == "ssh"
@@ -3889,19 +3890,12 @@ EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tr
 WATCH_QUIET_SECONDS = 0.3
 WATCH_RETRY_SECONDS = 3.0
 
-EXCLUDED_DIRECTORIES = (
-    *(b"__pycache__", b".git", b".venv", b"venv", b"node_modules"),
-    *(b".pytest_cache", b".mypy_cache"),
-)
-EXCLUDED_PATTERNS = (
-    *EXCLUDED_DIRECTORIES,
-    *(b"*.pyc", b".sandbox.yaml", b"*.egg-info", b".DS_Store", b"*.swp", b"*.swo"),
-)
+EXCLUDED_DIRECTORIES = b"__pycache__ .git .venv venv node_modules .pytest_cache .mypy_cache".split()
+EXCLUDED_PATTERNS = EXCLUDED_DIRECTORIES + b"*.pyc .sandbox.yaml *.egg-info .DS_Store *.swp *.swo".split()
 NEVER_SENT = re.compile(rb"\.git|\.sandbox\.yaml.*|\.plato|\.plato-sync(?:\.new)?", re.DOTALL)
 PRIVATE_KEY = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----")
 REFUSED_TARGETS = (
-    *("/", "/home", "/home/plato", "/root", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64"),
-    *("/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var"),  # noqa: S108
+    "/ /home /home/plato /root /bin /boot /dev /etc /lib /lib64 /proc /run /sbin /sys /tmp /usr /var"
 )
 
 
@@ -4009,18 +4003,15 @@ def _alternatives(pattern: bytes, name: bytes) -> list[bytes]:
 class LocalTree:
     """What there is to sync: stamps by path; what is left out, and why.
 
-    only: the name of the only file to look at. also: what .gitignore files do not hide. odd_patterns: those
-    in ignore files that git does not know either.
+    also: what .gitignore files do not hide. odd_patterns: those in ignore files that git does not know
+    either.
     """
 
-    def __init__(
-        self, root: bytes, *, gitignore: bool = False, only: bytes = b"", also: Sequence[bytes] = ()
-    ) -> None:
+    def __init__(self, root: bytes, *, gitignore: bool = False, also: Sequence[bytes] = ()) -> None:
         self.root = root
         self.stamps: dict[bytes, bytes] = {}
         self.skipped: dict[bytes, str] = {}
         self.odd_patterns: list[bytes] = []
-        self._only = only
         self._also = also
         self._names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
         # The ignore files of each directory that has some, the most important one first, with their names.
@@ -4035,7 +4026,7 @@ class LocalTree:
         prefix = directory + b"/" if directory else b""
         try:
             with os.scandir(self.location(directory)) as listing:
-                entries = {entry.name: entry for entry in listing if self._only in (b"", entry.name)}
+                entries = {entry.name: entry for entry in listing}
             for name in self._names:
                 if name in entries and entries[name].is_file():
                     with open(entries[name].path, "rb") as file:
@@ -4045,16 +4036,15 @@ class LocalTree:
             for name, entry in entries.items():
                 is_directory = entry.is_dir(follow_symlinks=False)
                 if not self.ignores(prefix + name, is_directory):
-                    self._take(prefix + name)
+                    self._take(prefix + name, local_stamp(entry.path))
                     below += [prefix + name] * is_directory
         except FileNotFoundError:
             pass  # gone meanwhile
         except OSError as error:
-            raise _unreadable(shown_path(os.fsdecode(error.filename)), error) from None
+            raise _unreadable(self.location(directory), error) from None
         return below
 
-    def _take(self, path: bytes) -> None:
-        stamp = local_stamp(self.location(path))
+    def _take(self, path: bytes, stamp: bytes) -> None:
         if stamp == b"?":
             self.skipped[path] = "not a file, a directory or a symbolic link"
         elif stamp[:1] == b"l" and link_leaves(path, stamp[2:]):
@@ -4081,34 +4071,28 @@ class LocalTree:
 
     def _is_named(self, path: bytes) -> bool:
         """Whether a path is one of `also`, below one, or above one."""
-        pairs = [(path + b"/", name + b"/") for name in self._also]
-        return any(one.startswith(other) or other.startswith(one) for one, other in pairs)
+        return any(name in lineage(path) or path in lineage(name) for name in self._also)
 
     def keeps_away(self, path: bytes, is_directory: bool) -> bool:
         """Whether what is not in this tree is none of its business on the VM."""
-        return bool(self._only) or any(
+        return any(
             one in self.skipped or self.ignores(one, one != path or is_directory) for one in lineage(path)
         )
 
     def check_before_sending(self, paths: Iterable[bytes]) -> None:
         """Leave out what turns out to be a private key. SandboxError for what cannot be read."""
-        unreadable: list[bytes] = []
-        for path in paths:
-            if self.stamps[path][:1] != b"f":
-                continue
+        for path in [path for path in paths if self.stamps[path][:1] == b"f"]:
             try:
                 with open(self.location(path), "rb", buffering=0) as file:
-                    if not PRIVATE_KEY.match(file.read(100)):
-                        continue
-                self.skipped[path] = "a private key"
+                    beginning = file.read(100)
             except FileNotFoundError:
-                pass
+                del self.stamps[path]
             except OSError as error:
-                unreadable.append(path)
-                why = error
-            del self.stamps[path]
-        if unreadable:
-            raise _unreadable(listed_paths(sorted(unreadable)), why)
+                raise _unreadable(self.location(path), error) from None
+            else:
+                if PRIVATE_KEY.match(beginning):
+                    self.skipped[path] = "a private key"
+                    del self.stamps[path]
 
 
 def local_stamp(location: bytes) -> bytes:
@@ -4128,9 +4112,10 @@ def local_stamp(location: bytes) -> bytes:
         return b""
 
 
-def _unreadable(names: str, error: OSError) -> SandboxError:
+def _unreadable(location: bytes, error: OSError) -> SandboxError:
     return SandboxError(
-        f"{names} cannot be read: {reason(error)}. Nothing was changed.",
+        f"{shown_path(os.fsdecode(error.filename or location))} cannot be read: {reason(error)}."
+        " Nothing was changed.",
         hint="Make it readable, or list it in .platoignore.",
     )
 
@@ -4138,7 +4123,7 @@ def _unreadable(names: str, error: OSError) -> SandboxError:
 def link_leaves(path: bytes, target: bytes) -> bool:
     """Whether a symbolic link leads out of the tree that it stands in."""
     inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
-    return target.startswith(b"/") or inside == b".." or inside.startswith(b"../")
+    return inside.split(b"/")[0] in (b"", b"..")
 
 
 def lineage(path: bytes) -> Iterator[bytes]:
@@ -4165,15 +4150,15 @@ class SyncPlan:
         local = tree.stamps
         self.send = sorted(path for path, stamp in local.items() if remote.get(path) != stamp)
         self.files = [path for path in self.send if local[path][:1] != b"d"]
-        self.manifest = {path: stamp[:1] for path, stamp in local.items()}
-        gone = [path for path in manifest if path in remote and path not in local]
+        gone = (manifest.keys() & remote.keys()) - local.keys()
         kept = {path for path in gone if tree.keeps_away(path, manifest[path] == b"d")}
+        self.manifest = {path: stamp[:1] for path, stamp in local.items()}
         self.manifest.update((path, manifest[path]) for path in kept)
-        going = {path for path in gone if path not in kept and remote[path][:1] == manifest[path]}
+        going = {path for path in gone - kept if remote[path][:1] == manifest[path]}
         self.lost = sum(manifest[path] != b"d" for path in going)
-        replaced = {path for path in self.send if path in remote and remote[path][:1] != local[path][:1]}
+        replaced = {path for path in remote.keys() & local.keys() if remote[path][:1] != local[path][:1]}
         going |= replaced
-        staying = [path for path in remote if path not in going and path not in local] if going else []
+        staying = remote.keys() - local.keys() - going
         self.blocked = sorted(path for path in staying if not replaced.isdisjoint(lineage(path)))
         going -= {above for path in staying for above in lineage(os.path.dirname(path))}
         self.remove = sorted(path for path in going if remote[path][:1] != b"d")
@@ -4183,10 +4168,10 @@ class SyncPlan:
         self.is_nothing = not self.send and not going and self.manifest == manifest
 
 
-def listed_paths(paths: Sequence[bytes], limit: int = 5) -> str:
+def listed_paths(paths: Sequence[bytes]) -> str:
     """The first paths of a list in words."""
-    shown = ", ".join(shown_name(path) for path in paths[:limit])
-    return f"{shown} and {len(paths) - limit} more" if len(paths) > limit else shown
+    shown = ", ".join(map(shown_name, paths[:5]))
+    return f"{shown} and {len(paths) - 5} more" if len(paths) > 5 else shown
 
 
 def shown_name(path: bytes) -> str:
@@ -4213,11 +4198,11 @@ def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, byte
     import zlib
 
     try:
-        generation, *fields = gzip.decompress(binascii.a2b_base64(answer)).split(b"\0")
-        end = fields.index(b"")
-        found = iter(fields[end + 1 : -1])
-        manifest = {field[1:]: field[:1] for field in fields[:end]}
-        return generation.decode("ascii"), manifest, {path: stamp for stamp, path in zip(found, found)}
+        known, _, listing = gzip.decompress(binascii.a2b_base64(answer)).partition(b"\0\0")
+        generation, *fields = known.split(b"\0")
+        found = listing.split(b"\0")
+        manifest = {field[1:]: field[:1] for field in fields}
+        return generation.decode("ascii"), manifest, dict(zip(found[1::2], found[::2]))
     except (ValueError, EOFError, OSError, zlib.error):
         raise ApiError(
             "What the VM told about its files cannot be understood; nothing was changed.",
@@ -4234,7 +4219,7 @@ class TreeArchive:
     `tree/` holds the entries, and `meta/` lists for the VM, the manifest last: when it has come, all has.
     A line `plain SIZE` goes ahead of a chunk. From where the connection turns out to be slower than gzip,
     there is a line `gzip`, and all that follows is packed; so it is from the start through the API.
-    files, bytes: content so far; packed: bytes that travelled.
+    files, bytes: content so far; packed: bytes that travelled; unsteady: files that were changing.
     """
 
     def __init__(self, tree: LocalTree, plan: SyncPlan, reporter: Reporter, *, is_slow: bool) -> None:
@@ -4242,7 +4227,6 @@ class TreeArchive:
         self._plan = plan
         self._reporter = reporter
         self._is_slow = is_slow
-        self.files = self.bytes = self.packed = 0
 
     def write_to(self, out: Any) -> None:
         """Write it whole."""
@@ -4267,6 +4251,9 @@ class TreeArchive:
             self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
         if packer is not None:
             out.write(packer.flush())
+        tree = self._tree
+        now = {path: local_stamp(tree.location(path)) for path in self._plan.files}
+        self.unsteady = [path for path, stamp in now.items() if stamp != tree.stamps[path]]
 
     def _chunks(self) -> Iterator[bytearray]:
         chunk = bytearray()
@@ -4310,7 +4297,7 @@ class TreeArchive:
             except FileNotFoundError:
                 return
             except OSError as error:
-                raise _unreadable(shown_name(path), error) from None
+                raise _unreadable(self._tree.location(path), error) from None
             yield padding(int(size))
             self.files += 1
             self.bytes += int(size)
@@ -4472,34 +4459,23 @@ class Syncer:
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.root = os.path.normpath(os.path.join(sandbox.directory, path))
-        self._is_file = os.path.isfile(self.root)
-        if not path or not (self._is_file or os.path.isdir(self.root)):
-            raise UsageError(f"There is no file or directory {shown_path(self.root)} to sync.")
+        if not path or not os.path.isdir(self.root):
+            raise UsageError(f"There is no directory {shown_path(self.root)} to sync.")
+        self.scan = functools.partial(LocalTree, os.fsencode(self.root), gitignore=gitignore, also=also)
         self.target = normal_target(remote_path or default_target(sandbox.state))
         self.dry_run = dry_run
         self.force = force
         self.timeout = timeout
         self._via = via
-        self._gitignore = gitignore
-        self._also = also
         self._warned: set[str] = set()
-        self._vm: Vm | None = None
         parent, _, name = self.target.rpartition("/")
         self.head = _SHELL_HEAD + assigned(
             target=self.target,
             state=f"{parent}/{SYNC_STATE}/{name}",
             source=hashed(os.path.relpath(self.root, sandbox.directory)),
-            patience=max(1, int(timeout * PATIENCE_SHARE)),
+            patience=int(timeout * PATIENCE_SHARE),
         )
-
-    def connect(self) -> Vm:
-        """The VM; a connection to it is opened while this goes on."""
-        self._vm = self._vm or Vm(self.sandbox, self._via)
-        return self._vm
-
-    def scan(self) -> LocalTree:
-        root, name = os.path.split(os.fsencode(self.root)) if self._is_file else (os.fsencode(self.root), b"")
-        return LocalTree(root, gitignore=self._gitignore, only=name, also=self._also)
+        self.vm = Vm(sandbox, via)
 
     def run(self) -> dict[str, Any]:
         """Sync once; what was done, as `Sandbox.sync` tells it. Again when another sync came between, or a
@@ -4520,11 +4496,10 @@ class Syncer:
             names = listed_paths(unsteady)
             self.reporter.warn(f"{names}: still changing while read, so the VM may have half of a change.")
         seconds = round(time.monotonic() - began, 3)
-        return {**report, **total, "seconds": seconds, "via": self.connect().via, "remote_path": self.target}
+        return {**report, **total, "seconds": seconds, "via": self.vm.via, "remote_path": self.target}
 
     def _run_plan(self) -> tuple[dict[str, Any], list[bytes]]:
         """What was done, and the files that changed meanwhile."""
-        vm = self.connect()
         tree = self.scan()
         stamps = tree.stamps
         if not stamps and not self.force:
@@ -4533,7 +4508,7 @@ class Syncer:
                 hint="If it is meant to be empty, give --force.",
             )
         self.reporter.step("Looking at the VM", self.timeout)
-        generation, manifest, remote = self._look(vm, tree)
+        generation, manifest, remote = self._look(tree)
         tree.check_before_sending([path for path, stamp in stamps.items() if remote.get(path) != stamp])
         self.warn(tree)
         plan = SyncPlan(tree, remote, manifest)
@@ -4550,19 +4525,19 @@ class Syncer:
             return {"dry_run": True, **lists, **report}, []
         if plan.is_nothing:
             return report, []
-        archive = self._send(vm, tree, plan, generation)
+        archive = self._send(tree, plan, generation)
         report.update(sent=archive.files, removed=len(plan.remove))
         report.update(bytes=archive.bytes, archive_bytes=archive.packed)
-        return report, [path for path in plan.files if local_stamp(tree.location(path)) != stamps[path]]
+        return report, archive.unsteady
 
-    def _look(self, vm: Vm, tree: LocalTree) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
+    def _look(self, tree: LocalTree) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
         """What is on the VM (see `parse_look`). Directories of excluded names are not entered there."""
-        closed = {name for name in EXCLUDED_DIRECTORIES if tree.ignores(name, True)}
-        closed.difference_update(*(path.split(b"/") for path in tree.stamps))
+        inside = {name for path in tree.stamps for name in path.split(b"/")}
+        closed = {name for name in EXCLUDED_DIRECTORIES if name not in inside and tree.ignores(name, True)}
         names = [*map(os.fsdecode, sorted(closed)), SYNC_STATE, SYNC_STATE + ".new"]
         tests = shell_words([word for name in names for word in ("-o", "-name", name)][1:])
-        script = assigned(refused=" ".join(REFUSED_TARGETS)) + _LOOK.replace("CLOSED", tests)
-        return parse_look(vm.run(self.head + script, None, self.timeout))
+        script = assigned(refused=REFUSED_TARGETS) + _LOOK.replace("CLOSED", tests)
+        return parse_look(self.vm.run(self.head + script, None, self.timeout))
 
     def warn(self, tree: LocalTree) -> None:
         """Say what is left out, once."""
@@ -4590,16 +4565,16 @@ class Syncer:
                 hint="Move it away on the VM, then run this again.",
             )
 
-    def _send(self, vm: Vm, tree: LocalTree, plan: SyncPlan, generation: str) -> TreeArchive:
+    def _send(self, tree: LocalTree, plan: SyncPlan, generation: str) -> TreeArchive:
         """Carry out a plan."""
         import secrets
 
         sizes = [tree.stamps[path].split(b" ")[2] for path in plan.files if tree.stamps[path][:1] == b"f"]
         sending = f"Sending {counted(len(plan.files), 'file')}, {size_text(sum(map(int, sizes)))}"
         self.reporter.step(sending if plan.send else "Removing what is gone here")
-        archive = TreeArchive(tree, plan, self.reporter, is_slow=vm.via == "api")
+        archive = TreeArchive(tree, plan, self.reporter, is_slow=self.vm.via == "api")
         values = assigned(id=secrets.token_hex(12), expected=generation)
-        vm.run(self.head + values + _OWNER + _PLACE, archive.write_to, self.timeout)
+        self.vm.run(self.head + values + _OWNER + _PLACE, archive.write_to, self.timeout)
         return archive
 
     # The watch
@@ -4622,7 +4597,7 @@ class Syncer:
                     latest = report = self.run()
                 except (NetworkError, TimedOutError) as error:
                     self.reporter.warn(f"{error.message} Trying again in {WATCH_RETRY_SECONDS:g} s.")
-                    self._vm = None
+                    self.vm = Vm(self.sandbox, self._via)
                     time.sleep(WATCH_RETRY_SECONDS)
                     continue
                 except SandboxError as error:
@@ -4669,15 +4644,12 @@ def check_timeout(seconds: float) -> None:
 
 def normal_target(text: str) -> str:
     """A remote path in its normal form; UsageError for one that must not become a synced tree."""
-    path = "/" + "/".join(part for part in text.split("/") if part not in ("", "."))
-    if not text.startswith("/") or ".." in path.split("/") or not text.isprintable():
+    path = os.path.normpath("/" + text.strip("/"))
+    is_plain = text.startswith("/") and ".." not in text.split("/") and text.isprintable()
+    if not is_plain or path in REFUSED_TARGETS.split() or path.endswith("/" + SYNC_STATE):
         raise UsageError(
-            f"The remote path {printable(text)!r} is not an absolute path of one line without '..'.",
-            hint=f"It looks like {SYNC_ROOT}/NAME.",
-        )
-    if path in REFUSED_TARGETS or path.endswith("/" + SYNC_STATE):
-        raise UsageError(
-            f"{path} is never synced: what the VM itself keeps there could be lost.",
+            f"{printable(text)!r} cannot be the remote path: it must be absolute, without '..', and no"
+            " directory that the VM itself needs.",
             hint=f"Choose a directory of its own, such as {SYNC_ROOT}/NAME.",
         )
     return path
@@ -4685,8 +4657,8 @@ def normal_target(text: str) -> str:
 
 def default_target(state: Mapping[str, Any]) -> str:
     """The remote path of the specification; UsageError when the service's name cannot be part of one."""
-    service = as_text(state.get("service")) or "."
-    if "/" in service or service in (".", ".."):
+    service = as_text(state.get("service")) or ""
+    if "/" in service or not service.strip("."):
         raise UsageError(
             "This sandbox has no service whose name could make a remote path.",
             hint=f"Say where to: --remote-path {SYNC_ROOT}/NAME",
@@ -4724,6 +4696,7 @@ _CREDENTIAL_HELPER = (
 _GIT = (
     *("git", "-c", "core.hooksPath=/dev/null", "-c", "http.followRedirects=false", "-c", "gc.auto=0"),
     *("-c", "core.autocrlf=false", "-c", "core.fileMode=true", "-c", "core.protectNTFS=false"),
+    *("-c", "user.name=plato-sandbox", "-c", "user.email=plato-sandbox@localhost"),
     *("-c", "credential.helper=", "-c", "credential.helper=" + _CREDENTIAL_HELPER),
 )
 _AS_IT_IS = "* -text -eol -ident -filter -working-tree-encoding"  # git's attributes for: byte for byte
@@ -4739,11 +4712,6 @@ def plan_services(config: Config) -> list[dict[str, Any]]:
     name, empty for all; seconds: how long they may take.
     """
     wanted = config.content.get("services") or {}
-    if not wanted:
-        raise ConfigError(
-            f"{shown_path(from_here(config.path))}: the dataset {config.dataset!r} has no services to start.",
-            hint="List its Compose file under `services`; `sync` alone brings code to the VM.",
-        )
     root = os.path.dirname(config.path)
     planned, problems = [], []
     for name, part in wanted.items():
@@ -4753,6 +4721,8 @@ def plan_services(config: Config) -> list[dict[str, Any]]:
         required = [text for text in part.get("required_healthy_containers") or [] if text != "all"]
         seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
         planned.append({"name": str(name), "file": file, "required": required, "seconds": seconds})
+    if not wanted:
+        problems.append(f"the dataset {config.dataset!r} has no services to start; `sync` alone brings code")
     if problems:
         raise unusable_config(shown_path(from_here(config.path)), problems)
     return planned
@@ -4775,10 +4745,8 @@ def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
     simulators = {str(entry.get("name")): entry for entry in map(as_dict, api.gitea_simulators())}
     found = next((simulators[name] for name in simulators if name.lower() == service.lower()), None)
     if found is None:
-        close = closest(service.lower(), [name.lower() for name in simulators])
         raise SandboxError(
-            f"Gitea lists no simulator {service!r} for this API key."
-            + (f" Did you mean {close!r}?" if close else ""),
+            f"Gitea lists no simulator {service!r} for this API key.",
             hint=f"It lists: {_listed(sorted(simulators)) or 'none'}."
             f" Without Gitea: {PROGRAM} start-services --via sync",
         )
@@ -4833,8 +4801,7 @@ class GitStore:
             "HOME": self.path,  # a git that does not know GIT_CONFIG_GLOBAL looks here
             "XDG_CONFIG_HOME": self.path,
             "LC_ALL": "C",
-            **{f"GIT_{who}_NAME": "plato-sandbox" for who in ("AUTHOR", "COMMITTER")},
-            **{f"GIT_{who}_EMAIL": "plato-sandbox@localhost" for who in ("AUTHOR", "COMMITTER")},
+            "GIT_INDEX_FILE": os.path.join(self.path, f"index.{os.getpid()}"),
             **({"GIT_SSL_CAINFO": sandbox.settings.ca_file} if sandbox.settings.ca_file else {}),
             **credentials,
         }
@@ -4847,14 +4814,14 @@ class GitStore:
         with open(os.path.join(self.path, "info", "attributes"), "w", encoding="ascii") as file:
             file.write(_AS_IT_IS + "\n")
 
-    def run(self, *arguments: str, stdin: bytes = b"", **environment: str) -> str:
+    def run(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run git on this repository; what it prints, or the error that its failure means."""
         outcome = run_program(
             [*_GIT, f"--git-dir={self.path}", *arguments],
             self._reporter,
             seconds=GIT_SECONDS,
             feed=lambda file: file.write(stdin),
-            env={**self._environment, **environment},
+            env=self._environment,
             cwd=self._root,
         )
         if outcome.code:
@@ -4875,14 +4842,11 @@ class GitStore:
             except (NetworkError, OvertakenError, GitFailureError) as error:
                 if not left:
                     raise
-                self._reporter.trace(f"{error.message} Once more.")
                 is_new = isinstance(error, GitFailureError)
                 time.sleep(0.5)
         raise AssertionError("the last attempt returns or raises")
 
     def _push(self, paths: Sequence[bytes], reference: str, default: str) -> tuple[str, bool]:
-        import tempfile
-
         listed = dict.fromkeys((reference, default), "")
         for line in self.run("ls-remote", "--", self._url, reference, default).splitlines():
             commit, _, name = line.partition("\t")
@@ -4890,10 +4854,9 @@ class GitStore:
         known = reference if listed[reference] else default
         parent = listed[known]
         add = (f"--work-tree={self._root}", "update-index", "--add", "--remove", "-z", "--stdin")
-        with tempfile.TemporaryDirectory(dir=self.path) as place:
-            index = os.path.join(place, "index")
-            self.run(*add, stdin=b"".join(path + b"\0" for path in paths), GIT_INDEX_FILE=index)
-            tree = self.run("write-tree", GIT_INDEX_FILE=index)
+        self.run("read-tree", "--empty")
+        self.run(*add, stdin=b"".join(path + b"\0" for path in paths))
+        tree = self.run("write-tree")
         if parent and tree == self._tree_of(parent, known):
             commit = parent
         else:
@@ -4955,9 +4918,7 @@ def git_error(stderr: bytes, credentials: Mapping[str, str]) -> SandboxError:
     # git takes a text without a charset for Latin-1
     for secret in (password, quoted(password), password.encode().decode("latin-1")):
         text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("fatal:", "error:", "remote:"))]
-    said = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:] or "it gave no reason"
+    said = last_words(text.encode()).rstrip(".") or "it gave no reason"
     troubles = (trouble for trouble in _GIT_TROUBLES if re.search(trouble[0], text.lower()))
     _, kind, words, hint = next(troubles)
     return kind(f"{words}: {said}.", hint=hint)
@@ -5054,7 +5015,7 @@ while read -r name service state health started ended; do
   name=${name#/}; word=$state
   case $state:$health in exited:*) word="exited ($ended)" ;; running:[!-]*) word=$health ;; esac
   known="$known $name $service "; states="$states, $service $word"
-  listed="$listed$name $service $state $health
+  listed="$listed$name $service $state ${health#-}
 "
   required=no; case " ${*:-$name} " in *" $name "* | *" $service "*) required=yes ;; esac
   case $word in
@@ -5143,11 +5104,9 @@ class ServiceStarter:
     def run(self) -> dict[str, Any]:
         """Do it; what was done, as `Sandbox.start_services` tells it."""
         began = time.monotonic()
-        pushed: dict[str, Any] = {"branch": None, "commit": None, "repository": None}
+        pushed: dict[str, Any] = dict.fromkeys(("branch", "commit", "repository"))
         if self.via == "git":
-            pushed, credentials = self._push()
-            with self._step("clone", "Cloning on the VM", GIT_SECONDS):
-                self._clone(pushed, credentials)
+            pushed.update(self._through_gitea())
         with self._step("sync", "Syncing the code"):
             done = self.syncer.run()
         services = [self._start(service) for service in self.services]
@@ -5161,52 +5120,41 @@ class ServiceStarter:
             "seconds": round(time.monotonic() - began, 3),
         }
 
-    def _push(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """What was pushed, and the credentials."""
-        sandbox, state, syncer = self.sandbox, self.sandbox.state, self.syncer
-        hint = f"Bring the code over without Gitea: {PROGRAM} start-services --via sync"
-        if not (state.get("ssh_config_path") and state.get("ssh_host")):
-            raise SandboxError(
-                "This sandbox has no SSH, and Gitea's credentials must not go to the VM in a command line.",
-                hint=hint,
-            )
-        if find_program("git") is None:
-            raise SandboxError("git cannot be found on this machine.", hint=hint)
-        syncer.connect()
+    def _through_gitea(self) -> dict[str, Any]:
+        """Push the code, and make the directory on the VM a clone that stands there; what was pushed."""
+        sandbox, syncer = self.sandbox, self.syncer
         with self._step("repository", "Finding the repository"):
             credentials = gitea_credentials(sandbox.api)
-            url, default = find_repository(sandbox.api, state["service"])
+            url, default = find_repository(sandbox.api, sandbox.state["service"])
         tree = syncer.scan()
         tree.check_before_sending(list(tree.stamps))
         syncer.warn(tree)
         files = [path for path, stamp in tree.stamps.items() if stamp[:1] != b"d"]
-        branch = f"workspace-{short_id(state['session_id'])}"
+        branch = f"workspace-{short_id(sandbox.state['session_id'])}"
         with self._step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS):
             make_home(sandbox.settings.home)
             store = GitStore(sandbox, syncer.root, url, credentials)
             commit, is_new = store.push(files, branch, default)
-        return {"branch": branch, "commit": commit, "pushed": is_new, "repository": url}, credentials
-
-    def _clone(self, pushed: Mapping[str, Any], credentials: Mapping[str, str]) -> None:
-        values = {"url": pushed["repository"], "branch": pushed["branch"], "commit": pushed["commit"]}
-        script = self.syncer.head + assigned(helper=_CREDENTIAL_HELPER, attributes=_AS_IT_IS, **values)
+        values = assigned(url=url, branch=branch, commit=commit)
+        script = values + assigned(helper=_CREDENTIAL_HELPER, attributes=_AS_IT_IS) + _OWNER + _CLONE
         words = "".join(f"{value}\n" for value in credentials.values()).encode()
-        script += _OWNER + _CLONE
-        outcome = self.syncer.connect().outcome(script, lambda file: file.write(words), GIT_SECONDS)
-        if outcome.code == 80:
-            raise git_error(outcome.stderr, credentials)
-        check_script(outcome)
+        with self._step("clone", "Cloning on the VM", GIT_SECONDS):
+            outcome = syncer.vm.outcome(syncer.head + script, lambda file: file.write(words), GIT_SECONDS)
+            if outcome.code == 80:
+                raise git_error(outcome.stderr, credentials)
+            check_script(outcome)
+        return {"branch": branch, "commit": commit, "pushed": is_new, "repository": url}
 
     def _start(self, service: Mapping[str, Any]) -> dict[str, Any]:
         """Bring one service up and wait until its containers are healthy."""
         import secrets
 
         name, file = service["name"], service["file"]
+        values = {"file": file, "key": hashed(file), "id": secrets.token_hex(12)}
         seconds = {"up_seconds": int(self.timeout), "healthy_seconds": service["seconds"]}
-        values = assigned(file=file, key=hashed(file), id=secrets.token_hex(12), **seconds)
-        head = self.syncer.head + values + _COMPOSE_HEAD
+        head = self.syncer.head + assigned(**values, **seconds) + _COMPOSE_HEAD
         look = head + _LOOK_AT.replace("REQUIRED", shell_words(service["required"]))
-        vm = self.syncer.connect()
+        vm = self.syncer.vm
         with self._step(name, f"Starting {name} ({file})", self.timeout):
             try:
                 vm.run(head + _UP.replace("OPTIONS", shell_words(self.up)))
@@ -5227,9 +5175,8 @@ class ServiceStarter:
             verdict, words, *lines = [printable(line) for line in f"{answer}\n".split("\n")]
             self.reporter.detail(words)
             if verdict == "up":
-                parts = [line.split(" ") for line in lines if line.count(" ") == 3]
-                keys = ("name", "service", "state", "health")
-                return [dict(zip(keys, [*part[:3], part[3].strip("-") or None])) for part in parts]
+                parts = [[word or None for word in line.split(" ")] for line in lines if line.count(" ") == 3]
+                return [dict(zip(("name", "service", "state", "health"), part)) for part in parts]
             if verdict != "wait":
                 kind = TimedOutError if verdict == "late" else SandboxError
                 words += "".join(f"\n  {line[:300]}" for line in lines if line)
@@ -7998,7 +7945,7 @@ class Sandbox(SandboxBase):
         """Make a directory on the VM like a local one: what differs is sent, what earlier syncs put there and
         is gone here is removed, what the VM made stays.
 
-        path: relative to the sandbox's directory; a single file goes into remote_path under its name.
+        path: of the local directory, relative to the sandbox's.
         remote_path: default /home/plato/worktree/<service>. options: those of `Syncer` (dry_run, gitignore,
         force, via "auto", "api" or "ssh", timeout in seconds). watch: follow the tree until SIGINT, and call
         this with the report of each sync.
