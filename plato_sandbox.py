@@ -3360,7 +3360,9 @@ class Parts:
     def _put(self, number: int, text: str) -> None:
         place, name = self._place, f"{self._place}.$$"
         command = f"umask 077; mkdir -p {place} && printf %s {text or chr(39) * 2} | base64 -d > {name}"
-        command += f" && mv -f {name} {place}/{number:06d} || {{ rm -rf {place}*; exit 1; }}"
+        # Others that are on their way make room for themselves again; the second removal takes them too.
+        clean = f"rm -rf {place}*; sleep 2; rm -rf {place}*"
+        command += f" && mv -f {name} {place}/{number:06d} || {{ {clean}; exit 1; }}"
         if not number:  # what others left who were broken off
             old = "find /var/tmp -maxdepth 1 -name 'plato-sandbox-*' -mmin +60 -exec rm -rf {} + 2>/dev/null"
             command = f"{old}\n{command}"
@@ -3884,7 +3886,7 @@ SYNC_SECONDS = 120.0
 PATIENCE_SHARE = 0.5  # of a command's seconds the VM waits for another sync: it must be able to say so
 SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes while it is read
 SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
-CHUNK_BYTES = 2 * 1024 * 1024  # of an archive; with each, the speed of the connection is looked at anew
+CHUNK_BYTES = 2_000_000  # of an archive; with each, the speed of the connection is looked at anew
 FAST_BYTES = 25_000_000  # a second; compression could not keep up with more
 EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tree
 WATCH_QUIET_SECONDS = 0.3
@@ -4206,7 +4208,6 @@ def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, byte
     except (ValueError, EOFError, OSError, zlib.error):
         raise ApiError(
             "What the VM told about its files cannot be understood; nothing was changed.",
-            hint="Run the command again.",
         ) from None
 
 
@@ -4217,8 +4218,8 @@ class TreeArchive:
     """A tar file of what changes, in chunks, written to a file as often as wanted.
 
     `tree/` holds the entries, and `meta/` lists for the VM, the manifest last: when it has come, all has.
-    A line `plain SIZE` goes ahead of a chunk. From where the connection turns out to be slower than gzip,
-    there is a line `gzip`, and all that follows is packed; so it is from the start through the API.
+    A line `plain SIZE` or `gzip SIZE` goes ahead of a chunk: it is packed where the connection has turned out
+    to be slower than gzip, and through the API.
     files, bytes: content so far; packed: bytes that travelled; unsteady: files that were changing.
     """
 
@@ -4230,27 +4231,19 @@ class TreeArchive:
 
     def write_to(self, out: Any) -> None:
         """Write it whole."""
-        import zlib
+        import gzip
 
         self.files = self.bytes = self.packed = 0
-        packer: Any = None
         seconds = 1.0 if self._is_slow else 0.0
         for chunk in self._chunks():
-            if packer is None and self.packed < FAST_BYTES * seconds:
-                packer = zlib.compressobj(1, zlib.DEFLATED, 31)
-                out.write(b"gzip\n")
-            if packer is None:
-                out.write(b"plain %d\n" % len(chunk))
-                data = chunk
-            else:
-                data = packer.compress(chunk) + packer.flush(zlib.Z_SYNC_FLUSH)
+            is_slow = self.packed < FAST_BYTES * seconds
+            data = gzip.compress(chunk, 1, mtime=0) if is_slow else chunk
             began = time.monotonic()
+            out.write(b"%s %d\n" % (b"gzip" if is_slow else b"plain", len(data)))
             out.write(data)
             seconds += time.monotonic() - began
             self.packed += len(data)
             self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
-        if packer is not None:
-            out.write(packer.flush())
         tree = self._tree
         now = {path: local_stamp(tree.location(path)) for path in self._plan.files}
         self.unsteady = [path for path, stamp in now.items() if stamp != tree.stamps[path]]
@@ -4385,7 +4378,7 @@ turn() {
 }
 torn() { turn; fail 74 "The VM could not take the files, and nothing was changed: $words"; }
 arrived() { while read -r form size; do
-  if [ "$form" = gzip ]; then gzip -dc; else head -c "$size"; fi || break; done; }
+  if [ "$form" = gzip ]; then head -c "$size" | gzip -dc; else head -c "$size"; fi || break; done; }
 words=$({ arrived | tar -xp --no-same-owner -f - -C "$new"; } 2>&1) || torn
 words='not everything arrived'; [ -e "$new/meta/manifest" ] || torn
 mkdir -p "$new/tree"
@@ -4459,7 +4452,7 @@ class Syncer:
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.root = os.path.normpath(os.path.join(sandbox.directory, path))
-        if not path or not os.path.isdir(self.root):
+        if not os.path.isdir(self.root):
             raise UsageError(f"There is no directory {shown_path(self.root)} to sync.")
         self.scan = functools.partial(LocalTree, os.fsencode(self.root), gitignore=gitignore, also=also)
         self.target = normal_target(remote_path or default_target(sandbox.state))
@@ -4684,7 +4677,7 @@ def hashed(text: str) -> str:
 GIT_SECONDS = 900.0
 GIT_TRIES = 3
 UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
-COMPOSE_POLL_SECONDS = (0.2, 0.5, 1.0)
+COMPOSE_POLL_SECONDS = 0.6
 HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
 COMPOSE_FILE = "docker-compose.yml"  # where a service names none
 
@@ -4811,8 +4804,7 @@ class GitStore:
         remove_tree(self.path)
         self.run("init", "--quiet", "--bare", "--template=", self.path)
         os.makedirs(os.path.join(self.path, "info"), exist_ok=True)
-        with open(os.path.join(self.path, "info", "attributes"), "w", encoding="ascii") as file:
-            file.write(_AS_IT_IS + "\n")
+        write_whole(os.path.join(self.path, "info", "attributes"), _AS_IT_IS + "\n")
 
     def run(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run git on this repository; what it prints, or the error that its failure means."""
@@ -5072,7 +5064,6 @@ class ServiceStarter:
     ) -> None:
         check_timeout(timeout)
         self.sandbox = sandbox
-        self.reporter = sandbox.reporter
         self.services = plan_services(config)
         self.via = via
         self.timeout = timeout
@@ -5091,7 +5082,7 @@ class ServiceStarter:
     @contextlib.contextmanager
     def _step(self, name: str, words: str, limit: float | None = None) -> Iterator[None]:
         """A part of the whole: told as it begins, named in an error, timed for the report."""
-        self.reporter.step(words, limit)
+        self.sandbox.reporter.step(words, limit)
         began = time.monotonic()
         try:
             yield
@@ -5150,9 +5141,9 @@ class ServiceStarter:
         import secrets
 
         name, file = service["name"], service["file"]
-        values = {"file": file, "key": hashed(file), "id": secrets.token_hex(12)}
-        seconds = {"up_seconds": int(self.timeout), "healthy_seconds": service["seconds"]}
-        head = self.syncer.head + assigned(**values, **seconds) + _COMPOSE_HEAD
+        values = assigned(file=file, key=hashed(file), id=secrets.token_hex(12))
+        values += assigned(up_seconds=int(self.timeout), healthy_seconds=service["seconds"])
+        head = self.syncer.head + values + _COMPOSE_HEAD
         look = head + _LOOK_AT.replace("REQUIRED", shell_words(service["required"]))
         vm = self.syncer.vm
         with self._step(name, f"Starting {name} ({file})", self.timeout):
@@ -5163,17 +5154,16 @@ class ServiceStarter:
                 try:
                     vm.run(head + _STOP_UP)
                 except SandboxError as error:
-                    self.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
+                    self.sandbox.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
                 raise
         return {"name": name, "type": "docker-compose", "file": file, "containers": containers}
 
     def _wait(self, vm: Vm, look: str) -> list[dict[str, str | None]]:
         """Look again and again until the containers are healthy; they."""
-        pauses = iter(COMPOSE_POLL_SECONDS)
         while True:
             answer = vm.run(look).decode("utf-8", "replace")
             verdict, words, *lines = [printable(line) for line in f"{answer}\n".split("\n")]
-            self.reporter.detail(words)
+            self.sandbox.reporter.detail(words)
             if verdict == "up":
                 parts = [[word or None for word in line.split(" ")] for line in lines if line.count(" ") == 3]
                 return [dict(zip(("name", "service", "state", "health"), part)) for part in parts]
@@ -5181,7 +5171,7 @@ class ServiceStarter:
                 kind = TimedOutError if verdict == "late" else SandboxError
                 words += "".join(f"\n  {line[:300]}" for line in lines if line)
                 raise kind(words, hint="Correct what is wrong there, then run this again.")
-            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
+            time.sleep(COMPOSE_POLL_SECONDS)
 
 
 # ----------------------------------------------------------------------------------------------------------
