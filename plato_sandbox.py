@@ -3504,7 +3504,8 @@ class Vm:
     def __init__(self, sandbox: Sandbox, via: str = "auto") -> None:
         has_ssh = bool(sandbox.state.get("ssh_config_path") and sandbox.state.get("ssh_host"))
         if via == "ssh" and not has_ssh:
-            raise SandboxError("This sandbox has no SSH.", hint="Go through the API: --via api")
+            hint = "Go through the API: `sync --via api`, `start-services --via sync`"
+            raise SandboxError("This sandbox has no SSH.", hint=hint)
         self.sandbox = sandbox
         self.via = "ssh" if has_ssh and via != "api" else "api"
         self._ssh_only = via == "ssh"
@@ -3609,15 +3610,24 @@ class Vm:
                 name = f"{place}.$$"
                 command = f"{'' if offset else old}umask 077; mkdir -p {place} && "
                 command += f"printf %s {_part(content, offset)} | base64 -d > {name}"
-                command += f" && mv -f {name} {place}/{offset:012d} || {{ rm -rf {place}*; exit 1; }}"
+                command += f" && mv -f {name} {place}/{offset:012d}"
                 outcome = self.execute(command, VM_SECONDS, api)
                 if outcome.code:
                     words = last_words(outcome.stderr) or "no reason was given"
                     raise SandboxError(f"The VM could not take the files: {words}.")
             api.transport.close()
 
-        for sender in [Aside(send) for _ in range(min(PARTS_AT_ONCE, 1 + size // PART_BYTES))]:
-            sender.result()
+        senders = [Aside(send) for _ in range(min(PARTS_AT_ONCE, 1 + size // PART_BYTES))]
+        try:
+            for sender in senders:
+                sender.result()
+        except SandboxError:
+            list(offsets)  # nobody begins another part
+            for sender in senders:
+                sender.wait()
+            with contextlib.suppress(SandboxError):
+                self.execute(f"rm -rf {place}*", VM_SECONDS)
+            raise
 
     def execute(self, command: str, seconds: float, api: PlatoApi | None = None) -> Outcome:
         """Run a command through the API, which may do it twice."""
@@ -3695,26 +3705,18 @@ SYNC_SECONDS = 120.0
 PATIENCE_SHARE = 0.5  # of a command's seconds the VM waits for another sync: it must be able to say so
 SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes while it is read
 SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
-BLOCK_BYTES = 256 * 1024
-PROBE_BYTES = 1024 * 1024  # what a connection has to take before its speed says anything
+CHUNK_BYTES = 1_000_000  # of an archive; with each, the speed of the connection is looked at anew
 FAST_BYTES = 25_000_000  # a second; compression could not keep up with more
 EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tree
 WATCH_QUIET_SECONDS = 0.3
 WATCH_RETRY_SECONDS = 3.0
 
-EXCLUDED_DIRECTORIES = (
-    *(b"__pycache__", b".git", b".venv", b"venv", b"node_modules"),
-    *(b".pytest_cache", b".mypy_cache"),
-)
-EXCLUDED_PATTERNS = (
-    *EXCLUDED_DIRECTORIES,
-    *(b"*.pyc", b".sandbox.yaml", b"*.egg-info", b".DS_Store", b"*.swp", b"*.swo"),
-)
+EXCLUDED_DIRECTORIES = b"__pycache__ .git .venv venv node_modules .pytest_cache .mypy_cache".split()
+EXCLUDED_PATTERNS = EXCLUDED_DIRECTORIES + b"*.pyc .sandbox.yaml *.egg-info .DS_Store *.swp *.swo".split()
 NEVER_SENT = re.compile(rb"\.git|\.sandbox\.yaml.*|\.plato|\.plato-sync(?:\.new)?", re.DOTALL)
 PRIVATE_KEY = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----")
 REFUSED_TARGETS = (
-    *("/", "/home", "/home/plato", "/root", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64"),
-    *("/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var"),  # noqa: S108
+    "/ /home /home/plato /root /bin /boot /dev /etc /lib /lib64 /proc /run /sbin /sys /tmp /usr /var"
 )
 
 
@@ -3780,19 +3782,17 @@ def ignore_expression(pattern: bytes, name: bytes) -> bytes:
 class IgnoreFile:
     """The patterns of one ignore file. The last one that matches decides.
 
-    odd_patterns: those that are none, which match nothing, as in git; takes_back: whether one has a "!".
+    odd_patterns: those that are none, which match nothing, as in git.
     """
 
     def __init__(self, text: bytes) -> None:
         self.odd_patterns: list[bytes] = []
-        self.takes_back = False
         alternatives: list[bytes] = []
         for line in text[3 if text.startswith(b"\xef\xbb\xbf") else 0 :].split(b"\n"):
             pattern = re.sub(rb"(?<!\\)((?:\\\\)*) +$", rb"\1", re.sub(rb"\r$|\0.*", b"", line))
             if pattern.startswith(b"#"):
                 continue
             negated = pattern.startswith(b"!")
-            self.takes_back |= negated
             name = b"%s%d" % (b"kept" if negated else b"ignored", len(alternatives))
             try:
                 alternatives += _alternatives(pattern[1:] if negated else pattern, name)
@@ -3824,131 +3824,119 @@ def _alternatives(pattern: bytes, name: bytes) -> list[bytes]:
 class LocalTree:
     """What there is to sync: stamps by path; what is left out, and why.
 
-    single: the name of the only file to look at. also: what .gitignore files do not hide. odd_patterns: those
-    in ignore files that git does not know either. takes_back: whether an ignore file has a "!".
+    also: what .gitignore files do not hide. odd_patterns: those in ignore files that git does not know
+    either.
     """
 
-    def __init__(
-        self, root: bytes, *, gitignore: bool = False, single: bytes = b"", also: Sequence[bytes] = ()
-    ) -> None:
+    def __init__(self, root: bytes, *, gitignore: bool = False, also: Sequence[bytes] = ()) -> None:
         self.root = root
         self.stamps: dict[bytes, bytes] = {}
         self.skipped: dict[bytes, str] = {}
         self.odd_patterns: list[bytes] = []
-        self.takes_back = False
         self._also = also
         self._names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
-        built_in = IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))
-        self._files: dict[bytes, tuple[tuple[int, IgnoreFile], ...]] = {b"": ((0, built_in),)}
+        # The ignore files of each directory that has some, the most important one first, with their names.
+        self._rules = {b"": [(b"", IgnoreFile(b"\n".join(EXCLUDED_PATTERNS)))]}
         waiting = [b""]
         while waiting:
-            waiting += self._scan(waiting.pop(), single)
-        if gitignore and any(name not in self.stamps for name in also):
-            hidden = LocalTree(root).stamps
-            self.stamps.update((path, hidden[path]) for path in hidden if self._is_named(path))
+            waiting += self._scan(waiting.pop())
 
-    def _scan(self, directory: bytes, single: bytes) -> list[bytes]:
+    def _scan(self, directory: bytes) -> list[bytes]:
         """Take up what a directory holds; the directories in it to go into."""
         below = []
         prefix = directory + b"/" if directory else b""
         try:
             with os.scandir(self.location(directory)) as listing:
-                entries = {entry.name: entry for entry in listing if single in (b"", entry.name)}
-            for name in self._names if not single else ():
+                entries = {entry.name: entry for entry in listing}
+            for name in self._names:
                 if name in entries and entries[name].is_file():
-                    self._read_ignore_file(directory, prefix, name)
+                    with open(entries[name].path, "rb") as file:
+                        rules = IgnoreFile(file.read())
+                    self._rules.setdefault(directory, []).insert(0, (name, rules))
+                    self.odd_patterns += [prefix + name + b": " + odd for odd in rules.odd_patterns]
             for name, entry in entries.items():
                 is_directory = entry.is_dir(follow_symlinks=False)
-                if single or not self.ignores(prefix + name, is_directory):
-                    self._take(prefix + name, entry)
+                if not self.ignores(prefix + name, is_directory):
+                    self._take(prefix + name, local_stamp(entry.path))
                     below += [prefix + name] * is_directory
         except FileNotFoundError:
             pass  # gone meanwhile
         except OSError as error:
-            raise _unreadable(shown_path(os.fsdecode(error.filename)), error) from None
+            raise _unreadable(self.location(directory), error) from None
         return below
 
-    def _read_ignore_file(self, directory: bytes, prefix: bytes, name: bytes) -> None:
-        with open(self.location(prefix + name), "rb") as file:
-            rules = IgnoreFile(file.read())
-        self._files[directory] = ((len(prefix), rules), *self._files_for(directory))
-        self.odd_patterns += [prefix + name + b": " + pattern for pattern in rules.odd_patterns]
-        self.takes_back |= rules.takes_back
-
-    def _take(self, path: bytes, entry: os.DirEntry[bytes]) -> None:
-        import stat
-
-        status = entry.stat(follow_symlinks=False)
-        mode = stat.S_IMODE(status.st_mode)
-        if stat.S_ISREG(status.st_mode):
-            moment = divmod(status.st_mtime_ns, 1_000_000_000)
-            self.stamps[path] = b"f %o %d %d.%09d0" % (mode, status.st_size, *moment)
-        elif stat.S_ISDIR(status.st_mode):
-            self.stamps[path] = b"d %o" % mode
-        elif not stat.S_ISLNK(status.st_mode):
+    def _take(self, path: bytes, stamp: bytes) -> None:
+        if stamp == b"?":
             self.skipped[path] = "not a file, a directory or a symbolic link"
-        elif link_leaves(path, os.readlink(entry.path)):
+        elif stamp[:1] == b"l" and link_leaves(path, stamp[2:]):
             self.skipped[path] = "a symbolic link that leads out of the tree"
-        else:
-            self.stamps[path] = b"l " + os.readlink(entry.path)
+        elif stamp:
+            self.stamps[path] = stamp
 
     def location(self, path: bytes) -> bytes:
         return os.path.join(self.root, path)
-
-    def _files_for(self, directory: bytes) -> tuple[tuple[int, IgnoreFile], ...]:
-        while directory not in self._files:
-            directory = directory.rpartition(b"/")[0]
-        return self._files[directory]
 
     def ignores(self, path: bytes, is_directory: bool) -> bool:
         """Whether a path stays out, given that the directories above it do not."""
         directory, _, name = path.rpartition(b"/")
         if NEVER_SENT.fullmatch(name):
             return True
-        for start, rules in self._files_for(directory):
-            verdict = rules.verdict(path[start:], is_directory)
-            if verdict is not None:
-                return verdict
+        for above in (*lineage(directory), b""):
+            for file, rules in self._rules.get(above, ()):
+                verdict = rules.verdict(path[len(above) :].lstrip(b"/"), is_directory)
+                if verdict and file == b".gitignore" and self._is_named(path):
+                    self._rules.setdefault(path, [(file, IgnoreFile(b"*"))])  # but for what is named in it
+                elif verdict is not None:
+                    return verdict
         return False
-
-    def keeps_away(self, path: bytes, is_directory: bool) -> bool:
-        """Whether what is not in this tree is none of its business on the VM."""
-        above = list(lineage(path))
-        if not self.skipped.keys().isdisjoint(above):
-            return True
-        ignored = any(self.ignores(one, one != path or is_directory) for one in above)
-        return ignored and not self._is_named(path)
 
     def _is_named(self, path: bytes) -> bool:
         """Whether a path is one of `also`, below one, or above one."""
-        pairs = [(path + b"/", name + b"/") for name in self._also]
-        return any(one.startswith(other) or other.startswith(one) for one, other in pairs)
+        return any(name in lineage(path) or path in lineage(name) for name in self._also)
+
+    def keeps_away(self, path: bytes, is_directory: bool) -> bool:
+        """Whether what is not in this tree is none of its business on the VM."""
+        return any(
+            one in self.skipped or self.ignores(one, one != path or is_directory) for one in lineage(path)
+        )
 
     def check_before_sending(self, paths: Iterable[bytes]) -> None:
         """Leave out what turns out to be a private key. SandboxError for what cannot be read."""
-        unreadable: list[bytes] = []
-        for path in paths:
-            if self.stamps[path][:1] != b"f":
-                continue
+        for path in [path for path in paths if self.stamps[path][:1] == b"f"]:
             try:
                 with open(self.location(path), "rb", buffering=0) as file:
                     beginning = file.read(100)
             except FileNotFoundError:
                 del self.stamps[path]
             except OSError as error:
-                unreadable.append(path)
-                why = error
+                raise _unreadable(self.location(path), error) from None
             else:
                 if PRIVATE_KEY.match(beginning):
                     self.skipped[path] = "a private key"
                     del self.stamps[path]
-        if unreadable:
-            raise _unreadable(listed_paths(sorted(unreadable)), why)
 
 
-def _unreadable(names: str, error: OSError) -> SandboxError:
+def local_stamp(location: bytes) -> bytes:
+    """What `find` on the VM would say of what is here; "?" for what is not synced, "" for what is gone."""
+    import stat
+
+    try:
+        status = os.lstat(location)
+        mode = stat.S_IMODE(status.st_mode)
+        if stat.S_ISREG(status.st_mode):
+            moment = divmod(status.st_mtime_ns, 1_000_000_000)
+            return b"f %o %d %d.%09d0" % (mode, status.st_size, *moment)
+        if stat.S_ISDIR(status.st_mode):
+            return b"d %o" % mode
+        return b"l " + os.readlink(location) if stat.S_ISLNK(status.st_mode) else b"?"
+    except FileNotFoundError:
+        return b""
+
+
+def _unreadable(location: bytes, error: OSError) -> SandboxError:
     return SandboxError(
-        f"{names} cannot be read: {reason(error)}. Nothing was sent.",
+        f"{shown_path(os.fsdecode(error.filename or location))} cannot be read: {reason(error)}."
+        " Nothing was changed.",
         hint="Make it readable, or list it in .platoignore.",
     )
 
@@ -3956,7 +3944,7 @@ def _unreadable(names: str, error: OSError) -> SandboxError:
 def link_leaves(path: bytes, target: bytes) -> bool:
     """Whether a symbolic link leads out of the tree that it stands in."""
     inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
-    return target.startswith(b"/") or inside == b".." or inside.startswith(b"../")
+    return inside.split(b"/")[0] in (b"", b"..")
 
 
 def lineage(path: bytes) -> Iterator[bytes]:
@@ -3978,36 +3966,33 @@ class SyncPlan:
     """
 
     def __init__(
-        self, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes], *, single: bool
+        self, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes]
     ) -> None:
         local = tree.stamps
         self.send = sorted(path for path, stamp in local.items() if remote.get(path) != stamp)
         self.files = [path for path in self.send if local[path][:1] != b"d"]
+        gone = (manifest.keys() & remote.keys()) - local.keys()
+        kept = {path for path in gone if tree.keeps_away(path, manifest[path] == b"d")}
         self.manifest = {path: stamp[:1] for path, stamp in local.items()}
-        going = set()
-        for path in [path for path in manifest if path in remote and path not in local]:
-            is_directory = manifest[path] == b"d"
-            if single or tree.keeps_away(path, is_directory):
-                self.manifest[path] = manifest[path]
-            elif remote[path] != b"x" and (remote[path][:1] == b"d") == is_directory:
-                going.add(path)
+        self.manifest.update((path, manifest[path]) for path in kept)
+        going = {path for path in gone - kept if remote[path][:1] == manifest[path]}
         self.lost = sum(manifest[path] != b"d" for path in going)
-        replaced = {path for path in self.send if path in remote and remote[path][:1] != local[path][:1]}
+        replaced = {path for path in remote.keys() & local.keys() if remote[path][:1] != local[path][:1]}
         going |= replaced
-        staying = [path for path in remote if path not in going and path not in local] if going else []
+        staying = remote.keys() - local.keys() - going
         self.blocked = sorted(path for path in staying if not replaced.isdisjoint(lineage(path)))
         going -= {above for path in staying for above in lineage(os.path.dirname(path))}
         self.remove = sorted(path for path in going if remote[path][:1] != b"d")
         self.remove_directories = sorted((path for path in going if remote[path][:1] == b"d"), reverse=True)
         around = {above for path in (*self.send, *going) for above in lineage(os.path.dirname(path))}
         self.archived = sorted(around.intersection(local).union(self.send))
-        self.is_nothing = not self.send and not going and (single or self.manifest == manifest)
+        self.is_nothing = not self.send and not going and self.manifest == manifest
 
 
-def listed_paths(paths: Sequence[bytes], limit: int = 5) -> str:
+def listed_paths(paths: Sequence[bytes]) -> str:
     """The first paths of a list in words."""
-    shown = ", ".join(shown_name(path) for path in paths[:limit])
-    return f"{shown} and {len(paths) - limit} more" if len(paths) > limit else shown
+    shown = ", ".join(map(shown_name, paths[:5]))
+    return f"{shown} and {len(paths) - 5} more" if len(paths) > 5 else shown
 
 
 def shown_name(path: bytes) -> str:
@@ -4019,15 +4004,9 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
-def size_text(count: float) -> str:
-    """A number of bytes for people: 512 bytes, 34.5 kB, 20 MB."""
-    if count < 1000:
-        return f"{count:.0f} bytes"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.5 or unit == "GB":
-            return f"{count:.1f} {unit}" if count < 99.95 else f"{count:.0f} {unit}"
-    raise AssertionError("the last unit fits all")
+def size_text(count: int) -> str:
+    """A number of bytes for people: 0.5 kB, 20.0 MB."""
+    return f"{count / 1e3:,.1f} kB" if count < 999_950 else f"{count / 1e6:,.1f} MB"
 
 
 def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
@@ -4040,15 +4019,14 @@ def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, byte
     import zlib
 
     try:
-        generation, *fields = gzip.decompress(binascii.a2b_base64(answer)).split(b"\0")
-        end = fields.index(b"")
-        found = iter(fields[end + 1 : -1])
-        manifest = {field[1:]: field[:1] for field in fields[:end]}
-        return generation.decode("ascii"), manifest, {path: stamp for stamp, path in zip(found, found)}
+        known, _, listing = gzip.decompress(binascii.a2b_base64(answer)).partition(b"\0\0")
+        generation, *fields = known.split(b"\0")
+        found = listing.split(b"\0")
+        manifest = {field[1:]: field[:1] for field in fields}
+        return generation.decode("ascii"), manifest, dict(zip(found[1::2], found[::2]))
     except (ValueError, EOFError, OSError, zlib.error):
         raise ApiError(
             "What the VM told about its files cannot be understood; nothing was changed.",
-            hint="Run the command again.",
         ) from None
 
 
@@ -4056,137 +4034,101 @@ def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, byte
 
 
 class TreeArchive:
-    """A tar file of what changes, in gzip, written to a file as often as wanted.
+    """A tar file of what changes, in chunks, written to a file as often as wanted.
 
     `tree/` holds the entries, and `meta/` lists for the VM, the manifest last: when it has come, all has.
-    files, bytes: content so far; packed: bytes that travelled; unsteady: files that changed while they were
-    read, or were gone. It is compressed from where the connection turns out to be slower than that.
+    A line `plain SIZE` or `gzip SIZE` goes ahead of a chunk: it is packed where the connection has turned out
+    to be slower than gzip, and through the API.
+    files, bytes: content so far; packed: bytes that travelled; unsteady: files that were changing.
     """
 
-    def __init__(self, tree: LocalTree, plan: SyncPlan, reporter: Reporter) -> None:
+    def __init__(self, tree: LocalTree, plan: SyncPlan, reporter: Reporter, *, is_slow: bool) -> None:
         self._tree = tree
         self._plan = plan
         self._reporter = reporter
-        self._out: Any = None
-        self._begin(None)
-
-    def _begin(self, out: Any) -> None:
-        self._out = out
-        self.files = self.bytes = self.packed = 0
-        self.unsteady: list[bytes] = []
-        self._seconds = 0.0
-        self._pack(0)
-
-    def _pack(self, level: int) -> None:
-        """Begin a gzip member; several are one file."""
-        import zlib
-
-        self._level = level
-        self._packer = zlib.compressobj(level, zlib.DEFLATED, 31)
+        self._is_slow = is_slow
 
     def write_to(self, out: Any) -> None:
         """Write it whole."""
-        self._begin(out)
-        for path in self._plan.archived:
-            self._add(path, self._tree.stamps[path])
-        manifest = [kind + path for path, kind in sorted(self._plan.manifest.items())]
-        lists = {b"remove": self._plan.remove, b"rmdir": self._plan.remove_directories}
-        for name, paths in {**lists, b"manifest": manifest}.items():
+        import gzip
+
+        self.files = self.bytes = self.packed = 0
+        seconds = 1.0 if self._is_slow else 0.0
+        for chunk in self._chunks():
+            is_slow = self.packed < FAST_BYTES * seconds
+            data = gzip.compress(chunk, 1, mtime=0) if is_slow else chunk
+            began = time.monotonic()
+            out.write(b"%s %d\n" % (b"gzip" if is_slow else b"plain", len(data)))
+            out.write(data)
+            seconds += time.monotonic() - began
+            self.packed += len(data)
+            self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
+        tree = self._tree
+        now = {path: local_stamp(tree.location(path)) for path in self._plan.files}
+        self.unsteady = [path for path, stamp in now.items() if stamp != tree.stamps[path]]
+
+    def _chunks(self) -> Iterator[bytearray]:
+        chunk = bytearray()
+        for piece in self._pieces():
+            chunk += piece
+            if len(chunk) >= CHUNK_BYTES:
+                yield chunk
+                chunk = bytearray()
+        yield chunk
+
+    def _pieces(self) -> Iterator[bytes]:
+        plan = self._plan
+        for path in plan.archived:
+            yield from self._entry(path, self._tree.stamps[path])
+        manifest = [kind + path for path, kind in sorted(plan.manifest.items())]
+        lists = {b"remove": plan.remove, b"rmdir": plan.remove_directories, b"manifest": manifest}
+        for name, paths in lists.items():
             data = b"".join(path + b"\0" for path in paths)
-            self._write(tar_entry(b"meta/" + name, b"0", 0o644, len(data)) + data + padding(len(data)))
-        self._write(bytes(1024))
-        self._send(self._packer.flush())
+            yield tar_entry(b"0", b"644", len(data), path=b"meta/" + name) + data + padding(len(data))
+        yield bytes(1024)
 
-    def _add(self, path: bytes, stamp: bytes) -> None:
+    def _entry(self, path: bytes, stamp: bytes) -> Iterator[bytes]:
+        """An entry; a file has exactly the length that its header says, whatever becomes of it."""
+        kind, _, rest = stamp.partition(b" ")
         name = b"tree/" + path
-        if stamp[:1] == b"f":
-            self._add_file(path, name)
-        elif stamp[:1] == b"d":
-            self._write(tar_entry(name + b"/", b"5", int(stamp[2:], 8)))
-        else:
-            self._write(tar_entry(name, b"2", 0o777, link=stamp[2:]))
+        if kind == b"d":
+            yield tar_entry(b"5", rest, 0, path=name + b"/")
+        elif kind == b"l":
+            yield tar_entry(b"2", b"777", 0, path=name, linkpath=rest)
             self.files += 1
-
-    def _add_file(self, path: bytes, name: bytes) -> None:
-        """Add a file as it is now, and exactly as long as its header says, whatever becomes of it."""
-        import stat
-
-        try:
-            file = open(self._tree.location(path), "rb", buffering=0)  # noqa: SIM115  (closed below)
-        except OSError:
-            self.unsteady.append(path)
-            return
-        with file:
-            before = os.fstat(file.fileno())
-            mode, left = stat.S_IMODE(before.st_mode), before.st_size
-            data = tar_entry(name, b"0", mode, left, mtime=before.st_mtime_ns)
-            while left:
-                block = _block(file, left, path) or bytes(min(left, BLOCK_BYTES))
-                self._write(data + block)
-                data = b""
-                left -= len(block)
-            self._write(data + padding(before.st_size))
-            after = os.fstat(file.fileno())
-        self.files += 1
-        self.bytes += before.st_size
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            self.unsteady.append(path)
-
-    def _write(self, data: bytes) -> None:
-        self._send(self._packer.compress(data))
-
-    def _send(self, packed: bytes) -> None:
-        began = time.monotonic()
-        self._out.write(packed)
-        self._seconds += time.monotonic() - began
-        self.packed += len(packed)
-        self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
-        if not self._level and PROBE_BYTES < self.packed < FAST_BYTES * self._seconds:
-            self._out.write(self._packer.flush())
-            self._pack(1)
+        else:
+            mode, size, moment = rest.split(b" ")
+            left = int(size)
+            try:
+                with open(self._tree.location(path), "rb", buffering=0) as file:
+                    yield tar_entry(b"0", mode, left, path=name, mtime=moment)
+                    while left:
+                        block = file.read(min(left, CHUNK_BYTES)) or bytes(min(left, CHUNK_BYTES))
+                        left -= len(block)
+                        yield block
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                raise _unreadable(self._tree.location(path), error) from None
+            yield padding(int(size))
+            self.files += 1
+            self.bytes += int(size)
 
 
-def _block(file: Any, left: int, path: bytes) -> bytes:
-    try:
-        block: bytes = file.read(min(left, BLOCK_BYTES))
-    except OSError as error:
-        raise _unreadable(shown_name(path), error) from None
-    return block
+def tar_entry(kind: bytes, mode: bytes, size: int, **records: bytes) -> bytes:
+    """The header of an entry: owner 0; its name, link and time in POSIX's extended form."""
+    lines = [(key.encode(), value) for key, value in records.items()]
+    extended = b"".join(b"%09d %s=%s\n" % (len(key) + len(value) + 12, key, value) for key, value in lines)
+    before = _tar_block(b"x", b"644", len(extended)) + extended + padding(len(extended))
+    return before + _tar_block(kind, mode, size)
 
 
-def stamp_size(stamp: bytes) -> int:
-    """The size of a file in its stamp, else 0."""
-    return int(stamp.split(b" ")[2]) if stamp[:1] == b"f" else 0
-
-
-def tar_entry(
-    name: bytes, kind: bytes, mode: int, size: int = 0, *, link: bytes = b"", mtime: int | None = None
-) -> bytes:
-    """The header of an entry: owner 0; what ustar has no room for in POSIX's extended form. mtime in ns."""
-    records = {}
-    if mtime is not None:
-        records[b"mtime"] = b"-" * (mtime < 0) + b"%d.%09d" % divmod(abs(mtime), 1_000_000_000)
-    for key, value in ((b"path", name), (b"linkpath", link)):
-        if len(value) > 100:
-            records[key] = value
-    extended = b"".join(pax_record(key, value) for key, value in records.items())
-    before = _tar_block(b"pax", b"x", 0o644, len(extended), b"") if extended else b""
-    return before + extended + padding(len(extended)) + _tar_block(name, kind, mode, size, link)
-
-
-def _tar_block(name: bytes, kind: bytes, mode: int, size: int, link: bytes) -> bytes:
+def _tar_block(kind: bytes, mode: bytes, size: int) -> bytes:
     import struct
 
-    fields = (b"%07o" % mode, b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8, kind, link)
-    block = struct.pack("100s8s8s8s12s12s8sc100s8s247x", name, *fields, b"ustar\x0000")
+    numbers = (mode.zfill(7), b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8)
+    block = struct.pack("100s8s8s8s12s12s8sc100s8s247x", b"x", *numbers, kind, b"", b"ustar\x0000")
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def pax_record(key: bytes, value: bytes) -> bytes:
-    """`length key=value`, where the length counts itself."""
-    rest = len(key) + len(value) + 3
-    length = rest + len(str(rest))
-    return b"%d %s=%s\n" % (rest + len(str(length)), key, value)
 
 
 def padding(size: int) -> bytes:
@@ -4219,7 +4161,7 @@ made() {
 """
 
 _LOOK = r"""
-for tool in base64 chmod chown cp dirname find gzip id mkdir mktemp mv rm rmdir sort stat tar xargs; do
+for tool in base64 chmod chown cp dirname find gzip head id mkdir mktemp mv rm rmdir sort stat tar xargs; do
   command -v "$tool" >/dev/null 2>&1 || fail 69 "The VM has no $tool, which sync needs there; install it."
 done
 find / -maxdepth 0 -printf '' 2>/dev/null || fail 69 "The VM has no GNU find, which sync needs; install it."
@@ -4254,7 +4196,9 @@ turn() {
   [ "$(generation)" = "$expected" ] || fail 75 "Another sync changed the tree on the VM meanwhile."
 }
 torn() { turn; fail 74 "The VM could not take the files, and nothing was changed: $words"; }
-words=$(tar -xzp --no-same-owner -f - -C "$new" 2>&1) || torn
+arrived() { while read -r form size; do
+  if [ "$form" = gzip ]; then head -c "$size" | gzip -dc; else head -c "$size"; fi || break; done; }
+words=$({ arrived | tar -xp --no-same-owner -f - -C "$new"; } 2>&1) || torn
 words='not everything arrived'; [ -e "$new/meta/manifest" ] || torn
 mkdir -p "$new/tree"
 staged() { (cd "$new/tree" && find . -mindepth 1 "$@"); }
@@ -4298,7 +4242,7 @@ words=$(move -l) || {
 [ "$(id -u)" != 0 ] || [ "${owner%%:*}" = 0 ] || xargs -0 -r chown -h "$owner" -- < "$new/created"
 xargs -0 -r -n 2 chmod < "$new/special"
 staged -type d ! -perm -2000 -print0 | xargs -0 -r chmod g-s --  # which a new directory inherits
-[ -n "$single" ] || mv -f -- "$new/meta/manifest" "$state/manifest.$source"
+mv -f -- "$new/meta/manifest" "$state/manifest.$source"
 printf %s "$id" > "$new/generation" && mv -f -- "$new/generation" "$state/generation"
 sweep "$state"/new.*
 """
@@ -4323,109 +4267,89 @@ class Syncer:
         via: str = "auto",
         timeout: float = SYNC_SECONDS,
     ) -> None:
-        check_way(via, ("auto", "api", "ssh"), timeout)
+        check_timeout(timeout)
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.root = os.path.normpath(os.path.join(sandbox.directory, path))
-        self.single = os.path.basename(os.fsencode(self.root)) if os.path.isfile(self.root) else b""
-        if not path or not os.path.lexists(self.root):
-            raise UsageError(f"There is no {shown_path(self.root)} to sync.")
-        if not self.single and not os.path.isdir(self.root):
-            raise UsageError(f"{shown_path(self.root)} is neither a file nor a directory.")
-        if NEVER_SENT.fullmatch(self.single):
-            raise UsageError(f"{shown_path(self.root)} never leaves this machine.")
+        if not os.path.isdir(self.root):
+            raise UsageError(f"There is no directory {shown_path(self.root)} to sync.")
+        self.scan = functools.partial(LocalTree, os.fsencode(self.root), gitignore=gitignore, also=also)
         self.target = normal_target(remote_path or default_target(sandbox.state))
         self.dry_run = dry_run
         self.force = force
         self.timeout = timeout
         self._via = via
-        self._gitignore = gitignore
-        self._also = also
         self._warned: set[str] = set()
-        self._vm: Vm | None = None
         parent, _, name = self.target.rpartition("/")
-        self._values: dict[str, object] = {
-            "target": self.target,
-            "state": f"{parent}/{SYNC_STATE}/{name}",
-            "source": hashed(os.path.relpath(self.root, sandbox.directory)),
-            "patience": max(1, int(timeout * PATIENCE_SHARE)),
-        }
+        self.head = _SHELL_HEAD + assigned(
+            target=self.target,
+            state=f"{parent}/{SYNC_STATE}/{name}",
+            source=hashed(os.path.relpath(self.root, sandbox.directory)),
+            patience=int(timeout * PATIENCE_SHARE),
+        )
+        self.vm = Vm(sandbox, via)
 
-    def connect(self) -> Vm:
-        """The VM; a connection to it is opened while this goes on."""
-        self._vm = self._vm or Vm(self.sandbox, self._via)
-        return self._vm
-
-    def scan(self) -> LocalTree:
-        root = os.fsencode(os.path.dirname(self.root) if self.single else self.root)
-        return LocalTree(root, gitignore=self._gitignore, single=self.single, also=self._also)
-
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Json:
         """Sync once; what was done, as `Sandbox.sync` tells it. Again when another sync came between, or a
         file changed while it was read."""
         began = time.monotonic()
         total = dict.fromkeys(("sent", "removed", "bytes", "archive_bytes"), 0)
-        with taking_turns(self.sandbox, self.timeout):
-            for left in reversed(range(SYNC_TRIES)):
-                try:
-                    report, unsteady = self._run_plan()
-                except OvertakenError:
-                    if not left:
-                        raise
-                    continue
-                total = {key: count + report[key] for key, count in total.items() if key in report}
-                if not unsteady:
-                    break
-            else:
-                names = listed_paths(unsteady)
-                self.reporter.warn(
-                    f"{names}: still changing while read, so the VM may have half of a change."
-                )
+        for left in reversed(range(SYNC_TRIES)):
+            try:
+                report, unsteady = self._run_plan()
+            except OvertakenError:
+                if not left:
+                    raise
+                continue
+            total = {key: count + report.get(key, 0) for key, count in total.items()}
+            if not unsteady:
+                break
+        else:
+            names = listed_paths(unsteady)
+            self.reporter.warn(f"{names}: still changing while read, so the VM may have half of a change.")
         seconds = round(time.monotonic() - began, 3)
-        return {**report, **total, "seconds": seconds, "via": self.connect().via, "remote_path": self.target}
+        return {**report, **total, "seconds": seconds, "via": self.vm.via, "remote_path": self.target}
 
-    def _run_plan(self) -> tuple[dict[str, Any], list[bytes]]:
+    def _run_plan(self) -> tuple[Json, list[bytes]]:
         """What was done, and the files that changed meanwhile."""
-        vm = self.connect()
         tree = self.scan()
-        if not tree.stamps and not self.force:
+        stamps = tree.stamps
+        if not stamps and not self.force:
             raise SandboxError(
                 f"There is nothing to sync in {shown_path(self.root)}; nothing was changed.",
                 hint="If it is meant to be empty, give --force.",
             )
         self.reporter.step("Looking at the VM", self.timeout)
-        generation, manifest, remote = self._look(vm, tree)
-        tree.check_before_sending([path for path, stamp in tree.stamps.items() if remote.get(path) != stamp])
+        generation, manifest, remote = self._look(tree)
+        tree.check_before_sending([path for path, stamp in stamps.items() if remote.get(path) != stamp])
         self.warn(tree)
-        plan = SyncPlan(tree, remote, manifest, single=bool(self.single))
+        plan = SyncPlan(tree, remote, manifest)
         self._check(plan, manifest)
-        report: dict[str, Any] = {
-            "unchanged": sum(stamp[:1] != b"d" for stamp in tree.stamps.values()) - len(plan.files),
+        report: Json = {
+            "unchanged": sum(stamp[:1] != b"d" for stamp in stamps.values()) - len(plan.files),
             "skipped": [
                 {"path": os.fsdecode(path), "reason": why} for path, why in sorted(tree.skipped.items())
             ],
         }
         if self.dry_run:
-            send = [os.fsdecode(path) + "/" * (tree.stamps[path][:1] == b"d") for path in plan.send]
-            remove = [os.fsdecode(path) for path in plan.remove]
-            remove += [os.fsdecode(path) + "/" for path in plan.remove_directories]
-            return {"dry_run": True, "send": send, "remove": sorted(remove), **report}, []
-        counts = {"sent": 0, "removed": len(plan.remove), "bytes": 0, "archive_bytes": 0}
+            removed = plan.remove + plan.remove_directories
+            lists = {"send": _names(plan.send, stamps), "remove": _names(removed, remote)}
+            return {"dry_run": True, **lists, **report}, []
         if plan.is_nothing:
-            return {**counts, **report}, []
-        archive = self._send(vm, tree, plan, generation)
-        counts.update(sent=archive.files, bytes=archive.bytes, archive_bytes=archive.packed)
-        return {**counts, **report}, archive.unsteady
+            return report, []
+        archive = self._send(tree, plan, generation)
+        report.update(sent=archive.files, removed=len(plan.remove))
+        report.update(bytes=archive.bytes, archive_bytes=archive.packed)
+        return report, archive.unsteady
 
-    def _look(self, vm: Vm, tree: LocalTree) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
+    def _look(self, tree: LocalTree) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
         """What is on the VM (see `parse_look`). Directories of excluded names are not entered there."""
-        inside = {part for path in tree.stamps for part in path.split(b"/")}
-        closed = {b".git"} if tree.takes_back else {*EXCLUDED_DIRECTORIES} - inside
+        inside = {name for path in tree.stamps for name in path.split(b"/")}
+        closed = {name for name in EXCLUDED_DIRECTORIES if name not in inside and tree.ignores(name, True)}
         names = [*map(os.fsdecode, sorted(closed)), SYNC_STATE, SYNC_STATE + ".new"]
         tests = shell_words([word for name in names for word in ("-o", "-name", name)][1:])
-        depth = "-maxdepth 1" if self.single else ""
-        values = assigned(**self._values, refused=" ".join(REFUSED_TARGETS), depth=depth)
-        return parse_look(vm.run(values + _SHELL_HEAD + _LOOK.replace("CLOSED", tests), None, self.timeout))
+        script = assigned(refused=REFUSED_TARGETS) + _LOOK.replace("CLOSED", tests)
+        return parse_look(self.vm.run(self.head + script, None, self.timeout))
 
     def warn(self, tree: LocalTree) -> None:
         """Say what is left out, once."""
@@ -4453,33 +4377,46 @@ class Syncer:
                 hint="Move it away on the VM, then run this again.",
             )
 
-    def _send(self, vm: Vm, tree: LocalTree, plan: SyncPlan, generation: str) -> TreeArchive:
+    def _send(self, tree: LocalTree, plan: SyncPlan, generation: str) -> TreeArchive:
         """Carry out a plan."""
         import secrets
 
-        total = size_text(sum(stamp_size(tree.stamps[path]) for path in plan.files))
-        sending = f"Sending {counted(len(plan.files), 'file')}, {total}"
+        sizes = [tree.stamps[path].split(b" ")[2] for path in plan.files if tree.stamps[path][:1] == b"f"]
+        sending = f"Sending {counted(len(plan.files), 'file')}, {size_text(sum(map(int, sizes)))}"
         self.reporter.step(sending if plan.send else "Removing what is gone here")
-        archive = TreeArchive(tree, plan, self.reporter)
-        values = {"id": secrets.token_hex(12), "expected": generation, "single": "yes" if self.single else ""}
-        script = assigned(**self._values, **values) + _SHELL_HEAD + _OWNER + _PLACE
-        vm.run(script, archive.write_to, self.timeout)
+        archive = TreeArchive(tree, plan, self.reporter, is_slow=self.vm.via == "api")
+        values = assigned(id=secrets.token_hex(12), expected=generation)
+        self.vm.run(self.head + values + _OWNER + _PLACE, archive.write_to, self.timeout)
         return archive
 
     # The watch
 
-    def watch(self, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def watch(self, told: Callable[[Json], None]) -> Json:
         """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
-        something. Returns the sums of all reports; Interrupted when there is none yet."""
+        something. Returns the sums of all reports; Interrupted when there is none yet.
+
+        A lost connection is tried again; other trouble after the first sync waits for a change.
+        """
         import signal
 
         total = {"syncs": 0, "sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
         began = time.monotonic()
-        report: dict[str, Any] = {}
+        report: Json = {}
         try:
             while True:
-                seen, latest = self._sync_for_watch(bool(report))
-                report = latest or report
+                seen = self._seen()
+                try:
+                    latest = report = self.run()
+                except (NetworkError, TimedOutError) as error:
+                    self.reporter.warn(f"{error.message} Trying again in {WATCH_RETRY_SECONDS:g} s.")
+                    self.vm = Vm(self.sandbox, self._via)
+                    time.sleep(WATCH_RETRY_SECONDS)
+                    continue
+                except SandboxError as error:
+                    if not report or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
+                        raise
+                    self.reporter.warn(f"{error.message} Waiting for the next change.")
+                    latest = {}
                 if latest.get("sent") or latest.get("removed") or not total["syncs"]:
                     total = {key: value + latest.get(key, 1) for key, value in total.items()}
                     told(latest)
@@ -4489,22 +4426,6 @@ class Syncer:
             if interruption.number != signal.SIGINT or not report:
                 raise
         return {**report, **total, "seconds": round(time.monotonic() - began, 3)}
-
-    def _sync_for_watch(self, has_synced: bool) -> tuple[dict[bytes, bytes], dict[str, Any]]:
-        """Sync until it succeeds: a lost connection is tried again, other trouble waits for a change."""
-        while True:
-            seen = self._seen()
-            try:
-                return seen, self.run()
-            except (NetworkError, TimedOutError) as error:
-                self.reporter.warn(f"{error.message} Trying again in {WATCH_RETRY_SECONDS:g} s.")
-                self._vm = None
-                time.sleep(WATCH_RETRY_SECONDS)
-            except SandboxError as error:
-                if not has_synced or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
-                    raise
-                self.reporter.warn(f"{error.message} Waiting for the next change.")
-                return seen, {}
 
     def _seen(self) -> dict[bytes, bytes]:
         """What tells whether the tree has changed."""
@@ -4523,63 +4444,33 @@ class Syncer:
             time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
 
 
-@contextlib.contextmanager
-def taking_turns(sandbox: Sandbox, seconds: float) -> Iterator[None]:
-    """Hold the kernel's lock on the record of a sandbox: its syncs take turns."""
-    import fcntl
-
-    deadline = time.monotonic() + seconds
-    told = False
-    sandbox.check_still_there()
-    with open(sandbox.state.get("slot_path") or state_path(sandbox.directory), "rb") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConflictError(
-                        "Another sync of this sandbox is still at work.",
-                        hint="Wait for it to end, then run this again.",
-                    ) from None
-            if not told:
-                sandbox.reporter.step("Waiting for another sync of this sandbox to end", seconds)
-                told = True
-            time.sleep(0.05)
-        yield
+def _names(paths: Iterable[bytes], stamps: Mapping[bytes, bytes]) -> list[str]:
+    """Paths for a report, those of directories with a slash behind them."""
+    return sorted(os.fsdecode(path) + "/" * (stamps[path][:1] == b"d") for path in paths)
 
 
-def check_way(via: str, known: Sequence[str], timeout: float) -> None:
-    if via not in known:
-        raise UsageError(f"via is {via!r}; it must be one of {_listed(known)}.")
-    if not 1 <= timeout <= 86400:
-        raise UsageError(f"The timeout is {timeout:g} s; it must be from 1 to 86400.")
+def check_timeout(seconds: float) -> None:
+    if not 1 <= seconds <= 86400:
+        raise UsageError(f"The timeout is {seconds:g} s; it must be from 1 to 86400.")
 
 
 def normal_target(text: str) -> str:
     """A remote path in its normal form; UsageError for one that must not become a synced tree."""
-    path = "/" + "/".join(part for part in text.split("/") if part not in ("", "."))
-    try:
-        is_text = bool(text.encode()) and not {"\0", "\n"} & set(text)
-    except UnicodeEncodeError:
-        is_text = False
-    if not is_text or not text.startswith("/") or ".." in path.split("/"):
+    path = os.path.normpath("/" + text.strip("/"))
+    is_plain = text.startswith("/") and ".." not in text.split("/") and text.isprintable()
+    if not is_plain or path in REFUSED_TARGETS.split() or path.endswith("/" + SYNC_STATE):
         raise UsageError(
-            f"The remote path {printable(text)!r} is not an absolute path of one line without '..'.",
-            hint=f"It looks like {SYNC_ROOT}/NAME.",
-        )
-    if path in REFUSED_TARGETS or path.endswith("/" + SYNC_STATE):
-        raise UsageError(
-            f"{path} is never synced: what the VM itself keeps there could be lost.",
+            f"{printable(text)!r} cannot be the remote path: it must be absolute, without '..', and no"
+            " directory that the VM itself needs.",
             hint=f"Choose a directory of its own, such as {SYNC_ROOT}/NAME.",
         )
     return path
 
 
-def default_target(state: Mapping[str, Any]) -> str:
+def default_target(state: Json) -> str:
     """The remote path of the specification; UsageError when the service's name cannot be part of one."""
-    service = as_text(state.get("service")) or "."
-    if "/" in service or service in (".", ".."):
+    service = as_text(state.get("service")) or ""
+    if "/" in service or not service.strip("."):
         raise UsageError(
             "This sandbox has no service whose name could make a remote path.",
             hint=f"Say where to: --remote-path {SYNC_ROOT}/NAME",
@@ -4605,9 +4496,8 @@ def hashed(text: str) -> str:
 GIT_SECONDS = 900.0
 GIT_TRIES = 3
 UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
-COMPOSE_POLL_SECONDS = (0.2, 0.5, 1.0)
+COMPOSE_POLL_SECONDS = 0.6
 HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
-LOG_LINES = 20
 COMPOSE_FILE = "docker-compose.yml"  # where a service names none
 
 # What git asks for is answered from the environment; the text itself holds no secret.
@@ -4618,6 +4508,7 @@ _CREDENTIAL_HELPER = (
 _GIT = (
     *("git", "-c", "core.hooksPath=/dev/null", "-c", "http.followRedirects=false", "-c", "gc.auto=0"),
     *("-c", "core.autocrlf=false", "-c", "core.fileMode=true", "-c", "core.protectNTFS=false"),
+    *("-c", "user.name=plato-sandbox", "-c", "user.email=plato-sandbox@localhost"),
     *("-c", "credential.helper=", "-c", "credential.helper=" + _CREDENTIAL_HELPER),
 )
 _AS_IT_IS = "* -text -eol -ident -filter -working-tree-encoding"  # git's attributes for: byte for byte
@@ -4626,53 +4517,36 @@ _AS_IT_IS = "* -text -eol -ident -filter -working-tree-encoding"  # git's attrib
 # What is to be started, and from which files
 
 
-class ComposeService:
-    """A service of a dataset.
+def plan_services(config: Config) -> list[Json]:
+    """The services of a config's dataset, in its order; ConfigError when they cannot be started.
 
-    file: its Compose file; required: the containers that must be healthy, by container or Compose service
+    file: the Compose file; required: the containers that must be healthy, by container or Compose service
     name, empty for all; seconds: how long they may take.
     """
-
-    def __init__(self, name: str, file: str, required: Sequence[str], seconds: float) -> None:
-        self.name = name
-        self.file = file
-        self.required = list(required)
-        self.seconds = seconds
-
-
-def plan_services(config: Config) -> list[ComposeService]:
-    """The services of a config's dataset, in its order; ConfigError when they cannot be started."""
     wanted = config.content.get("services") or {}
-    if not wanted:
-        raise ConfigError(
-            f"{shown_path(from_here(config.path))}: the dataset {config.dataset!r} has no services to start.",
-            hint="List its Compose file under `services`; `sync` alone brings code to the VM.",
-        )
     root = os.path.dirname(config.path)
     planned, problems = [], []
     for name, part in wanted.items():
         file = os.path.normpath(part.get("file") or COMPOSE_FILE)
-        if os.path.isabs(file) or file.startswith(".."):
-            problems.append(f"services.{name}.file is {file!r}; it must lie in the directory of the config")
-        elif not os.path.isfile(os.path.join(root, file)):
+        if file.startswith(("/", "..")) or not os.path.isfile(os.path.join(root, file)):
             problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
         required = [text for text in part.get("required_healthy_containers") or [] if text != "all"]
         seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
-        file = "./-" if file == "-" else file  # which means standard input to Compose
-        planned.append(ComposeService(str(name), file, required, float(seconds)))
+        planned.append({"name": str(name), "file": file, "required": required, "seconds": seconds})
+    if not wanted:
+        problems.append(f"the dataset {config.dataset!r} has no services to start; `sync` alone brings code")
     if problems:
         raise unusable_config(shown_path(from_here(config.path)), problems)
     return planned
 
 
-def named_files(dataset: Mapping[str, Any]) -> list[bytes]:
+def named_files(dataset: Json) -> list[bytes]:
     """The files and directories that a dataset names, relative to its config."""
     found: list[Any] = [as_dict(dataset.get("metadata")).get("flows_path")]
     found += [service.get("file") or COMPOSE_FILE for service in as_dict(dataset.get("services")).values()]
     for listener in as_dict(dataset.get("listeners")).values():
         found += [listener.get("seed_data_path"), *as_list(listener.get("seed_data_paths"))]
-    paths = [os.path.normpath(path) for path in filter(as_text, found)]
-    return [os.fsencode(path) for path in paths if not os.path.isabs(path) and not path.startswith("..")]
+    return [os.fsencode(os.path.normpath(path)) for path in filter(as_text, found)]
 
 
 # Gitea
@@ -4680,26 +4554,22 @@ def named_files(dataset: Mapping[str, Any]) -> list[bytes]:
 
 def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
     """The clone URL and the default branch of the repository of a service's simulator, made if need be."""
-    listed = [as_dict(entry) for entry in api.gitea_simulators()]
-    simulators = {name: entry for entry in listed if (name := as_text(entry.get("name")))}
+    simulators = {str(entry.get("name")): entry for entry in map(as_dict, api.gitea_simulators())}
     found = next((simulators[name] for name in simulators if name.lower() == service.lower()), None)
     if found is None:
-        close = closest(service.lower(), [name.lower() for name in simulators])
         raise SandboxError(
-            f"Gitea lists no simulator {service!r} for this API key."
-            + (f" Did you mean {close!r}?" if close else ""),
+            f"Gitea lists no simulator {service!r} for this API key.",
             hint=f"It lists: {_listed(sorted(simulators)) or 'none'}."
             f" Without Gitea: {PROGRAM} start-services --via sync",
         )
     identifier = str(found.get("id"))
-    repository = api.gitea_repository(identifier) if found.get("has_repo") else {"has_repo": False}
-    if repository.get("has_repo") is False:
-        try:
-            repository = api.create_gitea_repository(identifier)
-        except ApiError as error:
-            if error.status != 409:  # another one has just done so, or our own first try
-                raise
-            repository = api.gitea_repository(identifier)
+    has_one = found.get("has_repo")
+    try:
+        repository = (api.gitea_repository if has_one else api.create_gitea_repository)(identifier)
+    except ApiError as error:
+        if error.status != 409:  # another one has just made it, or our own first try
+            raise
+        repository = api.gitea_repository(identifier)
     url = plain_clone_url(as_text(repository.get("clone_url")) or "", api.settings)
     return url, as_text(repository.get("default_branch")) or "main"
 
@@ -4707,26 +4577,19 @@ def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
 def gitea_credentials(api: PlatoApi) -> dict[str, str]:
     """What the credential helper answers with, as environment variables."""
     answer = api.gitea_credentials()
-    found = {name: as_text(answer.get(name)) or "\n" for name in ("username", "password")}
-    for name, value in found.items():
-        if any(mark in value for mark in "\n\r\0"):
-            raise ApiError(f"Plato's answer holds no usable {name} for Gitea.")
-    return {f"GITEA_{name.upper()}": value for name, value in found.items()}
+    found = {f"GITEA_{name.upper()}": as_text(answer.get(name)) or "" for name in ("username", "password")}
+    if any(not value or set(value) & set("\n\r\0") for value in found.values()):
+        raise ApiError("Plato's answer holds no usable username and password for Gitea.")
+    return found
 
 
 def plain_clone_url(url: str, settings: Settings) -> str:
     """A clone URL without user and password; ApiError for one that git must not be given."""
-    import urllib.parse
-
-    allowed = ("https", "http") if settings.base_url.startswith("http:") else ("https",)
-    try:
-        parts = urllib.parse.urlsplit(url)
-        fits = parts.scheme in allowed and bool(parts.hostname) and url.isprintable() and " " not in url
-    except ValueError:  # brackets that hold no address
-        fits = False
-    if not fits:
+    parts = re.fullmatch(r"(https?)://(?:[^/]*@)?([^/@\s]+(?:/\S*)?)", url)
+    plainly = settings.base_url.startswith("http:")
+    if parts is None or not url.isprintable() or not (parts[1] == "https" or plainly):
         raise ApiError(f"Plato names no usable clone URL for the repository ({printable(url)[:100]!r}).")
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return f"{parts[1]}://{parts[2]}"
 
 
 class GitStore:
@@ -4735,30 +4598,32 @@ class GitStore:
     def __init__(self, sandbox: Sandbox, root: str, url: str, credentials: Mapping[str, str]) -> None:
         self.path = git_store_path(sandbox.settings.home, sandbox.state["session_id"])
         self._reporter = sandbox.reporter
-        self._ca_file = sandbox.settings.ca_file
         self._root = root
         self._url = url
         self._credentials = credentials
-        if find_program("git") is None:
-            raise SandboxError(
-                "git cannot be found on this machine.",
-                hint="Install git, or bring the code over without it: start-services --via sync",
-            )
-        self._is_old = os.path.isfile(os.path.join(self.path, "HEAD")) and not os.path.islink(self.path)
-        if not self._is_old:
-            self._make()
+        # The user's environment without what would change what git does, and without the API key.
+        unwanted = ("GIT_", "GITEA_", "SSH_ASKPASS", "PLATO_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+        self._environment = {
+            **child_environment(kept),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_ALLOW_PROTOCOL": "http:https",
+            "HOME": self.path,  # a git that does not know GIT_CONFIG_GLOBAL looks here
+            "XDG_CONFIG_HOME": self.path,
+            "LC_ALL": "C",
+            "GIT_INDEX_FILE": os.path.join(self.path, f"index.{os.getpid()}"),
+            **({"GIT_SSL_CAINFO": sandbox.settings.ca_file} if sandbox.settings.ca_file else {}),
+            **credentials,
+        }
 
     def _make(self) -> None:
         """Make it anew."""
-        import shutil
-
-        shutil.rmtree(self.path, ignore_errors=True)
-        _unlink_quietly(self.path)  # a link is not followed
-        self._is_old = False
+        remove_tree(self.path)
         self.run("init", "--quiet", "--bare", "--template=", self.path)
         os.makedirs(os.path.join(self.path, "info"), exist_ok=True)
-        with open(os.path.join(self.path, "info", "attributes"), "w", encoding="ascii") as file:
-            file.write(_AS_IT_IS + "\n")
+        write_whole(os.path.join(self.path, "info", "attributes"), _AS_IT_IS + "\n")
 
     def run(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run git on this repository; what it prints, or the error that its failure means."""
@@ -4767,70 +4632,50 @@ class GitStore:
             self._reporter,
             seconds=GIT_SECONDS,
             feed=lambda file: file.write(stdin),
-            env=self._environment(),
+            env=self._environment,
             cwd=self._root,
         )
         if outcome.code:
             raise git_error(outcome.stderr, self._credentials)
         return outcome.stdout.decode("utf-8", "replace").strip()
 
-    def _environment(self) -> dict[str, str]:
-        """The user's, without what would change what git does, and without the API key."""
-        unwanted = ("GIT_", "GITEA_", "SSH_ASKPASS", "PLATO_")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-        own = {
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_TERMINAL_PROMPT": "0",
-            "GIT_ALLOW_PROTOCOL": "http:https",
-            "HOME": self.path,  # a git that does not know GIT_CONFIG_GLOBAL looks here
-            "XDG_CONFIG_HOME": self.path,
-            "LC_ALL": "C",
-            **{f"GIT_{who}_NAME": "plato-sandbox" for who in ("AUTHOR", "COMMITTER")},
-            **{f"GIT_{who}_EMAIL": "plato-sandbox@localhost" for who in ("AUTHOR", "COMMITTER")},
-        }
-        if self._ca_file:
-            own["GIT_SSL_CAINFO"] = self._ca_file
-        return {**child_environment(kept), **own, **self._credentials}
-
     def push(self, paths: Sequence[bytes], branch: str, default: str) -> tuple[str, bool]:
         """Make these files the newest commit of a branch in Gitea; that commit, and whether it is a new one.
 
         Again when the connection broke, another push came between, or what an earlier run left is of no use.
         """
-        for attempt in range(GIT_TRIES):
+        is_new = not os.path.isfile(os.path.join(self.path, "HEAD"))
+        for left in reversed(range(GIT_TRIES)):
             try:
+                if is_new:
+                    self._make()
                 return self._push(paths, f"refs/heads/{branch}", f"refs/heads/{default}")
             except (NetworkError, OvertakenError, GitFailureError) as error:
-                if attempt + 1 == GIT_TRIES or (isinstance(error, GitFailureError) and not self._is_old):
+                if not left:
                     raise
-                self._reporter.trace(f"{error.message} Once more.")
-                if isinstance(error, GitFailureError):
-                    self._make()
-                elif isinstance(error, NetworkError):
-                    time.sleep(0.4 * 2**attempt)
+                is_new = isinstance(error, GitFailureError)
+                time.sleep(0.5)
         raise AssertionError("the last attempt returns or raises")
 
     def _push(self, paths: Sequence[bytes], reference: str, default: str) -> tuple[str, bool]:
-        lines = self.run("ls-remote", "--", self._url, reference, default).splitlines()
-        listed = {name: commit for commit, _, name in (line.partition("\t") for line in lines)}
-        known = next((name for name in (reference, default) if name in listed), None)
-        parent = listed[known] if known else None
-        self.run("read-tree", "--empty")
+        listed = dict.fromkeys((reference, default), "")
+        for line in self.run("ls-remote", "--", self._url, reference, default).splitlines():
+            commit, _, name = line.partition("\t")
+            listed[name] = commit
+        known = reference if listed[reference] else default
+        parent = listed[known]
         add = (f"--work-tree={self._root}", "update-index", "--add", "--remove", "-z", "--stdin")
+        self.run("read-tree", "--empty")
         self.run(*add, stdin=b"".join(path + b"\0" for path in paths))
         tree = self.run("write-tree")
-        commit = parent
-        if known is None or parent is None:
-            commit = self._commit(tree)
-        elif tree != self._tree_of(parent, known):
-            commit = self._commit(tree, "-p", parent)
-        if listed.get(reference) != commit:
+        if parent and tree == self._tree_of(parent, known):
+            commit = parent
+        else:
+            words = ("-p", parent) if parent else ()
+            commit = self.run("commit-tree", *words, "-m", "The workspace of a sandbox", tree)
+        if listed[reference] != commit:
             self.run("push", "--quiet", "--", self._url, f"{commit}:{reference}")
-        return str(commit), commit != parent
-
-    def _commit(self, tree: str, *parents: str) -> str:
-        return self.run("commit-tree", *parents, "-m", "The workspace of a sandbox", tree)
+        return commit, commit != parent
 
     def _tree_of(self, commit: str, reference: str) -> str:
         """The tree of a commit in Gitea, which is brought here without the history before it."""
@@ -4884,10 +4729,8 @@ def git_error(stderr: bytes, credentials: Mapping[str, str]) -> SandboxError:
     # git takes a text without a charset for Latin-1
     for secret in (password, quoted(password), password.encode().decode("latin-1")):
         text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("fatal:", "error:", "remote:"))]
-    said = printable("; ".join((telling or lines)[-4:])).rstrip(".")[-600:] or "it gave no reason"
-    troubles = (trouble for trouble in _GIT_TROUBLES if re.search(trouble[0], "\n".join(lines).lower()))
+    said = last_words(text.encode()).rstrip(".") or "it gave no reason"
+    troubles = (trouble for trouble in _GIT_TROUBLES if re.search(trouble[0], text.lower()))
     _, kind, words, hint = next(troubles)
     return kind(f"{words}: {said}.", hint=hint)
 
@@ -4932,6 +4775,7 @@ cd -- "$target" || fail 77 "$target on the VM cannot be entered."
 if [ -z "$DOCKER_HOST" ] && [ -S /var/run/docker-user.sock ]; then
   DOCKER_HOST=unix:///var/run/docker-user.sock; export DOCKER_HOST
 fi
+run=$state/compose-$key
 """
 
 # The services of the file, and `up` begun in the background: it outlives a connection that breaks.
@@ -4941,36 +4785,76 @@ words=$(docker version --format '{{.Server.Version}}' 2>&1) ||
   fail 70 "Docker on the VM does not answer: $words"
 mkdir -p "$run" || fail 77 "$run on the VM cannot be made."
 [ -e "$run/lock" ] || : > "$run/lock"
-rm -f -- "$run"/*.code "$run"/*.code.new "$run"/*.output "$run"/*.services "$run"/*.stop
+rm -f -- "$run"/*.*
 run=$run/$id
-words=$(docker compose -f "$file" config --services 2>&1 > "$run.services") || {
+words=$(docker compose -f "./$file" config --services 2>&1 > "$run.services") || {
   docker compose version >/dev/null 2>&1 || fail 69 "The VM has no docker compose (Compose v2)."
   fail 71 "$file is not a valid Compose file: $words"
 }
-: > "$run.output"; : > "$run.code.new"
+: > "$run.output"; : > "$run.code.new"; : > "$run.found"
 [ "$(id -u)" != 0 ] || chown -hR --reference="$target" "${run%/*}"
 up='echo $$ > "$run.pid"
   if command -v flock >/dev/null 2>&1; then exec 8<"${run%/*}/lock"; flock 8; fi
   [ ! -e "$run.stop" ] || exit
-  docker compose -f "$file" up -d "$@" > "$run.output" 2>&1 < /dev/null 8<&-
+  docker compose -f "./$file" up -d "$@" > "$run.output" 2>&1 < /dev/null 8<&-
   echo $? > "$run.code.new"; mv -f "$run.code.new" "$run.code"; rm -f "$run.pid"'
 if command -v setsid >/dev/null 2>&1; then alone=setsid; else alone=nohup; fi
 run="$run" file="$file" "$alone" sh -c "$up" - OPTIONS > /dev/null 2>&1 < /dev/null &
-cat "$run.services"
 """
 
-# The code of `up`, the time a second ago, and the last lines of `up`; after an empty line the containers.
+# Says how it stands: `up`, `wait`, `failed` or `late`; what there is to say of it; then the containers, or
+# the last log lines of the one that is to blame. One that has just begun to run may die at once.
 _LOOK_AT = r"""
-run=$run/$id
+run=$run/$id; set -- REQUIRED
+joined() { sed -e :a -e '$!N;s/\n/'"$1 "'/;ta'; }
+said() { tail -n 15 "$run.output" | tr '\r' '\n' | grep -a . | tail -n "$1" | joined ';'; }
+older() { [ $(($(date +%s) - $(stat -c %Y -- "$1"))) -gt "$2" ]; }
+tell() {
+  printf '%s\n%s\n' "$1" "$2"
+  [ -z "$3" ] || { docker logs --tail 20 -- "${3% *}" 2>&1 | grep -a . || echo '(it wrote nothing)'; } |
+    sed "s/^/${3#* } | /"
+  exit 0; }
 code=$(cat "$run.code" 2>/dev/null) || code=-
-echo "$code $(date -u -d '1 second ago' +%Y-%m-%dT%H:%M:%S)"
-tail -n 15 "$run.output" 2>/dev/null | tr '\r' '\n' | grep . | tail -c 3000; printf '\n\n'
-ids=$(docker compose -f "$file" ps -aq) || [ "$code" = - ] ||
+ids=$(docker compose -f "./$file" ps -aq) || [ "$code" = - ] ||
   fail 72 "The containers of $file cannot be listed."
-form='{{.Name}} {{index .Config.Labels "com.docker.compose.service"}} {{.State.Status}} {{.State.ExitCode}} '
-form=$form'{{with .State.Health}}{{.Status}}{{else}}-{{end}} {{.State.StartedAt}}'
-[ -z "$ids" ] || docker inspect --format "$form" $ids
-:
+moment=$(date -u -d '1 second ago' +%Y-%m-%dT%H:%M:%S)
+form='{{.Name}} {{index .Config.Labels "com.docker.compose.service"}} {{.State.Status}}'
+form=$form' {{with .State.Health}}{{.Status}}{{else}}-{{end}} {{.State.StartedAt}} {{.State.ExitCode}}'
+[ -z "$ids" ] || docker inspect --format "$form" $ids | sort > "$run.found"
+while read -r name service state health started ended; do
+  grep -qxF -e "$service" "$run.services" || continue
+  name=${name#/}; word=$state
+  case $state:$health in exited:*) word="exited ($ended)" ;; running:[!-]*) word=$health ;; esac
+  known="$known $name $service "; states="$states, $service $word"
+  listed="$listed$name $service $state ${health#-}
+"
+  required=no; case " ${*:-$name} " in *" $name "* | *" $service "*) required=yes ;; esac
+  case $word in
+    healthy | 'exited (0)') continue ;;
+    running) ! expr "$started" '<=' "$moment" >/dev/null || continue ;;
+    unhealthy | exited* | dead)
+      dead=${dead:-"$name $service"}
+      [ "$required" = no ] || { failed="$failed, $service is $word"; blamed=${blamed:-"$name $service"}; }
+      continue ;;
+  esac
+  [ "$required" = no ] || { late="$late, $service is $word"; slow=${slow:-"$name $service"}; }
+done < "$run.found"
+states=${states#, }; states=${states:-$(said 1)}
+case $code in
+  0) ;;
+  -) ! older "$run.services" "$up_seconds" || tell late "\`docker compose up\` of $file did not end within\
+ $up_seconds s and goes on there (${states:-no container yet}); give it more with --timeout."
+    tell wait "$states" ;;
+  *) tell failed "\`docker compose up\` failed: $(said 5)" "$dead" ;;
+esac
+for one; do case $known in *" $one "*) ;; *) unknown="$unknown, $one" ;; esac; done
+[ -z "$unknown" ] || tell failed "\`required_healthy_containers\` names ${unknown#, }; $file has none such.\
+ Its services are: $(sort "$run.services" | joined ,)."
+[ -z "$failed" ] || tell failed "${failed#, }." "$blamed"
+[ -z "$late" ] || ! older "$run.code" "$healthy_seconds" ||
+  tell late "Not healthy within $healthy_seconds s: ${late#, }." "$slow"
+[ -z "$late" ] || tell wait "$states"
+printf 'up\n%s\n%s' "$states" "$listed"
 """
 
 _STOP_UP = r"""
@@ -4981,168 +4865,6 @@ kill -TERM "$pid" 2>/dev/null
 for n in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$pid" 2>/dev/null || break; sleep 0.2; done
 kill -KILL "$pid" 2>/dev/null; rm -f "$run/$id.pid"
 """
-
-_LOGS = r"""
-docker logs --tail "$lines" -- "$name" 2>&1
-"""
-
-
-class Container:
-    """A container as `docker inspect` tells of it. is_new: whether it began within the last second."""
-
-    def __init__(self, line: str, moment: str) -> None:
-        name, self.service, self.state, code, health, started = line.split(" ")
-        self.name = name.lstrip("/")
-        self.health = "" if health == "-" else health
-        self.exit_code = int(code)
-        self.is_new = started > moment
-
-    @property
-    def word(self) -> str:
-        """Its state in a word or two."""
-        if self.state == "running":
-            return self.health or "running"
-        return f"{self.state} ({self.exit_code})" if self.state == "exited" else self.state
-
-    @property
-    def is_up(self) -> bool:
-        """Whether it runs and is healthy, or has not died at once; or has done what it was there for."""
-        if self.state == "running":
-            return self.health == "healthy" or (not self.health and not self.is_new)
-        return self.state == "exited" and self.exit_code == 0
-
-    @property
-    def has_failed(self) -> bool:
-        dead = self.state == "dead" or (self.state == "exited" and self.exit_code != 0)
-        return dead or (self.state == "running" and self.health == "unhealthy")
-
-
-class ComposeLook:
-    """What one look at a service showed: what `_LOOK_AT` prints.
-
-    code: of `up`, or "-" while it works; output: its last lines; containers by name, of these services.
-    """
-
-    def __init__(self, answer: bytes, services: Sequence[str]) -> None:
-        head, _, listing = answer.decode("utf-8", "replace").partition("\n\n")
-        first, *self.output = head.split("\n")
-        self.code, _, moment = first.partition(" ")
-        found = []
-        for line in listing.splitlines():
-            try:
-                found.append(Container(line, moment))
-            except ValueError:
-                continue  # what else docker says
-        found = [container for container in found if container.service in services]
-        self.containers = sorted(found, key=lambda container: container.name)
-
-    def of(self, names: Sequence[str]) -> list[Container]:
-        """The containers with one of these names or service names."""
-        return [found for found in self.containers if found.name in names or found.service in names]
-
-
-def states_of(containers: Iterable[Container], verb: str = " ") -> str:
-    return _listed(f"{found.service}{verb}{found.word}" for found in containers)
-
-
-class ComposeRun:
-    """One Compose service on the VM: brings it up and waits until it is healthy."""
-
-    def __init__(self, vm: Vm, target: str, service: ComposeService, reporter: Reporter) -> None:
-        import secrets
-
-        self._vm = vm
-        self._service = service
-        self._reporter = reporter
-        parent, _, name = target.rpartition("/")
-        self._head = assigned(
-            target=target,
-            file=service.file,
-            run=f"{parent}/{SYNC_STATE}/{name}/compose-{hashed(service.file)}",
-            id=secrets.token_hex(12),
-        )
-        self._names: list[str] = []
-
-    def _run(self, script: str, **values: object) -> bytes:
-        return self._vm.run(self._head + assigned(**values) + _SHELL_HEAD + _COMPOSE_HEAD + script)
-
-    def start(self, options: Sequence[str], seconds: float) -> list[Container]:
-        """All of its containers, once those that must be are healthy. seconds: the longest wait for `up`."""
-        try:
-            said = self._run(_UP.replace("OPTIONS", shell_words(options)))
-            self._names = said.decode("utf-8", "replace").split()
-            return self._wait(seconds)
-        except Interrupted:
-            self._stop_up()
-            raise
-
-    def _stop_up(self) -> None:
-        """After an interruption: end `docker compose up`, which would go on without us."""
-        try:
-            self._run(_STOP_UP)
-        except SandboxError as error:
-            self._reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
-
-    def _wait(self, seconds: float) -> list[Container]:
-        """Look again and again, until `up` has ended and the containers that must be are healthy."""
-        pauses = iter(COMPOSE_POLL_SECONDS)
-        deadline = time.monotonic() + seconds
-        is_up = False
-        while True:
-            look = ComposeLook(self._run(_LOOK_AT), self._names)
-            state = states_of(look.containers) or "".join(look.output[-1:])
-            self._reporter.detail(state)
-            if look.code not in ("-", "0"):
-                words = printable("; ".join(look.output[-5:]))[-800:]
-                failed = [found for found in look.containers if found.has_failed]
-                raise self._failure(f"`docker compose up` failed: {words}", failed)
-            if look.code == "0" and not is_up:
-                is_up, deadline = True, time.monotonic() + self._service.seconds
-            late = self._late(look) if is_up else look.containers
-            if is_up and not late:
-                return look.containers
-            if time.monotonic() > deadline and not is_up:
-                raise TimedOutError(
-                    f"`docker compose up` of {self._service.file} did not end within {seconds:g} s"
-                    f" ({state or 'no container yet'}).",
-                    hint="It goes on there; run this again with a larger --timeout.",
-                )
-            if time.monotonic() > deadline:
-                words = f"Not healthy within {self._service.seconds:g} s: {states_of(late, ' is ')}."
-                raise self._failure(words, late, TimedOutError)
-            time.sleep(next(pauses, COMPOSE_POLL_SECONDS[-1]))
-
-    def _late(self, look: ComposeLook) -> list[Container]:
-        """The containers that must be up and are not yet; SandboxError when one never will be."""
-        required = self._service.required
-        unknown = [name for name in required if not look.of([name])]
-        if unknown:
-            raise SandboxError(
-                f"`required_healthy_containers` names {_listed(unknown)}; {self._service.file} has none"
-                " such.",
-                hint=f"Its services are: {_listed(self._names)}.",
-            )
-        awaited = look.of(required) if required else look.containers
-        failed = [found for found in awaited if found.has_failed]
-        if failed:
-            raise self._failure(f"{states_of(failed, ' is ')}.", failed)
-        return [found for found in awaited if not found.is_up]
-
-    def _failure(
-        self, words: str, failed: Sequence[Container], kind: type[SandboxError] = SandboxError
-    ) -> SandboxError:
-        """The error, with the last log lines of the first container that is to blame."""
-        failure = kind(words, hint="Correct what is wrong there, then run this again.")
-        for found in failed[:1]:
-            try:
-                lines = (
-                    self._run(_LOGS, name=found.name, lines=LOG_LINES).decode("utf-8", "replace").splitlines()
-                )
-            except SandboxError as error:
-                lines = [error.message]
-            said = [printable(line)[:300] for line in lines if line.strip()] or ["(it wrote nothing)"]
-            failure.message += "".join(f"\n  {printable(found.service)} | {line}" for line in said)
-        return failure
 
 
 class ServiceStarter:
@@ -5159,20 +4881,19 @@ class ServiceStarter:
         gitignore: bool = True,
         timeout: float = UP_SECONDS,
     ) -> None:
-        check_way(via, ("git", "sync"), timeout)
+        check_timeout(timeout)
         self.sandbox = sandbox
-        self.reporter = sandbox.reporter
         self.services = plan_services(config)
         self.via = via
         self.timeout = timeout
         self.up = ["--build"] * build + ["--force-recreate"] * force_recreate
-        self.steps: list[dict[str, Any]] = []
+        self.steps: list[Json] = []
         git = via == "git"
         self.syncer = Syncer(
             sandbox,
             os.path.dirname(config.path),
             gitignore=git and gitignore,
-            also=named_files(config.content) if git else (),
+            also=named_files(config.content),
             force=git,  # what is gone is in Gitea's history
             via="ssh" if git else "auto",
         )
@@ -5180,7 +4901,7 @@ class ServiceStarter:
     @contextlib.contextmanager
     def _step(self, name: str, words: str, limit: float | None = None) -> Iterator[None]:
         """A part of the whole: told as it begins, named in an error, timed for the report."""
-        self.reporter.step(words, limit)
+        self.sandbox.reporter.step(words, limit)
         began = time.monotonic()
         try:
             yield
@@ -5190,14 +4911,12 @@ class ServiceStarter:
         finally:
             self.steps.append({"step": name, "seconds": round(time.monotonic() - began, 3)})
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Json:
         """Do it; what was done, as `Sandbox.start_services` tells it."""
         began = time.monotonic()
-        pushed: dict[str, Any] = {"branch": None, "commit": None, "repository": None}
+        pushed: Json = dict.fromkeys(("branch", "commit", "repository"))
         if self.via == "git":
-            pushed, credentials = self._push()
-            with self._step("clone", "Cloning on the VM", GIT_SECONDS):
-                self._clone(pushed, credentials)
+            pushed.update(self._through_gitea())
         with self._step("sync", "Syncing the code"):
             done = self.syncer.run()
         services = [self._start(service) for service in self.services]
@@ -5211,59 +4930,67 @@ class ServiceStarter:
             "seconds": round(time.monotonic() - began, 3),
         }
 
-    def _push(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """What was pushed, and the credentials."""
-        sandbox, state = self.sandbox, self.sandbox.state
-        if not (state.get("ssh_config_path") and state.get("ssh_host")):
-            raise SandboxError(
-                "This sandbox has no SSH, and Gitea's credentials must not go to the VM in a command line.",
-                hint=f"Bring the code over without Gitea: {PROGRAM} start-services --via sync",
-            )
-        self.syncer.connect()
+    def _through_gitea(self) -> Json:
+        """Push the code, and make the directory on the VM a clone that stands there; what was pushed."""
+        sandbox, syncer = self.sandbox, self.syncer
         with self._step("repository", "Finding the repository"):
             credentials = gitea_credentials(sandbox.api)
-            url, default = find_repository(sandbox.api, state["service"])
-        tree = self.syncer.scan()
+            url, default = find_repository(sandbox.api, sandbox.state["service"])
+        tree = syncer.scan()
         tree.check_before_sending(list(tree.stamps))
-        self.syncer.warn(tree)
+        syncer.warn(tree)
         files = [path for path, stamp in tree.stamps.items() if stamp[:1] != b"d"]
-        if not files:
-            raise SandboxError(f"There is nothing to push in {shown_path(self.syncer.root)}.")
-        branch = f"workspace-{short_id(state['session_id'])}"
-        pushing = self._step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS)
-        with pushing, taking_turns(sandbox, GIT_SECONDS):
+        branch = f"workspace-{short_id(sandbox.state['session_id'])}"
+        with self._step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS):
             make_home(sandbox.settings.home)
-            store = GitStore(sandbox, self.syncer.root, url, credentials)
+            store = GitStore(sandbox, syncer.root, url, credentials)
             commit, is_new = store.push(files, branch, default)
-        return {"branch": branch, "commit": commit, "pushed": is_new, "repository": url}, credentials
-
-    def _clone(self, pushed: Mapping[str, Any], credentials: Mapping[str, str]) -> None:
-        values = assigned(
-            target=self.syncer.target,
-            url=pushed["repository"],
-            branch=pushed["branch"],
-            commit=pushed["commit"],
-            helper=_CREDENTIAL_HELPER,
-            attributes=_AS_IT_IS,
-        )
+        values = assigned(url=url, branch=branch, commit=commit)
+        script = values + assigned(helper=_CREDENTIAL_HELPER, attributes=_AS_IT_IS) + _OWNER + _CLONE
         words = "".join(f"{value}\n" for value in credentials.values()).encode()
-        script = values + _SHELL_HEAD + _OWNER + _CLONE
-        outcome = self.syncer.connect().outcome(script, lambda file: file.write(words), GIT_SECONDS)
-        if outcome.code == 80:
-            raise git_error(outcome.stderr, credentials)
-        check_script(outcome)
+        with self._step("clone", "Cloning on the VM", GIT_SECONDS):
+            outcome = syncer.vm.outcome(syncer.head + script, lambda file: file.write(words), GIT_SECONDS)
+            if outcome.code == 80:
+                raise git_error(outcome.stderr, credentials)
+            check_script(outcome)
+        return {"branch": branch, "commit": commit, "pushed": is_new, "repository": url}
 
-    def _start(self, service: ComposeService) -> dict[str, Any]:
-        words = f"Starting {service.name} ({service.file})"
-        with self._step(service.name, words, self.timeout):
-            compose = ComposeRun(self.syncer.connect(), self.syncer.target, service, self.reporter)
-            containers = compose.start(self.up, self.timeout)
-        keys = ("name", "service", "state")
-        told = [
-            {**{key: getattr(found, key) for key in keys}, "health": found.health or None}
-            for found in containers
-        ]
-        return {"name": service.name, "type": "docker-compose", "file": service.file, "containers": told}
+    def _start(self, service: Json) -> Json:
+        """Bring one service up and wait until its containers are healthy."""
+        import secrets
+
+        name, file = service["name"], service["file"]
+        values = assigned(file=file, key=hashed(file), id=secrets.token_hex(12))
+        values += assigned(up_seconds=int(self.timeout), healthy_seconds=service["seconds"])
+        head = self.syncer.head + values + _COMPOSE_HEAD
+        look = head + _LOOK_AT.replace("REQUIRED", shell_words(service["required"]))
+        vm = self.syncer.vm
+        with self._step(name, f"Starting {name} ({file})", self.timeout):
+            try:
+                vm.run(head + _UP.replace("OPTIONS", shell_words(self.up)))
+                containers = self._wait(vm, look)
+            except Interrupted:
+                try:
+                    vm.run(head + _STOP_UP)
+                except SandboxError as error:
+                    self.sandbox.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
+                raise
+        return {"name": name, "type": "docker-compose", "file": file, "containers": containers}
+
+    def _wait(self, vm: Vm, look: str) -> list[dict[str, str | None]]:
+        """Look again and again until the containers are healthy; they."""
+        while True:
+            answer = vm.run(look).decode("utf-8", "replace")
+            verdict, words, *lines = [printable(line) for line in f"{answer}\n".split("\n")]
+            self.sandbox.reporter.detail(words)
+            if verdict == "up":
+                parts = [[word or None for word in line.split(" ")] for line in lines if line.count(" ") == 3]
+                return [dict(zip(("name", "service", "state", "health"), part)) for part in parts]
+            if verdict != "wait":
+                kind = TimedOutError if verdict == "late" else SandboxError
+                words += "".join(f"\n  {line[:300]}" for line in lines if line)
+                raise kind(words, hint="Correct what is wrong there, then run this again.")
+            time.sleep(COMPOSE_POLL_SECONDS)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7718,7 +7445,7 @@ class Sandbox:
         """Make a directory on the VM like a local one: what differs is sent, what earlier syncs put there and
         is gone here is removed, what the VM made stays.
 
-        path: relative to the sandbox's directory; a single file goes into remote_path under its name.
+        path: of the local directory, relative to the sandbox's.
         remote_path: default /home/plato/worktree/<service>. options: those of `Syncer` (dry_run, gitignore,
         force, via "auto", "api" or "ssh", timeout in seconds). watch: follow the tree until SIGINT, and call
         this with the report of each sync.
