@@ -4638,7 +4638,8 @@ def check_timeout(seconds: float) -> None:
 def normal_target(text: str) -> str:
     """A remote path in its normal form; UsageError for one that must not become a synced tree."""
     path = os.path.normpath("/" + text.strip("/"))
-    is_plain = text.startswith("/") and ".." not in text.split("/") and text.isprintable()
+    is_text = _is_unicode(text) and not {"\0", "\n"} & {*text}
+    is_plain = is_text and text.startswith("/") and ".." not in text.split("/")
     if not is_plain or path in REFUSED_TARGETS.split() or path.endswith("/" + SYNC_STATE):
         raise UsageError(
             f"{printable(text)!r} cannot be the remote path: it must be absolute, without '..', and no"
