@@ -4158,9 +4158,9 @@ class SyncPlan:
         self.manifest.update((path, manifest[path]) for path in kept)
         going = {path for path in gone - kept if remote[path][:1] == manifest[path]}
         self.lost = sum(manifest[path] != b"d" for path in going)
-        replaced = {path for path in remote.keys() & local.keys() if remote[path][:1] != local[path][:1]}
+        replaced = {path for path in self.send if path in remote and remote[path][:1] != local[path][:1]}
         going |= replaced
-        staying = remote.keys() - local.keys() - going
+        staying = remote.keys() - local.keys() - going if going else set()
         self.blocked = sorted(path for path in staying if not replaced.isdisjoint(lineage(path)))
         going -= {above for path in staying for above in lineage(os.path.dirname(path))}
         self.remove = sorted(path for path in going if remote[path][:1] != b"d")
