@@ -3977,9 +3977,9 @@ class SyncPlan:
         self.manifest.update((path, manifest[path]) for path in kept)
         going = {path for path in gone - kept if remote[path][:1] == manifest[path]}
         self.lost = sum(manifest[path] != b"d" for path in going)
-        replaced = {path for path in remote.keys() & local.keys() if remote[path][:1] != local[path][:1]}
+        replaced = {path for path in self.send if path in remote and remote[path][:1] != local[path][:1]}
         going |= replaced
-        staying = remote.keys() - local.keys() - going
+        staying = remote.keys() - local.keys() - going if going else set()
         self.blocked = sorted(path for path in staying if not replaced.isdisjoint(lineage(path)))
         going -= {above for path in staying for above in lineage(os.path.dirname(path))}
         self.remove = sorted(path for path in going if remote[path][:1] != b"d")
@@ -4457,7 +4457,8 @@ def check_timeout(seconds: float) -> None:
 def normal_target(text: str) -> str:
     """A remote path in its normal form; UsageError for one that must not become a synced tree."""
     path = os.path.normpath("/" + text.strip("/"))
-    is_plain = text.startswith("/") and ".." not in text.split("/") and text.isprintable()
+    is_text = _is_unicode(text) and not {"\0", "\n"} & {*text}
+    is_plain = is_text and text.startswith("/") and ".." not in text.split("/")
     if not is_plain or path in REFUSED_TARGETS.split() or path.endswith("/" + SYNC_STATE):
         raise UsageError(
             f"{printable(text)!r} cannot be the remote path: it must be absolute, without '..', and no"
