@@ -3279,6 +3279,7 @@ SSH_EXIT_SECONDS = 5.0
 KEY_SECONDS = 10.0
 SSH_FIRST_SECONDS = 30.0  # until a VM that was just connected answers
 SOCKET_PATH_BYTES = 86  # of the 104 that some systems allow; ssh adds 17 while it makes one
+SSH_REFUSALS = 3
 SSH_ANSWER_SECONDS = 20.0
 VM_SECONDS = 120.0  # the longest wait for a script on the VM to end
 COMMAND_BYTES = 131_071  # Linux takes no longer argument, and the API's `execute` hands a command on as one
@@ -3337,12 +3338,18 @@ def make_key(files: SshFiles, reporter: Reporter) -> str:
         raise SandboxError(f"The new SSH key cannot be read: {reason(error)}.") from None
 
 
-def proxy_line(settings: Settings, job_id: str) -> str:
+def proxy_line(settings: Settings, job_id: str, ca_file: str | None) -> str:
     """The line of an SSH config that makes this file the way to the VM."""
     address = ["--host", settings.gateway_host, "--port", str(settings.gateway_port)]
-    authority = ["--ca-file", settings.ca_file] if settings.ca_file else []
+    authority = ["--ca-file", ca_file] if ca_file else []
     command = own_command("gateway-stream", *address, *authority, f"{job_id}--22")
-    return f"    ProxyCommand {shell_words(command).replace('%', '%%')}"
+    line = f"    ProxyCommand {shell_words(command).replace('%', '%%')}"
+    if re.search(r"[\n\r\0]", line):  # what follows it would be an option
+        raise SandboxError(
+            "An SSH config cannot be written, as a path or the job id in it holds a line break.",
+            hint="Move PLATO_HOME, this file or Python to a path without one.",
+        )
+    return line
 
 
 def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str) -> str:
@@ -3366,13 +3373,8 @@ def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str)
         "    ServerAliveCountMax 4",
         f"    Ciphers {SSH_CIPHERS}",
         *_shared_connection(files),
-        proxy_line(settings, job_id),
+        proxy_line(settings, job_id, settings.ca_file),
     ]
-    if any(mark in line for line in lines for mark in "\n\r\0"):  # what follows it would be an option
-        raise SandboxError(
-            "An SSH config cannot be written, as a path or the job id in it holds a line break.",
-            hint="Move PLATO_HOME, this file or Python to a path without one.",
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -3389,7 +3391,7 @@ def _shared_connection(files: SshFiles) -> list[str]:
 
 def ssh_quoted(path: str) -> str:
     """A path as a value of ssh_config; SandboxError for one that its syntax cannot carry."""
-    if any(mark in path for mark in ('"', "\n", "\\", "${")) or not _is_unicode(path):
+    if re.search(r'["\n\r\\]|\$\{', path) or not _is_unicode(path):
         raise SandboxError(
             f"The path {shown_path(path)} holds a character that an SSH config cannot carry.",
             hint="Set PLATO_HOME to a directory with a simpler name.",
@@ -3427,7 +3429,9 @@ def repair_ssh_config(state: Json, settings: Settings) -> None:
         written = text_of_others(path)
     except OSError:
         return
-    line = proxy_line(settings, job_id)
+    found = re.search(r"--ca-file ('[^']*'|[^ ']+) ", written)
+    ca_file = found[1].strip("'").replace("%%", "%") if found else None
+    line = proxy_line(settings, job_id, settings.ca_file or ca_file)
     text = re.sub("^    ProxyCommand .*gateway-stream .*$", lambda _: line, written, flags=re.MULTILINE)
     if text != written:
         write_whole(path, text)
@@ -3476,17 +3480,24 @@ def wait_for_ssh(state: Json, settings: Settings, reporter: Reporter) -> str:
     """
     command = ["ssh", "-T", "-F", trusted_ssh_config(state, settings), "-S", "none", "-o", "BatchMode=yes"]
     patience = iter((2, 4))
+    words = ""
+    refusals = 0
 
     def silence() -> str:
+        nonlocal words, refusals
+        began = time.monotonic()
         attempt = [*command, "-o", f"ConnectTimeout={next(patience, 8)}", state["ssh_host"], "exit"]
-        try:
-            outcome = run_program(attempt, reporter, seconds=SSH_FIRST_SECONDS + 10.0)
-        except TimedOutError as error:
-            return error.message.rstrip(".")
+        outcome = run_program(attempt, reporter, seconds=SSH_FIRST_SECONDS + 10.0)
         words = ssh_complaint(outcome.stderr)[0] or f"ssh ended with exit code {outcome.code}"
-        return words if outcome.code else ""
+        words = words if outcome.code else ""
+        refusals += time.monotonic() - began < 1.0  # which is no silence, and waiting changes little
+        return words if refusals < SSH_REFUSALS else ""
 
-    return poll(silence, SSH_FIRST_SECONDS, 1.0, reporter)
+    try:
+        poll(silence, SSH_FIRST_SECONDS, 1.0)
+    except TimedOutError as error:
+        return error.message.rstrip(".")
+    return words
 
 
 class OvertakenError(ConflictError):
@@ -4622,6 +4633,7 @@ class GitStore:
     def _make(self) -> None:
         """Make it anew."""
         remove_tree(self.path)
+        _unlink_quietly(self.path)  # a link, which others have put there
         self.run("init", "--quiet", "--bare", "--template=", self.path)
         os.makedirs(os.path.join(self.path, "info"), exist_ok=True)
         write_whole(os.path.join(self.path, "info", "attributes"), _AS_IT_IS + "\n")
@@ -4645,7 +4657,7 @@ class GitStore:
 
         Again when the connection broke, another push came between, or what an earlier run left is of no use.
         """
-        is_new = not os.path.isfile(os.path.join(self.path, "HEAD"))
+        is_new = os.path.islink(self.path) or not os.path.isfile(os.path.join(self.path, "HEAD"))
         for left in reversed(range(GIT_TRIES)):
             try:
                 if is_new:
@@ -7657,7 +7669,10 @@ class Sandbox:
         state = load_state(self.directory)
         if source == "api" or state or not local_flows_path(self):
             self.load()
-        return find_flows(self, source)
+        known = find_flows(self, source)
+        for warning in known.warnings:
+            self.reporter.warn(warning)
+        return known
 
     def flow(
         self,
@@ -7685,14 +7700,12 @@ class Sandbox:
         passed. What cannot even begin raises.
         """
         check_flow_options(base_url, keep_open and not headed)
-        browser = chosen_browser(self.settings)
-        launch = {"executable_path": browser, "headless": not headed, "slow_mo": slowmo}
+        program = chosen_browser(self.settings)
+        launch = {"executable_path": program, "headless": not headed, "slow_mo": slowmo}
         if base_url is None:
             self._load_for_use()
             self.revive_heartbeat()
         known = self.flows(source)
-        for warning in known.warnings:
-            self.reporter.warn(warning)
         flows = known.choose(names, every=every)
         address = base_url or self._page_address()
         before = self._mutations_now() if verify_no_mutations else []
@@ -7726,9 +7739,9 @@ class Sandbox:
             session.run(launch, timeout, told)
             if not keep_open:
                 finish()
-        except BrokenPipeError:
-            raise
         except OSError as problem:
+            if isinstance(problem, BrokenPipeError):
+                raise
             raise SandboxError(
                 f"{shown_path(os.path.dirname(path))} cannot be written: {reason(problem)}.",
                 hint="Name another directory for the report: --output DIR",
@@ -8183,7 +8196,7 @@ class Starter:
         try:
             act()
         except SandboxError as error:
-            gone = self.sandbox.end_of_vm()
+            gone = None if type(error) is SandboxError else self.sandbox.end_of_vm()  # which Plato answered
             if gone is not None:
                 raise gone from None
             self.reporter.warn(f"{error.message} {consequence}")
@@ -8198,7 +8211,7 @@ class Starter:
     def _wait_for_ssh(self) -> None:
         silence = wait_for_ssh(self.sandbox.state, self.settings, self.reporter)
         if silence:
-            raise SandboxError(f"SSH to the VM does not answer yet: {silence}.")
+            raise TimedOutError(f"SSH to the VM does not answer yet: {silence}.")
 
     def _wait_for_ready(self) -> None:
         self.reporter.step("Waiting for the VM to boot", self.patience)
@@ -8674,7 +8687,7 @@ def run_flow(
 ) -> Json:
     source = "local" if local else "api" if api else None
     if list:
-        return listed_flows(sandbox.flows(source), sandbox.reporter)
+        return listed_flows(sandbox.flows(source))
     if all and flow_name:
         raise UsageError("--all and --flow-name exclude each other.")
     output: Any = sandbox.reporter
@@ -8682,10 +8695,8 @@ def run_flow(
     return sandbox.flow(flow_name, told=told, every=all, source=source, **options)
 
 
-def listed_flows(known: FlowSet, reporter: Reporter) -> Json:
+def listed_flows(known: FlowSet) -> Json:
     """The flows by name, with how many steps each has and what it is about."""
-    for warning in known.warnings:
-        reporter.warn(warning)
     flows = [
         {"name": flow.name, "description": flow.description, "steps": len(flow.steps)} for flow in known.flows
     ]

@@ -185,7 +185,7 @@ def fuzz_flows(data: bytes) -> None:
     except product.SandboxError as error:
         harmless(error.message)
         return
-    told_lines(product.flow_lines(product.listed_flows(known, product.Reporter())))
+    told_lines(product.flow_lines(product.listed_flows(known)))
     for flow in known.flows:
         for step in flow.steps:
             record = product.step_record(step)
@@ -267,9 +267,7 @@ def fuzz_answers(data: bytes) -> None:
         lambda: sandbox.connect_network(),
         lambda: product.beat_trouble(sandbox.api.checked(dict), JOB),
         lambda: product.execute_outcome(sandbox.api.checked(dict), JOB, 1.0),
-        lambda: told_lines(
-            product.flow_lines(product.listed_flows(product.fetch_flows(sandbox), product.Reporter()))
-        ),
+        lambda: told_lines(product.flow_lines(product.listed_flows(product.fetch_flows(sandbox)))),
         lambda: product.find_repository(sandbox.api, "taskboard"),
         lambda: product.gitea_credentials(sandbox.api),
         lambda: product.plain_clone_url(str(value), sandbox.settings),

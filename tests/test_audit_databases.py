@@ -100,15 +100,17 @@ def mariadb(place: Path, pymysql: Any) -> Iterator[int]:
     """The port of a MariaDB server of its own."""
     server, install = part("mariadbd", "mariadb-server"), part("mariadb-install-db", "mariadb-server")
     home = place / "mariadb"
+    own_place = f"--tmpdir={place}"  # a server that starts removes the temporary tables of others
     as_user(
         [install, "--no-defaults", f"--datadir={home}/data", "--auth-root-authentication-method=normal",
-         "--skip-test-db"]
+         "--skip-test-db", own_place]
     )  # fmt: skip
     for _ in range(5):
         port = free_port()
         service = Service(
             [server, "--no-defaults", f"--datadir={home}/data", f"--socket={home}/sock", f"--port={port}",
-             "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0", "--skip-log-bin"],
+             "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0", "--skip-log-bin",
+             own_place],
             {},
             "ready for connections",
             unprivileged_user(),

@@ -254,6 +254,13 @@ OTHERS = (
     Other("flow*", "*/flows", "garbage fields", {PLAIN, 6, 8}, "flows that cannot be used are told as such"),
     Other("sync*", "*/execute", "fields", {PLAIN, 1, 6, 7}, "it says what a command on the VM did"),
     Other("*without a repository", "*/repo", "refusal garbage", {PLAIN, 6}, "409: it is there"),
+    Other(
+        "start-services*",
+        V2,
+        EVERY.replace("gone ", ""),
+        {PLAIN},
+        "it is asked only whether a failure means that the VM is gone",
+    ),
     Other("start-services*", "*/gitea/*", "gone", {6}, "it is not the sandbox that is gone"),
 )
 

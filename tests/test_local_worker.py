@@ -47,9 +47,9 @@ MARIADB = """
 set -e
 cd /home/plato
 mariadb-install-db --no-defaults --datadir=/home/plato/my --auth-root-authentication-method=normal \
-    --skip-test-db --skip-log-bin >my-install.log 2>&1
+    --skip-test-db --skip-log-bin --tmpdir=/home/plato >my-install.log 2>&1
 setsid mariadbd --no-defaults --datadir=/home/plato/my --socket=/home/plato/my.sock --port=3306 \
-    --bind-address=127.0.0.1 --innodb-flush-log-at-trx-commit=0 >my.log 2>&1 </dev/null &
+    --bind-address=127.0.0.1 --innodb-flush-log-at-trx-commit=0 --tmpdir=/home/plato >my.log 2>&1 </dev/null &
 for i in $(seq 1000); do
     mariadb-admin --no-defaults --socket=/home/plato/my.sock --user=root ping >/dev/null 2>&1 && break
     sleep 0.1

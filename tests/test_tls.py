@@ -294,7 +294,7 @@ def test_no_proxy_for_the_gateway(
         desk.good(*BLANK)
         proxy.requests.clear()
         environment = {"NO_PROXY": excluded}
-        failed = desk.run("sync", "plato-config.yml", "--via", "ssh", "--json", environment=environment)
+        failed = desk.run("sync", "--via", "ssh", "--json", environment=environment)
         assert failed.code == 6, failed
         assert "gateway.plato.test" in failed.error["message"]
         assert not any("gateway" in request for request in proxy.requests)
