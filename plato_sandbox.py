@@ -3418,7 +3418,7 @@ def repair_ssh_config(state: Json, settings: Settings) -> None:
     moved. For another client's sandbox, the config is written here."""
     path, job_id = state.get("ssh_config_path"), state.get("job_id")
     files = SshFiles(settings.home, state.get("session_id") or "")
-    if not job_id or path != files.config:
+    if not job_id or not job_id.isprintable() or path != files.config:
         return
     if "slot_path" in state:
         make_home(settings.home)
@@ -4420,8 +4420,9 @@ class Syncer:
                     latest = report = self.run()
                 except (NetworkError, TimedOutError) as error:
                     self.reporter.warn(f"{error.message} Trying again in {WATCH_RETRY_SECONDS:g} s.")
-                    self.vm = Vm(self.sandbox, self._via)
                     time.sleep(WATCH_RETRY_SECONDS)
+                    self.sandbox.check_still_there()
+                    self.vm = Vm(self.sandbox, self._via)
                     continue
                 except SandboxError as error:
                     if not report or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):

@@ -100,7 +100,7 @@ def mariadb(place: Path, pymysql: Any) -> Iterator[int]:
     """The port of a MariaDB server of its own."""
     server, install = part("mariadbd", "mariadb-server"), part("mariadb-install-db", "mariadb-server")
     home = place / "mariadb"
-    own_place = f"--tmpdir={place}"  # a server that starts removes the temporary tables of others
+    own_place = f"--tmpdir={home}"  # a server that starts removes the temporary tables of others
     as_user(
         [install, "--no-defaults", f"--datadir={home}/data", "--auth-root-authentication-method=normal",
          "--skip-test-db", own_place]

@@ -724,7 +724,7 @@ def test_names_of_services_and_compose_files_are_only_words(
     docker = DOCKER % ("printf '%s\\0' \"$3\" >> asked; echo app", "exit 0")
     with programs_of_the_vm(desk, plato, docker=docker):
         evil = on_the_vm(desk, plato) / "evil"
-        (evil / "containers").write_text("/c app running 0 - 2026-01-01T00:00:00Z\n")
+        (evil / "containers").write_text("/c app running - 2026-01-01T00:00:00Z 0\n")
         (evil / "asked").touch()
         (evil / "asked").chmod(0o666)
         result = desk.run("start-services", "--via", "sync", "--json")
