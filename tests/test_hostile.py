@@ -473,9 +473,9 @@ def programs_of_the_vm(desk: Desk, plato: LocalPlato, **programs: str) -> Iterat
 
 
 ONE_LINE = " ".join(NASTY.split())
-CONTAINER = "/c app exited 3 - 2026-01-01T00:00:00Z"
+CONTAINER = "/c app exited - 2026-01-01T00:00:00Z 3"
 NASTY_CONTAINER = (
-    f"/{ONE_LINE.replace(' ', '_')} app exited 3 {ONE_LINE.replace(' ', '_')} 2026-01-01T00:00:00Z"
+    f"/{ONE_LINE.replace(' ', '_')} app exited {ONE_LINE.replace(' ', '_')} 2026-01-01T00:00:00Z 3"
 )
 DOCKER = """case "$*" in
 version*|"compose version") echo 1;;
@@ -730,7 +730,7 @@ def test_names_of_services_and_compose_files_are_only_words(
         result = desk.run("start-services", "--via", "sync", "--json")
         assert result.code == 0, result
         asked = (evil / "asked").read_bytes().split(b"\0")[:-1]
-        assert asked == [name.encode() if name != "-" else b"./-" for name in names]
+        assert asked == [f"./{name}".encode() for name in names]
     assert canaries(desk, plato) == []
     tally("hostile words", len(words))
 
