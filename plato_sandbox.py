@@ -846,8 +846,14 @@ class TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self.sock.settimeout(time_left(self.deadline))
-        return self.stream.readinto(buffer)
+        import socket
+
+        while True:  # by the second: a signal that came just before a wait began must not wait for its end
+            self.sock.settimeout(min(time_left(self.deadline), 1.0))
+            try:
+                return self.sock.recv_into(buffer)
+            except socket.timeout:  # another class than TimeoutError before Python 3.10
+                continue
 
     def close(self) -> None:
         self.stream.close()
@@ -8867,7 +8873,7 @@ modes (choose one):
   {PROGRAM} start --artifact-id ID
   {PROGRAM} start --blank --service myapp [--cpus 4 --memory 2048]
 """,
-        f"See what is here now: {PROGRAM} status",
+        f"If the sandbox runs all the same, this ends it: {PROGRAM} stop",
     ),
     "stop": Command(
         "Stop and destroy the sandbox",
