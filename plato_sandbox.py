@@ -839,7 +839,7 @@ class TimedReader(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock = sock
-        self.stream = sock.makefile("rb", buffering=0)
+        self.stream = sock.makefile("rb", buffering=0)  # holds the socket open until the answer is read
         self.deadline = deadline
 
     def readable(self) -> bool:
@@ -3496,7 +3496,7 @@ def wait_for_ssh(state: Json, settings: Settings, reporter: Reporter) -> str:
         outcome = run_program(attempt, reporter, seconds=SSH_FIRST_SECONDS + 10.0)
         words = ssh_complaint(outcome.stderr)[0] or f"ssh ended with exit code {outcome.code}"
         words = words if outcome.code else ""
-        refusals += time.monotonic() - began < 1.0  # which is no silence, and waiting changes little
+        refusals += time.monotonic() - began < 1.0  # no silence: waiting longer would change little
         return words if refusals < SSH_REFUSALS else ""
 
     try:
@@ -8203,7 +8203,8 @@ class Starter:
         try:
             act()
         except SandboxError as error:
-            gone = None if type(error) is SandboxError else self.sandbox.end_of_vm()  # which Plato answered
+            refused = type(error) is SandboxError  # Plato answered for the VM, so it is there
+            gone = None if refused else self.sandbox.end_of_vm()
             if gone is not None:
                 raise gone from None
             self.reporter.warn(f"{error.message} {consequence}")
@@ -8281,7 +8282,7 @@ class Starter:
             answer = self.api.add_ssh_key(state["session_id"], public_key, user)
             check_success(answer, state["job_id"], "The SSH key could not be installed on the VM")
         except SandboxError as error:
-            if connected:
+            if connected or isinstance(error, NoSandboxError):
                 raise
             self.reporter.warn(error.message)
             return False
