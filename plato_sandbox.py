@@ -4172,7 +4172,8 @@ case $target:$near in /home/plato/*:/|/home/plato/*:/home)  # plato's home is ma
 esac
 own() { [ "$(id -u)" != 0 ] || [ "${owner%%:*}" = 0 ] || chown -hR "$owner" -- "$@"; }
 made() {
-  [ -d "${1:-/}" ] || { made "${1%/*}" && { mkdir -- "$1" 2>/dev/null || [ -d "$1" ]; } && own "$1"; } ||
+  [ -d "${1:-/}" ] || { made "${1%/*}"
+    if mkdir -- "$1" 2>/dev/null; then own "$1"; else [ -d "$1" ]; fi; } ||
     fail 77 "$1 on the VM cannot be made by the user who syncs."
 }
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import posixpath
 import pty
 import re
 import shutil
@@ -948,7 +949,27 @@ def test_two_syncs_of_one_sandbox_take_turns(own_vm: Vm, source: Path, target: s
     words = ["sync", str(source), "--remote-path", target, "--via", "api", "--json"]
     both = [own_vm.desk.begin(*words) for _ in range(3)]
     documents = [json.loads(process.communicate()[0]) for process in both]
-    assert sorted(document["sent"] for document in documents) == [0, 0, 1]
+    assert sorted(document.get("sent", -1) for document in documents) == [0, 0, 1], documents
+
+
+def test_two_first_syncs_that_make_a_directory_at_the_same_moment(
+    own_vm: Vm, source: Path, target: str
+) -> None:
+    """The one that comes second leaves it to the other, whose files come and go there meanwhile."""
+    write_tree(source, {"a": "1"})
+    state = f"{posixpath.dirname(target)}/.plato-sync/{posixpath.basename(target)}"
+    stand_ins = {
+        "mkdir": 'REAL "$@" || exit; case "$*" in *STATE) exit 1;; esac',  # the other one made it
+        "chown": 'REAL "$@"; case "$*" in *STATE) echo "no such file" >&2; exit 1;; esac',
+    }
+    for name, text in stand_ins.items():
+        real = own_vm.execute(f"command -v {name}").strip()
+        own_vm.execute(f"cp {real} /home/plato/real-{name}")
+        script = "#!/bin/sh\n" + text.replace("REAL", f"/home/plato/real-{name}").replace("STATE", state)
+        own_vm.place(f"/home/plato/{name}").write_text(script)
+        own_vm.execute(f"chmod 755 /home/plato/{name}")
+        inside(own_vm, "mount", "--bind", f"/home/plato/{name}", real)
+    assert good_sync(own_vm, source, target, "--via", "api")["sent"] == 1
 
 
 def test_a_sync_that_does_not_end_holds_up_no_other(own_vm: Vm, source: Path, target: str) -> None:
