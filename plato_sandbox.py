@@ -3154,13 +3154,10 @@ def write_whole(path: str, text: str, mode: int = 0o600) -> None:
     """Replace a file in one step: temporary file beside it, fsync, rename, fsync of the directory."""
     temporary = f"{path}.{os.getpid()}.tmp"
     remove_temporaries(path)
-
-    def create(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW, mode)
-
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n", opener=create) as file:
-            os.fchmod(file.fileno(), mode)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            os.fchmod(handle, mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -3255,17 +3252,12 @@ def locked(directory: str, *, shared: bool = False) -> Iterator[None]:
 
 def lock_holder(status: os.stat_result) -> str:
     """Who holds the lock on a file, in words: "start (PID 123)" where the system tells (Linux)."""
-    wanted = f":{status.st_ino} "
-    try:
-        with open("/proc/locks", encoding="ascii") as file:
-            lines = [line for line in file if " FLOCK " in line and wanted in line and "->" not in line]
-    except OSError:
-        lines = []
-    for line in lines:
-        pid = line.split()[4]
-        command = processes().get(int(pid), "") if pid.isdigit() else ""
-        found = re.search(r"(?:\.pyw?|plato[_-]sandbox) (?:-\S+ )*([a-z][a-z-]+)", command)
-        return f"`{found[1]}` (PID {pid})" if found else f"PID {pid}"
+    with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as file:
+        lock = re.search(rf"^\d+: FLOCK .* (\d+) \S+:{status.st_ino} ", file.read(), re.MULTILINE)
+        if lock:
+            command = processes().get(int(lock[1]), "")
+            name = re.search(r"(?:\.pyw?|plato[_-]sandbox) (?:-\S+ )*([a-z][a-z-]+)", command)
+            return f"`{name[1]}` (PID {lock[1]})" if name else f"PID {lock[1]}"
     return "a plato-sandbox command"
 
 
@@ -7089,26 +7081,25 @@ def _plan_from_config(config: Config) -> tuple[Json, Json, Config]:
 
 
 def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -> tuple[Json, Json, None]:
-    base, at, named_dataset = simulator.partition("@")
-    name, colon, version = base.partition(":")
-    if not name.strip() or (colon and not version) or (at and not named_dataset):
+    match = re.fullmatch(r"([^:@\s]+)(?::([^@]+))?(?:@(.+))?", simulator)
+    if match is None:
         raise UsageError(
             f"--simulator is {simulator!r}; it must be a name, NAME:TAG, NAME:ARTIFACT-UUID or"
             " NAME:VERSION@DATASET.",
             hint="For example: --simulator espocrm:prod-latest",
         )
-    if at and (tag is not None or dataset not in (None, named_dataset)):
-        raise UsageError("NAME:VERSION@DATASET names all there is to choose; leave out --tag and --dataset.")
-    if colon and tag not in (None, version):
+    name, version, named_dataset = match.groups()
+    other_tag = tag is not None if named_dataset else version and tag not in (None, version)
+    if other_tag or (named_dataset and dataset not in (None, named_dataset)):
         raise UsageError(
-            f"--simulator names the tag {version!r} and --tag the tag {tag!r}; give one of them."
+            f"--simulator {simulator!r} chooses what --tag or --dataset chooses too; leave one of them out."
         )
     chosen = named_dataset or dataset or DEFAULT_DATASET
     record = {"mode": "artifact", "simulator": simulator, "service": name, "dataset": chosen}
-    if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", version):
+    if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", version or ""):
         return {"type": "artifact", "artifact_id": version}, {**record, "artifact_id": version}, None
     environment = {"type": "simulator", "simulator": name, "dataset": chosen}
-    if at and colon:
+    if named_dataset and version:
         return {**environment, "version": version}, record, None
     which = {"tag": version or tag or DEFAULT_TAG}
     return {**environment, **which}, {**record, **which}, None
@@ -7142,9 +7133,9 @@ def number_within(name: str, value: Any, default: Any, low: float, high: float) 
     return default if value is None else value
 
 
-def with_router_target(url: str | None, service: str | None) -> str | None:
+def with_router_target(url: str, service: str | None) -> str:
     """The address for a browser: the public URL with `_plato_router_target` (api notes)."""
-    if not url or not service:
+    if not service:
         return url
     import urllib.parse
 
@@ -7630,18 +7621,14 @@ class Sandbox:
         }
 
     def _take_snapshot(self, state: Json, checkpoint: Json) -> str:
-        try:
+        with sent_once("an artifact", "The sandbox runs on; take another snapshot if you need one."):
             given = {name: value for name, value in checkpoint.items() if value is not None}
             answer = self.api.snapshot(state["session_id"], given)
-        except ApiError as error:
-            if error.outcome_unknown:
-                raise lost_snapshot(f"its answer was lost: {error.message}") from None
-            raise
-        hint = "The sandbox runs on; try again."
-        check_success(answer, state.get("job_id"), "The snapshot could not be created", hint)
-        artifact_id = as_text(job_of(answer, state.get("job_id")).get("artifact_id"))
-        if artifact_id is None:
-            raise lost_snapshot("its answer names none.")
+            hint = "The sandbox runs on; try again."
+            check_success(answer, state.get("job_id"), "The snapshot could not be created", hint)
+            artifact_id = as_text(job_of(answer, state.get("job_id")).get("artifact_id"))
+            if artifact_id is None:
+                raise ApiError("it names none.")
         return artifact_id
 
     def _wait_for_artifact(self, artifact_id: str, seconds: float) -> None:
@@ -7715,7 +7702,7 @@ class Sandbox:
             self.revive_heartbeat()
         known = self.flows(source)
         flows = known.choose(names, every=every)
-        address = base_url or self._page_address()
+        address = base_url or self.find_address()["url"]
         before = self._mutations_now() if verify_no_mutations else []
         began = time.time()
         path = os.path.join(self.directory, output, "report.html")
@@ -7777,16 +7764,17 @@ class Sandbox:
         self.reporter.step("Reading the mutations")
         return mutations_in(self.read_state())
 
-    def _page_address(self) -> str:
-        """The address of the sandbox's page; asked again where `start` could not find it out."""
+    def find_address(self) -> Json:
+        """public_url and url of the sandbox's page, from the record or, where `start` found none, from Plato."""
         state = self.state
-        address = state.get("url") or state.get("public_url")
-        if not address:
+        public_url = state.get("public_url")
+        if not public_url:
             answer = job_of(self.api.public_url(state["session_id"]), state.get("job_id"))
-            address = with_router_target(as_text(answer.get("url")), state.get("service"))
-        if not address:
-            raise SandboxError("Plato knows no address of this sandbox, so there is no page for a browser.")
-        return address
+            public_url = as_text(answer.get("url"))
+        if not public_url:
+            raise SandboxError("Plato knows no public URL of this sandbox.")
+        url = state.get("url") or with_router_target(public_url, state.get("service"))
+        return {"public_url": public_url, "url": url}
 
     # The end
 
@@ -7853,12 +7841,6 @@ class Sandbox:
             self.reporter.warn("The heartbeat could not be ended; it ends by itself within two beats.")
         SshFiles(home, session_id).remove()
         remove_tree(git_store_path(home, session_id))
-        key = str(state.get("ssh_private_key_path"))
-        for path in (state.get("ssh_config_path"), key, f"{key}.pub"):  # another client's, if they are here
-            name = os.path.basename(path or "")
-            ours = re.fullmatch(r"ssh_[A-Za-z0-9-]+(\.conf|_key|_key\.pub)", name)
-            if ours and path == os.path.join(home, name):
-                _unlink_quietly(path)
         _unlink_quietly(heartbeat_path(home, session_id))
         if self.state.get("session_id") == session_id:  # last: what a killed `stop` leaves is still on record
             if "slot_path" in self.state:
@@ -8025,11 +8007,17 @@ def mutations_in(report: Json) -> list[Mutation]:
     return [mutation for job in jobs for mutation in mutations_of(as_dict(job.get("state")))]
 
 
-def lost_snapshot(why: str) -> UnknownOutcomeError:
-    return UnknownOutcomeError(
-        f"Plato may have made an artifact, but {why}",
-        hint="The sandbox runs on; take another snapshot if you need one.",
-    )
+@contextlib.contextmanager
+def sent_once(made: str, hint: str) -> Iterator[None]:
+    """For a request that creates something, and so is not repeated: UnknownOutcomeError when nobody knows
+    whether it did."""
+    try:
+        yield
+    except ApiError as error:
+        if not error.outcome_unknown:
+            raise
+        message = f"Plato may have made {made}, but its answer was lost: {error.message}"
+        raise UnknownOutcomeError(message, hint=hint) from None
 
 
 UNKNOWN_VM = "If a VM was created, it gets no heartbeat and is shut down after about two minutes."
@@ -8058,26 +8046,23 @@ class Starter:
         self.settings = sandbox.settings
         self.reporter = sandbox.reporter
         self.provider: str | None = None
-        self.key: Aside | None = None  # being made while the VM boots
-        self.unknown = False  # whether nobody knows if there is a VM
 
     def run(self, environment: Json, record: Json, lifetime: int, *, replace: bool) -> None:
-        cached = Aside(cache_bytecode)
         with locked(self.sandbox.directory), SignalGuard(self.reporter) as guard:
             make_home(self.settings.home)
             ssh_config_text(self.settings, SshFiles(self.settings.home, "x"), "x", "x")  # refuses odd paths
             self._end_what_is_here(replace)
+            cache_bytecode()
             try:
                 answer = self._create(environment, record, lifetime, guard)
                 self._record_vm(answer)
-                cached.result()
                 guard.release()
                 self._bring_up()
             except BaseException as error:
                 guard.held = False
                 if self.sandbox.state.get("session_id"):
                     self._undo(error)
-                elif not self.unknown:
+                elif isinstance(error, SandboxError) and not isinstance(error, UnknownOutcomeError):
                     remove_state(self.sandbox.directory)
                 raise
 
@@ -8118,31 +8103,18 @@ class Starter:
         record.update(created_at=utc_text(now), expires_at=utc_text(now + lifetime))
         if base_url != DEFAULT_BASE_URL:
             record["base_url"] = base_url
+        guard.held = True
         self.sandbox.save(**record)
-        guard.held = self.unknown = True
         self.reporter.step("Creating the VM", MAKE_SECONDS)
+        alias = f"sandbox-{uuid.uuid4().hex[:8]}"
         try:
-            alias = f"sandbox-{uuid.uuid4().hex[:8]}"
-            answer = self.api.make_session({**environment, "alias": alias}, lifetime)
-            if not as_text(answer.get("session_id")):
-                raise ApiError("Plato's answer to the request that creates a VM names no session.")
+            with sent_once("a VM", "Such a VM gets no heartbeat and is shut down after about two minutes."):
+                answer = self.api.make_session({**environment, "alias": alias}, lifetime)
+                if not as_text(answer.get("session_id")):
+                    raise ApiError("it names no session.")
         except Interrupted as error:
             error.message = f"Interrupted before Plato answered. {UNKNOWN_VM}"
-            error.hint = unfinished_start(self.sandbox.state).hint
             raise
-        except SandboxError as error:
-            self.unknown = isinstance(error, ApiError) and error.outcome_unknown
-            if not isinstance(error, ApiError) or not self.unknown:
-                raise
-            # Half an answer may still name the session: then it can be closed, and nothing runs unknown.
-            found = re.search(r'"session_id"\s*:\s*"([^"\\]{1,200})"', error.text)
-            if found is None:
-                raise lost_answer(error) from None
-            self.sandbox.save(session_id=found[1])
-            raise ApiError(
-                f"Plato's answer to the request that creates a VM was cut short: {error.message}",
-                hint="Run the command once more.",
-            ) from None
         return answer
 
     def _record_vm(self, answer: Json) -> None:
@@ -8170,6 +8142,7 @@ class Starter:
         sandbox = self.sandbox
         sandbox.spawn_heartbeat()
         files = SshFiles(self.settings.home, sandbox.state["session_id"])
+        public_key = ""
         missing = [name for name in ("ssh", "ssh-keygen") if find_program(name) is None]
         if missing:
             self.reporter.warn(
@@ -8177,9 +8150,8 @@ class Starter:
                 " Install the OpenSSH client and start again to have it."
             )
         else:
-            self.key = Aside(lambda: make_key(files, self.reporter))
+            public_key = make_key(files, self.reporter)
         self._wait_for_ready()
-        address = Aside(self._public_url)
         connected = self._may_fail(
             sandbox.connect_network,
             ("Connecting the VM to the network", CONNECT_SECONDS),
@@ -8189,16 +8161,15 @@ class Starter:
             step = "Resetting the environment", RESET_SECONDS
             self._may_fail(self._reset, step, "The VM is as it booted.")
         self.reporter.step("Setting up SSH", SETUP_SECONDS)
-        ready = self.key is not None and self._set_up_ssh(files, self.key.result(), connected)
-        public_url = address.result()
-        url = with_router_target(public_url, sandbox.state.get("service"))
-        sandbox.save(public_url=public_url, url=url)
+        ready = public_key and self._set_up_ssh(files, public_key, connected)
+        step = "Asking for the public URL", SETUP_SECONDS
+        self._may_fail(lambda: sandbox.save(**sandbox.find_address()), step, "`flow` asks for it again.")
         if ready and connected:
             step = "Waiting for SSH to answer", SSH_FIRST_SECONDS
             self._may_fail(self._wait_for_ssh, step, "Until it does, `sync` goes through the API.")
         sandbox.save(starting=None)
 
-    def _may_fail(self, act: Callable[[], None], step: tuple[str, float], consequence: str) -> bool:
+    def _may_fail(self, act: Callable[[], Any], step: tuple[str, float], consequence: str) -> bool:
         """Do what a VM can live without; a failure is a warning, unless the VM itself is gone."""
         self.reporter.step(*step)
         try:
@@ -8260,16 +8231,6 @@ class Starter:
         self.provider = as_text(job.get("provider")) or self.provider
         return "" if answer.get("ready") is True else word
 
-    def _public_url(self) -> str | None:
-        api, state = self.api.another(), self.sandbox.state
-        try:
-            return as_text(job_of(api.public_url(state["session_id"]), state["job_id"]).get("url"))
-        except SandboxError as error:
-            self.reporter.warn(f"The public URL is unknown: {error.message}")
-            return None
-        finally:
-            api.transport.close()
-
     def _set_up_ssh(self, files: SshFiles, public_key: str, connected: bool) -> bool:
         """Install the key on the VM, write the config and record it; whether that is done."""
         state = self.sandbox.state
@@ -8301,8 +8262,6 @@ class Starter:
         what = "The VM" if "job_id" in sandbox.state else "Its session"
         known = isinstance(error, (SandboxError, Interrupted))
         try:
-            if self.key is not None:
-                self.key.wait()  # so that no file of it comes after those here are removed
             sandbox.end(sandbox.state["session_id"])
         except (SandboxError, Interrupted) as trouble:
             why = trouble.message if isinstance(trouble, SandboxError) else "interrupted again"
@@ -8320,13 +8279,6 @@ def live_sandbox_error(state: Json) -> ConflictError:
     return ConflictError(
         f"There is a live sandbox here already (session {printable(str(state.get('session_id')))}).",
         hint=f"`{PROGRAM} stop` ends it; `start --replace` ends it and starts a new one.",
-    )
-
-
-def lost_answer(error: ApiError) -> UnknownOutcomeError:
-    return UnknownOutcomeError(
-        f"Plato may have created a VM, but its answer was lost: {error.message}",
-        hint="Such a VM gets no heartbeat and is shut down after about two minutes; then `start` again.",
     )
 
 
@@ -8480,42 +8432,38 @@ class Output(Reporter):
             if not self._step or not (self._live or now - self._last_line >= PROGRESS_LINE_SECONDS):
                 return
             self._last_line = now
-            spent = now - self._began
-            limit = f" of at most {duration_text(self._limit)}" if self._limit else ""
-            clock, limit = (f": {duration_text(int(spent))}", limit) if spent >= 1 else (" ...", "")
-            detail = f" ({self._detail})" if self._detail else ""
+            spent, clock, limit = now - self._began, " ...", ""
+            if spent >= 1:
+                clock = f": {duration_text(int(spent))}"
+                limit = f" of at most {duration_text(self._limit)}" if self._limit else ""
+            words = f"{self._step} ({self._detail})" if self._detail else self._step
             if self._live:
-                room = terminal_columns(self.stderr) - 1
-                self._write("\r\033[K" + fitting(self._step, detail, clock, limit, room))
+                columns = terminal_columns(self.stderr) - 1
+                self._write("\r\033[K" + fitting(words, clock, limit, columns))
             else:
-                self._write(f"{self._step}{detail}{clock}{limit}\n")
+                self._write(f"{words}{clock}{limit}\n")
 
     def _erase(self) -> None:
         if self._live:
             self._write("\r\033[K")
 
 
-def fitting(step: str, detail: str, clock: str, limit: str, columns: int) -> str:
-    """A progress line of at most so many columns: what it may do without gives way first, the clock never."""
-    room = columns - len(step + clock + limit)
-    if len(detail) > room:
-        detail = detail[: room - 4] + "...)" if room > 12 else ""
-    if room < 0:
-        limit = ""
-    return (step + detail)[: max(0, columns - len(clock + limit))] + clock + limit
+def fitting(words: str, clock: str, limit: str, columns: int) -> str:
+    """A progress line of at most so many columns: first the limit gives way, then the words, never the clock."""
+    if len(words + clock + limit) <= columns:
+        return words + clock + limit
+    room = max(0, columns - len(clock))
+    return (words if len(words) <= room else words[: room - 4] + " ...") + clock
 
 
 def duration_text(seconds: float) -> str:
-    """A span of time for people: 0.4 s, 12 s, 5 min, 3 min 5 s, 2 h 10 min."""
+    """A span of time for people, in its two largest units: 0.4 s, 12 s, 5 min, 3 min 5 s, 2 h 10 min."""
     if seconds < 10 and seconds % 1:
         return f"{max(0.0, seconds):.1f} s"
-    whole = max(0, int(seconds))
-    if whole < 120:
-        return f"{whole} s"
-    large, small, names = (*divmod(whole, 60), ("min", "s"))
-    if whole >= 7200:
-        large, small, names = (*divmod(whole // 60, 60), ("h", "min"))
-    return f"{large} {names[0]} {small} {names[1]}" if small else f"{large} {names[0]}"
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{count} {unit}" for count, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if count]
+    return " ".join(parts[:2]) or "0 s"
 
 
 def forget_stream(stream: TextIO) -> None:
@@ -8558,20 +8506,32 @@ def sandbox_lines(report: Json) -> Iterator[Line]:
     status = report.get("vm_status")
     unsure = status in ("unreachable", "unknown", "created", "queued")
     style = "good" if report.get("vm_running") else "warn" if unsure else "bad"
-    yield "Session ID", report.get("session_id")
-    yield "Job ID", report.get("job_id")
-    yield "Mode", report.get("mode")
-    yield "VM Status", status, style
-    yield "Reason", report.get("vm_status_reason"), style
-    yield "Simulator", report.get("simulator")
-    yield "Artifact ID", report.get("artifact_id")
-    yield "Service", report.get("service")
-    yield "Dataset", report.get("dataset")
-    yield "Public URL", report.get("url") or report.get("public_url")
-    yield "Created", report.get("created_at")
-    yield "Ends at", report.get("expires_at")
-    yield "SSH", ssh_command(report, shown=True)
-    yield "Slot", shown_path(report.get("slot_path", ""))
+    shown = {
+        **report,
+        "ssh": ssh_command(report, shown=True),
+        "slot": shown_path(report.get("slot_path", "")),
+    }
+    shown["public_url"] = report.get("url") or report.get("public_url")
+    for label, key in _SANDBOX_FIELDS.items():
+        yield label, shown.get(key), style if key.startswith("vm_") else ""
+
+
+_SANDBOX_FIELDS = {
+    "Session ID": "session_id",
+    "Job ID": "job_id",
+    "Mode": "mode",
+    "VM Status": "vm_status",
+    "Reason": "vm_status_reason",
+    "Simulator": "simulator",
+    "Artifact ID": "artifact_id",
+    "Service": "service",
+    "Dataset": "dataset",
+    "Public URL": "public_url",
+    "Created": "created_at",
+    "Ends at": "expires_at",
+    "SSH": "ssh",
+    "Slot": "slot",
+}
 
 
 def status_lines(report: Json) -> Iterator[Line]:
@@ -8758,10 +8718,8 @@ def failure_lines(failure: Json) -> Iterator[Line]:
     yield "Expected", failure["expected"]
     yield "Seen", failure["seen"], "bad"
     yield "Address", failure["url"], "", f" (HTTP {failure['http_status']})" if failure["http_status"] else ""
-    lines = (failure["text"] or "").split("\n")
-    yield "Page says", lines[0]
-    yield from (("", line) for line in lines[1:8])
-    yield "", "..." if lines[8:] else None
+    for number, line in enumerate((failure["text"] or "").split("\n")[:8]):
+        yield "" if number else "Page says", line
     yield from (("Also", trouble) for trouble in failure["troubles"][:5])
     yield "Picture", failure["picture"] and shown_path(from_here(failure["picture"]))
 

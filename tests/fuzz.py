@@ -263,7 +263,7 @@ def fuzz_answers(data: bytes) -> None:
         lambda: sandbox._wait_for_artifact("a", 0.0),
         lambda: sandbox._wait_for_worker(0.0),
         lambda: starter._boot_trouble(1),
-        lambda: product.with_router_target(starter._public_url(), "x"),
+        sandbox.find_address,
         lambda: sandbox.connect_network(),
         lambda: product.beat_trouble(sandbox.api.checked(dict), JOB),
         lambda: product.execute_outcome(sandbox.api.checked(dict), JOB, 1.0),
