@@ -3118,36 +3118,36 @@ def update_slot(state: Json, **changes: Any) -> None:
     import json
 
     path = state["slot_path"]
-    try:
+    with changing(path):
         slot = json.loads(text_of_others(path))
         if slot.get("session_id") == state["session_id"]:
             write_whole(path, json.dumps({**slot, **changes}, indent=2))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{shown_path(path)} cannot be written: {reason(error)}.") from None
 
 
 def save_state(directory: str, state: Json) -> None:
     """Write .sandbox.yaml so that a crash leaves the old file or the new one, readable by the owner only."""
     kept = {key: value for key, value in state.items() if value is not None}
-    text = STATE_FIRST_LINE + yaml_dump(kept) + STATE_LAST_LINE
-    try:
-        write_whole(state_path(directory), text)
-    except OSError as error:
-        raise StateError(
-            f"{shown_path(state_path(directory))} cannot be written: {reason(error)}.",
-            hint="The directory must be writable: the only record of the VM is kept there.",
-        ) from None
+    with changing(state_path(directory)):
+        write_whole(state_path(directory), STATE_FIRST_LINE + yaml_dump(kept) + STATE_LAST_LINE)
 
 
 def remove_state(directory: str) -> None:
     """Remove .sandbox.yaml; no error when it is not there."""
-    try:
+    with changing(state_path(directory)), contextlib.suppress(FileNotFoundError):
         os.unlink(state_path(directory))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StateError(f"{shown_path(state_path(directory))} cannot be removed: {reason(error)}.") from None
-    _sync_directory(directory)
+        _sync_directory(directory)
+
+
+@contextlib.contextmanager
+def changing(path: str) -> Iterator[None]:
+    """StateError when a record cannot be written or removed."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{shown_path(path)} cannot be changed: {reason(error)}.",
+            hint="The directory must be writable: the only record of the VM is kept there.",
+        ) from None
 
 
 def write_whole(path: str, text: str, mode: int = 0o600) -> None:
@@ -7969,16 +7969,15 @@ def _account_of_variables(variables: list[Any]) -> Json:
     """A user with a password, or a token, by the usual names of variables."""
     pairs = [as_dict(entry) for entry in variables]
     values = {str(pair.get("name")).strip().lower(): pair.get("value") for pair in pairs}
-    found = {}
-    for word, names in (
-        ("user", ("username", "user", "email", "login")),
-        ("password", ("password", "pass")),
-        ("token", ("token", "api_key", "api_token", "secret")),
-    ):
-        found[word] = next((str(values[name]) for name in names if values.get(name) is not None), "")
-    if found["user"]:
-        del found["token"]
-    return found if found["user"] or found.get("token") else {}
+
+    def first(*names: str) -> str:
+        return next((str(values[name]) for name in names if values.get(name) is not None), "")
+
+    user = first("username", "user", "email", "login")
+    if user:
+        return {"user": user, "password": first("password", "pass")}
+    token = first("token", "api_key", "api_token", "secret")
+    return {"token": token} if token else {}
 
 
 def _logins(account: Any) -> list[Json]:

@@ -128,6 +128,18 @@ def test_where_everything_needs_the_network(
     assert started.document["ssh_command"] is None
 
 
+def test_a_vm_that_is_gone_when_its_key_comes_and_no_network_was_connected(
+    desk: Desk, plato: LocalPlato
+) -> None:
+    """What the missing network excuses is that the key is refused, not that there is no VM any more."""
+    plato.fault("status", path="*/connect_network", status=500, times=-1)
+    plato.fault("status", path="*/add_ssh_key", status=404, times=-1)
+    result = desk.run("start", "-c", "--json")
+    assert (result.code, result.error["code"]) == (3, "no_sandbox")
+    assert "closed again" in result.error["message"]
+    nothing_left(desk, plato)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_network_is_connected(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk], number: signal.Signals
