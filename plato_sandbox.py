@@ -7765,7 +7765,7 @@ class Sandbox:
         return mutations_in(self.read_state())
 
     def find_address(self) -> Json:
-        """public_url and url of the sandbox's page, from the record or, where `start` found none, from Plato."""
+        """public_url and url of the sandbox's page, recorded or, where `start` found none, from Plato."""
         state = self.state
         public_url = state.get("public_url")
         if not public_url:
@@ -8448,7 +8448,7 @@ class Output(Reporter):
 
 
 def fitting(words: str, clock: str, limit: str, columns: int) -> str:
-    """A progress line of at most so many columns: first the limit gives way, then the words, never the clock."""
+    """A progress line in so many columns: first the limit gives way, then the words, never the clock."""
     if len(words + clock + limit) <= columns:
         return words + clock + limit
     room = max(0, columns - len(clock))
