@@ -3065,11 +3065,10 @@ def load_slot(directory: str) -> Json | None:
     place = os.path.join(directory, ".plato")
     found = glob.escape(place)
     paths = sorted(glob.glob(f"{found}/sandboxes/*.json")) or glob.glob(f"{found}/state.json")
-    pinned = os.environ.get("PLATO_SANDBOX")
-    try:
+    pinned = os.environ.get("PLATO_SANDBOX", "")
+    name = pinned
+    with contextlib.suppress(OSError):
         name = pinned or text_of_others(os.path.join(place, "current")).strip()
-    except OSError:
-        name = ""
     slots = {os.path.basename(path)[: -len(".json")]: read_slot(path, directory) for path in paths}
     live = {slot: state for slot, state in slots.items() if state}
     if name in live or pinned:
@@ -3089,13 +3088,11 @@ def read_slot(path: str, directory: str) -> Json | None:
     text = ""
     try:
         text = text_of_others(path)
-        slot = json.loads(text)
+        slot = as_dict(json.loads(text))
     except (OSError, ValueError, RecursionError) as error:
         raise damaged_state(path, reason(error), text) from None
-    if not isinstance(slot, dict) or not slot.get("session_id") or not slot.get("job_id"):
+    if slot.get("stopped_at") or not slot.get("session_id") or not slot.get("job_id"):
         return None  # a `start` of theirs has no more than its name yet
-    if slot.get("stopped_at"):
-        return None
     state: Json = {name: slot.get(theirs) or "" for name, theirs in _SLOT_TEXTS.items()}
     for name, value in state.items():
         if not isinstance(value, str) or not value.isprintable():
