@@ -7231,17 +7231,15 @@ class Sandbox:
     def _tell_of_copy(self, state: Json) -> None:
         """Warn when the directory is a copy of another one that still has the same sandbox."""
         theirs = state.get("directory")
-        try:
+        with contextlib.suppress(OSError, SandboxError):
             if not theirs or os.path.samefile(theirs, self.directory):
                 return
-            other = load_state(theirs)
-        except (OSError, SandboxError):
-            return
-        if other and other.get("session_id") == state.get("session_id"):
-            self.reporter.warn(
-                f"{shown_path(self.directory)} is a copy of {shown_path(theirs)}: both have the same sandbox,"
-                " and `stop` ends it for both."
-            )
+            other = load_state(theirs) or {}
+            if other.get("session_id") == state.get("session_id"):
+                self.reporter.warn(
+                    f"{shown_path(self.directory)} is a copy of {shown_path(theirs)}: both have the same"
+                    " sandbox, and `stop` ends it for both."
+                )
 
     def _check_base_url(self, state: Json) -> None:
         theirs = state.get("base_url") or DEFAULT_BASE_URL
@@ -7780,28 +7778,28 @@ class Sandbox:
 
         session_id: stop this session, from any directory. Returns stopped, session_id and already_gone.
         """
-        if session_id is not None and not session_id.strip():
+        target = session_id and session_id.strip()
+        if target == "":
             raise UsageError("--session-id is empty, so nothing was stopped.")
         self.settings.require_key()
+        already_gone = True
         try:
             with locked(self.directory):
                 remove_temporaries(state_path(self.directory))
-                if session_id is None:
-                    self.load()
+                if target:
+                    self._load_if_about(target)
                 else:
-                    self._load_if_about(session_id.strip())
-                target = (session_id or self.state.get("session_id") or "").strip()
+                    target = self.load().get("session_id")
                 if target:
                     self.reporter.step("Stopping the VM")
                     already_gone = self.end(target)
                 else:  # a start that died before Plato answered
-                    already_gone = True
                     remove_state(self.directory)
                     words = unfinished_start(self.state).message
                     self.reporter.warn(f"{words} Its record was removed.")
         finally:
             self.api.transport.close()
-        return {"stopped": True, "session_id": target or None, "already_gone": already_gone}
+        return {"stopped": True, "session_id": target, "already_gone": already_gone}
 
     def _load_if_about(self, session_id: str) -> None:
         """Take up this directory's state if it is of that session; another or a damaged one is left alone."""
@@ -7980,13 +7978,11 @@ def _account_of_variables(variables: list[Any]) -> Json:
 def _logins(account: Any) -> list[Json]:
     """The login of one role, from a list of {type, text} or the older {kind, user, password | secret}."""
     if isinstance(account, dict):
-        kind, user, email = account.get("kind") or "password", account.get("user"), account.get("email")
-        pairs = (
-            ("email" if email or "@" in str(user) else "username", email or user),
-            ("password", account.get("password") if kind == "password" else None),
-            ("bearer", account.get("token") or (account.get("secret") if kind == "token" else None)),
-        )
-        account = [{"type": word, "text": text} for word, text in pairs if text and kind != "none"]
+        kind, user = account.get("kind") or "password", account.get("email") or account.get("user")
+        word = "email" if account.get("email") or "@" in str(user) else "username"
+        texts = {word: user, "password": kind == "password" and account.get("password")}
+        texts["bearer"] = account.get("token") or (kind == "token" and account.get("secret"))
+        account = [{"type": word, "text": text} for word, text in texts.items() if text and kind != "none"]
     for entry in account if isinstance(account, list) else [None]:
         known = as_dict(entry).get("type") in ("email", "username", "password", "bearer")
         if not known or not as_text(as_dict(entry).get("text")):
@@ -8148,26 +8144,24 @@ class Starter:
         else:
             public_key = make_key(files, self.reporter)
         self._wait_for_ready()
+        self.reporter.step("Connecting the VM to the network", CONNECT_SECONDS)
         connected = self._may_fail(
             sandbox.connect_network,
-            ("Connecting the VM to the network", CONNECT_SECONDS),
             "SSH and tunnels to the VM do not work; `sync` goes through the API.",
         )
         if self.reset:
-            step = "Resetting the environment", RESET_SECONDS
-            self._may_fail(self._reset, step, "The VM is as it booted.")
+            self.reporter.step("Resetting the environment", RESET_SECONDS)
+            self._may_fail(self._reset, "The VM is as it booted.")
         self.reporter.step("Setting up SSH", SETUP_SECONDS)
         ready = public_key and self._set_up_ssh(files, public_key, connected)
-        step = "Asking for the public URL", SETUP_SECONDS
-        self._may_fail(lambda: sandbox.save(**sandbox.find_address()), step, "`flow` asks for it again.")
+        self._may_fail(lambda: sandbox.save(**sandbox.find_address()), "`flow` asks for it again.")
         if ready and connected:
-            step = "Waiting for SSH to answer", SSH_FIRST_SECONDS
-            self._may_fail(self._wait_for_ssh, step, "Until it does, `sync` goes through the API.")
+            self.reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
+            self._may_fail(self._wait_for_ssh, "Until it does, `sync` goes through the API.")
         sandbox.save(starting=None)
 
-    def _may_fail(self, act: Callable[[], Any], step: tuple[str, float], consequence: str) -> bool:
+    def _may_fail(self, act: Callable[[], Any], consequence: str) -> bool:
         """Do what a VM can live without; a failure is a warning, unless the VM itself is gone."""
-        self.reporter.step(*step)
         try:
             act()
         except SandboxError as error:
@@ -8448,8 +8442,7 @@ def fitting(words: str, clock: str, limit: str, columns: int) -> str:
     """A progress line in so many columns: first the limit gives way, then the words, never the clock."""
     if len(words + clock + limit) <= columns:
         return words + clock + limit
-    room = max(0, columns - len(clock))
-    return (words if len(words) <= room else words[: room - 4] + " ...") + clock
+    return words[: max(0, columns - len(clock))] + clock
 
 
 def duration_text(seconds: float) -> str:

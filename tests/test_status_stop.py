@@ -643,17 +643,6 @@ def test_the_heartbeat_of_another_client_is_ended(started: Desk, plato: LocalPla
     assert started.leftovers() == []
 
 
-def test_ssh_files_of_another_client_are_removed(started: Desk) -> None:
-    end_heartbeat_of(started)
-    files = [started.plato_home / name for name in ("ssh_77.conf", "ssh_77_key", "ssh_77_key.pub")]
-    for path in files:
-        path.write_text("theirs")
-    change_state(started, ssh_config_path=str(files[0]), ssh_private_key_path=str(files[1]))
-    started.good("stop")
-    assert [path for path in files if path.exists()] == []
-    assert started.leftovers() == []
-
-
 def test_files_that_the_record_names_elsewhere_are_kept(started: Desk) -> None:
     secrets = started.home / ".ssh"
     secrets.mkdir()
