@@ -4382,7 +4382,7 @@ class Syncer:
         """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
         something. Returns the sums of all reports; Interrupted when there is none yet.
 
-        A lost connection is tried again, and so is all that goes wrong after the first sync.
+        What goes wrong after the first sync is tried again, unless it cannot pass.
         """
         import signal
 
@@ -4402,8 +4402,7 @@ class Syncer:
                     self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
                     self._wait_for_change(seen)
                 except SandboxError as error:
-                    may_pass = report or isinstance(error, (NetworkError, TimedOutError))
-                    if not may_pass or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
+                    if not report or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
                         raise
                     if error.message != trouble:
                         trouble = error.message
@@ -4477,7 +4476,7 @@ def plan_services(config: Config) -> list[Json]:
     """The services of a config's dataset, in its order; ConfigError when they cannot be started.
 
     file: the Compose file; required: the containers that must be healthy, by container or Compose service
-    name, empty for all; seconds: how long they may take.
+    name, or "all"; seconds: how long they may take.
     """
     wanted = config.content.get("services") or {}
     root = os.path.dirname(config.path)
@@ -4486,7 +4485,7 @@ def plan_services(config: Config) -> list[Json]:
         file = os.path.normpath(part.get("file") or COMPOSE_FILE)
         if file.startswith(("/", "..")) or not os.path.isfile(os.path.join(root, file)):
             problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
-        required = [text for text in part.get("required_healthy_containers") or [] if text != "all"]
+        required = part.get("required_healthy_containers") or ["all"]
         seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
         planned.append({"name": str(name), "file": file, "required": required, "seconds": seconds})
     if not wanted:
@@ -4707,7 +4706,7 @@ while read -r name service state health started ended; do
   known="$known $name $service "; states="$states, $service $word"
   listed="$listed$name $service $state ${health#-}
 "
-  required=no; case " ${*:-$name} " in *" $name "* | *" $service "*) required=yes ;; esac
+  required=no; case " $* " in *" all "* | *" $name "* | *" $service "*) required=yes ;; esac
   case $word in
     healthy | 'exited (0)') continue ;;
     running) ! expr "$started" '<=' "$moment" >/dev/null || continue ;;
@@ -4726,7 +4725,7 @@ case $code in
     tell wait "$states" ;;
   *) tell failed "\`docker compose up\` failed: $(said 5)" "$dead" ;;
 esac
-for one; do case $known in *" $one "*) ;; *) unknown="$unknown, $one" ;; esac; done
+for one; do case " all $known " in *" $one "*) ;; *) unknown="$unknown, $one" ;; esac; done
 [ -z "$unknown" ] || tell failed "\`required_healthy_containers\` names ${unknown#, }; $file has none such.\
  Its services are: $(sort "$run.services" | joined ,)."
 [ -z "$failed" ] || tell failed "${failed#, }." "$blamed"
@@ -4936,10 +4935,9 @@ def mutations_of(content: Json) -> list[Mutation]:
 def worker_trouble(job: Json) -> str:
     """Why the worker of a job cannot tell its state, in its own words; "" when it can."""
     content = job.get("state")
-    fields = as_dict(content)
-    said = fields.get("error") or fields.get("errors")
-    if not said and (fields is not content or job.get("success") is False):
-        said = job.get("error") or (not fields and content) or "it gave no state"
+    said = as_dict(content).get("error") or as_dict(content).get("errors") or job.get("error")
+    if not said and (job.get("success") is False or not isinstance(content, dict)):
+        said = as_text(content) or "it gave no state"
     return printable(value_text(said or "")).rstrip(".")
 
 
@@ -4956,27 +4954,25 @@ def summarize(mutations: Sequence[Mutation]) -> Json:
 
 def counts_text(counts: Json) -> str:
     """`1 inserted, 2 updated`, of a table in a summary."""
-    kinds = [name for name in counts if name != "table" and counts[name]]
-    return ", ".join(f"{counts[name]} {name}" for name in kinds)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count and kind != "table")
 
 
 def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
     """The `audit_ignore_tables` entries that would ignore them: columns where only those changed."""
-    tables: dict[str, set[str] | None] = {}
+    whole = ""  # in place of columns
+    tables: dict[str, set[str]] = {}
     for mutation in mutations:
-        columns = set(mutation.columns)
-        known = tables.get(mutation.table, set())
-        tables[mutation.table] = known | columns if columns and known is not None else None
+        tables.setdefault(mutation.table, set()).update(mutation.columns or [whole])
     return [
-        name if columns is None else {"table": name, "columns": sorted(columns)}
+        name if whole in columns else {"table": name, "columns": sorted(columns)}
         for name, columns in sorted(tables.items())
     ]
 
 
 def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
-    summary = summarize(mutations)
-    tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in summary["tables"])
+    counted_tables = summarize(mutations)["tables"]
+    tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in counted_tables)
     error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {tables}.")
     error.hint = "If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n" + rules_text(
         ignore_rules(mutations)
@@ -4998,18 +4994,21 @@ class AuditTable:
     """
 
     def __init__(self, name: str, listener: Json) -> None:
+        usual_port, usual_user = (3306, "root") if listener["db_type"] == "mysql" else (5432, "postgres")
         self.name = name
-        self.kind = str(listener.get("db_type"))
-        port, user = (3306, "root") if self.kind == "mysql" else (5432, "postgres")
-        given: Json = {"db_host": "127.0.0.1", "db_port": port, "db_user": user, "db_password": ""}
-        given.update((key, value) for key, value in listener.items() if value)
-        self.login = {key: given.get("db_" + key) for key in ("host", "port", "user", "password", "database")}
-        self.login["port"] = whole_number(given["db_port"])
-        self.database = str(given.get("db_database"))
-        schema: str = given.get("db_schema") or given.get("schema_name", "public")
+        self.kind: str = listener["db_type"]
+        self.database: str = listener["db_database"]
+        self.login: Json = {
+            "host": listener.get("db_host") or "127.0.0.1",
+            "port": whole_number(listener.get("db_port")) or usual_port,
+            "user": listener.get("db_user") or usual_user,
+            "password": listener.get("db_password") or "",
+            "database": self.database,
+        }
+        schema: str = listener.get("db_schema") or listener.get("schema_name") or "public"
         self.schema = {"mysql": self.database, "sqlite": "main"}.get(self.kind, schema)
-        self.table = given.get("audit_table_name", "audit_log")
-        self.rules = as_list(given.get(RULES_KEY))
+        self.table = listener.get("audit_table_name") or "audit_log"
+        self.rules = as_list(listener.get(RULES_KEY))
 
 
 # ----------------------------------------------------------------------------------------------------------
