@@ -3723,6 +3723,7 @@ NEVER_SENT = re.compile(rb"\.git|\.sandbox\.yaml.*|\.plato|\.plato-sync(?:\.new)
 PRIVATE_KEY = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----")
 REFUSED_TARGETS = (
     "/ /home /home/plato /root /bin /boot /dev /etc /lib /lib64 /proc /run /sbin /sys /tmp /usr /var"
+    " " + SYNC_ROOT
 )
 
 
@@ -3794,14 +3795,14 @@ class IgnoreFile:
     def __init__(self, text: bytes) -> None:
         self.odd_patterns: list[bytes] = []
         alternatives: list[bytes] = []
-        for line in text[3 if text.startswith(b"\xef\xbb\xbf") else 0 :].split(b"\n"):
+        for line in text.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
             pattern = re.sub(rb"(?<!\\)((?:\\\\)*) +$", rb"\1", re.sub(rb"\r$|\0.*", b"", line))
             if pattern.startswith(b"#"):
                 continue
             negated = pattern.startswith(b"!")
             name = b"%s%d" % (b"kept" if negated else b"ignored", len(alternatives))
             try:
-                alternatives += _alternatives(pattern[1:] if negated else pattern, name)
+                alternatives += _alternatives(pattern[negated:], name)
             except re.error:
                 self.odd_patterns.append(pattern)
         self._match = re.compile(b"|".join(reversed(alternatives)) or b"(?!)", re.DOTALL).fullmatch
@@ -3814,11 +3815,11 @@ class IgnoreFile:
 
 def _alternatives(pattern: bytes, name: bytes) -> list[bytes]:
     """What matches `/` of a directory, the name, NUL, and the path; re.error for what is no pattern."""
-    directories = b"" if pattern.endswith(b"/") else b"?"
-    wanted = pattern if directories else pattern[:-1]
+    wanted = pattern.removesuffix(b"/")
     if not wanted:
         return []
-    expression = ignore_expression(wanted[1:] if wanted.startswith(b"/") else wanted, name + b"_")
+    directories = b"?" * (wanted == pattern)
+    expression = ignore_expression(wanted.removeprefix(b"/"), name + b"_")
     re.compile(expression)
     form = rb"(?P<%s>/%s[^\0]*\0%s)" if b"/" in wanted else rb"(?P<%s>/%s%s\0.*)"
     return [form % (name, directories, expression)]
@@ -3839,45 +3840,43 @@ class LocalTree:
         self.stamps: dict[bytes, bytes] = {}
         self.skipped: dict[bytes, str] = {}
         self.odd_patterns: list[bytes] = []
-        self._also = also
         self._names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
-        # The ignore files of each directory that has some, the most important one first, with their names.
-        self._rules = {b"": [(b"", IgnoreFile(b"\n".join(EXCLUDED_PATTERNS)))]}
+        # The ignore files of each directory that has some, the most important one first.
+        self._rules = {b"": [IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))]}
         waiting = [b""]
         while waiting:
             waiting += self._scan(waiting.pop())
+        if gitignore and also:
+            for path, stamp in LocalTree(root).stamps.items():
+                if any(name in lineage(path) or path in lineage(name) for name in also):
+                    self.stamps[path] = stamp
 
     def _scan(self, directory: bytes) -> list[bytes]:
         """Take up what a directory holds; the directories in it to go into."""
         below = []
         prefix = directory + b"/" if directory else b""
-        try:
-            with os.scandir(self.location(directory)) as listing:
-                entries = {entry.name: entry for entry in listing}
+        with reading(self.location(directory)):
+            entries = {entry.name: entry for entry in os.scandir(self.location(directory))}
             for name in self._names:
                 if name in entries and entries[name].is_file():
                     with open(entries[name].path, "rb") as file:
                         rules = IgnoreFile(file.read())
-                    self._rules.setdefault(directory, []).insert(0, (name, rules))
+                    self._rules.setdefault(directory, []).insert(0, rules)
                     self.odd_patterns += [prefix + name + b": " + odd for odd in rules.odd_patterns]
             for name, entry in entries.items():
+                path = prefix + name
                 is_directory = entry.is_dir(follow_symlinks=False)
-                if not self.ignores(prefix + name, is_directory):
-                    self._take(prefix + name, local_stamp(entry.path))
-                    below += [prefix + name] * is_directory
-        except FileNotFoundError:
-            pass  # gone meanwhile
-        except OSError as error:
-            raise _unreadable(self.location(directory), error) from None
+                if self.ignores(path, is_directory):
+                    continue
+                stamp = local_stamp(entry.path)
+                if stamp == b"?":
+                    self.skipped[path] = "not a file, a directory or a symbolic link"
+                elif stamp[:1] == b"l" and link_leaves(path, stamp[2:]):
+                    self.skipped[path] = "a symbolic link that leads out of the tree"
+                elif stamp:
+                    self.stamps[path] = stamp
+                    below += [path] * is_directory
         return below
-
-    def _take(self, path: bytes, stamp: bytes) -> None:
-        if stamp == b"?":
-            self.skipped[path] = "not a file, a directory or a symbolic link"
-        elif stamp[:1] == b"l" and link_leaves(path, stamp[2:]):
-            self.skipped[path] = "a symbolic link that leads out of the tree"
-        elif stamp:
-            self.stamps[path] = stamp
 
     def location(self, path: bytes) -> bytes:
         return os.path.join(self.root, path)
@@ -3888,17 +3887,11 @@ class LocalTree:
         if NEVER_SENT.fullmatch(name):
             return True
         for above in (*lineage(directory), b""):
-            for file, rules in self._rules.get(above, ()):
+            for rules in self._rules.get(above, ()):
                 verdict = rules.verdict(path[len(above) :].lstrip(b"/"), is_directory)
-                if verdict and file == b".gitignore" and self._is_named(path):
-                    self._rules.setdefault(path, [(file, IgnoreFile(b"*"))])  # but for what is named in it
-                elif verdict is not None:
+                if verdict is not None:
                     return verdict
         return False
-
-    def _is_named(self, path: bytes) -> bool:
-        """Whether a path is one of `also`, below one, or above one."""
-        return any(name in lineage(path) or path in lineage(name) for name in self._also)
 
     def keeps_away(self, path: bytes, is_directory: bool) -> bool:
         """Whether what is not in this tree is none of its business on the VM."""
@@ -3906,20 +3899,29 @@ class LocalTree:
             one in self.skipped or self.ignores(one, one != path or is_directory) for one in lineage(path)
         )
 
-    def check_before_sending(self, paths: Iterable[bytes]) -> None:
-        """Leave out what turns out to be a private key. SandboxError for what cannot be read."""
-        for path in [path for path in paths if self.stamps[path][:1] == b"f"]:
-            try:
-                with open(self.location(path), "rb", buffering=0) as file:
-                    beginning = file.read(100)
-            except FileNotFoundError:
-                del self.stamps[path]
-            except OSError as error:
-                raise _unreadable(self.location(path), error) from None
-            else:
-                if PRIVATE_KEY.match(beginning):
-                    self.skipped[path] = "a private key"
-                    del self.stamps[path]
+    def leave_out_private_keys(self, remote: Mapping[bytes, bytes]) -> None:
+        """What differs there and turns out to be one is not sent. SandboxError for what cannot be read."""
+        for path, stamp in list(self.stamps.items()):
+            if stamp[:1] == b"f" and remote.get(path) != stamp:
+                with reading(self.location(path)), open(self.location(path), "rb", buffering=0) as file:
+                    if PRIVATE_KEY.match(file.read(100)):
+                        self.skipped[path] = "a private key"
+                        del self.stamps[path]
+
+
+@contextlib.contextmanager
+def reading(location: bytes) -> Iterator[None]:
+    """Something here is read; SandboxError for what cannot be, nothing for what is gone meanwhile."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise SandboxError(
+            f"{shown_path(os.fsdecode(error.filename or location))} cannot be read: {reason(error)}."
+            " Nothing was changed.",
+            hint="Make it readable, or list it in .platoignore.",
+        ) from None
 
 
 def local_stamp(location: bytes) -> bytes:
@@ -3930,21 +3932,12 @@ def local_stamp(location: bytes) -> bytes:
         status = os.lstat(location)
         mode = stat.S_IMODE(status.st_mode)
         if stat.S_ISREG(status.st_mode):
-            moment = divmod(status.st_mtime_ns, 1_000_000_000)
-            return b"f %o %d %d.%09d0" % (mode, status.st_size, *moment)
+            return b"f %o %d %d.%09d0" % (mode, status.st_size, *divmod(status.st_mtime_ns, 1_000_000_000))
         if stat.S_ISDIR(status.st_mode):
             return b"d %o" % mode
         return b"l " + os.readlink(location) if stat.S_ISLNK(status.st_mode) else b"?"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return b""
-
-
-def _unreadable(location: bytes, error: OSError) -> SandboxError:
-    return SandboxError(
-        f"{shown_path(os.fsdecode(error.filename or location))} cannot be read: {reason(error)}."
-        " Nothing was changed.",
-        hint="Make it readable, or list it in .platoignore.",
-    )
 
 
 def link_leaves(path: bytes, target: bytes) -> bool:
@@ -3964,35 +3957,45 @@ def lineage(path: bytes) -> Iterator[bytes]:
 
 
 class SyncPlan:
-    """What one sync does. Lists of paths, sorted; `remove_directories` from the deepest up.
+    """What one sync does; SandboxError where it could do harm. Lists of paths, sorted; `remove` from the
+    deepest up.
 
     send: entries that travel; files: those of them that are no directories; archived: `send` and the
-    directories around all that changes; manifest: what is vouched for from now on, kinds by path; lost: how
-    many files go because they are gone here; blocked: what no sync put into a directory that must give way.
+    directories around all that changes; manifest: what is vouched for from now on, kinds by path.
     """
 
     def __init__(
-        self, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes]
+        self, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes], force: bool
     ) -> None:
         local = tree.stamps
         self.send = sorted(path for path, stamp in local.items() if remote.get(path) != stamp)
         self.files = [path for path in self.send if local[path][:1] != b"d"]
         gone = (manifest.keys() & remote.keys()) - local.keys()
         kept = {path for path in gone if tree.keeps_away(path, manifest[path] == b"d")}
-        self.manifest = {path: stamp[:1] for path, stamp in local.items()}
-        self.manifest.update((path, manifest[path]) for path in kept)
+        vouched = {path: stamp[:1] for path, stamp in local.items()}
+        self.manifest = {**vouched, **{path: manifest[path] for path in kept}}
         going = {path for path in gone - kept if remote[path][:1] == manifest[path]}
-        self.lost = sum(manifest[path] != b"d" for path in going)
+        lost, files = (sum(manifest[path] != b"d" for path in paths) for paths in (going, manifest))
+        if lost >= EMPTIED_FILES and lost * 2 > files and not force:
+            raise SandboxError(
+                f"This would remove {lost} of the {files} files that were synced before."
+                " Nothing was changed.",
+                hint="If they are meant to go, run it again with --force. See which: --dry-run --force",
+            )
         replaced = {path for path in self.send if path in remote and remote[path][:1] != local[path][:1]}
         going |= replaced
         staying = remote.keys() - local.keys() - going if going else set()
-        self.blocked = sorted(path for path in staying if not replaced.isdisjoint(lineage(path)))
-        going -= {above for path in staying for above in lineage(os.path.dirname(path))}
-        self.remove = sorted(path for path in going if remote[path][:1] != b"d")
-        self.remove_directories = sorted((path for path in going if remote[path][:1] == b"d"), reverse=True)
-        around = {above for path in (*self.send, *going) for above in lineage(os.path.dirname(path))}
-        self.archived = sorted(around.intersection(local).union(self.send))
-        self.is_nothing = not self.send and not going and self.manifest == manifest
+        blocked = sorted(path for path in staying if not replaced.isdisjoint(lineage(path)))
+        if blocked:
+            raise ConflictError(
+                "Nothing was changed: a file must replace a directory on the VM that holds what no sync put"
+                f" there, {listed_paths(blocked)}.",
+                hint="Move it away on the VM, then run this again.",
+            )
+        going -= {above for path in staying for above in lineage(path)}
+        self.remove = sorted(going, reverse=True)
+        changing = {above for path in (*self.send, *going) for above in lineage(path)}
+        self.archived = sorted(changing.intersection(local))
 
 
 def listed_paths(paths: Sequence[bytes]) -> str:
@@ -4021,130 +4024,97 @@ def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, byte
     The stamp of a directory that was not entered is "x".
     """
     import binascii
-    import gzip
     import zlib
 
     try:
-        known, _, listing = gzip.decompress(binascii.a2b_base64(answer)).partition(b"\0\0")
+        listed = zlib.decompress(binascii.a2b_base64(answer), wbits=31)  # of gzip
+        known, _, listing = listed.partition(b"\0\0")
         generation, *fields = known.split(b"\0")
         found = listing.split(b"\0")
         manifest = {field[1:]: field[:1] for field in fields}
         return generation.decode("ascii"), manifest, dict(zip(found[1::2], found[::2]))
-    except (ValueError, EOFError, OSError, zlib.error):
+    except (ValueError, zlib.error):
         raise ApiError(
-            "What the VM told about its files cannot be understood; nothing was changed.",
+            "What the VM told about its files cannot be understood; nothing was changed."
         ) from None
 
 
 # The archive
 
 
-class TreeArchive:
-    """A tar file of what changes, in chunks, written to a file as often as wanted.
+def chunks_of(pieces: Iterable[bytes]) -> Iterator[bytearray]:
+    """The same bytes in chunks of CHUNK_BYTES or a little more."""
+    chunk = bytearray()
+    for piece in pieces:
+        chunk += piece
+        if len(chunk) >= CHUNK_BYTES:
+            yield chunk
+            chunk = bytearray()
+    yield chunk
+
+
+def tar_pieces(tree: LocalTree, plan: SyncPlan) -> Iterator[bytes]:
+    """A tar file of what changes, piece by piece.
 
     `tree/` holds the entries, and `meta/` lists for the VM, the manifest last: when it has come, all has.
-    A line `plain SIZE` or `gzip SIZE` goes ahead of a chunk: it is packed where the connection has turned out
-    to be slower than gzip, and through the API.
-    files, bytes: content so far; packed: bytes that travelled; unsteady: files that were changing.
     """
-
-    def __init__(self, tree: LocalTree, plan: SyncPlan, reporter: Reporter, *, is_slow: bool) -> None:
-        self._tree = tree
-        self._plan = plan
-        self._reporter = reporter
-        self._is_slow = is_slow
-
-    def write_to(self, out: Any) -> None:
-        """Write it whole."""
-        import gzip
-
-        self.files = self.bytes = self.packed = 0
-        seconds = 1.0 if self._is_slow else 0.0
-        for chunk in self._chunks():
-            is_slow = self.packed < FAST_BYTES * seconds
-            data = gzip.compress(chunk, 1, mtime=0) if is_slow else chunk
-            began = time.monotonic()
-            out.write(b"%s %d\n" % (b"gzip" if is_slow else b"plain", len(data)))
-            out.write(data)
-            seconds += time.monotonic() - began
-            self.packed += len(data)
-            self._reporter.detail(f"{counted(self.files, 'file')}, {size_text(self.packed)}")
-        tree = self._tree
-        now = {path: local_stamp(tree.location(path)) for path in self._plan.files}
-        self.unsteady = [path for path, stamp in now.items() if stamp != tree.stamps[path]]
-
-    def _chunks(self) -> Iterator[bytearray]:
-        chunk = bytearray()
-        for piece in self._pieces():
-            chunk += piece
-            if len(chunk) >= CHUNK_BYTES:
-                yield chunk
-                chunk = bytearray()
-        yield chunk
-
-    def _pieces(self) -> Iterator[bytes]:
-        plan = self._plan
-        for path in plan.archived:
-            yield from self._entry(path, self._tree.stamps[path])
-        manifest = [kind + path for path, kind in sorted(plan.manifest.items())]
-        lists = {b"remove": plan.remove, b"rmdir": plan.remove_directories, b"manifest": manifest}
-        for name, paths in lists.items():
-            data = b"".join(path + b"\0" for path in paths)
-            yield tar_entry(b"0", b"644", len(data), path=b"meta/" + name) + data + padding(len(data))
-        yield bytes(1024)
-
-    def _entry(self, path: bytes, stamp: bytes) -> Iterator[bytes]:
-        """An entry; a file has exactly the length that its header says, whatever becomes of it."""
-        kind, _, rest = stamp.partition(b" ")
+    for path in plan.archived:
+        kind, rest = tree.stamps[path].split(b" ", 1)
         name = b"tree/" + path
         if kind == b"d":
             yield tar_entry(b"5", rest, 0, path=name + b"/")
         elif kind == b"l":
             yield tar_entry(b"2", b"777", 0, path=name, linkpath=rest)
-            self.files += 1
         else:
-            mode, size, moment = rest.split(b" ")
-            left = int(size)
-            try:
-                with open(self._tree.location(path), "rb", buffering=0) as file:
-                    yield tar_entry(b"0", mode, left, path=name, mtime=moment)
-                    while left:
-                        block = file.read(min(left, CHUNK_BYTES)) or bytes(min(left, CHUNK_BYTES))
-                        left -= len(block)
-                        yield block
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                raise _unreadable(self._tree.location(path), error) from None
-            yield padding(int(size))
-            self.files += 1
-            self.bytes += int(size)
+            mode, digits, moment = rest.split(b" ")
+            size = int(digits)
+            with reading(tree.location(path)), open(tree.location(path), "rb") as file:
+                yield tar_entry(b"0", mode, size, path=name, mtime=moment)
+                for start in range(0, size, CHUNK_BYTES):  # as long as it said, whatever becomes of the file
+                    length = min(CHUNK_BYTES, size - start)
+                    yield file.read(length).ljust(length, b"\0")
+                yield bytes(-size % 512)
+    manifest = [kind + path for path, kind in sorted(plan.manifest.items())]
+    for name, paths in ((b"meta/remove", plan.remove), (b"meta/manifest", manifest)):
+        data = nul_ended(paths)
+        yield tar_entry(b"0", b"644", len(data), path=name) + data + bytes(-len(data) % 512)
+    yield bytes(1024)
+
+
+def nul_ended(fields: Iterable[bytes]) -> bytes:
+    return b"".join(field + b"\0" for field in fields)
 
 
 def tar_entry(kind: bytes, mode: bytes, size: int, **records: bytes) -> bytes:
     """The header of an entry: owner 0; its name, link and time in POSIX's extended form."""
-    lines = [(key.encode(), value) for key, value in records.items()]
-    extended = b"".join(b"%09d %s=%s\n" % (len(key) + len(value) + 12, key, value) for key, value in lines)
-    before = _tar_block(b"x", b"644", len(extended)) + extended + padding(len(extended))
+    extended = b"".join(
+        b"%09d %s=%s\n" % (len(key) + len(value) + 12, key.encode(), value) for key, value in records.items()
+    )
+    before = _tar_block(b"x", b"644", len(extended)) + extended + bytes(-len(extended) % 512)
     return before + _tar_block(kind, mode, size)
 
 
 def _tar_block(kind: bytes, mode: bytes, size: int) -> bytes:
     import struct
 
-    numbers = (mode.zfill(7), b"0000000", b"0000000", b"%011o" % size, b"00000000000", b" " * 8)
-    block = struct.pack("100s8s8s8s12s12s8sc100s8s247x", b"x", *numbers, kind, b"", b"ustar\x0000")
+    block = struct.pack(
+        "100s8s16s12s20sc100x8s247x",
+        b"x",
+        mode.zfill(7),
+        b"0000000\x000000000",  # the owner and the group
+        b"%011o" % size,
+        b"00000000000\0        ",  # the time, and spaces for the sum
+        kind,
+        b"ustar\x0000",
+    )
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def padding(size: int) -> bytes:
-    return bytes(-size % 512)
 
 
 # What runs on the VM: POSIX sh with the GNU tools of every Linux
 
 _SHELL_HEAD = r"""
 LC_ALL=C; export LC_ALL; umask 022; trap '' HUP PIPE
+state=${target%/*}/.plato-sync/${target##*/}
 fail() { code=$1; shift; printf '%s\n' "$*" >&2; exit "$code"; }
 generation() { cat "$state/generation" 2>/dev/null; }
 """
@@ -4168,7 +4138,8 @@ made() {
 """
 
 _LOOK = r"""
-for tool in base64 chmod chown cp dirname find gzip head id mkdir mktemp mv rm rmdir sort stat tar xargs; do
+for tool in base64 chmod chown cp dirname find grep gzip head id mkdir mktemp mv rm rmdir sort stat tar \
+  xargs; do
   command -v "$tool" >/dev/null 2>&1 || fail 69 "The VM has no $tool, which sync needs there; install it."
 done
 find / -maxdepth 0 -printf '' 2>/dev/null || fail 69 "The VM has no GNU find, which sync needs; install it."
@@ -4177,12 +4148,14 @@ if [ -d "$target" ]; then
   case " $refused " in *" $(pwd -P) "*)
     fail 68 "The remote path leads to $(pwd -P) on the VM, which is never synced; choose another one.";; esac
 else depth='-maxdepth 0'; cd /; fi
+set -- -name .plato-sync -o -name .plato-sync.new
+for name in $closed; do set -- "$@" -o -name "$name"; done
 if [ -e "$state/lock" ] && command -v flock >/dev/null 2>&1; then
   exec 9<"$state/lock"
   flock -s -w "$patience" 9 || fail 73 "Another sync has been at work on the VM all the while."
 fi
 { generation; printf '\0'; cat "$state/manifest.$source" 2>/dev/null; printf '\0'
-  find . -mindepth 1 $depth -type d '(' CLOSED ')' -prune -printf 'x\0%P\0' \
+  find . -mindepth 1 $depth -type d '(' "$@" ')' -prune -printf 'x\0%P\0' \
     -o -type d -printf 'd %m\0%P\0' -o -type f -printf 'f %m %s %T@\0%P\0' \
     -o -type l -printf 'l %l\0%P\0' -o -printf '%y\0%P\0' 2>/dev/null
 } | gzip -1 | base64
@@ -4237,8 +4210,8 @@ else
   mkdir "$new/tree"; cd -- "$target"
 fi
 broken() { fail 74 "The VM could not take all of the files; run sync again: $words"; }
-words=$(xargs -0 -r rm -f -- 2>&1 < "$new/meta/remove") || broken
-xargs -0 -r rmdir -- < "$new/meta/rmdir" 2>/dev/null
+# A directory that is not empty any more stays.
+! words=$(xargs -0 -r rm -df -- 2>&1 < "$new/meta/remove" | grep -av ': Directory not empty$') || broken
 absent='for d; do [ -d "$d" ] || printf "%s\0" "$d"; done'
 staged -type d -print0 | xargs -0 -r sh -c "$absent" - > "$new/created"
 move() { (cd "$new/tree" && find . -mindepth 1 -maxdepth 1 -print0 |
@@ -4286,40 +4259,38 @@ class Syncer:
         self.force = force
         self.timeout = timeout
         self._via = via
-        self._warned: set[str] = set()
-        parent, _, name = self.target.rpartition("/")
-        self.head = _SHELL_HEAD + assigned(
+        self._warn_once = functools.cache(self.reporter.warn)
+        values = assigned(
             target=self.target,
-            state=f"{parent}/{SYNC_STATE}/{name}",
             source=hashed(os.path.relpath(self.root, sandbox.directory)),
             patience=int(timeout * PATIENCE_SHARE),
         )
+        self.head = values + _SHELL_HEAD
         self.vm = Vm(sandbox, via)
 
     def run(self) -> Json:
         """Sync once; what was done, as `Sandbox.sync` tells it. Again when another sync came between, or a
         file changed while it was read."""
         began = time.monotonic()
-        total = dict.fromkeys(("sent", "removed", "bytes", "archive_bytes"), 0)
+        report: Json = {"sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
         for left in reversed(range(SYNC_TRIES)):
             try:
-                report, unsteady = self._run_plan()
+                unsteady = self._sync(report)
             except OvertakenError:
                 if not left:
                     raise
                 continue
-            total = {key: count + report.get(key, 0) for key, count in total.items()}
             if not unsteady:
                 break
         else:
             names = listed_paths(unsteady)
             self.reporter.warn(f"{names}: still changing while read, so the VM may have half of a change.")
         seconds = round(time.monotonic() - began, 3)
-        return {**report, **total, "seconds": seconds, "via": self.vm.via, "remote_path": self.target}
+        return {**report, "seconds": seconds, "via": self.vm.via, "remote_path": self.target}
 
-    def _run_plan(self) -> tuple[Json, list[bytes]]:
-        """What was done, and the files that changed meanwhile."""
-        tree = self.scan()
+    def _sync(self, report: Json) -> list[bytes]:
+        """Bring the VM up to date, and add to a report; the files that changed meanwhile."""
+        tree = self.tree = self.scan()
         stamps = tree.stamps
         if not stamps and not self.force:
             raise SandboxError(
@@ -4327,74 +4298,72 @@ class Syncer:
                 hint="If it is meant to be empty, give --force.",
             )
         self.reporter.step("Looking at the VM", self.timeout)
-        generation, manifest, remote = self._look(tree)
-        tree.check_before_sending([path for path, stamp in stamps.items() if remote.get(path) != stamp])
-        self.warn(tree)
-        plan = SyncPlan(tree, remote, manifest)
-        self._check(plan, manifest)
-        report: Json = {
-            "unchanged": sum(stamp[:1] != b"d" for stamp in stamps.values()) - len(plan.files),
-            "skipped": [
-                {"path": os.fsdecode(path), "reason": why} for path, why in sorted(tree.skipped.items())
-            ],
-        }
+        generation, manifest, remote = self._look()
+        tree.leave_out_private_keys(remote)
+        skipped = sorted(tree.skipped.items())
+        for path, why in skipped:
+            self._warn_once(f"{shown_name(path)} is left out: {why}.")
+        for text in tree.odd_patterns:
+            self._warn_once(f"{shown_name(text)}: no such pattern, so it matches nothing.")
+        plan = SyncPlan(tree, remote, manifest, self.force)
+        report["unchanged"] = sum(stamp[:1] != b"d" for stamp in stamps.values()) - len(plan.files)
+        report["skipped"] = [{"path": os.fsdecode(path), "reason": why} for path, why in skipped]
         if self.dry_run:
-            removed = plan.remove + plan.remove_directories
-            lists = {"send": _names(plan.send, stamps), "remove": _names(removed, remote)}
-            return {"dry_run": True, **lists, **report}, []
-        if plan.is_nothing:
-            return report, []
-        archive = self._send(tree, plan, generation)
-        report.update(sent=archive.files, removed=len(plan.remove))
-        report.update(bytes=archive.bytes, archive_bytes=archive.packed)
-        return report, archive.unsteady
+            report["dry_run"] = True
+            for word, paths, kinds in (("send", plan.send, stamps), ("remove", plan.remove, remote)):
+                report[word] = sorted(os.fsdecode(path) + "/" * (kinds[path][:1] == b"d") for path in paths)
+            return []
+        if not plan.send and not plan.remove and plan.manifest == manifest:
+            return []
+        sizes = [int(stamps[path].split(b" ")[2]) for path in plan.files if stamps[path][:1] == b"f"]
+        sending = f"Sending {counted(len(plan.files), 'file')}, {size_text(sum(sizes))}"
+        self.reporter.step(sending if plan.send else "Removing what is gone here")
+        packed, unsteady = self._send(plan, generation)
+        report["archive_bytes"] += packed
+        report["bytes"] += sum(sizes)
+        report["sent"] += len(plan.files) - len(unsteady)
+        report["removed"] += sum(remote[path][:1] != b"d" for path in plan.remove)
+        return unsteady
 
-    def _look(self, tree: LocalTree) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
+    def _look(self) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
         """What is on the VM (see `parse_look`). Directories of excluded names are not entered there."""
-        inside = {name for path in tree.stamps for name in path.split(b"/")}
-        closed = {name for name in EXCLUDED_DIRECTORIES if name not in inside and tree.ignores(name, True)}
-        names = [*map(os.fsdecode, sorted(closed)), SYNC_STATE, SYNC_STATE + ".new"]
-        tests = shell_words([word for name in names for word in ("-o", "-name", name)][1:])
-        script = assigned(refused=REFUSED_TARGETS) + _LOOK.replace("CLOSED", tests)
+        inside = {name for path in self.tree.stamps for name in path.split(b"/")}
+        closed = [
+            name.decode()
+            for name in EXCLUDED_DIRECTORIES
+            if name not in inside and self.tree.ignores(name, True)
+        ]
+        script = assigned(refused=REFUSED_TARGETS, closed=" ".join(closed)) + _LOOK
         return parse_look(self.vm.run(self.head + script, None, self.timeout))
 
-    def warn(self, tree: LocalTree) -> None:
-        """Say what is left out, once."""
-        texts = [f"{shown_name(path)} is left out: {why}." for path, why in sorted(tree.skipped.items())]
-        texts += [
-            f"{shown_name(text)}: no such pattern, so it matches nothing." for text in tree.odd_patterns
-        ]
-        for text in texts:
-            if text not in self._warned:
-                self.reporter.warn(text)
-        self._warned.update(texts)
-
-    def _check(self, plan: SyncPlan, manifest: Mapping[bytes, bytes]) -> None:
-        files = sum(kind != b"d" for kind in manifest.values())
-        if plan.lost >= EMPTIED_FILES and plan.lost * 2 > files and not self.force:
-            raise SandboxError(
-                f"This would remove {plan.lost} of the {files} files that were synced before."
-                " Nothing was changed.",
-                hint="If they are meant to go, run it again with --force. See which: --dry-run --force",
-            )
-        if plan.blocked:
-            raise ConflictError(
-                "Nothing was changed: a file must replace a directory on the VM that holds what no sync put"
-                f" there, {listed_paths(plan.blocked)}.",
-                hint="Move it away on the VM, then run this again.",
-            )
-
-    def _send(self, tree: LocalTree, plan: SyncPlan, generation: str) -> TreeArchive:
-        """Carry out a plan."""
+    def _send(self, plan: SyncPlan, generation: str) -> tuple[int, list[bytes]]:
+        """Carry out a plan; how many bytes travelled, and the files that changed while they were read."""
+        import gzip
         import secrets
 
-        sizes = [tree.stamps[path].split(b" ")[2] for path in plan.files if tree.stamps[path][:1] == b"f"]
-        sending = f"Sending {counted(len(plan.files), 'file')}, {size_text(sum(map(int, sizes)))}"
-        self.reporter.step(sending if plan.send else "Removing what is gone here")
-        archive = TreeArchive(tree, plan, self.reporter, is_slow=self.vm.via == "api")
+        tree, packed, unsteady = self.tree, 0, plan.files
+
+        def write(out: Any) -> None:
+            """The archive in chunks, each after a line `plain SIZE` or `gzip SIZE`: it is packed where the
+            connection has turned out to be slower than gzip, and through the API."""
+            nonlocal packed, unsteady
+            packed = done = 0
+            seconds = 1.0 if self.vm.via == "api" else 0.0
+            for chunk in chunks_of(tar_pieces(tree, plan)):
+                is_slow = packed < FAST_BYTES * seconds
+                data = gzip.compress(chunk, 1, mtime=0) if is_slow else chunk
+                began = time.monotonic()
+                out.write(b"%s %d\n" % (b"gzip" if is_slow else b"plain", len(data)))
+                out.write(data)
+                seconds += time.monotonic() - began
+                packed += len(data)
+                done += len(chunk)
+                self.reporter.detail(size_text(done))
+            unsteady = [path for path in plan.files if local_stamp(tree.location(path)) != tree.stamps[path]]
+
         values = assigned(id=secrets.token_hex(12), expected=generation)
-        self.vm.run(self.head + values + _OWNER + _PLACE, archive.write_to, self.timeout)
-        return archive
+        self.vm.run(self.head + values + _OWNER + _PLACE, write, self.timeout)
+        return packed, unsteady
 
     # The watch
 
@@ -4402,45 +4371,38 @@ class Syncer:
         """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
         something. Returns the sums of all reports; Interrupted when there is none yet.
 
-        A lost connection is tried again; other trouble after the first sync waits for a change.
+        What goes wrong after the first sync is tried again, unless it cannot pass.
         """
         import signal
 
         total = {"syncs": 0, "sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
         began = time.monotonic()
         report: Json = {}
+        trouble = ""
         try:
             while True:
-                seen = self._seen()
                 try:
-                    latest = report = self.run()
-                except (NetworkError, TimedOutError) as error:
-                    self.reporter.warn(f"{error.message} Trying again in {WATCH_RETRY_SECONDS:g} s.")
-                    time.sleep(WATCH_RETRY_SECONDS)
-                    self.sandbox.check_still_there()
-                    self.vm = Vm(self.sandbox, self._via)
-                    continue
+                    seen = self.scan().stamps
+                    report = self.run()
+                    trouble = ""
+                    if report["sent"] or report["removed"] or not total["syncs"]:
+                        total = {key: value + report.get(key, 1) for key, value in total.items()}
+                        told(report)
+                    self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
+                    self._wait_for_change(seen)
                 except SandboxError as error:
                     if not report or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
                         raise
-                    self.reporter.warn(f"{error.message} Waiting for the next change.")
-                    latest = {}
-                if latest.get("sent") or latest.get("removed") or not total["syncs"]:
-                    total = {key: value + latest.get(key, 1) for key, value in total.items()}
-                    told(latest)
-                self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
-                self._wait_for_change(seen)
+                    if error.message != trouble:
+                        trouble = error.message
+                        self.reporter.warn(f"{trouble} Trying again every {WATCH_RETRY_SECONDS:g} s.")
+                    time.sleep(WATCH_RETRY_SECONDS)
+                    self.sandbox.check_still_there()
+                    self.vm = Vm(self.sandbox, self._via)
         except Interrupted as interruption:
             if interruption.number != signal.SIGINT or not report:
                 raise
         return {**report, **total, "seconds": round(time.monotonic() - began, 3)}
-
-    def _seen(self) -> dict[bytes, bytes]:
-        """What tells whether the tree has changed."""
-        try:
-            return self.scan().stamps
-        except SandboxError:
-            return {}
 
     def _wait_for_change(self, seen: dict[bytes, bytes]) -> None:
         """Return when the tree is another one and still for a moment. A large one is looked at less often."""
@@ -4448,13 +4410,8 @@ class Syncer:
         while current == seen or current != previous:
             self.sandbox.check_still_there()
             began = time.monotonic()
-            previous, current = current, self._seen()
+            previous, current = current, self.scan().stamps
             time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
-
-
-def _names(paths: Iterable[bytes], stamps: Mapping[bytes, bytes]) -> list[str]:
-    """Paths for a report, those of directories with a slash behind them."""
-    return sorted(os.fsdecode(path) + "/" * (stamps[path][:1] == b"d") for path in paths)
 
 
 def check_timeout(seconds: float) -> None:
@@ -4465,26 +4422,19 @@ def check_timeout(seconds: float) -> None:
 def normal_target(text: str) -> str:
     """A remote path in its normal form; UsageError for one that must not become a synced tree."""
     path = os.path.normpath("/" + text.strip("/"))
-    is_text = _is_unicode(text) and not {"\0", "\n"} & {*text}
-    is_plain = is_text and text.startswith("/") and ".." not in text.split("/")
+    is_plain = text.isprintable() and text.startswith("/") and ".." not in text.split("/")
     if not is_plain or path in REFUSED_TARGETS.split() or path.endswith("/" + SYNC_STATE):
         raise UsageError(
             f"{printable(text)!r} cannot be the remote path: it must be absolute, without '..', and no"
             " directory that the VM itself needs.",
-            hint=f"Choose a directory of its own, such as {SYNC_ROOT}/NAME.",
+            hint=f"Choose a directory of its own: --remote-path {SYNC_ROOT}/NAME",
         )
     return path
 
 
 def default_target(state: Json) -> str:
-    """The remote path of the specification; UsageError when the service's name cannot be part of one."""
-    service = as_text(state.get("service")) or ""
-    if "/" in service or not service.strip("."):
-        raise UsageError(
-            "This sandbox has no service whose name could make a remote path.",
-            hint=f"Say where to: --remote-path {SYNC_ROOT}/NAME",
-        )
-    return f"{SYNC_ROOT}/{service}"
+    """The remote path of the specification."""
+    return f"{SYNC_ROOT}/{state.get('service') or ''}"
 
 
 def hashed(text: str) -> str:
@@ -4494,33 +4444,18 @@ def hashed(text: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# services: the Gitea push, the clone on the VM, Docker Compose
+# services: the code on the VM goes to Gitea, the directory there becomes a clone, Docker Compose
 # ----------------------------------------------------------------------------------------------------------
-# The code goes from a bare repository of ours, under PLATO_HOME, to a workspace branch in Gitea: the user's
-# own `.git`, index, hooks and git configuration take no part. The VM fetches that one commit, which makes the
-# tree there a clone that stands at it, and the same files come as `sync` brings them. Gitea's credentials go
-# to git through the environment here, and there through the standard input of a shell: no argument, URL,
-# configuration or file holds them.
+# `sync` brings the code to the VM, and git there pushes it to a workspace branch in Gitea: it travels once,
+# and nothing here needs git. The VM's directory becomes a clone that stands at what was pushed. Gitea's
+# credentials go there through the standard input of a shell, and to git through the environment: no argument,
+# URL, configuration or file holds them.
 
 GIT_SECONDS = 900.0
-GIT_TRIES = 3
 UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
 COMPOSE_POLL_SECONDS = 0.6
 HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
 COMPOSE_FILE = "docker-compose.yml"  # where a service names none
-
-# What git asks for is answered from the environment; the text itself holds no secret.
-_CREDENTIAL_HELPER = (
-    '!f() { [ "$1" != get ] || printf "username=%s\\npassword=%s\\n"'
-    ' "$GITEA_USERNAME" "$GITEA_PASSWORD"; }; f'
-)
-_GIT = (
-    *("git", "-c", "core.hooksPath=/dev/null", "-c", "http.followRedirects=false", "-c", "gc.auto=0"),
-    *("-c", "core.autocrlf=false", "-c", "core.fileMode=true", "-c", "core.protectNTFS=false"),
-    *("-c", "user.name=plato-sandbox", "-c", "user.email=plato-sandbox@localhost"),
-    *("-c", "credential.helper=", "-c", "credential.helper=" + _CREDENTIAL_HELPER),
-)
-_AS_IT_IS = "* -text -eol -ident -filter -working-tree-encoding"  # git's attributes for: byte for byte
 
 
 # What is to be started, and from which files
@@ -4530,7 +4465,7 @@ def plan_services(config: Config) -> list[Json]:
     """The services of a config's dataset, in its order; ConfigError when they cannot be started.
 
     file: the Compose file; required: the containers that must be healthy, by container or Compose service
-    name, empty for all; seconds: how long they may take.
+    name, or "all"; seconds: how long they may take.
     """
     wanted = config.content.get("services") or {}
     root = os.path.dirname(config.path)
@@ -4539,7 +4474,7 @@ def plan_services(config: Config) -> list[Json]:
         file = os.path.normpath(part.get("file") or COMPOSE_FILE)
         if file.startswith(("/", "..")) or not os.path.isfile(os.path.join(root, file)):
             problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
-        required = [text for text in part.get("required_healthy_containers") or [] if text != "all"]
+        required = part.get("required_healthy_containers") or ["all"]
         seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
         planned.append({"name": str(name), "file": file, "required": required, "seconds": seconds})
     if not wanted:
@@ -4563,8 +4498,9 @@ def named_files(dataset: Json) -> list[bytes]:
 
 def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
     """The clone URL and the default branch of the repository of a service's simulator, made if need be."""
-    simulators = {str(entry.get("name")): entry for entry in map(as_dict, api.gitea_simulators())}
-    found = next((simulators[name] for name in simulators if name.lower() == service.lower()), None)
+    listed = map(as_dict, api.gitea_simulators())
+    simulators = {str(entry.get("name")).lower(): entry for entry in listed}
+    found = simulators.get(service.lower())
     if found is None:
         raise SandboxError(
             f"Gitea lists no simulator {service!r} for this API key.",
@@ -4572,9 +4508,9 @@ def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
             f" Without Gitea: {PROGRAM} start-services --via sync",
         )
     identifier = str(found.get("id"))
-    has_one = found.get("has_repo")
     try:
-        repository = (api.gitea_repository if has_one else api.create_gitea_repository)(identifier)
+        make = api.gitea_repository if found.get("has_repo") else api.create_gitea_repository
+        repository = make(identifier)
     except ApiError as error:
         if error.status != 409:  # another one has just made it, or our own first try
             raise
@@ -4583,199 +4519,120 @@ def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
     return url, as_text(repository.get("default_branch")) or "main"
 
 
-def gitea_credentials(api: PlatoApi) -> dict[str, str]:
-    """What the credential helper answers with, as environment variables."""
-    answer = api.gitea_credentials()
-    found = {f"GITEA_{name.upper()}": as_text(answer.get(name)) or "" for name in ("username", "password")}
-    if any(not value or set(value) & set("\n\r\0") for value in found.values()):
-        raise ApiError("Plato's answer holds no usable username and password for Gitea.")
-    return found
-
-
 def plain_clone_url(url: str, settings: Settings) -> str:
     """A clone URL without user and password; ApiError for one that git must not be given."""
-    parts = re.fullmatch(r"(https?)://(?:[^/]*@)?([^/@\s]+(?:/\S*)?)", url)
+    parts = re.fullmatch(r"(https?://)(?:[^/]*@)?([^/@\s]+(?:/\S*)?)", url)
     plainly = settings.base_url.startswith("http:")
-    if parts is None or not url.isprintable() or not (parts[1] == "https" or plainly):
+    if parts is None or not url.isprintable() or not (plainly or url.startswith("https:")):
         raise ApiError(f"Plato names no usable clone URL for the repository ({printable(url)[:100]!r}).")
-    return f"{parts[1]}://{parts[2]}"
+    return parts[1] + parts[2]
 
 
-class GitStore:
-    """Our bare repository of one sandbox, through which its code goes to Gitea. `stop` removes it."""
-
-    def __init__(self, sandbox: Sandbox, root: str, url: str, credentials: Mapping[str, str]) -> None:
-        self.path = git_store_path(sandbox.settings.home, sandbox.state["session_id"])
-        self._reporter = sandbox.reporter
-        self._root = root
-        self._url = url
-        self._credentials = credentials
-        # The user's environment without what would change what git does, and without the API key.
-        unwanted = ("GIT_", "GITEA_", "SSH_ASKPASS", "PLATO_")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-        self._environment = {
-            **child_environment(kept),
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_TERMINAL_PROMPT": "0",
-            "GIT_ALLOW_PROTOCOL": "http:https",
-            "HOME": self.path,  # a git that does not know GIT_CONFIG_GLOBAL looks here
-            "XDG_CONFIG_HOME": self.path,
-            "LC_ALL": "C",
-            "GIT_INDEX_FILE": os.path.join(self.path, f"index.{os.getpid()}"),
-            **({"GIT_SSL_CAINFO": sandbox.settings.ca_file} if sandbox.settings.ca_file else {}),
-            **credentials,
-        }
-
-    def _make(self) -> None:
-        """Make it anew."""
-        remove_tree(self.path)
-        _unlink_quietly(self.path)  # a link, which others have put there
-        self.run("init", "--quiet", "--bare", "--template=", self.path)
-        os.makedirs(os.path.join(self.path, "info"), exist_ok=True)
-        write_whole(os.path.join(self.path, "info", "attributes"), _AS_IT_IS + "\n")
-
-    def run(self, *arguments: str, stdin: bytes = b"") -> str:
-        """Run git on this repository; what it prints, or the error that its failure means."""
-        outcome = run_program(
-            [*_GIT, f"--git-dir={self.path}", *arguments],
-            self._reporter,
-            seconds=GIT_SECONDS,
-            feed=lambda file: file.write(stdin),
-            env=self._environment,
-            cwd=self._root,
-        )
-        if outcome.code:
-            raise git_error(outcome.stderr, self._credentials)
-        return outcome.stdout.decode("utf-8", "replace").strip()
-
-    def push(self, paths: Sequence[bytes], branch: str, default: str) -> tuple[str, bool]:
-        """Make these files the newest commit of a branch in Gitea; that commit, and whether it is a new one.
-
-        Again when the connection broke, another push came between, or what an earlier run left is of no use.
-        """
-        is_new = os.path.islink(self.path) or not os.path.isfile(os.path.join(self.path, "HEAD"))
-        for left in reversed(range(GIT_TRIES)):
-            try:
-                if is_new:
-                    self._make()
-                return self._push(paths, f"refs/heads/{branch}", f"refs/heads/{default}")
-            except (NetworkError, OvertakenError, GitFailureError) as error:
-                if not left:
-                    raise
-                is_new = isinstance(error, GitFailureError)
-                time.sleep(0.5)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _push(self, paths: Sequence[bytes], reference: str, default: str) -> tuple[str, bool]:
-        listed = dict.fromkeys((reference, default), "")
-        for line in self.run("ls-remote", "--", self._url, reference, default).splitlines():
-            commit, _, name = line.partition("\t")
-            listed[name] = commit
-        known = reference if listed[reference] else default
-        parent = listed[known]
-        add = (f"--work-tree={self._root}", "update-index", "--add", "--remove", "-z", "--stdin")
-        self.run("read-tree", "--empty")
-        self.run(*add, stdin=b"".join(path + b"\0" for path in paths))
-        tree = self.run("write-tree")
-        if parent and tree == self._tree_of(parent, known):
-            commit = parent
-        else:
-            words = ("-p", parent) if parent else ()
-            commit = self.run("commit-tree", *words, "-m", "The workspace of a sandbox", tree)
-        if listed[reference] != commit:
-            self.run("push", "--quiet", "--", self._url, f"{commit}:{reference}")
-        return commit, commit != parent
-
-    def _tree_of(self, commit: str, reference: str) -> str:
-        """The tree of a commit in Gitea, which is brought here without the history before it."""
-        words = ("rev-parse", "--verify", "--quiet", f"{commit}^{{tree}}")
-        try:
-            return self.run(*words)
-        except GitFailureError:
-            self.run("fetch", "--quiet", "--no-tags", "--depth=1", "--", self._url, reference)
-        return self.run(*words)
+def gitea_credentials(api: PlatoApi) -> tuple[str, str]:
+    """The user name and the password for Gitea."""
+    answer = api.gitea_credentials()
+    username, password = as_text(answer.get("username")), as_text(answer.get("password"))
+    if not username or not password or re.search("[\n\r\0]", username + password):
+        raise ApiError("Plato's answer holds no usable username and password for Gitea.")
+    return username, password
 
 
-class GitFailureError(SandboxError):
-    """git failed, and neither the network nor the server is known to be the reason."""
-
-
-# What the last words of a failed git mean: patterns in lower case, the error, its words and its hint.
-_GIT_TROUBLES: tuple[tuple[str, Callable[..., SandboxError], str, str], ...] = (
-    (
-        r"cannot lock ref|failed to update ref|fetch first|non-fast-forward|stale info",
-        OvertakenError,
-        "Something else pushed to the branch meanwhile",
-        "Run this again.",
-    ),
-    (
-        r"\b413\b|too large|exceeds|remote rejected|hook declined",
-        SandboxError,
-        "Gitea did not take the files",
-        "Keep large files out with .platoignore, or bring the code over with --via sync.",
-    ),
-    (
-        r"authentication failed|error: 40[13]|could not read (username|password)",
+# Commits the files that are named on its standard input, after the credentials, and pushes them; says the
+# commit, and the one before it. Again when the connection broke or another push came between. All is done by
+# git's own records, beside the tree and an index that others may be using, until it is pushed.
+_PUSH = r"""
+IFS= read -r GITEA_USERNAME; IFS= read -r GITEA_PASSWORD
+command -v git >/dev/null 2>&1 || fail 69 "The VM has no git; bring the code over with --via sync."
+cd -- "$target" || fail 77 "$target on the VM cannot be entered."
+repo=$target/.git
+[ -d "$repo" ] || [ ! -e "$repo" ] ||
+  fail 73 "$repo on the VM is no repository; remove it, then run this again."
+export GIT_TERMINAL_PROMPT=0 GIT_CONFIG_NOSYSTEM=1 GIT_ALLOW_PROTOCOL=http:https
+helper='!f() { [ "$1" != get ] || printf "username=%s\npassword=%s\n" \
+  "$GITEA_USERNAME" "$GITEA_PASSWORD"; }; f'
+g() { git --git-dir="$repo" --work-tree="$target" -c safe.directory='*' -c core.hooksPath=/dev/null \
+  -c http.followRedirects=false -c credential.helper= -c credential.helper="$helper" -c core.fsmonitor=false \
+  -c core.autocrlf=false -c core.fileMode=true -c core.protectNTFS=false -c gc.auto=0 -c push.gpgSign=false \
+  -c user.name=plato-sandbox -c user.email=plato-sandbox@localhost "$@"; }
+from_gitea() { (export GITEA_USERNAME GITEA_PASSWORD; g "$@"); }
+broken() { fail 74 "$words"; }
+[ -d "$repo" ] || words=$(git -c init.defaultBranch=main init -q --template= . 2>&1) || broken
+export GIT_INDEX_FILE="$repo/index.$id"
+trap 'rm -f "$GIT_INDEX_FILE" "$GIT_INDEX_FILE.lock"; own "$repo"' EXIT
+mkdir -p "$repo/info" && # byte for byte
+  echo '* -text -eol -ident -filter -working-tree-encoding' > "$repo/info/attributes"
+words=$(g update-index --add --remove -z --stdin 2>&1) || broken
+tree=$(g write-tree) || broken
+origin=refs/remotes/origin/$branch
+attempt() {
+  words=$(from_gitea ls-remote -- "$url" "refs/heads/$branch" "refs/heads/$default" 2>&1) || return
+  from=refs/heads/$default; there=; parent=
+  while read -r commit name; do
+    case $name in
+      "refs/heads/$branch") from=$name; there=$commit ;;
+      "refs/heads/$default") parent=$commit ;;
+    esac
+  done <<END
+$words
+END
+  parent=${there:-$parent}; commit=$parent
+  [ -z "$parent" ] || g cat-file -e "$parent^{tree}" 2>/dev/null ||
+    words=$(from_gitea fetch -q --no-tags --depth=1 -- "$url" "$from" 2>&1) || return
+  [ -n "$parent" ] && [ "$(g rev-parse "$parent^{tree}" 2>/dev/null)" = "$tree" ] ||
+    commit=$(g commit-tree ${parent:+-p "$parent"} -m 'The workspace of a sandbox' "$tree" 2>/dev/null) ||
+    { words='stale info'; return 1; }
+  [ "$commit" = "$there" ] ||
+    words=$(from_gitea push -q -- "$url" "$commit:refs/heads/$branch" 2>&1)
+}
+about() { printf '%s\n' "$words" | grep -qiE "$1"; }
+for pause in 0.5 1 -; do
+  attempt && break
+  if about 'authentication failed|error: 40[13]|could not read (username|password)'; then fail 80 "$words"
+  elif about 'cannot lock ref|failed to update ref|fetch first|non-fast-forward|stale info'; then kind=73
+    words="Something else pushed to the branch meanwhile: $words"
+  elif about 'error: 413|too large|exceeds|remote rejected|hook declined'; then fail 81 "$words"
+  elif about 'rpc failed|error: (429|5[0-9][0-9])|early eof|hung up|disconnect|resolve|connect|timed out' ||
+    about 'ssl|tls|certificate|recv failure|empty reply|transfer closed|bad pack|incomplete'; then kind=82
+  else kind=74; fi
+  [ "$pause" != - ] || fail "$kind" "$words"
+  sleep "$pause"
+done
+words=$({ g config remote.origin.url "$url" && g config core.bare false &&
+  g config remote.origin.fetch '+refs/heads/*:refs/remotes/origin/*' && g update-ref "$origin" "$commit" &&
+  g update-ref "refs/heads/$branch" "$commit" && g symbolic-ref HEAD "refs/heads/$branch" &&
+  mv -f -- "$GIT_INDEX_FILE" "$repo/index"; } 2>&1) || broken
+echo "$commit $parent"
+"""
+# Why it failed, by its exit code: the kind of error, what happened, what to do.
+_PUSH_TROUBLES: dict[int, tuple[Callable[..., SandboxError], str, str]] = {
+    74: (SandboxError, "git on the VM failed", "Run the command again; --via sync does without Gitea."),
+    80: (
         AuthenticationError,
         "Gitea refused the credentials that Plato gave for it",
         "Ask the owner of the Plato organization for access; --via sync needs none.",
     ),
-    (
-        r"rpc failed|error: (429|5\d\d)|early eof|hung up|disconnect|resolve|connect|timed out|"
-        r"ssl|tls|certificate|recv failure|empty reply|transfer closed|bad pack|incomplete",
+    81: (
+        SandboxError,
+        "Gitea did not take the files",
+        "Keep large files out with .platoignore, or bring the code over with --via sync.",
+    ),
+    82: (
         functools.partial(NetworkError, sent=True),
         "git could not talk to Gitea",
         "Run the command again a little later.",
     ),
-    ("", GitFailureError, "git failed", "Run the command again; --verbose shows each step."),
-)
+}
 
 
-def git_error(stderr: bytes, credentials: Mapping[str, str]) -> SandboxError:
-    """The error that a failed git means, with the last words of git and of the server."""
-    text = stderr.decode("utf-8", "replace")
-    password = credentials["GITEA_PASSWORD"]
-    # git takes a text without a charset for Latin-1
-    for secret in (password, quoted(password), password.encode().decode("latin-1")):
-        text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
-    said = last_words(text.encode()).rstrip(".") or "it gave no reason"
-    troubles = (trouble for trouble in _GIT_TROUBLES if re.search(trouble[0], text.lower()))
-    _, kind, words, hint = next(troubles)
-    return kind(f"{words}: {said}.", hint=hint)
-
-
-def git_store_path(home: str, session_id: str) -> str:
-    """Where the bare repository of a sandbox is."""
-    return os.path.join(home, f"git_{short_id(session_id)}")
-
-
-# Makes a directory a clone that stands at a commit, by git's own records; `sync` brings the files.
-_CLONE = r"""
-IFS= read -r GITEA_USERNAME; IFS= read -r GITEA_PASSWORD
-command -v git >/dev/null 2>&1 || fail 69 "The VM has no git; bring the code over with --via sync."
-made "$target"; cd -- "$target" || fail 77 "$target on the VM cannot be entered."
-repo=$target/.git
-[ -d "$repo" ] || [ ! -e "$repo" ] ||
-  fail 73 "$repo on the VM is no repository; remove it, then run this again."
-export GIT_TERMINAL_PROMPT=0 GIT_CONFIG_NOSYSTEM=1
-g() { git --git-dir="$repo" --work-tree="$target" -c safe.directory='*' -c core.hooksPath=/dev/null \
-  -c http.followRedirects=false -c credential.helper= -c credential.helper="$helper" -c core.fsmonitor=false \
-  -c core.autocrlf=false -c core.fileMode=true -c core.protectNTFS=false "$@"; }
-trap 'own "$repo"' EXIT
-broken() { fail 74 "git on the VM failed: $words"; }
-[ -d "$repo" ] || words=$(git -c init.defaultBranch=main init -q --template= . 2>&1) || broken
-origin=refs/remotes/origin/$branch
-words=$(export GITEA_USERNAME GITEA_PASSWORD
-  g fetch -q --no-tags --depth=1 "$url" "+refs/heads/$branch:$origin" 2>&1) || fail 80 "$words"
-[ "$(g rev-parse "$origin")" = "$commit" ] ||
-  fail 75 "Something else pushed to the branch meanwhile; run this again."
-mkdir -p "$repo/info" && printf '%s\n' "$attributes" > "$repo/info/attributes"
-words=$({ g config remote.origin.url "$url" && g config core.bare false &&
-  g config remote.origin.fetch '+refs/heads/*:refs/remotes/origin/*' &&
-  g update-ref "refs/heads/$branch" "$commit" && g symbolic-ref HEAD "refs/heads/$branch" &&
-  g reset -q; } 2>&1) || broken
-"""
+def check_push(outcome: Outcome, password: str) -> None:
+    """Raise what a failed push means, without the password, which a server may repeat."""
+    said = outcome.stderr
+    for form in (password, quoted(password), password.encode().decode("latin-1")):  # as git guesses
+        said = said.replace(form.encode(), b"***")
+    if outcome.code in _PUSH_TROUBLES:
+        kind, words, hint = _PUSH_TROUBLES[outcome.code]
+        raise kind(f"{words}: {last_words(said).rstrip('.')}.", hint=hint)
+    check_script(Outcome(outcome.code, b"", said))
 
 
 # Docker Compose on the VM
@@ -4838,7 +4695,7 @@ while read -r name service state health started ended; do
   known="$known $name $service "; states="$states, $service $word"
   listed="$listed$name $service $state ${health#-}
 "
-  required=no; case " ${*:-$name} " in *" $name "* | *" $service "*) required=yes ;; esac
+  required=no; case " $* " in *" all "* | *" $name "* | *" $service "*) required=yes ;; esac
   case $word in
     healthy | 'exited (0)') continue ;;
     running) ! expr "$started" '<=' "$moment" >/dev/null || continue ;;
@@ -4857,7 +4714,7 @@ case $code in
     tell wait "$states" ;;
   *) tell failed "\`docker compose up\` failed: $(said 5)" "$dead" ;;
 esac
-for one; do case $known in *" $one "*) ;; *) unknown="$unknown, $one" ;; esac; done
+for one; do case " all $known " in *" $one "*) ;; *) unknown="$unknown, $one" ;; esac; done
 [ -z "$unknown" ] || tell failed "\`required_healthy_containers\` names ${unknown#, }; $file has none such.\
  Its services are: $(sort "$run.services" | joined ,)."
 [ -z "$failed" ] || tell failed "${failed#, }." "$blamed"
@@ -4877,130 +4734,111 @@ kill -KILL "$pid" 2>/dev/null; rm -f "$run/$id.pid"
 """
 
 
-class ServiceStarter:
-    """One `start-services`: the code to Gitea and to the VM, then the services one by one."""
+def start_services(
+    sandbox: Sandbox,
+    config: Config,
+    *,
+    via: str = "git",
+    build: bool = False,
+    force_recreate: bool = False,
+    gitignore: bool = True,
+    timeout: float = UP_SECONDS,
+) -> Json:
+    """The code to the VM and to Gitea, then the services one by one; what was done, as
+    `Sandbox.start_services` tells it."""
+    import secrets
 
-    def __init__(
-        self,
-        sandbox: Sandbox,
-        config: Config,
-        *,
-        via: str = "git",
-        build: bool = False,
-        force_recreate: bool = False,
-        gitignore: bool = True,
-        timeout: float = UP_SECONDS,
-    ) -> None:
-        check_timeout(timeout)
-        self.sandbox = sandbox
-        self.services = plan_services(config)
-        self.via = via
-        self.timeout = timeout
-        self.up = ["--build"] * build + ["--force-recreate"] * force_recreate
-        self.steps: list[Json] = []
-        git = via == "git"
-        self.syncer = Syncer(
-            sandbox,
-            os.path.dirname(config.path),
-            gitignore=git and gitignore,
-            also=named_files(config.content),
-            force=git,  # what is gone is in Gitea's history
-            via="ssh" if git else "auto",
-        )
+    check_timeout(timeout)
+    services = plan_services(config)
+    git = via == "git"
+    syncer = Syncer(
+        sandbox,
+        os.path.dirname(config.path),
+        gitignore=git and gitignore,
+        also=named_files(config.content),
+        force=git,  # what is gone is in Gitea's history
+        via="ssh" if git else "auto",
+    )
+    vm = syncer.vm
+    steps: list[Json] = []
+    pushed: Json = dict.fromkeys(("branch", "commit", "repository"))
+    began = time.monotonic()
 
     @contextlib.contextmanager
-    def _step(self, name: str, words: str, limit: float | None = None) -> Iterator[None]:
+    def step(name: str, words: str, limit: float | None = None) -> Iterator[None]:
         """A part of the whole: told as it begins, named in an error, timed for the report."""
-        self.sandbox.reporter.step(words, limit)
-        began = time.monotonic()
+        sandbox.reporter.step(words, limit)
+        start = time.monotonic()
         try:
             yield
         except SandboxError as error:
             error.message = f"{words}: {error.message}"
             raise
         finally:
-            self.steps.append({"step": name, "seconds": round(time.monotonic() - began, 3)})
+            steps.append({"step": name, "seconds": round(time.monotonic() - start, 3)})
 
-    def run(self) -> Json:
-        """Do it; what was done, as `Sandbox.start_services` tells it."""
-        began = time.monotonic()
-        pushed: Json = dict.fromkeys(("branch", "commit", "repository"))
-        if self.via == "git":
-            pushed.update(self._through_gitea())
-        with self._step("sync", "Syncing the code"):
-            done = self.syncer.run()
-        services = [self._start(service) for service in self.services]
-        return {
-            "via": self.via,
-            "path": self.syncer.target,
-            **pushed,
-            "changed": done["sent"] + done["removed"],
-            "services": services,
-            "steps": self.steps,
-            "seconds": round(time.monotonic() - began, 3),
-        }
-
-    def _through_gitea(self) -> Json:
-        """Push the code, and make the directory on the VM a clone that stands there; what was pushed."""
-        sandbox, syncer = self.sandbox, self.syncer
-        with self._step("repository", "Finding the repository"):
-            credentials = gitea_credentials(sandbox.api)
-            url, default = find_repository(sandbox.api, sandbox.state["service"])
-        tree = syncer.scan()
-        tree.check_before_sending(list(tree.stamps))
-        syncer.warn(tree)
-        files = [path for path, stamp in tree.stamps.items() if stamp[:1] != b"d"]
-        branch = f"workspace-{short_id(sandbox.state['session_id'])}"
-        with self._step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS):
-            make_home(sandbox.settings.home)
-            store = GitStore(sandbox, syncer.root, url, credentials)
-            commit, is_new = store.push(files, branch, default)
-        values = assigned(url=url, branch=branch, commit=commit)
-        script = values + assigned(helper=_CREDENTIAL_HELPER, attributes=_AS_IT_IS) + _OWNER + _CLONE
-        words = "".join(f"{value}\n" for value in credentials.values()).encode()
-        with self._step("clone", "Cloning on the VM", GIT_SECONDS):
-            outcome = syncer.vm.outcome(syncer.head + script, lambda file: file.write(words), GIT_SECONDS)
-            if outcome.code == 80:
-                raise git_error(outcome.stderr, credentials)
-            check_script(outcome)
-        return {"branch": branch, "commit": commit, "pushed": is_new, "repository": url}
-
-    def _start(self, service: Json) -> Json:
+    def up(name: str, file: str, required: Sequence[str], seconds: float) -> Json:
         """Bring one service up and wait until its containers are healthy."""
-        import secrets
-
-        name, file = service["name"], service["file"]
         values = assigned(file=file, key=hashed(file), id=secrets.token_hex(12))
-        values += assigned(up_seconds=int(self.timeout), healthy_seconds=service["seconds"])
-        head = self.syncer.head + values + _COMPOSE_HEAD
-        look = head + _LOOK_AT.replace("REQUIRED", shell_words(service["required"]))
-        vm = self.syncer.vm
-        with self._step(name, f"Starting {name} ({file})", self.timeout):
+        values += assigned(up_seconds=int(timeout), healthy_seconds=seconds)
+        head = syncer.head + values + _COMPOSE_HEAD
+        options = ["--build"] * build + ["--force-recreate"] * force_recreate
+        with step(name, f"Starting {name} ({file})", timeout):
             try:
-                vm.run(head + _UP.replace("OPTIONS", shell_words(self.up)))
-                containers = self._wait(vm, look)
+                vm.run(head + _UP.replace("OPTIONS", shell_words(options)))
+                containers = wait_for_containers(
+                    vm, head + _LOOK_AT.replace("REQUIRED", shell_words(required))
+                )
             except Interrupted:
                 try:
                     vm.run(head + _STOP_UP)
                 except SandboxError as error:
-                    self.sandbox.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
+                    sandbox.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
                 raise
         return {"name": name, "type": "docker-compose", "file": file, "containers": containers}
 
-    def _wait(self, vm: Vm, look: str) -> list[dict[str, str | None]]:
-        """Look again and again until the containers are healthy; they."""
-        while True:
-            answer = vm.run(look).decode("utf-8", "replace")
-            verdict, words, *lines = [printable(line) for line in f"{answer}\n".split("\n")]
-            self.sandbox.reporter.detail(words)
-            if verdict == "up":
-                parts = [[word or None for word in line.split(" ")] for line in lines if line.count(" ") == 3]
-                return [dict(zip(("name", "service", "state", "health"), part)) for part in parts]
-            if verdict != "wait":
-                kind = TimedOutError if verdict == "late" else SandboxError
-                words += "".join(f"\n  {line[:300]}" for line in lines if line)
-                raise kind(words, hint="Correct what is wrong there, then run this again.")
-            time.sleep(COMPOSE_POLL_SECONDS)
+    if git:
+        with step("repository", "Finding the repository"):
+            credentials = gitea_credentials(sandbox.api)
+            url, default = find_repository(sandbox.api, sandbox.state["service"])
+    with step("sync", "Syncing the code"):
+        done = syncer.run()
+    if git:
+        files = [path for path, stamp in syncer.tree.stamps.items() if stamp[:1] != b"d"]
+        branch = f"workspace-{short_id(sandbox.state['session_id'])}"
+        values = assigned(url=url, branch=branch, default=default, id=secrets.token_hex(12))
+        words = "".join(f"{value}\n" for value in credentials).encode() + nul_ended(files)
+        with step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS):
+            script = syncer.head + values + _OWNER + _PUSH
+            outcome = vm.outcome(script, lambda file: file.write(words), GIT_SECONDS)
+            check_push(outcome, credentials[1])
+        commit, _, parent = outcome.stdout.decode().strip().partition(" ")
+        pushed.update(branch=branch, commit=commit, repository=url, pushed=commit != parent)
+    return {
+        "via": via,
+        "path": syncer.target,
+        **pushed,
+        "changed": done["sent"] + done["removed"],
+        "services": [up(**service) for service in services],
+        "steps": steps,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+def wait_for_containers(vm: Vm, look: str) -> list[dict[str, str | None]]:
+    """Look again and again until the containers are healthy; they."""
+    while True:
+        answer = vm.run(look).decode("utf-8", "replace")
+        verdict, words, *lines = [printable(line) for line in f"{answer}\n".split("\n")]
+        vm.sandbox.reporter.detail(words)
+        if verdict == "up":
+            parts = [[word or None for word in line.split(" ")] for line in lines if line.count(" ") == 3]
+            return [dict(zip(("name", "service", "state", "health"), part)) for part in parts]
+        if verdict != "wait":
+            kind = TimedOutError if verdict == "late" else SandboxError
+            words += "".join(f"\n  {line[:300]}" for line in lines if line)
+            raise kind(words, hint="Correct what is wrong there, then run this again.")
+        time.sleep(COMPOSE_POLL_SECONDS)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5012,19 +4850,8 @@ WORKER_SECONDS = 240.0
 WORKER_POLL_SECONDS = 2.0
 SHOWN_MUTATIONS = 50
 _ACTIONS = {"INSERT": "inserted", "UPDATE": "updated", "DELETE": "deleted", "TRUNCATE": "deleted"}
-_BEFORE_KEYS = ("before", "old_data", "old_values", "old_row", "old", "previous")
-_AFTER_KEYS = (
-    "after",
-    "new_data",
-    "new_values",
-    "new_row",
-    "new",
-    "row_data",
-    "data",
-    "values",
-    "row",
-    "record",
-)
+_BEFORE_KEYS = "before old_data old_values old_row old previous"
+_AFTER_KEYS = "after new_data new_values new_row new row_data data values row record"
 
 
 class WorkerNotUpError(SandboxError):
@@ -5037,34 +4864,27 @@ class WorkerNotUpError(SandboxError):
 class Mutation:
     """A change of one row.
 
-    action: INSERT, UPDATE, DELETE or what else the worker calls it; before, after: the row, {} where it is
-    not known; raw: as Plato tells it.
+    action: INSERT, UPDATE, DELETE or what else the worker calls it; kind: what became of the row, "inserted",
+    "updated", "deleted" or "other"; before, after: the row, {} where it is not known; columns: those that an
+    UPDATE changed, as far as that is known; raw: as Plato tells it.
     """
 
     def __init__(self, raw: Json) -> None:
         self.raw = raw
-        self.table = as_text(raw.get("table_name")) or as_text(raw.get("table")) or "?"
-        self.action = (as_text(raw.get("action")) or as_text(raw.get("operation")) or "?").upper()
+        self.table = str(raw.get("table_name") or raw.get("table") or "?")
+        self.action = str(raw.get("action") or raw.get("operation") or "?").upper()
+        self.kind = _ACTIONS.get(self.action, "other")
         self.before = _row(raw, _BEFORE_KEYS)
         self.after = _row(raw, _AFTER_KEYS)
         if self.action == "DELETE" and not self.before:
             self.before, self.after = self.after, {}
-
-    @property
-    def kind(self) -> str:
-        """What became of the row: "inserted", "updated", "deleted" or "other"."""
-        return _ACTIONS.get(self.action, "other")
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns whose values an UPDATE changed, as far as that is known."""
-        listed = self.raw.get("changed_columns") or self.raw.get("changed_fields")
-        if self.action != "UPDATE":
-            return []
-        if isinstance(listed, (list, dict)):
-            return [str(name) for name in listed]
-        before = self.before or self.after
-        return [name for name, value in self.after.items() if name not in before or before[name] != value]
+        self.columns: list[str] = []
+        if self.action == "UPDATE":
+            known = (self.before or self.after).items()
+            listed = raw.get("changed_columns") or raw.get("changed_fields")
+            if not isinstance(listed, (list, dict)):
+                listed = [name for name, value in self.after.items() if (name, value) not in known]
+            self.columns = list(map(str, listed))
 
     def told(self) -> str:
         """The change in one line: `id=1  login_count: 3 -> 4`."""
@@ -5078,8 +4898,8 @@ class Mutation:
         )
 
 
-def _row(raw: Json, names: Sequence[str]) -> Json:
-    return next((raw[name] for name in names if isinstance(raw.get(name), dict)), {})
+def _row(raw: Json, names: str) -> Json:
+    return next((raw[name] for name in names.split() if isinstance(raw.get(name), dict)), {})
 
 
 def value_text(value: Any) -> str:
@@ -5097,20 +4917,17 @@ def mutations_of(content: Json) -> list[Mutation]:
     """The mutations in the `state` of a job: merged if Plato does that, else listener by listener."""
     found = content.get("mutations")
     if not isinstance(found, list):
-        listeners = [as_dict(part) for part in content.values()]
-        found = [entry for part in listeners for entry in as_list(part.get("mutations"))]
+        found = [entry for part in content.values() for entry in as_list(as_dict(part).get("mutations"))]
     return [Mutation(as_dict(entry)) for entry in found]
 
 
-def worker_trouble(job: Json) -> str | None:
-    """Why the worker of a job cannot tell its state, in its own words; None when it can."""
+def worker_trouble(job: Json) -> str:
+    """Why the worker of a job cannot tell its state, in its own words; "" when it can."""
     content = job.get("state")
-    said = job.get("error") or content or "it gave no state"
-    if isinstance(content, dict):
-        said = content.get("error") or content.get("errors")
-        if job.get("success") is False:
-            said = said or job.get("error") or "it could not read its state"
-    return printable(value_text(said)).rstrip(".") if said else None
+    said = as_dict(content).get("error") or as_dict(content).get("errors") or job.get("error")
+    if not said and (job.get("success") is False or not isinstance(content, dict)):
+        said = as_text(content) or "it gave no state"
+    return printable(value_text(said or "")).rstrip(".")
 
 
 def summarize(mutations: Sequence[Mutation]) -> Json:
@@ -5126,27 +4943,25 @@ def summarize(mutations: Sequence[Mutation]) -> Json:
 
 def counts_text(counts: Json) -> str:
     """`1 inserted, 2 updated`, of a table in a summary."""
-    kinds = [name for name in counts if name != "table" and counts[name]]
-    return ", ".join(f"{counts[name]} {name}" for name in kinds)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count and kind != "table")
 
 
 def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
     """The `audit_ignore_tables` entries that would ignore them: columns where only those changed."""
-    tables: dict[str, set[str] | None] = {}
+    whole = ""  # in place of columns
+    tables: dict[str, set[str]] = {}
     for mutation in mutations:
-        columns = set(mutation.columns)
-        known = tables.get(mutation.table, set())
-        tables[mutation.table] = known | columns if columns and known is not None else None
+        tables.setdefault(mutation.table, set()).update(mutation.columns or [whole])
     return [
-        name if columns is None else {"table": name, "columns": sorted(columns)}
+        name if whole in columns else {"table": name, "columns": sorted(columns)}
         for name, columns in sorted(tables.items())
     ]
 
 
 def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
-    summary = summarize(mutations)
-    tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in summary["tables"])
+    counted_tables = summarize(mutations)["tables"]
+    tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in counted_tables)
     error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {tables}.")
     error.hint = "If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n" + rules_text(
         ignore_rules(mutations)
@@ -5168,22 +4983,21 @@ class AuditTable:
     """
 
     def __init__(self, name: str, listener: Json) -> None:
-        given = {key: value for key, value in listener.items() if value}
+        usual_port, usual_user = (3306, "root") if listener["db_type"] == "mysql" else (5432, "postgres")
         self.name = name
-        self.kind = str(given.get("db_type"))
-        self.database = str(given.get("db_database"))
-        port, user = (3306, "root") if self.kind == "mysql" else (5432, "postgres")
+        self.kind: str = listener["db_type"]
+        self.database: str = listener["db_database"]
         self.login: Json = {
-            "host": given.get("db_host", "127.0.0.1"),
-            "port": whole_number(given.get("db_port", port)),
-            "user": given.get("db_user", user),
-            "password": given.get("db_password", ""),
+            "host": listener.get("db_host") or "127.0.0.1",
+            "port": whole_number(listener.get("db_port")) or usual_port,
+            "user": listener.get("db_user") or usual_user,
+            "password": listener.get("db_password") or "",
             "database": self.database,
         }
-        schema = given.get("db_schema") or given.get("schema_name", "public")
+        schema: str = listener.get("db_schema") or listener.get("schema_name") or "public"
         self.schema = {"mysql": self.database, "sqlite": "main"}.get(self.kind, schema)
-        self.table = given.get("audit_table_name", "audit_log")
-        self.rules = as_list(given.get(RULES_KEY))
+        self.table = listener.get("audit_table_name") or "audit_log"
+        self.rules = as_list(listener.get(RULES_KEY))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7466,13 +7280,13 @@ class Sandbox:
     def start_services(self, *, dataset: str | None = None, **options: Any) -> Json:
         """Push the code to Gitea, clone it on the VM, and start the dataset's Docker Compose services there.
 
-        dataset: default the sandbox's. options: those of `ServiceStarter` (via "git" or "sync", build,
+        dataset: default the sandbox's. options: those of `start_services` (via "git" or "sync", build,
         force_recreate, gitignore, timeout in seconds of one `docker compose up`).
         Returns via, branch, commit, repository (its URL), path (on the VM), changed (number of files),
         services (a list of name, type, file and containers), steps (of step and seconds) and seconds.
         """
         with self.in_use():
-            return ServiceStarter(self, self._config(None, dataset), **options).run()
+            return start_services(self, self._config(None, dataset), **options)
 
     # The worker, and what it records
 
@@ -7514,7 +7328,7 @@ class Sandbox:
                 if not error.may_pass:
                     raise
                 return error.message.rstrip(".")
-            return worker_trouble(job_of(answer, self.state.get("job_id"))) or ""
+            return worker_trouble(job_of(answer, self.state.get("job_id")))
 
         self.reporter.step("Waiting for the worker", seconds)
         why = poll(trouble, seconds, WORKER_POLL_SECONDS, self.reporter)
@@ -7534,7 +7348,7 @@ class Sandbox:
             answer = self.api.state(state["session_id"])
             job = job_of(answer, state.get("job_id"))
             trouble = worker_trouble(job)
-            if trouble is not None:
+            if trouble:
                 raise WorkerNotUpError(
                     f"The Plato worker is not up, so nobody knows what changed: {trouble}.",
                     hint=f"Start it: {PROGRAM} start-worker --wait",
@@ -7835,7 +7649,6 @@ class Sandbox:
         if not stop_heartbeat(self.settings, state):
             self.reporter.warn("The heartbeat could not be ended; it ends by itself within two beats.")
         SshFiles(home, session_id).remove()
-        remove_tree(git_store_path(home, session_id))
         _unlink_quietly(heartbeat_path(home, session_id))
         if self.state.get("session_id") == session_id:  # last: what a killed `stop` leaves is still on record
             if "slot_path" in self.state:

@@ -204,8 +204,8 @@ def fuzz_ignore(data: bytes) -> None:
     path = path.replace(b"\0", b"").strip(b"/") or b"a"
     rules = product.IgnoreFile(text)
     tree = product.LocalTree(os.fsencode(EMPTY.name))
-    tree._rules = {**tree._rules, path.partition(b"/")[0]: [(b".platoignore", rules)]}
-    tree._rules[b""].insert(0, (b".gitignore", rules))
+    tree._rules = {**tree._rules, path.partition(b"/")[0]: [rules]}
+    tree._rules[b""].insert(0, rules)
     for is_directory in (False, True):
         rules.verdict(path, is_directory)
         tree.ignores(path, is_directory)
@@ -285,18 +285,18 @@ def fuzz_listings(data: bytes) -> None:
     for packed in (data, gzip.compress(data, 0)):
         try:
             _, manifest, remote = product.parse_look(base64.b64encode(packed))
-            plan = product.SyncPlan(tree, remote, manifest)
-            harmless(product.listed_paths([*plan.remove, *plan.remove_directories, *plan.blocked]))
-            assert {*plan.remove, *plan.remove_directories} <= remote.keys()
+            plan = product.SyncPlan(tree, remote, manifest, False)
+            harmless(product.listed_paths(plan.remove))
+            assert set(plan.remove) <= remote.keys()
         except product.SandboxError as error:
             harmless(error.message)
     harmless(product.ssh_broken(data).message)
     outcome = product.Outcome(data[0] if data else 1, data, data)
-    harmless(product.git_error(data, {"GITEA_USERNAME": "user", "GITEA_PASSWORD": "password-1"}).message)
-    try:
-        product.check_script(outcome)
-    except product.SandboxError as error:
-        harmless(error.message)
+    for check in (product.check_script, lambda outcome: product.check_push(outcome, "password-1")):
+        try:
+            check(outcome)
+        except product.SandboxError as error:
+            harmless(error.message)
 
 
 def fuzz_mutations(data: bytes) -> None:

@@ -170,8 +170,6 @@ def empty(vm: Vm) -> None:
     for path in vm.work.iterdir():
         if path.name != ".sandbox.yaml":
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for path in vm.desk.plato_home.glob("git_*"):
-        shutil.rmtree(path)
     with contextlib.suppress(KeyError, FileNotFoundError):
         shutil.rmtree(vm.repository)
     (vm.desk.home / ".gitconfig").unlink(missing_ok=True)
@@ -288,8 +286,8 @@ def test_edits_deletions_renames_and_changes_of_kind(vm: Vm) -> None:
     assert not (vm.tree / "gone").exists()
     assert second["commit"] != first["commit"]
     assert vm.git("rev-list", "--count", vm.head()).strip() == b"2"
-    assert vm.execute(f"cd {TARGET} && {AS_PLATO} 'git status --porcelain; git log --oneline | wc -l'") in (
-        "1\n",  # the newest commit alone: no history was fetched
+    assert (
+        vm.execute(f"cd {TARGET} && {AS_PLATO} 'git status --porcelain; git log --oneline | wc -l'") == "2\n"
     )
 
 
@@ -330,7 +328,6 @@ def test_an_unchanged_tree_is_not_pushed_again(vm: Vm) -> None:
 def test_the_default_branch_is_the_parent_and_its_history_stays_away(vm: Vm, tmp_path: Path) -> None:
     vm.good()  # makes the repository
     shutil.rmtree(vm.repository)
-    shutil.rmtree(next(vm.desk.plato_home.glob("git_*")))
     source = tmp_path / "history"
     identity = ("-c", "user.name=T", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false")
 
@@ -357,10 +354,9 @@ def test_the_default_branch_is_the_parent_and_its_history_stays_away(vm: Vm, tmp
     assert vm.git("rev-parse", f"{vm.head()}^").strip() == main
     assert vm.pushed() == read(vm.tree) == read(vm.work)
     received = sum(one.get("sent") or 0 for one in requests_to(vm, "POST", "git-upload-pack", since))
-    assert 300_000 < received < 500_000  # the newest of five commits, once, and the VM needs nothing of it
+    assert 300_000 < received < 500_000  # the newest of five commits
     assert vm.git("rev-parse", "main").strip() == main
-    store = next(vm.desk.plato_home.glob("git_*"))
-    assert (store / "shallow").read_text().split() == [main.decode()]
+    assert (vm.tree / ".git/shallow").read_text().split() == [main.decode()]
     write(vm.work, {"new": "1"})
     since = len(vm.plato.requests())
     vm.good()
@@ -370,37 +366,13 @@ def test_the_default_branch_is_the_parent_and_its_history_stays_away(vm: Vm, tmp
 
 
 def test_an_unknown_parent_of_the_workspace_branch_is_fetched(vm: Vm) -> None:
-    """Another directory, or another machine, pushed to the branch meanwhile."""
+    """The directory on the VM is another one."""
     write(vm.work, {"a": "1"})
     vm.good()
-    shutil.rmtree(next(vm.desk.plato_home.glob("git_*")))
+    shutil.rmtree(vm.tree / ".git")
     write(vm.work, {"a": "2"})
     vm.good()
     assert vm.git("rev-list", "--count", vm.head()).strip() == b"2"
-    assert vm.pushed() == read(vm.tree) == read(vm.work)
-
-
-@pytest.mark.parametrize("damage", ["shallow.lock", "HEAD", "pack", "nothing"])
-def test_a_store_that_was_damaged_is_made_anew(vm: Vm, damage: str) -> None:
-    write(vm.work, {"a": "1"})
-    vm.good()
-    store = next(vm.desk.plato_home.glob("git_*"))
-    if damage == "shallow.lock":
-        shutil.rmtree(store / "objects")
-        (store / "objects").mkdir()
-        (store / "shallow.lock").write_text("")
-    elif damage == "HEAD":
-        (store / "HEAD").write_text("")
-    elif damage == "pack":
-        for path in (store / "objects").rglob("*"):
-            if path.is_file():
-                path.chmod(0o600)
-                path.write_bytes(b"broken")
-    else:
-        shutil.rmtree(store)
-        store.mkdir()
-    write(vm.work, {"a": "2"})
-    vm.good()
     assert vm.pushed() == read(vm.tree) == read(vm.work)
 
 
@@ -458,9 +430,7 @@ def test_links_that_lead_out_are_left_out_and_said(vm: Vm) -> None:
 # ---------------------------------------------------------------------------
 
 
-def test_the_users_git_is_neither_touched_nor_run(vm: Vm, tmp_path: Path) -> None:
-    mark = tmp_path / "ran"
-    script = f"#!/bin/sh\ntouch {shlex.quote(str(mark))}\nexit 1\n"
+def test_the_users_git_is_neither_touched_nor_needed(vm: Vm, tmp_path: Path) -> None:
     git = ["git", "-c", "user.name=T", "-c", "user.email=t@example.com"]
     write(vm.work, {"a": "1"})
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "Mine"]):
@@ -468,55 +438,14 @@ def test_the_users_git_is_neither_touched_nor_run(vm: Vm, tmp_path: Path) -> Non
     write(vm.work, {"staged": "1"})
     subprocess.run([*git, "add", "staged"], cwd=vm.work, check=True)
     write(vm.work, {"untracked": "1", "a": "2"})
-    hooks = tmp_path / "template" / "hooks"
-    hooks.mkdir(parents=True)
-    names = (
-        "pre-commit",
-        "pre-push",
-        "post-commit",
-        "reference-transaction",
-        "post-checkout",
-        "post-index-change",
-    )
-    for place in (vm.work / ".git/hooks", hooks):
-        for name in names:
-            (place / name).write_text(script)
-            (place / name).chmod(0o755)
-    evil = hooks / "pre-push"
-    (vm.desk.home / ".gitconfig").write_text(
-        f'[url "http://127.0.0.1:1/"]\n insteadOf = http://\n insteadOf = https://\n'
-        f"[core]\n hooksPath = {hooks}\n fsmonitor = {evil}\n sshCommand = {evil}\n askPass = {evil}\n"
-        f"[commit]\n gpgsign = true\n[gpg]\n program = {evil}\n[push]\n gpgSign = true\n"
-        f"[init]\n templateDir = {hooks.parent}\n defaultBranch = odd\n[http]\n proxy = http://127.0.0.1:1\n"
-        f'[credential]\n helper = "!{evil}"\n[fetch]\n fsckObjects = true\n'
-    )
     before = everything(vm.work / ".git")
-    environment = {
-        "GIT_DIR": str(vm.work / ".git"),
-        "GIT_WORK_TREE": "/",
-        "GIT_INDEX_FILE": str(vm.work / ".git/index"),
-        "GIT_OBJECT_DIRECTORY": str(vm.work / ".git/objects"),
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": "core.hooksPath",
-        "GIT_CONFIG_VALUE_0": str(hooks),
-        "GIT_CONFIG_PARAMETERS": f"'core.fsmonitor'='{evil}'",
-        "GIT_ASKPASS": str(evil),
-        "SSH_ASKPASS": str(evil),
-        "GIT_EXEC_PATH": str(tmp_path),
-        "GIT_TEMPLATE_DIR": str(hooks.parent),
-        "GIT_PROXY_COMMAND": str(evil),
-        "GIT_EXTERNAL_DIFF": str(evil),
-        "GIT_AUTHOR_DATE": "nonsense",
-        "GIT_NAMESPACE": "odd",
-        "GIT_DEFAULT_HASH": "sha256",
-    }
-    vm.good(environment=environment)
-    write(vm.work, {"a": "3"})
-    vm.good(environment=environment)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("ssh", "sh"):
+        (programs / name).symlink_to(part(name, name))
+    vm.good(environment={"PATH": str(programs)})
     assert everything(vm.work / ".git") == before
-    assert not mark.exists()
     assert vm.pushed() == read(vm.tree) == read(vm.work)
-    assert not (vm.tree / ".git/hooks").exists()
 
 
 # ---------------------------------------------------------------------------
@@ -562,7 +491,7 @@ def test_what_is_in_the_way_is_named_and_nothing_changes(vm: Vm) -> None:
 
 
 @pytest.mark.parametrize("after", [1, 3000, 9000, 20_000])
-def test_an_ssh_connection_that_breaks_while_cloning_is_opened_again(vm: Vm, after: int) -> None:
+def test_an_ssh_connection_that_breaks_is_opened_again(vm: Vm, after: int) -> None:
     write(vm.work, {"a": "1"})
     vm.good()
     write(vm.work, {"a": "2", **{f"file-{number}": os.urandom(2000) for number in range(30)}})
@@ -570,25 +499,6 @@ def test_an_ssh_connection_that_breaks_while_cloning_is_opened_again(vm: Vm, aft
     vm.good()
     assert vm.pushed() == read(vm.tree) == read(vm.work)
     assert vm.execute(f"ls -A {STATE} | grep up || true") == ""
-
-
-def test_a_fetch_that_breaks_leaves_the_old_tree(vm: Vm) -> None:
-    write(vm.work, {"a": "1"})
-    vm.good()
-    before = everything(vm.tree)
-    write(vm.work, {"a": "2", "big": os.urandom(400_000)})
-    count = len(vm.git("for-each-ref").splitlines())
-    assert count == 1
-    vm.plato.fault("truncate", method="POST", path="*/git-upload-pack", nth=3, times=-1, bytes=20_000)
-    result = vm.run("--json")
-    assert result.error["message"].startswith("Cloning on the VM: "), result
-    assert result.code == 6
-    left = {path: found for path, found in everything(vm.tree).items() if "/.git" not in path}
-    assert left == {path: found for path, found in before.items() if "/.git" not in path}
-    vm.plato.clear_faults()
-    vm.good()
-    assert read(vm.tree) == read(vm.work)
-    assert vm.execute(f"{AS_PLATO} 'git -C {TARGET} status --porcelain'") == ""
 
 
 def test_a_directory_that_sync_filled_becomes_a_clone_and_back(vm: Vm) -> None:
@@ -656,8 +566,6 @@ def test_the_owner_is_plato_also_where_root_logs_in(module_vm: Vm, tmp_path: Pat
         assert other.execute(foreign) == ""
         assert other.execute(f"{AS_PLATO} 'git -C {TARGET} status --porcelain'") == ""
         assert read(other.tree) == read(other.work)
-        other.desk.good("stop")
-        assert list(other.desk.plato_home.glob("git_*")) == []
     finally:
         other.desk.clear()
 
@@ -780,7 +688,7 @@ TROUBLES: list[dict[str, Any]] = [
     {"effect": "status", "status": 403, "path": "*/git-receive-pack", "times": -1},
     {"effect": "status", "status": 500, "path": "*/git-receive-pack", "times": -1},
     {"effect": "reset_before_body", "path": "*/info/refs", "times": -1},
-    {"effect": "status", "status": 403, "method": "POST", "path": "*/git-upload-pack", "nth": 3, "times": -1},
+    {"effect": "status", "status": 403, "method": "POST", "path": "*/git-upload-pack", "times": -1},
     {"effect": "truncate", "path": f"{GITEA}/credentials", "bytes": 60, "times": -1},
 ]
 
@@ -825,7 +733,7 @@ def test_gitea_s_credentials_are_found_nowhere(vm: Vm, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------
 
 REPO = f"{GITEA}/simulators/*/repo"
-FINDING, PUSHING, CLONING = "Finding the repository: ", "Pushing 3 files: ", "Cloning on the VM: "
+FINDING, PUSHING = "Finding the repository: ", "Pushing 3 files: "
 # What goes wrong, the exit code, the step, and words of the message.
 CASES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"effect": "status", "status": 403, "path": f"{GITEA}/credentials"}, 4, FINDING, "403"),
@@ -842,21 +750,21 @@ CASES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"effect": "reset_before_body", "path": "*/git-receive-pack"}, 6, PUSHING, "could not talk to Gitea"),
     ({"effect": "cut_upload", "path": "*/git-receive-pack", "bytes": 100}, 6, PUSHING, "could not talk"),
     (
-        {"effect": "status", "status": 403, "method": "POST", "path": "*/git-upload-pack", "nth": 2},
+        {"effect": "status", "status": 403, "method": "POST", "path": "*/git-upload-pack"},
         4,
-        CLONING,
+        PUSHING,
         "403",
     ),
     (
-        {"effect": "status", "status": 502, "method": "POST", "path": "*/git-upload-pack", "nth": 2},
+        {"effect": "status", "status": 502, "method": "POST", "path": "*/git-upload-pack"},
         6,
-        CLONING,
+        PUSHING,
         "502",
     ),
     (
-        {"effect": "reset_before_body", "method": "POST", "path": "*/git-upload-pack", "nth": 2},
+        {"effect": "reset_before_body", "method": "POST", "path": "*/git-upload-pack"},
         6,
-        CLONING,
+        PUSHING,
         "talk",
     ),
 ]
@@ -951,20 +859,6 @@ def test_a_simulator_that_is_not_listed(new_plato: Callable[..., LocalPlato], tm
     vm.desk.clear()
 
 
-def test_no_git_here(vm: Vm, tmp_path: Path) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in ("ssh", "sh"):
-        (programs / name).symlink_to(part(name, name))
-    result = vm.run("--json", environment={"PATH": str(programs)})
-    assert result.code == 1
-    assert "git could not be run: " in result.error["message"]
-    assert "installed" in result.error["hint"]
-    result = vm.run("--json", "--via", "sync", environment={"PATH": str(programs)})
-    assert (result.code == 0) == (vm.docker is None), result
-    assert read(vm.tree) == read(vm.work)
-
-
 def test_no_git_on_the_vm(vm: Vm) -> None:
     programs = "/home/plato/bin"
     vm.execute(
@@ -977,7 +871,7 @@ def test_no_git_on_the_vm(vm: Vm) -> None:
         vm.execute(f"rm -rf {programs} /root/.bashrc")
     assert result.code == 1
     assert result.error["message"] == (
-        "Cloning on the VM: The VM has no git; bring the code over with --via sync."
+        "Pushing 2 files: The VM has no git; bring the code over with --via sync."
     )
 
 
@@ -990,13 +884,10 @@ def session_processes(vm: Vm) -> dict[int, str]:
     """The processes of this desk by pid, but for heartbeats and the connection that ssh keeps."""
     found = {}
     mark = os.fsencode(f"HOME={vm.desk.home}") + b"\0"
-    store = os.fsencode(f"HOME={vm.desk.plato_home}/git_")
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             environment, line = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
-            if (mark in environment or store in environment) and not re.search(
-                b"heartbeat-child|gateway-stream|^ssh: ", line
-            ):
+            if mark in environment and not re.search(b"heartbeat-child|gateway-stream|^ssh: ", line):
                 found[int(process.name)] = line.replace(b"\0", b" ").decode(errors="replace")
     return found
 
@@ -1098,7 +989,7 @@ def test_services_come_up_in_order_and_stay_over_an_update(docker: Vm) -> None:
     assert report["path"] == TARGET
     assert report["repository"].endswith(f"/local/{SERVICE}.git")
     assert [step["step"] for step in report["steps"]] == [
-        "repository", "push", "clone", "sync", "data", "front"
+        "repository", "sync", "push", "data", "front"
     ]  # fmt: skip
     states = {found["service"]: found for one in report["services"] for found in one["containers"]}
     assert states["db"]["health"] == "healthy"

@@ -502,7 +502,7 @@ def test_a_taken_back_exclusion_is_followed_and_forgotten(vm: Vm, source: Path, 
     assert b"venv" not in read_tree(vm.place(target))
 
 
-def test_progress_tells_files_and_bytes_on_a_terminal(own_vm: Vm, source: Path, target: str) -> None:
+def test_progress_tells_bytes_on_a_terminal(own_vm: Vm, source: Path, target: str) -> None:
     for number in range(30):
         (source / str(number)).write_bytes(os.urandom(100_000))
     own_vm.plato.fault("latency", method="POST", path="*/execute", seconds=0.7, times=-1)
@@ -526,7 +526,7 @@ def test_progress_tells_files_and_bytes_on_a_terminal(own_vm: Vm, source: Path, 
             pass
         out = process.communicate()[0].decode()
     os.close(ours)
-    assert re.search(rb"Sending 30 files, 3.0 MB.* [0-9]+ files, [0-9.]+ MB", drawn), drawn
+    assert re.search(rb"Sending 30 files, 3.0 MB.* [0-9.]+ MB", drawn), drawn
     assert re.search(
         r"30 files sent, 0 removed, 0 unchanged \(3.[01] MB in [0-9.]+ s, through the API\)", out
     )
@@ -710,7 +710,7 @@ def test_service_names_from_the_state_file(vm: Vm, tmp_path: Path, name: str) ->
     old = vm.desk.state["service"]
     (work / ".sandbox.yaml").write_text(text.replace(f"service: {old}\n", f"service: {json.dumps(name)}\n"))
     results = [vm.desk.run("sync", "--via", via, directory=work) for via in WAYS]
-    if "/" in name or name == "..":
+    if ".." in name:
         assert [result.code for result in results] == [2, 2]
     else:
         assert [result.code for result in results] == [0, 0]
