@@ -2850,8 +2850,9 @@ _FLOW = {"name!": _FILLED, "description": _TEXT, "har_path": _UNSEEN, "steps": [
 
 class FlowStep:
     """One checked step. number: from 1; place: `file:line:column`, "" for flows that Plato sent;
-    values: its fields as written; limit: ms, for each thing that it waits for; patience: ms, for a page to
-    open, and for an element that is there to let itself be used."""
+    values: its fields as written; subjects: those that it cannot do without, but what it fills in;
+    limit: ms, for each thing that it waits for; patience: ms, for a page to open, and for an element that is
+    there to let itself be used."""
 
     def __init__(self, number: int, values: Json, place: str) -> None:
         self.number = number
@@ -2861,8 +2862,11 @@ class FlowStep:
         self.kind: str = given["verify_type"] if self.type == "verify" else self.type
         self.description: str = given.get("description", "")
         self.place = place
+        needed = {**STEP_FIELDS[self.type], **VERIFY_NEEDS.get(self.kind, {})}
+        self.subjects = [given[name[:-1]] for name in needed if name.endswith("!") and name != "value!"]
         self.retries = whole_number(given.get("retries")) or 0
         self.retry_delay_ms = whole_number(given.get("retry_delay_ms", RETRY_DELAY_MS)) or 0
+        self.duration = whole_number(given.get("duration")) or 0
         standard = SCREENSHOT_TIMEOUT_MS if self.type == "screenshot" else STEP_TIMEOUT_MS
         self.limit = whole_number(given.get("timeout", standard)) or STEP_FOREVER_MS
         self.patience = whole_number(given.get("timeout", STEP_PATIENCE_MS)) or STEP_FOREVER_MS
@@ -5315,8 +5319,7 @@ class Mask:
     def __init__(self, flows: Sequence[Flow], address: str) -> None:
         self._patterns: dict[str, re.Pattern[str]] = {}
         steps = [step for flow in flows for step in flow.steps]
-        said = [{**step.values, "value": "", "description": ""} for step in steps]
-        self._said = f"{address} {said}".lower()
+        self._said = f"{address} {[step.subjects for step in steps]}".lower()
         for step in steps:
             if step.type == "fill" and looks_secret(step):
                 self.add(step)
@@ -5380,93 +5383,26 @@ def mask_trace(source: str, target: str, mask: Mask) -> None:
 # The steps
 
 
-# What each type acts on; what is expected (behind the bar: with `should_exist: false` or `contains: false`);
-# and what is done, with Playwright's own waiting. It raises where it does not come true.
-_ATTACHED = (
-    "an element {selector}|no element {selector}",
-    lambda run, at: run.expect(run.element).to_be_attached(attached=at.get("should_exist") is not False),
-)
-STEPS: dict[str, tuple[str, str, Callable[..., Any]]] = {
-    "navigate": ("{url}", "{url} to open", lambda run, at: run.navigate(at["url"])),
-    "wait_for_selector": (
-        "{selector}",
-        "a visible element {selector}",
-        lambda run, at: run.element.wait_for(),
-    ),
-    "click": (
-        "{selector}",
-        "an element {selector} that can be clicked",
-        lambda run, at: run.element.click(),
-    ),
-    "fill": (
-        "{selector}",
-        "a field {selector} that can be filled",
-        lambda run, at: run.element.fill(str(at["value"])),
-    ),
-    "wait": (
-        "{duration} ms",
-        "{duration} ms to pass",
-        lambda run, at: run.page.wait_for_timeout(whole_number(at["duration"])),
-    ),
-    "wait_for_url": (
-        "{url_contains}",
-        "an address with {url_contains!r}",
-        lambda run, at: run.expect(run.page).to_have_url(matching(at["url_contains"], at)),
-    ),
-    "check_element": ("{selector}", *_ATTACHED),
-    "element_exists": ("element_exists {selector}", *_ATTACHED),
-    "element_visible": (
-        "element_visible {selector}",
-        "a visible element {selector}",
-        lambda run, at: run.expect(run.element).to_be_visible(),
-    ),
-    "element_text": (
-        "element_text {selector} {text}",
-        "{selector} with the text {text!r}|{selector} to be the text {text!r}",
-        lambda run, at: run.element_text(at),
-    ),
-    "element_count": (
-        "element_count {selector} {count}",
-        "{count} elements {selector}",
-        lambda run, at: run.expect(run.page.locator(at["selector"])).to_have_count(whole_number(at["count"])),
-    ),
-    "page_title": (
-        "page_title {title}",
-        "a page title with {title!r}|a page title equal to {title!r}",
-        lambda run, at: run.expect(run.page).to_have_title(matching(at["title"], at)),
-    ),
-    "verify_text": (
-        "{text}",
-        "a page with the text {text!r}|a page without the text {text!r}",
-        lambda run, at: run.page.wait_for_function(
-            _PAGE_HAS_TEXT, arg=[at["text"], at.get("should_exist") is not False], polling=100
-        ),
-    ),
-    "verify_url": (
-        "{url}",
-        "the address to contain {url!r}|the address to be {url!r}",
-        lambda run, at: run.expect(run.page).to_have_url(matching(at["url"], at)),
-    ),
-    "verify_no_errors": (
-        "",
-        "no visible error on the page",
-        lambda run, at: run.no_errors(at.get("error_selectors") or ERROR_SELECTORS),
-    ),
-    "screenshot": (
-        "{filename}",
-        "a screenshot {filename}",
-        lambda run, at: run.screenshot(at["filename"], at.get("full_page")),
-    ),
-    "switch_page": (
-        "{page_index}",
-        "a page with the index {page_index}",
-        lambda run, at: run.switch_page(int(at["page_index"])),
-    ),
-    "execute_script": (
-        "{script}",
-        "the script to end without an error",
-        lambda run, at: run.page.evaluate(at["script"]),
-    ),
+# What each kind of step waits for; behind the bar: with `should_exist: false` or `contains: false`.
+STEP_EXPECTS = {
+    "navigate": "{url} to open",
+    "wait_for_selector": "a visible element {selector}",
+    "click": "an element {selector} that can be clicked",
+    "fill": "a field {selector} that can be filled",
+    "wait": "{duration} ms to pass",
+    "wait_for_url": "an address with {url_contains!r}",
+    "check_element": "an element {selector}|no element {selector}",
+    "element_exists": "an element {selector}",
+    "element_visible": "a visible element {selector}",
+    "element_text": "{selector} with the text {text!r}|{selector} to be the text {text!r}",
+    "element_count": "{count} elements {selector}",
+    "page_title": "a page title with {title!r}|a page title equal to {title!r}",
+    "verify_text": "a page with the text {text!r}|a page without the text {text!r}",
+    "verify_url": "the address to contain {url!r}|the address to be {url!r}",
+    "verify_no_errors": "no visible error on the page",
+    "screenshot": "a screenshot {filename}",
+    "switch_page": "a page with the index {page_index}",
+    "execute_script": "the script to end without an error",
 }
 # In the page's HTML, or in what a person sees of it, whatever the line breaks and margins.
 _PAGE_HAS_TEXT = r"""([text, there]) => {
@@ -5479,22 +5415,16 @@ _STATE_OF_PAGE = """() => {
   const entry = performance.getEntriesByType("navigation")[0] || {};
   const lines = (document.body ? document.body.innerText : "").split("\\n");
   const text = lines.map(line => line.trim().replace(/\\s+/g, " ")).filter(line => line).join("\\n");
-  return [`${location.protocol === "chrome-error:" ? entry.name : location.href}`,
-    entry.responseStatus | 0 || null, `${text}`.slice(0, 4000)];
+  return {url: `${location.protocol === "chrome-error:" ? entry.name : location.href}`,
+    http_status: entry.responseStatus | 0 || null, text: `${text}`.slice(0, 4000)};
 }"""
-
-
-def matching(text: str, values: Json) -> re.Pattern[str]:
-    """What contains a text, or with `contains: false` equals it."""
-    return re.compile(f"^{re.escape(text)}$" if values.get("contains") is False else re.escape(text))
 
 
 def expectation(step: FlowStep) -> str:
     """What a step waits for, as the end of "Expected ..."."""
-    words, _, negative = STEPS[step.kind][1].partition("|")
-    if False in (step.values.get("should_exist"), step.values.get("contains")):
-        words = negative or words
-    return words.format_map(step.values)
+    words = STEP_EXPECTS[step.kind].split("|")
+    denied = False in (step.values.get("should_exist"), step.values.get("contains"))
+    return words[-1 if denied else 0].format_map(step.values)
 
 
 def step_words(step: Json) -> str:
@@ -5508,7 +5438,7 @@ def step_record(step: FlowStep) -> Json:
         "number": step.number,
         "type": step.type if step.number else "open",
         "description": step.description,
-        "target": STEPS[step.kind][0].format_map(step.values)[:200],
+        "target": " ".join(map(str, step.subjects))[:200],
         "place": step.place or None,
         "status": "skipped",
         "seconds": 0.0,
@@ -5538,24 +5468,6 @@ def seen_words(error: Exception) -> str:
 
 
 # A run
-
-
-def check_flow_options(base_url: str | None, unseen: bool) -> None:
-    """UsageError for what makes no sense. unseen: whether a window is to stay open that nobody sees."""
-    if base_url is not None and not re.fullmatch(r"https?://[^\s/?#]\S*", base_url):
-        raise UsageError(
-            f"--base-url is {base_url!r}, which is not the address of a page such as http://127.0.0.1:8080."
-        )
-    if unseen:
-        raise UsageError("--keep-open needs --headed: nobody sees a browser without a window.")
-
-
-def chosen_browser(settings: Settings) -> str | None:
-    """The executable that PLATO_BROWSER names, checked; None without that variable."""
-    path = settings.browser and find_program(settings.browser)
-    if settings.browser and not path:
-        raise UsageError(f"PLATO_BROWSER is {settings.browser!r}, which is no program that can be run.")
-    return path
 
 
 class FlowFailedError(CheckFailedError):
@@ -5590,6 +5502,8 @@ class FlowRun:
     def __init__(
         self, sandbox: Sandbox, known: FlowSet, flows: Sequence[Flow], address: str, output: str
     ) -> None:
+        if not re.fullmatch(r"https?://[^\s/?#]\S*", address):
+            raise UsageError(f"{address!r} is not the address of a page such as http://127.0.0.1:8080.")
         self.reporter = sandbox.reporter
         self.flows = flows
         self.address = address
@@ -5676,8 +5590,9 @@ class FlowRun:
         logging.getLogger("playwright").disabled = True  # a traceback for each answer of a page that has gone
         self.expect = type(expect)()
         # Neither the driver nor the browser, which runs pages that nobody here wrote, has a use for the key.
-        environment = child_environment(os.environ)
-        secrets = {name: os.environ.pop(name) for name in set(os.environ) - set(environment)}
+        secrets = {
+            name: os.environ.pop(name) for name in set(os.environ) - set(child_environment(os.environ))
+        }
         try:
             try:
                 self._playwright = await async_playwright().start()
@@ -5686,7 +5601,7 @@ class FlowRun:
             chromium = self._playwright.chromium
             if launch["executable_path"] is None and not os.path.exists(chromium.executable_path):
                 launch["executable_path"] = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
-            self.browser = await chromium.launch(**{**launch, "env": environment})
+            self.browser = await chromium.launch(**launch)
         except Exception as error:  # noqa: BLE001  (the driver or the browser failed in any way)
             raise SandboxError(
                 f"The browser could not be opened: {seen_words(error)}. This brings one:"
@@ -5709,17 +5624,18 @@ class FlowRun:
         self.results.append(result)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.mask(flow.name))[:60]
         place = os.path.join(self.output, f"flow-{len(self.results)}-{name}-")
-        self.page = shown = None  # and the newest picture
+        self.page = None
+        shown: Any = None  # the newest picture
         began = time.monotonic()
         for step, record in zip(steps, result["steps"]):
-            words = f"{flow.name}: {step.number}/{len(flow.steps)} {record['type']} {record['target']}"
+            words = "{}: {number}/{} {type} {target}".format(flow.name, len(flow.steps), **record)
             self.reporter.step(self.mask(words))
             start = time.monotonic()
             seen = await self._try(step, record)
             seconds = time.monotonic() - start
-            left_at_once = not step.number and steps[1].type == "navigate"
-            looked_only = step.type.startswith(("verify", "check_", "wait_for_", "screenshot"))
-            if seen or not (left_at_once or (looked_only and seconds < PICTURE_FRESH_SECONDS)):
+            is_look = step.type.startswith(("verify", "check_", "wait_for_", "screenshot"))
+            is_fresh = shown and is_look and seconds < PICTURE_FRESH_SECONDS
+            if seen or (step.number and not is_fresh):  # the page that was opened is in the next picture
                 path = f"{place}step-{step.number:02d}.jpeg"
                 picture = functools.partial(self._picture, path, quality=75, timeout=5000)
                 shown = await quietly(picture) and path
@@ -5743,8 +5659,9 @@ class FlowRun:
         """Try a step as often as it says. Returns what was seen instead of what it waits for."""
         import asyncio
 
-        duration = whole_number(step.values.get("duration")) or 0
-        longest = (step.limit + step.patience + step.retry_delay_ms + duration) / 1000 + FLOW_GRACE_SECONDS
+        longest = (
+            step.limit + step.patience + step.retry_delay_ms + step.duration
+        ) / 1000 + FLOW_GRACE_SECONDS
         for attempt in range(1, step.retries + 2):
             record["attempts"] = attempt
             try:
@@ -5766,20 +5683,54 @@ class FlowRun:
             await asyncio.sleep(step.retry_delay_ms / 1000)
         if self.page is None:
             await self._open_page()
-        selector = step.values.get("selector", "")
-        self.element = self.page.locator(selector).first
         self.context.set_default_timeout(step.limit)
         self.context.set_default_navigation_timeout(step.patience)
         self.expect.set_options(timeout=step.limit)
+        selector = step.values.get("selector", "")
+        element = self.page.locator(selector).first
         if step.type in ("click", "fill"):
-            await self.element.wait_for()
+            await element.wait_for()
             self.context.set_default_timeout(step.patience)
-        if step.type == "fill" and (looks_secret(step) or await self.element.evaluate(_PRIVATE_FIELD)):
+        if step.type == "fill" and (looks_secret(step) or await element.evaluate(_PRIVATE_FIELD)):
             self.mask.add(step)
             self._covered.append(selector)
         # The text that a script gives, or the path of a screenshot.
-        note = await STEPS[step.kind][2](self, step.values)
+        note = await self._action(step, element)()
         record["note"] = note[:200] if isinstance(note, str) else ""
+
+    def _action(self, step: FlowStep, element: Any) -> Any:
+        """What a step does, with Playwright's own waiting. It raises where it does not come true."""
+        import urllib.parse
+
+        page, at = self.page, step.values
+        what: Any = step.subjects[-1] if step.subjects else ""
+        is_there = at.get("should_exist") is not False
+        text = re.escape(str(what))
+        pattern = re.compile(f"^{text}$" if at.get("contains") is False else text)
+        on_page, on_element = self.expect(page), self.expect(element)
+        actions: Json = {
+            "navigate": lambda: page.goto(urllib.parse.urljoin(page.url, what)),
+            "wait_for_selector": element.wait_for,
+            "click": element.click,
+            "fill": lambda: element.fill(str(at["value"])),
+            "wait": lambda: page.wait_for_timeout(step.duration),
+            "wait_for_url": lambda: on_page.to_have_url(pattern),
+            "check_element": lambda: on_element.to_be_attached(attached=is_there),
+            "element_exists": on_element.to_be_attached,
+            "element_visible": on_element.to_be_visible,
+            "element_text": lambda: self.element_text(on_element, at),
+            "element_count": lambda: self.expect(page.locator(at["selector"])).to_have_count(
+                whole_number(what)
+            ),
+            "page_title": lambda: on_page.to_have_title(pattern),
+            "verify_text": lambda: page.wait_for_function(_PAGE_HAS_TEXT, arg=[what, is_there], polling=100),
+            "verify_url": lambda: on_page.to_have_url(pattern),
+            "verify_no_errors": lambda: self.no_errors(at.get("error_selectors") or ERROR_SELECTORS),
+            "screenshot": lambda: self.screenshot(what, at.get("full_page")),
+            "switch_page": lambda: self.switch_page(int(what)),
+            "execute_script": lambda: page.evaluate(what),
+        }
+        return actions[step.kind]
 
     async def _open_page(self) -> None:
         """A first page, listened to."""
@@ -5805,14 +5756,8 @@ class FlowRun:
 
     # Steps that are more than one call of Playwright
 
-    async def navigate(self, url: str) -> None:
-        import urllib.parse
-
-        await self.page.goto(urllib.parse.urljoin(self.page.url, url))
-
-    async def element_text(self, values: Json) -> None:
+    async def element_text(self, expected: Any, values: Json) -> None:
         """The text of an element, as it stands in the page or as a person sees it."""
-        expected = self.expect(self.element)
         check = expected.to_have_text if values.get("contains") is False else expected.to_contain_text
         try:
             await check(values["text"], use_inner_text=True, timeout=1)
@@ -5858,9 +5803,7 @@ class FlowRun:
         if step.type == "fill":
             self.mask.add(step)  # it may be a password; nobody can tell
         state = await quietly(lambda: self.page.evaluate(_STATE_OF_PAGE))
-        names = ("type", "place", "expected", "seen", "picture")
-        failure = {"step": step.number, **{name: record[name] for name in names}}
-        failure["url"], failure["http_status"], failure["text"] = state or (record["url"], None, "")
+        failure = {**record, "step": step.number, "http_status": None, "text": "", **(state or {})}
         failure["troubles"] = list(dict.fromkeys(self._troubles))[:TROUBLE_LIMIT]
         result.update(passed=False, failure=failure)
         whole = os.path.join(self._folder, "trace.zip")
@@ -5887,7 +5830,7 @@ body { margin: 0; background: var(--ground); color: var(--ink); overflow-wrap: a
 main { max-width: 58rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; letter-spacing: -.01em; }
 h1::before, .index li::before { content: "✓ "; color: var(--good); }
-h1.failed::before, .index .failed::before { content: "✗ "; color: var(--bad); }
+h1.False::before, .index .False::before { content: "✗ "; color: var(--bad); }
 h2 { font-size: 1.15rem; margin: 0; }
 code, .text { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 header { margin-bottom: 1.75rem; }
@@ -5910,11 +5853,13 @@ summary:focus-visible { outline: 2px solid var(--good); outline-offset: -2px; }
   align-items: baseline; }
 .head p { grid-column: 1 / -1; max-width: 44rem; margin: .25rem 0 0; color: var(--dim); }
 .verdict { font-weight: 600; font-size: .95rem; color: var(--good); }
-.verdict::first-letter { text-transform: uppercase; }
-section.failed .verdict { color: var(--bad); }
+.verdict::before { content: "Passed in "; }
+.False .verdict { color: var(--bad); }
+.False .verdict::before { content: "Failed in "; }
 details:not([open]) > .head .verdict::after { content: " ▸"; }
 .failure { background: var(--bad-ground); border-top: 1px solid var(--line); padding: 1rem 1.25rem 1.15rem;
   margin: 0; }
+.True .failure, img[src$=","] { display: none; }
 ol { list-style: none; margin: 0; padding: 0; }
 .step { border-top: 1px solid var(--line); }
 .step summary { display: grid; grid-template-columns: 1.6rem 1fr max-content 8rem; gap: 0 .9rem;
@@ -5930,7 +5875,7 @@ ol { list-style: none; margin: 0; padding: 0; }
 .words b { color: var(--bad); font-size: .9rem; }
 img { display: block; width: 8rem; height: 4.5rem; object-fit: cover; object-position: top;
   border-radius: 4px; border: 1px solid var(--line); cursor: zoom-in; }
-[open] > summary > img { grid-column: 1 / -1; width: 100%; height: auto; margin: .7rem 0 .45rem;
+[open] > summary > img, .failed img { grid-column: 1 / -1; width: 100%; height: auto; margin: .7rem 0 .45rem;
   border-radius: 6px; cursor: zoom-out; }
 .step.failed .number { color: var(--bad); font-weight: 700; }
 .skipped { opacity: .55; }
@@ -5943,7 +5888,7 @@ footer { color: var(--dim); font-size: .85rem; }
   .time { grid-column: 2; grid-row: 2; text-align: left; font-size: .82rem; }
   img { width: 4.5rem; height: 3.2rem; grid-column: 3; grid-row: 1 / span 2; }
   .number { align-self: start; padding-top: .05rem; }
-  [open] > summary > img { grid-row: 3; }
+  [open] > summary > img, .failed img { grid-row: 3; }
 }
 @media print { body { background: none; } section { break-inside: avoid; } }
 """
@@ -5962,7 +5907,7 @@ REPORT_PAGE = """\
 </head>
 <body>
 <main>
-<header><h1 class="{verdict}">{title}</h1>
+<header><h1 class="{passed}">{title}</h1>
 <dl><dt>Page</dt><dd>{address}</dd>
 <dt>Flows</dt><dd>{source}</dd>
 <dt>Browser</dt><dd>{browser[name]} {browser[version]}</dd>
@@ -5977,13 +5922,10 @@ Made by plato-sandbox {version}.</footer>
 </body>
 </html>
 """
-REPORT_INDEX = '<li class="{verdict}"><a href="#{number}">{name}</a></li>'
+REPORT_INDEX = '<li class="{passed}"><a href="#{number}">{name}</a></li>'
 REPORT_FLOW = """\
-<section id="{number}" class="{verdict}"><details{open}><summary class="head"><h2>{name}</h2>
-<span class="verdict">{verdict} in {seconds:.1f} s</span><p>{description}</p></summary>
-{failed}<ol>{lines}</ol></details></section>
-"""
-REPORT_FAILURE = """\
+<section id="{number}" class="{passed}"><details{open}><summary class="head"><h2>{name}</h2>
+<span class="verdict">{seconds:.1f} s</span><p>{description}</p></summary>
 <dl class="failure"><dt>Step</dt><dd>{failure[step]} {failure[type]}</dd>
 <dt>Place</dt><dd>{failure[place]}</dd>
 <dt>Expected</dt><dd>{failure[expected]}</dd>
@@ -5993,14 +5935,15 @@ REPORT_FAILURE = """\
 <dt>Page text</dt><dd class="text">{failure[text]}</dd>
 <dt>Also seen</dt><dd>{troubles}</dd>
 <dt>Trace</dt><dd class="text">{trace_command}</dd></dl>
+<ol>{lines}</ol></details></section>
 """
 REPORT_STEP = """\
-<li class="step {status}"><details{open}><summary><span class="number">{number}</span>
+<li class="step {status}"><details><summary><span class="number">{number}</span>
 <span class="words"><em>{description}</em><code>{type} {target}</code><small>{note}</small>
 <small class="tries-{attempts}">{attempts} attempts</small><b>{seen}</b></span>
-<span class="time"><i>{seconds:.2f} s</i><u>{status}</u></span>{image}</summary></details></li>
+<span class="time"><i>{seconds:.2f} s</i><u>{status}</u></span>
+<img alt="The page after this step" src="data:image/jpeg;base64,{image}"></summary></details></li>
 """
-REPORT_IMAGE = '<img alt="The page after this step" src="data:image/jpeg;base64,{}">'
 
 
 def html_text(leaf: Any) -> Any:
@@ -6015,34 +5958,28 @@ def html_text(leaf: Any) -> Any:
 def report_page(report: Json) -> str:
     """The whole report as one page of HTML that needs nothing else. report: as `Sandbox.flow` tells it."""
     flows, mutations = report["flows"], report["mutations"]
-    failed = sum(not flow["passed"] for flow in flows)
-    title = f"{len(flows) - failed} of {len(flows)} flows passed"
-    if not report["passed"] and not failed:
-        title += ", but the databases changed"
     index = sections = ""
     for number, flow in enumerate(flows, 1):
         shown = {
             **each_text(flow, html_text),
             "number": number,
-            "verdict": verdict(flow),
             "open": "" if flow["passed"] and len(flows) > 1 else " open",
             "lines": "".join(map(report_step, flow["steps"])),
-            "failed": "",
         }
-        if flow["failure"]:
-            troubles = "\n".join(shown["failure"]["troubles"])
-            shown["failed"] = REPORT_FAILURE.format(**shown, troubles=troubles)
+        failure = collections.defaultdict(str, shown["failure"] or {})
         index += REPORT_INDEX.format_map(shown)
-        sections += REPORT_FLOW.format_map(shown)
+        shown["failure"] = failure
+        sections += REPORT_FLOW.format(**shown, troubles="\n".join(failure["troubles"]))
+    passed = sum(flow["passed"] for flow in flows)
+    change = ", but the databases changed" if mutations else ""
     words = {
         **report,
-        "title": title,
+        "title": f"{passed} of {len(flows)} flows passed{change}",
         "source": report["flows_path"] or "from Plato",
         "changed": mutations and mutation_words(mutations),
     }
     return REPORT_PAGE.format(
         **each_text(words, html_text),
-        verdict=verdict(report),
         style=REPORT_STYLE,
         index=index,
         sections=sections,
@@ -6050,31 +5987,24 @@ def report_page(report: Json) -> str:
     )
 
 
-def verdict(result: Json) -> str:
-    return "passed" if result["passed"] else "failed"
-
-
 def report_step(step: Json) -> str:
     """A line that unfolds a picture."""
     import base64
 
-    image, path = "", step["picture"]
-    if path:
-        with open(path, "rb") as file:
-            data = base64.b64encode(file.read()).decode()
-        image = REPORT_IMAGE.format(data)
-    return REPORT_STEP.format(**each_text(step, html_text), open=" open" if step["seen"] else "", image=image)
+    picture = b""
+    if step["picture"]:
+        with open(step["picture"], "rb") as file:
+            picture = file.read()
+    return REPORT_STEP.format(**each_text(step, html_text), image=base64.b64encode(picture).decode())
 
 
 def flow_failed_error(failed: Sequence[Json]) -> FlowFailedError:
     """What the first of the failed flows has to say, and how many there are."""
     failure = failed[0]["failure"]
-    error = FlowFailedError(
-        f"The flow {failed[0]['name']} failed"
-        f" at step {failure['step']} ({failure['place'] or failure['type']}):"
-        f" expected {failure['expected']}; seen: {failure['seen']}."
-        + (f" {len(failed) - 1} more failed." if len(failed) > 1 else "")
+    words = "The flow {name} failed at step {step} ({at}): expected {expected}; seen: {seen}.".format(
+        **failure, name=failed[0]["name"], at=failure["place"] or failure["type"]
     )
+    error = FlowFailedError(words + (f" {len(failed) - 1} more failed." if len(failed) > 1 else ""))
     status = failure["http_status"]
     if status in (502, 503, 504):
         error.hint = f"The page answers HTTP {status}: the simulator's services may not be up yet."
@@ -7707,9 +7637,12 @@ class Sandbox:
         None if not asked), report (the path of report.html), and `error`: a SandboxError, or None when all
         passed. What cannot even begin raises.
         """
-        check_flow_options(base_url, keep_open and not headed)
-        program = chosen_browser(self.settings)
-        launch = {"executable_path": program, "headless": not headed, "slow_mo": slowmo}
+        browser, headed = self.settings.browser, headed or keep_open
+        launch = {
+            "executable_path": browser and (find_program(browser) or browser),
+            "headless": not headed,
+            "slow_mo": slowmo,
+        }
         if base_url is None:
             self._load_for_use()
             self.revive_heartbeat()
@@ -8925,7 +8858,7 @@ examples:
     --base-url URL       begin at this address instead; needs no sandbox
     --headed             show the browser's window
   | --headless           do not show it (default)
-    --keep-open          leave the window open at the end, until Ctrl-C
+    --keep-open          the same, and leave it open at the end, until Ctrl-C
     --slowmo MS          wait so long after each action of the browser
 -o, --output DIR         for report, pictures and traces (default: {FLOW_OUTPUT})
     --verify-no-mutations  fail also when the database was changed
