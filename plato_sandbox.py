@@ -1834,8 +1834,8 @@ def run_child(arguments: Sequence[str]) -> int:
 # yaml: text to values with the line and column of every node, and back; refuses what it does not support
 # ----------------------------------------------------------------------------------------------------------
 # One document of the YAML that people write by hand, with the scalar rules of YAML 1.1 (those of PyYAML's
-# safe_load, but timestamps stay strings). Tags, directives, several documents, complex keys and whatever else
-# is doubtful are refused.
+# safe_load, but timestamps stay strings). Tags, directives, several documents, complex keys, numbers such as
+# 22:22 (base 60) and .nan, and whatever else is doubtful are refused.
 
 YAML_MAX_DEPTH = 64  # collections inside one another, aliases counted as if written out; spares the stack
 YAML_MAX_KEY = 1024  # characters from the start of a key to its colon, the limit of YAML itself
@@ -2003,15 +2003,12 @@ class YamlNode:
             return [item.plain() for item in self.value]
         return self.value
 
-    def parts(self) -> list[YamlNode]:
-        """The items, or the values without their keys; nothing for a scalar."""
-        return [*self.items(), *(value for _, value in self.pairs())]
-
     def weight(self) -> tuple[int, int]:
         """How many characters it takes with its aliases written out, and how deep its collections nest."""
         if not isinstance(self.value, (list, dict)):
             return self.end - self.start + 1, 0
-        weights = [part.weight() for part in self.parts()]
+        parts = [*self.items(), *(value for _, value in self.pairs())]
+        weights = [part.weight() for part in parts]
         return sum(size for size, _ in weights) + 1, max((height for _, height in weights), default=0) + 1
 
     def error(self, message: str) -> YamlError:
@@ -2021,12 +2018,11 @@ class YamlNode:
 
 def yaml_load(text: str, source: str = "<yaml>") -> Any:
     """The one document of `text` as plain values; None when it is empty; YamlError when it is wrong."""
-    node = yaml_compose(text, source)
-    return None if node is None else node.plain()
+    return yaml_compose(text, source).plain()
 
 
-def yaml_compose(text: str, source: str = "<yaml>") -> YamlNode | None:
-    """The one document of `text` as nodes that know their place; None when it is empty."""
+def yaml_compose(text: str, source: str = "<yaml>") -> YamlNode:
+    """The one document of `text` as nodes that know their place."""
     return _YamlReader(text, source).document()
 
 
@@ -2089,7 +2085,7 @@ class _YamlReader:
         if not self.skip():
             raise self.wrong()
 
-    def document(self) -> YamlNode | None:
+    def document(self) -> YamlNode:
         bad = _YAML_FORBIDDEN.search(self.text, self.origin, len(self.text) - 1)
         if bad:
             message = f"the character {ascii(bad[0])[1:-1]} is not allowed; remove it, or write it like this"
@@ -2109,7 +2105,7 @@ class _YamlReader:
             self.end_line()
         if self.text[self.at] != "\0":
             raise self.error("only one document in a text is supported; remove this line", self.at)
-        return node if node and node.start < node.end else None
+        return node or YamlNode(self, None, self.origin, self.origin)
 
     # Blocks
 
@@ -2370,7 +2366,9 @@ class _YamlReader:
         try:
             return _yaml_number(raw) if raw[0] in "+-.0123456789" else raw
         except ValueError:
-            message = "this number is too long, or has no value here; put it in quotes to keep it as text"
+            message = (
+                "this number is too long, or its meaning is in doubt; put it in quotes to keep it as text"
+            )
             raise self.error(message, start) from None
 
     def quoted(self) -> str:
@@ -2403,19 +2401,14 @@ class _YamlReader:
 
 
 def _yaml_number(raw: str) -> int | float | str:
-    """The number that `raw` is, or `raw` itself; ValueError without a value, or for 1:30.5 (base 60)."""
+    """The number that `raw` is, or `raw` itself; ValueError for 0x, 1:30 (base 60), .inf and long ones."""
     whole = _YAML_INT.fullmatch(raw)
     if not whole and not _YAML_FLOAT.fullmatch(raw):
         return raw
-    digits = raw.replace("_", "").lower()
     if len(raw) > YAML_MAX_NUMBER:
         raise ValueError(raw)
-    if not whole:
-        return float(digits.replace(".i", "i").replace(".n", "n"))
-    value = 0
-    for part in digits.lstrip("+-").split(":"):  # 1:30 is 90
-        value = value * 60 + int(part, 8 if whole[1] else 0 if part[1:2] in ("b", "x") else 10)
-    return -value if raw[0] == "-" else value
+    digits = raw.replace("_", "")
+    return int(digits, 8 if whole[1] else 0) if whole else float(digits)
 
 
 # Writing
@@ -2427,13 +2420,17 @@ def yaml_dump(value: Any) -> str:
     Takes dicts, lists, tuples (written as lists), strings, numbers, booleans and None; keys are scalars.
     SandboxError for other types, and for what is nested too deep to be read (or contains itself).
     """
-    if not isinstance(value, dict) or not value:
-        return yaml_inline(value) + "\n"
-    lines = (f"{yaml_inline(key)}: {yaml_inline(value[key], '?')}\n" for key in sorted(value, key=str))
-    return "".join(lines)
+    try:
+        if not isinstance(value, dict) or not value:
+            return yaml_inline(value) + "\n"
+        return "".join(
+            f"{yaml_inline(key)}: {yaml_inline(value[key], '?')}\n" for key in sorted(value, key=str)
+        )
+    except RecursionError:
+        raise SandboxError("What is nested so deep cannot be written as YAML.") from None
 
 
-def yaml_inline(value: Any, more: str = "", depth: int = 0) -> str:
+def yaml_inline(value: Any, more: str = "") -> str:
     """A value on one line, as people write it: name, "odd, name", [a, b], {table: a, columns: [b]}.
 
     more: further characters of text that needs no quotes where it will stand.
@@ -2443,13 +2440,11 @@ def yaml_inline(value: Any, more: str = "", depth: int = 0) -> str:
         if plain and value not in _YAML_WORDS:
             return value
         return '"' + printable(value.replace("\\", "\\\\").replace('"', '\\"')) + '"'
-    if depth > YAML_MAX_DEPTH:
-        raise SandboxError(f"What is nested deeper than {YAML_MAX_DEPTH} levels cannot be written as YAML.")
     if isinstance(value, dict):
-        pairs = (f"{yaml_inline(key)}: {yaml_inline(part, '', depth + 1)}" for key, part in value.items())
+        pairs = (f"{yaml_inline(key)}: {yaml_inline(part)}" for key, part in value.items())
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(yaml_inline(part, "", depth + 1) for part in value) + "]"
+        return "[" + ", ".join(map(yaml_inline, value)) + "]"
     if isinstance(value, float):
         written = repr(value).replace("inf", ".inf").replace("nan", ".nan")
         return written if "." in written else written.replace("e", ".0e")  # YAML wants a point before it
@@ -2474,23 +2469,25 @@ def yaml_items(margin: str, values: Sequence[Any]) -> list[str]:
 
 
 class ConfigError(CheckFailedError):
-    """A config that cannot be used. problems: one `file:line:column: what is wrong` each, for the message."""
+    """A config that cannot be used."""
 
     code = "config_invalid"
 
-    def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.message = "\n".join([self.message, *map(printable, problems)])
+
+def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
+    """The error for a file. problems: `file:line:column: what is wrong`, each a line of the message."""
+    error = ConfigError(
+        f"{source} cannot be used: {counted(len(problems), 'problem')}.",
+        hint="Nothing was done. Correct the file and run the command again.",
+    )
+    error.message = "\n".join([error.message, *map(printable, problems)])
+    return error
 
 
 def _meant(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the known one that was meant, or all of them."""
     close = closest(word, known)
-    return f"; did you mean `{close}`?" if close else f"; there are: {_listed(known) or 'none'}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
+    return f"; did you mean `{close}`?" if close else f"; there are: {', '.join(known) or 'none'}"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
@@ -2504,18 +2501,22 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 if TYPE_CHECKING:
     Fields = Json  # of a mapping: the schema of each field, as `Checker` takes it
+    Field = Callable[[YamlNode], str]  # the schema of a value: what is wrong with one, "" if nothing is
 
 
-class Field:
-    """What a value may be: `fits` judges its node, `words` say it behind "it must be".
+def _field(words: str, fits: Callable[[Any], object], choices: Sequence[str] = ()) -> Field:
+    """What a value may be, as `fits` judges it and as the words behind "it must be".
 
     choices: the only texts that it may be, one of which may have been meant.
     """
 
-    def __init__(self, words: str, fits: Callable[[YamlNode], object], choices: Sequence[str] = ()) -> None:
-        self.words = words
-        self.fits = fits
-        self.choices = choices
+    def wrong(node: YamlNode) -> str:
+        if fits(node.value):
+            return ""
+        close = closest(str(node.value), choices)
+        return f"did you mean `{close}`?" if close else f"it must be {words}"
+
+    return wrong
 
 
 def whole_number(value: Any) -> int | None:
@@ -2523,36 +2524,31 @@ def whole_number(value: Any) -> int | None:
     return int(float(value)) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}(\.0*)?\s*", str(value)) else None
 
 
-def _integer(low: int, high: int | None = None) -> Field:
-    def fits(node: YamlNode) -> bool:
-        number = whole_number(node.value)
-        return number is not None and low <= number and (high is None or number <= high)
+def _integer(low: int, high: int = 10**9) -> Field:
+    def fits(value: Any) -> bool:
+        number = whole_number(value)
+        return number is not None and low <= number <= high
 
-    return Field(f"a whole number, at least {low}" + (f", at most {high}" if high else ""), fits)
+    return _field(f"a whole number, at least {low}" + (f", at most {high}" if high < 10**9 else ""), fits)
 
 
 def _choice(*words: str) -> Field:
-    return Field(f"one of: {_listed(words)}", lambda node: node.value in words, words)
+    return _field(f"one of: {', '.join(words)}", lambda value: value in words, words)
 
 
 def _text(words: str, fits: Callable[[str], object] = lambda text: True) -> Field:
-    return Field(words, lambda node: isinstance(node.value, str) and fits(node.value))
+    return _field(words, lambda value: isinstance(value, str) and fits(value))
 
 
 _TEXT = _text("a text (quotes make one)")
 _FILLED = _text("a text that is not blank", str.strip)
 _NAME = _text("a text of letters, digits, '.', '_' and '-'", re.compile(SERVICE_NAME).fullmatch)
-_TABLE = _text("a table name or {table: NAME, columns: [..]}")
+_TABLE = _field("a table name or {table: NAME, columns: [..]}", lambda value: isinstance(value, (str, dict)))
 _PATH = _text("a path in the screenshots folder", lambda text: text.strip() and is_inside(text))
-_BOOLEAN = Field("true or false", lambda node: isinstance(node.value, bool))
-_NUMBER = Field(
-    "a number that Plato can be sent",
-    lambda node: not isinstance(node.value, float) or node.value - node.value == 0,
-)
-_UNSEEN = Field("anything", lambda node: True)
-_VALUE = Field(
+_BOOLEAN = _field("true or false", lambda value: isinstance(value, bool))
+_VALUE = _field(
     "a text, a whole number, or true or false (quotes make a text)",
-    lambda node: isinstance(node.value, (str, int)),
+    lambda value: isinstance(value, (str, int)),
 )
 _PORT = _integer(0, 65535)
 _COUNT = _integer(0)
@@ -2562,7 +2558,7 @@ _TEXTS = [_TEXT]
 def _of_kind(node: YamlNode, name: str, kinds: Mapping[str, Fields], default: str = "") -> Fields:
     """The further fields of a mapping, by its kind, which its field `name` says; any for an unknown kind."""
     kind = node.get(name)
-    return kinds.get(str(default if kind is None or kind.value is None else kind.value), {"*": None})
+    return kinds.get(str((kind and kind.value) or default), {"*": None})
 
 
 # The fields of the API's models (source: SimConfigDataset), as `Checker` takes them.
@@ -2573,7 +2569,6 @@ COMPUTE_FIELDS = {
     "disk": _integer(*DISK_RANGE_MB),
     "app_port": _PORT,
     "plato_messaging_port": _PORT,
-    "native_worker": _BOOLEAN,
 }
 _METADATA = ("favicon", "name", "description", "source_code_url", "start_url", "license", "flows_path")
 _SERVICE = {
@@ -2596,7 +2591,7 @@ _LISTENERS: dict[str, Fields] = {
         "db_port": _PORT,
         **dict.fromkeys(("db_host", "db_user", "db_password", "db_schema", "schema_name"), _TEXT),
         "truncate_tables": _BOOLEAN,
-        "audit_ignore_tables": [lambda node: None if node.kind == "mapping" else _TABLE],
+        "audit_ignore_tables": [_TABLE],
         "audit_table_name": _TEXT,
         **dict.fromkeys(("seed_data_paths", "volumes"), _TEXTS),
     },
@@ -2620,113 +2615,83 @@ _DATASET = {
 
 
 class Checker:
-    """Compares a YAML text with a schema and collects what is wrong, each with file, line and column.
+    """Compares a YAML text with a schema. ConfigError lists what is wrong, with file, line and column.
 
     A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field and
-    "name!" one that must be there and must not be empty (the first of a name counts), a function from a node
-    to its schema, or None for whatever can be sent as JSON. strict: an unknown field is a problem; else it is
-    worth a warning if it looks misspelt.
+    "name!" one that must be there and must not be empty, a function from a node to its schema, or None for
+    anything. strict: an unknown field is a problem; else it is worth a warning if it looks misspelt.
+    root: the document; warnings: what looks mistaken.
     """
 
-    def __init__(self, source: str, *, strict: bool = False) -> None:
-        self.source = source
+    def __init__(self, text: str, source: str, schema: Any, *, strict: bool = False) -> None:
         self.strict = strict
         self.problems: list[str] = []
         self.warnings: list[str] = []
-
-    def read(self, text: str, schema: Any) -> YamlNode:
-        """The document of a text; ConfigError lists every problem."""
-        root = None
         try:
-            root = yaml_compose(text, self.source)
-            if root is None:
-                self.problems.append(f"{self.source}:1:1: the file is empty")
-            else:
-                self.check(root, "", schema)
+            self.root = yaml_compose(text, source)
+            self.check(self.root, "", schema)
         except YamlError as error:
             self.problems.append(str(error))
-        if root is None or self.problems:
-            raise unusable_config(self.source, [*self.problems, *self.warnings])
-        return root
+        if self.problems:
+            raise unusable_config(source, [*self.problems, *self.warnings])
 
     def check(self, node: YamlNode, where: str, schema: Any) -> None:
-        if callable(schema):
-            schema = schema(node)
-        if isinstance(schema, dict):
-            self.check_fields(node, where, schema)
-        elif isinstance(schema, list):
-            self.check_items(node, where, schema[0])
-        else:
-            self.check_value(node, where, schema or _NUMBER)
-            for part in node.parts() if schema is None else ():
-                self.check(part, where, None)
+        wanted = schema(node) if callable(schema) else schema
+        written = node.source_text() if node.kind == "scalar" else ""
+        if isinstance(wanted, dict):
+            self.check_fields(node, where, wanted)
+        elif isinstance(wanted, list):
+            self.check_items(node, where, wanted[0])
+        elif wanted:
+            is_secret = schema in (_TEXT, _VALUE)  # it may be
+            self.tell(node, where, f"is {'wrong' if is_secret else written[:80] or 'wrong'}; {wanted}")
+        elif schema is _VALUE and not isinstance(node.value, str) and written != str(node.value):
+            text = f"is doubtful: YAML reads {written} as {node.value}; quotes keep it as it is"
+            self.tell(node, where, text, self.warnings)
 
     def check_items(self, node: YamlNode, where: str, schema: Any) -> None:
         if node.kind != "sequence":
             self.tell(node, where, "must be a list (lines that start with `- `)")
         names: set[str] = set()
         for number, item in enumerate(node.items(), 1):
-            name = item.get("name") if isinstance(schema, dict) else None
-            label = str(name.value) if name and name.kind == "scalar" else str(number)
+            name = item.get("name")
+            label = str(name.plain() if name else number)
             if name and label in names:
                 self.tell(item, where, f"names `{label}` twice; give this one another name")
             names.add(label)
             self.check(item, f"{where}.{label}", schema)
-
-    def check_value(self, node: YamlNode, where: str, field: Field) -> None:
-        written = node.source_text() if node.kind == "scalar" else ""
-        if not field.fits(node):
-            close = closest(str(node.value), field.choices)
-            meant = f"did you mean `{close}`?" if close else f"it must be {field.words}"
-            secret = field in (_TEXT, _VALUE)  # it may be
-            self.tell(node, where, f"is {written[:80] if written and not secret else 'wrong'}; {meant}")
-        elif (
-            field is _VALUE and self.strict and not isinstance(node.value, str) and written != str(node.value)
-        ):
-            text = f"is doubtful: YAML reads {written} as {node.value}; quotes keep it as it is"
-            self.tell(node, where, text, self.warnings)
 
     def check_fields(self, node: YamlNode, where: str, fields: Fields) -> None:
         if node.kind != "mapping":
             self.tell(node, where, "must be a map of fields (`name: value` lines)")
             return
         prefix = f"{where}." if where else ""
-        known: list[str] = []
-        for field, schema in fields.items():
-            name = field.removesuffix("!")
+        known = [field.rstrip("!") for field in fields]
+        for name, (field, schema) in zip(known, fields.items()):
             value = node.get(name)
-            if name in known:
-                continue
-            known.append(name)
-            if value is not None and value.value is not None:
+            if value and value.value is not None:
                 self.check(value, prefix + name, schema)
             elif name != field:
                 wrong = f"is {'empty' if value else 'missing'}"
-                if isinstance(schema, Field):
-                    wrong += f"; it must be {schema.words}"
+                if callable(schema):
+                    wrong += f"; {schema(node)}"
                 elif "*" in fields:
                     wrong += _meant(name, [str(key.value) for key, _ in node.pairs()])
                 self.tell(value or node, prefix + name, wrong)
         for key, value in node.pairs():
-            if key.value not in known:
-                self.check(value, f"{prefix}{key.value}", fields.get("*"))
-                meant = _meant(str(key.value), known)
-                if "*" not in fields and (self.strict or "did you mean" in meant):
-                    home = self.problems if self.strict else self.warnings
-                    self.tell(key, where, f"has no field `{key.value}`{meant}", home)
+            if key.value in known:
+                continue
+            if "*" in fields:
+                self.check(value, f"{prefix}{key.value}", fields["*"])
+                continue
+            meant = _meant(str(key.value), known)
+            if self.strict or "did you mean" in meant:
+                home = self.problems if self.strict else self.warnings
+                self.tell(key, where, f"has no field `{key.value}`{meant}", home)
 
     def tell(self, node: YamlNode, where: str, text: str, home: list[str] | None = None) -> None:
         what = f"`{where}`" if where else "the file"
         (self.problems if home is None else home).append(str(node.error(f"{what} {text}")))
-
-
-def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
-    count = len(problems)
-    return ConfigError(
-        f"{source} cannot be used: {count} problem{'s' if count != 1 else ''}.",
-        problems=problems,
-        hint="Nothing was done. Correct the file and run the command again.",
-    )
 
 
 class Config:
@@ -2783,25 +2748,21 @@ def load_config(path: str, dataset: str | None) -> Config:
 def parse_config(text: str, source: str, path: str, dataset: str | None) -> Config:
     """The same from a text; source is what problems name as its place."""
     name = dataset or DEFAULT_DATASET
-    checker = Checker(source)
-    datasets = {"*": _UNSEEN, f"{name}!": _DATASET}  # the others are not looked at
-    root = checker.read(text, {"service!": _NAME, "datasets!": datasets})
-    native = root.get("datasets", name, "compute", "native_worker")
-    if native is not None:
-        checker.warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
-    plain = root.plain()
+    datasets = {"*": None, f"{name}!": _DATASET}  # the others are not looked at
+    checker = Checker(text, source, {"service!": _NAME, "datasets!": datasets})
+    plain = checker.root.plain()
     return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
 
 
 # Flows: the steps of the API's models, each with its own fields
 
 
-VERIFY_NEEDS: dict[str, Fields] = {
+VERIFY_FIELDS: dict[str, Fields] = {
     "element_exists": {"selector!": _FILLED},
     "element_visible": {"selector!": _FILLED},
-    "element_text": {"selector!": _FILLED, "text!": _FILLED},
+    "element_text": {"selector!": _FILLED, "text!": _FILLED, "contains": _BOOLEAN},
     "element_count": {"selector!": _FILLED, "count!": _COUNT},
-    "page_title": {"title!": _TEXT},
+    "page_title": {"title!": _TEXT, "contains": _BOOLEAN},
 }
 STEP_FIELDS: dict[str, Fields] = {
     "navigate": {"url!": _FILLED},
@@ -2811,12 +2772,7 @@ STEP_FIELDS: dict[str, Fields] = {
     "wait": {"duration!": _COUNT},
     "wait_for_url": {"url_contains!": _FILLED},
     "check_element": {"selector!": _FILLED, "should_exist": _BOOLEAN},
-    "verify": {
-        "verify_type!": _choice(*VERIFY_NEEDS),
-        **dict.fromkeys(("selector", "text", "title"), _TEXT),
-        "contains": _BOOLEAN,
-        "count": _COUNT,
-    },
+    "verify": {"verify_type!": _choice(*VERIFY_FIELDS)},
     "verify_text": {"text!": _FILLED, "should_exist": _BOOLEAN},
     "verify_url": {"url!": _FILLED, "contains": _BOOLEAN},
     "verify_no_errors": {"error_selectors": _TEXTS},
@@ -2824,101 +2780,129 @@ STEP_FIELDS: dict[str, Fields] = {
     "switch_page": {"page_index!": _integer(-1000, 1000)},
     "execute_script": {"script!": _FILLED},
 }
-STEP_TIMEOUT_MS = 8000
-SCREENSHOT_TIMEOUT_MS = 60000
-STEP_PATIENCE_MS = 30000
+# What each kind of step waits for; behind the bar: with `should_exist: false` or `contains: false`.
+STEP_EXPECTS = {
+    "navigate": "{url} to open",
+    "wait_for_selector": "a visible element {selector}",
+    "click": "an element {selector} that can be clicked",
+    "fill": "a field {selector} that can be filled",
+    "wait": "{duration} ms to pass",
+    "wait_for_url": "an address with {url_contains!r}",
+    "check_element": "an element {selector}|no element {selector}",
+    "element_exists": "an element {selector}",
+    "element_visible": "a visible element {selector}",
+    "element_text": "{selector} with the text {text!r}|{selector} to be the text {text!r}",
+    "element_count": "{count} elements {selector}",
+    "page_title": "a page title with {title!r}|a page title equal to {title!r}",
+    "verify_text": "a page with the text {text!r}|a page without the text {text!r}",
+    "verify_url": "the address to contain {url!r}|the address to be {url!r}",
+    "verify_no_errors": "no visible error on the page",
+    "screenshot": "a screenshot {filename}",
+    "switch_page": "a page with the index {page_index}",
+    "execute_script": "the script to end without an error",
+}
 STEP_FOREVER_MS = 86400000  # where the timeout is 0
-RETRY_DELAY_MS = 500
 
 
 def _step_fields(node: YamlNode) -> Json:
     """The fields that a step may have, by its type and, if it has one, its verify_type."""
-    fields = {"type!": _choice(*STEP_FIELDS), **_of_kind(node, "type", STEP_FIELDS)}
-    needed = _of_kind(node, "verify_type", VERIFY_NEEDS) if "verify_type!" in fields else {}
+    fields = _of_kind(node, "type", STEP_FIELDS)
     return {
-        **needed,
+        "type!": _choice(*STEP_FIELDS),
         **fields,
+        **(_of_kind(node, "verify_type", VERIFY_FIELDS) if "verify_type!" in fields else {}),
         "description": _TEXT,
-        "timeout": _COUNT,
-        "retries": _COUNT,
-        "retry_delay_ms": _COUNT,
+        **dict.fromkeys(("timeout", "retries", "retry_delay_ms"), _COUNT),
     }
 
 
-_FLOW = {"name!": _FILLED, "description": _TEXT, "har_path": _UNSEEN, "steps": [_step_fields]}
+_FLOW = {"name!": _FILLED, "description": _TEXT, "har_path": None, "steps": [_step_fields]}
 
 
 class FlowStep:
-    """One checked step. number: from 1; place: `file:line:column`, "" for flows that Plato sent;
-    values: its fields as written; limit: ms, for each thing that it waits for; patience: ms, for a page to
-    open, and for an element that is there to let itself be used."""
+    """One checked step.
 
-    def __init__(self, number: int, values: Json, place: str) -> None:
+    number: from 1; values: its fields as written; type; kind: what a verify step checks, else the type;
+    subjects: the fields that it cannot do without, but what it fills in; expected: what it waits for, as the
+    end of "Expected ..."; limit: ms, for each thing that it waits for; patience: ms, for a page to open, and
+    for an element that is there to let itself be used; record: what is told of it before it ran.
+    """
+
+    def __init__(self, number: int, values: Json, place: str | None) -> None:
         self.number = number
         self.values = given = {name: value for name, value in values.items() if value is not None}
         self.type: str = given["type"]
-        # What a verify step checks, or else the type.
         self.kind: str = given["verify_type"] if self.type == "verify" else self.type
-        self.description: str = given.get("description", "")
-        self.place = place
-        self.retries = whole_number(given.get("retries")) or 0
-        self.retry_delay_ms = whole_number(given.get("retry_delay_ms", RETRY_DELAY_MS)) or 0
-        standard = SCREENSHOT_TIMEOUT_MS if self.type == "screenshot" else STEP_TIMEOUT_MS
-        self.limit = whole_number(given.get("timeout", standard)) or STEP_FOREVER_MS
-        self.patience = whole_number(given.get("timeout", STEP_PATIENCE_MS)) or STEP_FOREVER_MS
+        needed = {**STEP_FIELDS[self.type], **VERIFY_FIELDS.get(self.kind, {})}
+        self.subjects = [given[name[:-1]] for name in needed if name.endswith("!") and name != "value!"]
+        words = STEP_EXPECTS[self.kind].split("|")
+        is_denial = False in (given.get("should_exist"), given.get("contains"))
+        self.expected = words[-1 if is_denial else 0].format_map(given)
 
+        def count(name: str, default: int = 0) -> int:
+            return whole_number(given.get(name, default)) or 0
 
-class Flow:
-    """One checked flow: its name, its description and its steps."""
-
-    def __init__(self, name: str, description: str, steps: list[FlowStep]) -> None:
-        self.name = name
-        self.description = description
-        self.steps = steps
+        self.retries = count("retries")
+        self.retry_delay_ms = count("retry_delay_ms", 500)
+        self.duration = count("duration")
+        self.limit = count("timeout", 60_000 if self.type == "screenshot" else 8000) or STEP_FOREVER_MS
+        self.patience = count("timeout", 30_000) or STEP_FOREVER_MS
+        self.record: Json = {
+            "number": number,
+            "type": self.type if number else "open",
+            "description": given.get("description", ""),
+            "target": " ".join(map(str, self.subjects))[:200],
+            "place": place,
+            "status": "skipped",
+            "seconds": 0.0,
+            "attempts": 0,
+            "url": None,
+            "note": "",
+            "expected": None,
+            "seen": None,
+            "picture": None,
+        }
 
 
 class FlowSet:
     """The flows of a simulator.
 
-    path: the flows file, None for flows that Plato sent; shown: where they are
-    from, in words; warnings: what looks mistaken.
+    flows: their names, descriptions and steps (a FlowStep each); path: the flows file, None for flows that
+    Plato sent; shown: where they are from, in words; warnings: what looks mistaken.
     """
 
-    def __init__(self, flows: list[Flow], path: str | None, shown: str, warnings: list[str]):
+    def __init__(self, flows: list[Json], path: str | None, shown: str, warnings: list[str]):
         self.flows = flows
         self.path = path
         self.shown = shown
         self.warnings = warnings
 
-    def choose(self, names: Sequence[str], *, every: bool = False) -> list[Flow]:
+    def choose(self, names: Sequence[str], *, every: bool = False) -> list[Json]:
         """The flows of those names, in that order; UsageError names what was probably meant."""
-        known = {flow.name: flow for flow in self.flows}
+        known = {flow["name"]: flow for flow in self.flows}
         wanted = list(known) if every else names or ["login"]
         for name in wanted:
             if name not in known:
                 raise UsageError(f"{self.shown} has no flow {name!r}{_meant(name, known)}")
-            if not known[name].steps:
+            if not known[name]["steps"]:
                 raise UsageError(f"The flow {name!r} has no steps, so there is nothing to run.")
         return [known[name] for name in wanted]
 
 
-def load_flows(path: str) -> FlowSet:
-    """Read and check a whole flows file; ConfigError lists every problem with its line and column."""
-    return parse_flows(read_config(path), shown_path(from_here(path)), path)
-
-
 def parse_flows(text: str, source: str, path: str | None) -> FlowSet:
-    """The flows in a YAML text. path: None for a text in which nobody can look lines and columns up."""
-    checker = Checker(source, strict=path is not None)
-    root = checker.read(text, {"flows!": [_FLOW], "*": _UNSEEN})
-    flows: list[Flow] = []
-    for node in (root.get("flows") or root).items():
+    """The flows in a YAML text, checked; ConfigError lists every problem with its line and column.
+
+    path: None for a text in which nobody can look those up.
+    """
+    checker = Checker(text, source, {"flows!": [_FLOW], "*": None}, strict=path is not None)
+    flows: list[Json] = []
+    for node in checker.root.value["flows"][1].items():
         steps = [
-            FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if path else "")
+            FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if path else None)
             for number, step in enumerate((node.get("steps") or node).items(), 1)
         ]
         told = node.plain()
-        flows.append(Flow(told["name"], told.get("description") or "", steps))
+        flows.append({"name": told["name"], "description": told.get("description") or "", "steps": steps})
     return FlowSet(flows, path, source, checker.warnings)
 
 
@@ -2932,7 +2916,7 @@ def flows_file(config: Config) -> str | None:
     if not name:
         return None
     folder = os.path.dirname(os.path.abspath(config.path))
-    path = os.path.normpath(os.path.join(folder, name))
+    path = os.path.join(folder, name)
     if not is_inside(name) or not is_below(path, folder):
         raise ConfigError(
             f"{shown_path(from_here(config.path))}: `metadata.flows_path` is {name!r};"
@@ -4504,7 +4488,7 @@ def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
     if found is None:
         raise SandboxError(
             f"Gitea lists no simulator {service!r} for this API key.",
-            hint=f"It lists: {_listed(sorted(simulators)) or 'none'}."
+            hint=f"It lists: {', '.join(sorted(simulators)) or 'none'}."
             f" Without Gitea: {PROGRAM} start-services --via sync",
         )
     identifier = str(found.get("id"))
@@ -5009,41 +4993,28 @@ class AuditTable:
 
 FLOW_SECONDS = 600.0
 FLOW_OUTPUT = "test-results"
-FLOW_GRACE_SECONDS = 3.0  # what a step may take longer than its patience, before its page counts as hung
-FLOW_LOOK_SECONDS = 5.0  # for a picture, or a look at a page that just failed
+FLOW_LOOK_SECONDS = 5.0  # for a picture, for a look at a page that just failed, and beyond a step's patience
 FLOW_CLOSE_SECONDS = 8.0  # for the browser to end in order
-PICTURE_FRESH_SECONDS = 0.15  # a check that passes this soon shows what the picture before it shows
-TROUBLE_LIMIT = 20
 ERROR_SELECTORS = (
-    *(".error", ".alert-danger", ".alert-error", "[role='alert']", ".error-message"),
+    ".error",
+    ".alert-danger",
+    ".alert-error",
+    "[role='alert']",
+    ".error-message",
     ".validation-error",
 )
 INSTALLED_BROWSERS = (
-    *("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome"),
+    "google-chrome",
+    "google-chrome-stable",
+    "chromium",
+    "chromium-browser",
+    "chrome",
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
 )
-HIDDEN = "***"
-LONGEST_PLAIN_WORD = 5  # such as admin, demo, guest
 
 
 # Where the flows are
-
-
-def find_flows(sandbox: Sandbox, source: str | None = None) -> FlowSet:
-    """The flows of the sandbox's own config, else of its directory's config, else those that Plato has.
-
-    source: "local" or "api" for one of them only. ConfigError for flows with problems.
-    """
-    path = None if source == "api" else local_flows_path(sandbox)
-    if path is not None:
-        return load_flows(path)
-    if source == "local":
-        raise ConfigError(
-            f"{shown_path(sandbox.directory)} has no {CONFIG_NAMES[0]} with `metadata.flows_path`.",
-            hint="Name the flows file there, or take the flows that Plato has: --api",
-        )
-    return fetch_flows(sandbox)
 
 
 def local_flows_path(sandbox: Sandbox) -> str | None:
@@ -5078,21 +5049,18 @@ def fetch_flows(sandbox: Sandbox) -> FlowSet:
 # What a flow changed
 
 
-def new_mutations(before: Sequence[Mutation], after: Sequence[Mutation]) -> list[Mutation]:
+def new_mutations(before: Sequence[Json], after: Sequence[Json]) -> list[Json]:
     """What is in the second list and not in the first, each as often as it is there more often."""
-    left = [mutation.raw for mutation in before]
-    found = []
-    for mutation in after:
-        if mutation.raw in left:
-            left.remove(mutation.raw)
-        else:
-            found.append(mutation)
+    found = list(after)
+    for mutation in before:
+        if mutation in found:
+            found.remove(mutation)
     return found
 
 
 def mutation_words(mutations: Sequence[Json]) -> str:
     """What was changed, counted: "activity (1 inserted); users (2 updated)"; "none" for nothing."""
-    tables = summarize([Mutation(raw) for raw in mutations])["tables"]
+    tables = summarize(list(map(Mutation, mutations)))["tables"]
     return "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in tables) or "none"
 
 
@@ -5102,7 +5070,7 @@ def mutation_words(mutations: Sequence[Json]) -> str:
 # Where a text is a value: of a field in a page or a request (JSON, form), or of the call that fills it.
 _VALUE_PLACE = (
     r"""(\\*"(?!(?:type|name|id|for|class|autocomplete)\\*")[\w.\[\]-]+\\*":\s*\\*"|\bvalue=\\*["']"""
-    r"""|\bfill\(\\*"|[?&][\w.%\[\]-]+=|name=\\*"[^"\\]*\\*"(?:\\r\\n|\r\n)+)(?:{})(?=\\*["'\r]|&|\s|$)"""
+    r"""|\bfill\(\\*"|(?:^|[?&])[\w.%\[\]-]+=|name=\\*"[^"\\]*\\*"(?:\\r\\n|\r\n)+)(?:{})(?=\\*["'\r]|&|\s|$)"""
 )
 _ANYWHERE = "()(?:{})"
 
@@ -5115,11 +5083,10 @@ class Mask:
     where it stands as a value: elsewhere that would make nonsense of other words and tell what it is.
     """
 
-    def __init__(self, flows: Sequence[Flow], address: str) -> None:
+    def __init__(self, flows: Sequence[Json], address: str) -> None:
         self._patterns: dict[str, re.Pattern[str]] = {}
-        steps = [step for flow in flows for step in flow.steps]
-        said = [{**step.values, "value": "", "description": ""} for step in steps]
-        self._said = f"{address} {said}".lower()
+        steps = [step for flow in flows for step in flow["steps"]]
+        self._said = f"{address} {[step.subjects for step in steps]}".lower()
         for step in steps:
             if step.type == "fill" and looks_secret(step):
                 self.add(step)
@@ -5127,7 +5094,8 @@ class Mask:
     def add(self, step: FlowStep) -> None:
         """Hide the value of a fill step from now on."""
         value = str(step.values["value"])
-        is_word = value.isalpha() and (len(value) <= LONGEST_PLAIN_WORD or value.lower() in self._said)
+        # Such as admin, demo, guest.
+        is_word = value.isalpha() and (len(value) < 6 or value.lower() in self._said)
         pattern = _VALUE_PLACE if is_word or len(value) < SHORTEST_SECRET else _ANYWHERE
         longest_first = sorted(spellings(value), key=len, reverse=True)
         if value:
@@ -5137,7 +5105,7 @@ class Mask:
         """A text with nothing to be hidden in it; anything else as it is."""
         if isinstance(leaf, str):
             for value in sorted(self._patterns, key=len, reverse=True):
-                leaf = self._patterns[value].sub(rf"\1{HIDDEN}", leaf)
+                leaf = self._patterns[value].sub(r"\1***", leaf)
         return leaf
 
 
@@ -5166,7 +5134,7 @@ def spellings(value: str) -> set[str]:
 
 def looks_secret(step: FlowStep) -> bool:
     """Whether a fill step is for a password, by its own words."""
-    words = f"{step.values['selector']} {step.description}"
+    words = f"{step.values['selector']} {step.record['description']}"
     return re.search(r"passw|passphrase|\bpwd|secret", words, re.IGNORECASE) is not None
 
 
@@ -5176,101 +5144,13 @@ def mask_trace(source: str, target: str, mask: Mask) -> None:
 
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
-            text = "&" + old.read(entry).decode("utf-8", "surrogateescape")  # it may be the fields of a form
-            new.writestr(entry.filename, mask(text)[1:].encode("utf-8", "surrogateescape"))
+            text = old.read(entry).decode("utf-8", "surrogateescape")
+            new.writestr(entry.filename, mask(text).encode("utf-8", "surrogateescape"))
 
 
 # The steps
 
 
-# What each type acts on; what is expected (behind the bar: with `should_exist: false` or `contains: false`);
-# and what is done, with Playwright's own waiting. It raises where it does not come true.
-_ATTACHED = (
-    "an element {selector}|no element {selector}",
-    lambda run, at: run.expect(run.element).to_be_attached(attached=at.get("should_exist") is not False),
-)
-STEPS: dict[str, tuple[str, str, Callable[..., Any]]] = {
-    "navigate": ("{url}", "{url} to open", lambda run, at: run.navigate(at["url"])),
-    "wait_for_selector": (
-        "{selector}",
-        "a visible element {selector}",
-        lambda run, at: run.element.wait_for(),
-    ),
-    "click": (
-        "{selector}",
-        "an element {selector} that can be clicked",
-        lambda run, at: run.element.click(),
-    ),
-    "fill": (
-        "{selector}",
-        "a field {selector} that can be filled",
-        lambda run, at: run.element.fill(str(at["value"])),
-    ),
-    "wait": (
-        "{duration} ms",
-        "{duration} ms to pass",
-        lambda run, at: run.page.wait_for_timeout(whole_number(at["duration"])),
-    ),
-    "wait_for_url": (
-        "{url_contains}",
-        "an address with {url_contains!r}",
-        lambda run, at: run.expect(run.page).to_have_url(matching(at["url_contains"], at)),
-    ),
-    "check_element": ("{selector}", *_ATTACHED),
-    "element_exists": ("element_exists {selector}", *_ATTACHED),
-    "element_visible": (
-        "element_visible {selector}",
-        "a visible element {selector}",
-        lambda run, at: run.expect(run.element).to_be_visible(),
-    ),
-    "element_text": (
-        "element_text {selector} {text}",
-        "{selector} with the text {text!r}|{selector} to be the text {text!r}",
-        lambda run, at: run.element_text(at),
-    ),
-    "element_count": (
-        "element_count {selector} {count}",
-        "{count} elements {selector}",
-        lambda run, at: run.expect(run.page.locator(at["selector"])).to_have_count(whole_number(at["count"])),
-    ),
-    "page_title": (
-        "page_title {title}",
-        "a page title with {title!r}|a page title equal to {title!r}",
-        lambda run, at: run.expect(run.page).to_have_title(matching(at["title"], at)),
-    ),
-    "verify_text": (
-        "{text}",
-        "a page with the text {text!r}|a page without the text {text!r}",
-        lambda run, at: run.page.wait_for_function(
-            _PAGE_HAS_TEXT, arg=[at["text"], at.get("should_exist") is not False], polling=100
-        ),
-    ),
-    "verify_url": (
-        "{url}",
-        "the address to contain {url!r}|the address to be {url!r}",
-        lambda run, at: run.expect(run.page).to_have_url(matching(at["url"], at)),
-    ),
-    "verify_no_errors": (
-        "",
-        "no visible error on the page",
-        lambda run, at: run.no_errors(at.get("error_selectors") or ERROR_SELECTORS),
-    ),
-    "screenshot": (
-        "{filename}",
-        "a screenshot {filename}",
-        lambda run, at: run.screenshot(at["filename"], at.get("full_page")),
-    ),
-    "switch_page": (
-        "{page_index}",
-        "a page with the index {page_index}",
-        lambda run, at: run.switch_page(int(at["page_index"])),
-    ),
-    "execute_script": (
-        "{script}",
-        "the script to end without an error",
-        lambda run, at: run.page.evaluate(at["script"]),
-    ),
-}
 # In the page's HTML, or in what a person sees of it, whatever the line breaks and margins.
 _PAGE_HAS_TEXT = r"""([text, there]) => {
   const root = document.documentElement, squeezed = text => text.replace(/\s+/g, " ").trim();
@@ -5282,46 +5162,14 @@ _STATE_OF_PAGE = """() => {
   const entry = performance.getEntriesByType("navigation")[0] || {};
   const lines = (document.body ? document.body.innerText : "").split("\\n");
   const text = lines.map(line => line.trim().replace(/\\s+/g, " ")).filter(line => line).join("\\n");
-  return [`${location.protocol === "chrome-error:" ? entry.name : location.href}`,
-    entry.responseStatus | 0 || null, `${text}`.slice(0, 4000)];
+  return {url: `${location.protocol === "chrome-error:" ? entry.name : location.href}`,
+    http_status: entry.responseStatus | 0 || null, text: `${text}`.slice(0, 4000)};
 }"""
-
-
-def matching(text: str, values: Json) -> re.Pattern[str]:
-    """What contains a text, or with `contains: false` equals it."""
-    return re.compile(f"^{re.escape(text)}$" if values.get("contains") is False else re.escape(text))
-
-
-def expectation(step: FlowStep) -> str:
-    """What a step waits for, as the end of "Expected ..."."""
-    words, _, negative = STEPS[step.kind][1].partition("|")
-    if False in (step.values.get("should_exist"), step.values.get("contains")):
-        words = negative or words
-    return words.format_map(step.values)
 
 
 def step_words(step: Json) -> str:
     """A step's own description, or what it does."""
     return step["description"] or f"{step['type']} {step['target']}".rstrip()
-
-
-def step_record(step: FlowStep) -> Json:
-    """What is told of a step before it ran; a filled value is not in it."""
-    return {
-        "number": step.number,
-        "type": step.type if step.number else "open",
-        "description": step.description,
-        "target": STEPS[step.kind][0].format_map(step.values)[:200],
-        "place": step.place or None,
-        "status": "skipped",
-        "seconds": 0.0,
-        "attempts": 0,
-        "url": None,
-        "note": "",
-        "expected": None,
-        "seen": None,
-        "picture": None,
-    }
 
 
 # What Playwright says of a failure, the most telling first: a line of its log, an error, its first line.
@@ -5336,29 +5184,11 @@ def seen_words(error: Exception) -> str:
     """What Playwright says of a failure, in one line for people."""
     text = str(error) or "the page did not answer"
     words = next(filter(None, (re.findall(telling, text, re.MULTILINE) for telling in _TELLING)))[-1]
-    words = re.sub(r"net::ERR_\w+", lambda code: code[0][9:].lower().replace("_", " "), words)
+    words = re.sub(r"net::ERR_(\w+)", lambda code: code[1].lower().replace("_", " "), words)
     return re.sub(r"Timeout (\d+)ms exceeded.*", r"nothing like it within \1 ms", words)[:500]
 
 
 # A run
-
-
-def check_flow_options(base_url: str | None, unseen: bool) -> None:
-    """UsageError for what makes no sense. unseen: whether a window is to stay open that nobody sees."""
-    if base_url is not None and not re.fullmatch(r"https?://[^\s/?#]\S*", base_url):
-        raise UsageError(
-            f"--base-url is {base_url!r}, which is not the address of a page such as http://127.0.0.1:8080."
-        )
-    if unseen:
-        raise UsageError("--keep-open needs --headed: nobody sees a browser without a window.")
-
-
-def chosen_browser(settings: Settings) -> str | None:
-    """The executable that PLATO_BROWSER names, checked; None without that variable."""
-    path = settings.browser and find_program(settings.browser)
-    if settings.browser and not path:
-        raise UsageError(f"PLATO_BROWSER is {settings.browser!r}, which is no program that can be run.")
-    return path
 
 
 class FlowFailedError(CheckFailedError):
@@ -5391,15 +5221,16 @@ class FlowRun:
     _ended = False
 
     def __init__(
-        self, sandbox: Sandbox, known: FlowSet, flows: Sequence[Flow], address: str, output: str
+        self, sandbox: Sandbox, known: FlowSet, flows: Sequence[Json], address: str, output: str
     ) -> None:
+        if not re.fullmatch(r"https?://[^\s/?#]\S*", address):
+            raise UsageError(f"{address!r} is not the address of a page such as http://127.0.0.1:8080.")
         self.reporter = sandbox.reporter
         self.flows = flows
         self.address = address
         self.mask = Mask(flows, address)
         self.results: list[Json] = []
-        folder = os.path.dirname(known.path) if known.path else sandbox.directory
-        self.screenshots = os.path.join(folder, "screenshots")
+        self.screenshots = os.path.dirname(known.path or state_path(sandbox.directory)) + "/screenshots"
         self.output = output
         os.makedirs(self.output, exist_ok=True)
         for name in os.listdir(self.output):  # of an earlier run
@@ -5412,7 +5243,6 @@ class FlowRun:
         launch: how the browser is started. Whatever ends this ends the browser too.
         """
         import asyncio
-        import signal
         import tempfile
 
         self.seconds = seconds
@@ -5423,8 +5253,8 @@ class FlowRun:
         thread = Aside(lambda: asyncio.run(self._serve(work)))
         try:
             thread.result()
-        except Interrupted as interruption:
-            if not self.stays or interruption.number != signal.SIGINT:
+        except Interrupted:
+            if not self.stays:
                 raise
         finally:
             self._ended = True
@@ -5453,9 +5283,9 @@ class FlowRun:
             for flow in self.flows:
                 if not self.timed_out:
                     await self._run_flow(flow, tell)
-                if self.stay is None:
+                if not self.stay:
                     await quietly(lambda: self.context.close())
-            if self.stay is not None:
+            if self.stay:
                 self.stay()
                 self.stays = True
                 self.reporter.note("The browser stays open; close it or press Ctrl-C to end.")
@@ -5479,17 +5309,16 @@ class FlowRun:
         logging.getLogger("playwright").disabled = True  # a traceback for each answer of a page that has gone
         self.expect = type(expect)()
         # Neither the driver nor the browser, which runs pages that nobody here wrote, has a use for the key.
-        environment = child_environment(os.environ)
-        secrets = {name: os.environ.pop(name) for name in set(os.environ) - set(environment)}
+        secrets = {name: os.environ.pop(name) for name in os.environ.keys() - child_environment(os.environ)}
         try:
             try:
                 self._playwright = await async_playwright().start()
             finally:
                 os.environ.update(secrets)
             chromium = self._playwright.chromium
-            if launch["executable_path"] is None and not os.path.exists(chromium.executable_path):
+            if not (launch["executable_path"] or os.path.exists(chromium.executable_path)):
                 launch["executable_path"] = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
-            self.browser = await chromium.launch(**{**launch, "env": environment})
+            self.browser = await chromium.launch(**launch)
         except Exception as error:  # noqa: BLE001  (the driver or the browser failed in any way)
             raise SandboxError(
                 f"The browser could not be opened: {seen_words(error)}. This brings one:"
@@ -5497,40 +5326,42 @@ class FlowRun:
                 " (or install Chrome or Chromium, or set PLATO_BROWSER to the path of one)"
             ) from None
 
-    async def _run_flow(self, flow: Flow, tell: FlowListener) -> None:
-        steps = [FlowStep(0, {"type": "navigate", "url": self.address}, ""), *flow.steps]
+    async def _run_flow(self, flow: Json, tell: FlowListener) -> None:
+        steps = [FlowStep(0, {"type": "navigate", "url": self.address}, None), *flow["steps"]]
         result: Json = {
-            "name": flow.name,
-            "description": flow.description,
+            **flow,
             "passed": True,
             "seconds": 0.0,
-            "steps": list(map(step_record, steps)),
+            "steps": [dict(step.record) for step in steps],
             "failure": None,
             "trace": None,
             "trace_command": None,
         }
         self.results.append(result)
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.mask(flow.name))[:60]
-        place = os.path.join(self.output, f"flow-{len(self.results)}-{name}-")
-        self.page = shown = None  # and the newest picture
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.mask(flow["name"]))[:60]
+        place = f"{self.output}/flow-{len(self.results)}-{name}-"
+        self.page = None
+        shown: Any = None  # the newest picture
         began = time.monotonic()
         for step, record in zip(steps, result["steps"]):
-            words = f"{flow.name}: {step.number}/{len(flow.steps)} {record['type']} {record['target']}"
+            words = "{}: {number}/{} {type} {target}".format(flow["name"], len(flow["steps"]), **record)
             self.reporter.step(self.mask(words))
             start = time.monotonic()
             seen = await self._try(step, record)
             seconds = time.monotonic() - start
-            left_at_once = not step.number and steps[1].type == "navigate"
-            looked_only = step.type.startswith(("verify", "check_", "wait_for_", "screenshot"))
-            if seen or not (left_at_once or (looked_only and seconds < PICTURE_FRESH_SECONDS)):
+            is_look = step.type.startswith(("verify", "check_", "wait_for_", "screenshot"))
+            # A check that passes at once shows what the picture before it shows, a page that was opened
+            # what the next picture shows.
+            is_fresh = shown and is_look and seconds < 0.15
+            if seen or (step.number and not is_fresh):
                 path = f"{place}step-{step.number:02d}.jpeg"
-                picture = functools.partial(self._picture, path, quality=75, timeout=5000)
+                picture = functools.partial(self._picture, path, quality=75)
                 shown = await quietly(picture) and path
             record.update(
                 status="failed" if seen else "passed",
                 seconds=round(seconds, 3),
                 url=getattr(self.page, "url", None),
-                expected=expectation(step) if seen else None,
+                expected=step.expected if seen else None,
                 seen=seen,
                 picture=shown,
             )
@@ -5546,8 +5377,9 @@ class FlowRun:
         """Try a step as often as it says. Returns what was seen instead of what it waits for."""
         import asyncio
 
-        duration = whole_number(step.values.get("duration")) or 0
-        longest = (step.limit + step.patience + step.retry_delay_ms + duration) / 1000 + FLOW_GRACE_SECONDS
+        longest = (
+            step.limit + step.patience + step.retry_delay_ms + step.duration
+        ) / 1000 + FLOW_LOOK_SECONDS
         for attempt in range(1, step.retries + 2):
             record["attempts"] = attempt
             try:
@@ -5562,26 +5394,53 @@ class FlowRun:
         return seen
 
     async def _perform(self, step: FlowStep, record: Json) -> None:
-        """One attempt at a step."""
+        """One attempt at a step, with Playwright's own waiting; it raises where it does not come true."""
         import asyncio
+        import urllib.parse
 
         if record["attempts"] > 1:
             await asyncio.sleep(step.retry_delay_ms / 1000)
         if self.page is None:
             await self._open_page()
-        selector = step.values.get("selector", "")
-        self.element = self.page.locator(selector).first
+        page, at, expect = self.page, step.values, self.expect
         self.context.set_default_timeout(step.limit)
         self.context.set_default_navigation_timeout(step.patience)
-        self.expect.set_options(timeout=step.limit)
+        expect.set_options(timeout=step.limit)
+        selector = at.get("selector", "")
+        found = page.locator(selector)
+        element = found.first
         if step.type in ("click", "fill"):
-            await self.element.wait_for()
+            await element.wait_for()
             self.context.set_default_timeout(step.patience)
-        if step.type == "fill" and (looks_secret(step) or await self.element.evaluate(_PRIVATE_FIELD)):
+        if step.type == "fill" and (looks_secret(step) or await element.evaluate(_PRIVATE_FIELD)):
             self.mask.add(step)
             self._covered.append(selector)
+        what = ["", *step.subjects][-1]
+        text = re.escape(str(what))
+        pattern = re.compile(f"^{text}$" if at.get("contains") is False else text)
+        is_there = at.get("should_exist") is not False
+        actions: Json = {
+            "navigate": lambda: page.goto(urllib.parse.urljoin(page.url, what)),
+            "wait_for_selector": element.wait_for,
+            "click": element.click,
+            "fill": lambda: element.fill(str(at["value"])),
+            "wait": lambda: page.wait_for_timeout(step.duration),
+            "wait_for_url": lambda: expect(page).to_have_url(pattern),
+            "check_element": lambda: expect(element).to_be_attached(attached=is_there),
+            "element_exists": expect(element).to_be_attached,
+            "element_visible": expect(element).to_be_visible,
+            "element_text": lambda: self.element_text(expect(element), at),
+            "element_count": lambda: expect(found).to_have_count(whole_number(what)),
+            "page_title": lambda: expect(page).to_have_title(pattern),
+            "verify_text": lambda: page.wait_for_function(_PAGE_HAS_TEXT, arg=[what, is_there], polling=100),
+            "verify_url": lambda: expect(page).to_have_url(pattern),
+            "verify_no_errors": lambda: self.no_errors(at.get("error_selectors") or ERROR_SELECTORS),
+            "screenshot": lambda: self.screenshot(what, at.get("full_page")),
+            "switch_page": lambda: self.switch_page(int(what)),
+            "execute_script": lambda: page.evaluate(what),
+        }
         # The text that a script gives, or the path of a screenshot.
-        note = await STEPS[step.kind][2](self, step.values)
+        note = await actions[step.kind]()
         record["note"] = note[:200] if isinstance(note, str) else ""
 
     async def _open_page(self) -> None:
@@ -5608,14 +5467,8 @@ class FlowRun:
 
     # Steps that are more than one call of Playwright
 
-    async def navigate(self, url: str) -> None:
-        import urllib.parse
-
-        await self.page.goto(urllib.parse.urljoin(self.page.url, url))
-
-    async def element_text(self, values: Json) -> None:
+    async def element_text(self, expected: Any, values: Json) -> None:
         """The text of an element, as it stands in the page or as a person sees it."""
-        expected = self.expect(self.element)
         check = expected.to_have_text if values.get("contains") is False else expected.to_contain_text
         try:
             await check(values["text"], use_inner_text=True, timeout=1)
@@ -5661,12 +5514,10 @@ class FlowRun:
         if step.type == "fill":
             self.mask.add(step)  # it may be a password; nobody can tell
         state = await quietly(lambda: self.page.evaluate(_STATE_OF_PAGE))
-        names = ("type", "place", "expected", "seen", "picture")
-        failure = {"step": step.number, **{name: record[name] for name in names}}
-        failure["url"], failure["http_status"], failure["text"] = state or (record["url"], None, "")
-        failure["troubles"] = list(dict.fromkeys(self._troubles))[:TROUBLE_LIMIT]
+        failure = {**record, "step": step.number, "http_status": None, "text": "", **(state or {})}
+        failure["troubles"] = list(dict.fromkeys(self._troubles))[:20]
         result.update(passed=False, failure=failure)
-        whole = os.path.join(self._folder, "trace.zip")
+        whole = f"{self._folder}/trace.zip"
         await quietly(lambda: self.context.tracing.stop(path=whole), 4 * FLOW_CLOSE_SECONDS)
         if os.path.exists(whole):
             mask_trace(whole, path, self.mask)
@@ -5690,7 +5541,7 @@ body { margin: 0; background: var(--ground); color: var(--ink); overflow-wrap: a
 main { max-width: 58rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; letter-spacing: -.01em; }
 h1::before, .index li::before { content: "✓ "; color: var(--good); }
-h1.failed::before, .index .failed::before { content: "✗ "; color: var(--bad); }
+h1.False::before, .index .False::before { content: "✗ "; color: var(--bad); }
 h2 { font-size: 1.15rem; margin: 0; }
 code, .text { font: .86em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 header { margin-bottom: 1.75rem; }
@@ -5713,11 +5564,13 @@ summary:focus-visible { outline: 2px solid var(--good); outline-offset: -2px; }
   align-items: baseline; }
 .head p { grid-column: 1 / -1; max-width: 44rem; margin: .25rem 0 0; color: var(--dim); }
 .verdict { font-weight: 600; font-size: .95rem; color: var(--good); }
-.verdict::first-letter { text-transform: uppercase; }
-section.failed .verdict { color: var(--bad); }
+.verdict::before { content: "Passed in "; }
+.False .verdict { color: var(--bad); }
+.False .verdict::before { content: "Failed in "; }
 details:not([open]) > .head .verdict::after { content: " ▸"; }
 .failure { background: var(--bad-ground); border-top: 1px solid var(--line); padding: 1rem 1.25rem 1.15rem;
   margin: 0; }
+.True .failure, img[src$=","] { display: none; }
 ol { list-style: none; margin: 0; padding: 0; }
 .step { border-top: 1px solid var(--line); }
 .step summary { display: grid; grid-template-columns: 1.6rem 1fr max-content 8rem; gap: 0 .9rem;
@@ -5733,7 +5586,7 @@ ol { list-style: none; margin: 0; padding: 0; }
 .words b { color: var(--bad); font-size: .9rem; }
 img { display: block; width: 8rem; height: 4.5rem; object-fit: cover; object-position: top;
   border-radius: 4px; border: 1px solid var(--line); cursor: zoom-in; }
-[open] > summary > img { grid-column: 1 / -1; width: 100%; height: auto; margin: .7rem 0 .45rem;
+[open] > summary > img, .failed img { grid-column: 1 / -1; width: 100%; height: auto; margin: .7rem 0 .45rem;
   border-radius: 6px; cursor: zoom-out; }
 .step.failed .number { color: var(--bad); font-weight: 700; }
 .skipped { opacity: .55; }
@@ -5746,7 +5599,7 @@ footer { color: var(--dim); font-size: .85rem; }
   .time { grid-column: 2; grid-row: 2; text-align: left; font-size: .82rem; }
   img { width: 4.5rem; height: 3.2rem; grid-column: 3; grid-row: 1 / span 2; }
   .number { align-self: start; padding-top: .05rem; }
-  [open] > summary > img { grid-row: 3; }
+  [open] > summary > img, .failed img { grid-row: 3; }
 }
 @media print { body { background: none; } section { break-inside: avoid; } }
 """
@@ -5765,7 +5618,7 @@ REPORT_PAGE = """\
 </head>
 <body>
 <main>
-<header><h1 class="{verdict}">{title}</h1>
+<header><h1 class="{passed}">{title}</h1>
 <dl><dt>Page</dt><dd>{address}</dd>
 <dt>Flows</dt><dd>{source}</dd>
 <dt>Browser</dt><dd>{browser[name]} {browser[version]}</dd>
@@ -5780,13 +5633,10 @@ Made by plato-sandbox {version}.</footer>
 </body>
 </html>
 """
-REPORT_INDEX = '<li class="{verdict}"><a href="#{number}">{name}</a></li>'
+REPORT_INDEX = '<li class="{passed}"><a href="#{number}">{name}</a></li>'
 REPORT_FLOW = """\
-<section id="{number}" class="{verdict}"><details{open}><summary class="head"><h2>{name}</h2>
-<span class="verdict">{verdict} in {seconds:.1f} s</span><p>{description}</p></summary>
-{failed}<ol>{lines}</ol></details></section>
-"""
-REPORT_FAILURE = """\
+<section id="{number}" class="{passed}"><details{open}><summary class="head"><h2>{name}</h2>
+<span class="verdict">{seconds:.1f} s</span><p>{description}</p></summary>
 <dl class="failure"><dt>Step</dt><dd>{failure[step]} {failure[type]}</dd>
 <dt>Place</dt><dd>{failure[place]}</dd>
 <dt>Expected</dt><dd>{failure[expected]}</dd>
@@ -5796,14 +5646,15 @@ REPORT_FAILURE = """\
 <dt>Page text</dt><dd class="text">{failure[text]}</dd>
 <dt>Also seen</dt><dd>{troubles}</dd>
 <dt>Trace</dt><dd class="text">{trace_command}</dd></dl>
+<ol>{lines}</ol></details></section>
 """
 REPORT_STEP = """\
-<li class="step {status}"><details{open}><summary><span class="number">{number}</span>
+<li class="step {status}"><details><summary><span class="number">{number}</span>
 <span class="words"><em>{description}</em><code>{type} {target}</code><small>{note}</small>
 <small class="tries-{attempts}">{attempts} attempts</small><b>{seen}</b></span>
-<span class="time"><i>{seconds:.2f} s</i><u>{status}</u></span>{image}</summary></details></li>
+<span class="time"><i>{seconds:.2f} s</i><u>{status}</u></span>
+<img alt="The page after this step" src="data:image/jpeg;base64,{image}"></summary></details></li>
 """
-REPORT_IMAGE = '<img alt="The page after this step" src="data:image/jpeg;base64,{}">'
 
 
 def html_text(leaf: Any) -> Any:
@@ -5818,34 +5669,28 @@ def html_text(leaf: Any) -> Any:
 def report_page(report: Json) -> str:
     """The whole report as one page of HTML that needs nothing else. report: as `Sandbox.flow` tells it."""
     flows, mutations = report["flows"], report["mutations"]
-    failed = sum(not flow["passed"] for flow in flows)
-    title = f"{len(flows) - failed} of {len(flows)} flows passed"
-    if not report["passed"] and not failed:
-        title += ", but the databases changed"
     index = sections = ""
     for number, flow in enumerate(flows, 1):
         shown = {
             **each_text(flow, html_text),
             "number": number,
-            "verdict": verdict(flow),
             "open": "" if flow["passed"] and len(flows) > 1 else " open",
             "lines": "".join(map(report_step, flow["steps"])),
-            "failed": "",
         }
-        if flow["failure"]:
-            troubles = "\n".join(shown["failure"]["troubles"])
-            shown["failed"] = REPORT_FAILURE.format(**shown, troubles=troubles)
+        failure = collections.defaultdict(str, shown["failure"] or {})
         index += REPORT_INDEX.format_map(shown)
-        sections += REPORT_FLOW.format_map(shown)
+        shown["failure"] = failure
+        sections += REPORT_FLOW.format(**shown, troubles="\n".join(failure["troubles"]))
+    passed = sum(flow["passed"] for flow in flows)
+    change = ", but the databases changed" if mutations else ""
     words = {
         **report,
-        "title": title,
+        "title": f"{passed} of {len(flows)} flows passed{change}",
         "source": report["flows_path"] or "from Plato",
         "changed": mutations and mutation_words(mutations),
     }
     return REPORT_PAGE.format(
         **each_text(words, html_text),
-        verdict=verdict(report),
         style=REPORT_STYLE,
         index=index,
         sections=sections,
@@ -5853,31 +5698,24 @@ def report_page(report: Json) -> str:
     )
 
 
-def verdict(result: Json) -> str:
-    return "passed" if result["passed"] else "failed"
-
-
 def report_step(step: Json) -> str:
     """A line that unfolds a picture."""
     import base64
 
-    image, path = "", step["picture"]
-    if path:
-        with open(path, "rb") as file:
-            data = base64.b64encode(file.read()).decode()
-        image = REPORT_IMAGE.format(data)
-    return REPORT_STEP.format(**each_text(step, html_text), open=" open" if step["seen"] else "", image=image)
+    picture = b""
+    if step["picture"]:
+        with open(step["picture"], "rb") as file:
+            picture = file.read()
+    return REPORT_STEP.format(**each_text(step, html_text), image=base64.b64encode(picture).decode())
 
 
 def flow_failed_error(failed: Sequence[Json]) -> FlowFailedError:
     """What the first of the failed flows has to say, and how many there are."""
     failure = failed[0]["failure"]
-    error = FlowFailedError(
-        f"The flow {failed[0]['name']} failed"
-        f" at step {failure['step']} ({failure['place'] or failure['type']}):"
-        f" expected {failure['expected']}; seen: {failure['seen']}."
-        + (f" {len(failed) - 1} more failed." if len(failed) > 1 else "")
+    words = "The flow {name} failed at step {step} ({at}): expected {expected}; seen: {seen}.".format(
+        **failure, name=failed[0]["name"], at=failure["place"] or failure["type"]
     )
+    error = FlowFailedError(words + (f" {len(failed) - 1} more failed." if len(failed) > 1 else ""))
     status = failure["http_status"]
     if status in (502, 503, 504):
         error.hint = f"The page answers HTTP {status}: the simulator's services may not be up yet."
@@ -7465,15 +7303,24 @@ class Sandbox:
     # What a browser sees
 
     def flows(self, source: str | None = None) -> FlowSet:
-        """The flows of this sandbox, checked; `flows` and `shown` (where they are from) are its fields.
+        """The flows of its own config, else of its directory's config, else those that Plato has; checked.
 
         source: "local" (the config's flows file) or "api" (what Plato has) for one of them only. Without
         a sandbox, the local config's. ConfigError lists what is wrong with them.
         """
-        state = load_state(self.directory)
-        if source == "api" or state or not local_flows_path(self):
+        if load_state(self.directory):
             self.load()
-        known = find_flows(self, source)
+        path = None if source == "api" else local_flows_path(self)
+        if path is not None:
+            known = parse_flows(read_config(path), shown_path(from_here(path)), path)
+        elif source == "local":
+            raise ConfigError(
+                f"{shown_path(self.directory)} has no {CONFIG_NAMES[0]} with `metadata.flows_path`.",
+                hint="Name the flows file there, or take the flows that Plato has: --api",
+            )
+        else:
+            self.load()
+            known = fetch_flows(self)
         for warning in known.warnings:
             self.reporter.warn(warning)
         return known
@@ -7503,9 +7350,12 @@ class Sandbox:
         None if not asked), report (the path of report.html), and `error`: a SandboxError, or None when all
         passed. What cannot even begin raises.
         """
-        check_flow_options(base_url, keep_open and not headed)
-        program = chosen_browser(self.settings)
-        launch = {"executable_path": program, "headless": not headed, "slow_mo": slowmo}
+        browser, headed = self.settings.browser, headed or keep_open
+        launch = {
+            "executable_path": browser and (find_program(browser) or browser),
+            "headless": not headed,
+            "slow_mo": slowmo,
+        }
         if base_url is None:
             self._load_for_use()
             self.revive_heartbeat()
@@ -7530,7 +7380,7 @@ class Sandbox:
                 "flows_path": known.path,
                 "browser": {"name": "chromium", "headed": headed, "version": session.browser.version},
                 "flows": results,
-                "mutations": [mutation.raw for mutation in changed] if verify_no_mutations else None,
+                "mutations": changed if verify_no_mutations else None,
             }
             report.update({**each_text(content, session.mask), "report": path})
             write_whole(path, report_page(report), 0o644)
@@ -7569,9 +7419,9 @@ class Sandbox:
             return flow_failed_error(failed)
         return mutations_found(list(map(Mutation, report["mutations"]))) if report["mutations"] else None
 
-    def _mutations_now(self) -> list[Mutation]:
+    def _mutations_now(self) -> list[Json]:
         self.reporter.step("Reading the mutations")
-        return mutations_in(self.read_state())
+        return [mutation.raw for mutation in mutations_in(self.read_state())]
 
     def find_address(self) -> Json:
         """public_url and url of the sandbox's page, recorded or, where `start` found none, from Plato."""
@@ -8468,9 +8318,7 @@ def run_flow(
 
 def listed_flows(known: FlowSet) -> Json:
     """The flows by name, with how many steps each has and what it is about."""
-    flows = [
-        {"name": flow.name, "description": flow.description, "steps": len(flow.steps)} for flow in known.flows
-    ]
+    flows = [{**flow, "steps": len(flow["steps"])} for flow in known.flows]
     return {"source": "local" if known.path else "api", "flows_path": known.path, "flows": flows}
 
 
@@ -8685,7 +8533,7 @@ examples:
     --base-url URL       begin at this address instead; needs no sandbox
     --headed             show the browser's window
   | --headless           do not show it (default)
-    --keep-open          leave the window open at the end, until Ctrl-C
+    --keep-open          show the window and leave it open at the end, until Ctrl-C
     --slowmo MS          wait so long after each action of the browser
 -o, --output DIR         for report, pictures and traces (default: {FLOW_OUTPUT})
     --verify-no-mutations  fail also when the database was changed

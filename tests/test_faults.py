@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import importlib.util
 import json
 import re
 import shutil
@@ -321,7 +320,6 @@ def given(effect: str, method: str, path: str, **values: Any) -> dict[str, Any]:
 GITEA = "/api/v1/gitea/simulators"
 BOOT = ("--timeout", "1")
 # The flows end where the browser would open: the one that is named does not exist.
-NO_BROWSER = 2 if importlib.util.find_spec("playwright") else 1
 SCENES = (
     Scene("status", ("status",)),
     Scene("state", ("state",)),
@@ -358,7 +356,7 @@ SCENES = (
     Scene(
         "flow --api --verify-no-mutations",
         ("flow", "--api", "--verify-no-mutations"),
-        plain=NO_BROWSER,
+        plain=1,
         only="*/state",
         fields=4,
     ),
@@ -366,7 +364,7 @@ SCENES = (
         "flow --api where no address is known",
         ("flow", "--api"),
         kind="no address",
-        plain=NO_BROWSER,
+        plain=1,
         only="*/public_url",
     ),
     Scene("start-services", ("start-services",), plain=1),
