@@ -2734,7 +2734,7 @@ def find_config(directory: str) -> str:
 
 def read_config(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
@@ -5741,73 +5741,51 @@ def ticks_of(entry: Any, schema: str) -> list[Tick]:
     return [(table.removeprefix(f"{schema}."), str(name)) for name in names if table]
 
 
-def columns_by_table(ticks: Iterable[Tick]) -> dict[str, set[str]]:
-    tables: dict[str, set[str]] = {}
-    for table, column in ticks:
-        tables.setdefault(table, set()).add(column)
-    return tables
-
-
-def entries_with(entries: Sequence[Any], ticks: Iterable[Tick], schema: str) -> list[Any]:
-    """The rules that ignore exactly this: each table's as they are if they do, else written anew."""
-    wanted = columns_by_table(ticks)
-    before = columns_by_table(tick for entry in entries for tick in ticks_of(entry, schema))
+def entries_with(entries: Sequence[Any], ticks: set[Tick], schema: str) -> list[Any]:
+    """The rules that ignore exactly this: each table's as they are if they do, else one written anew."""
+    before = {tick for entry in entries for tick in ticks_of(entry, schema)}
+    wanted = {table: {column for name, column in ticks if name == table} for table, _ in before ^ ticks}
     found: list[Any] = []
-    for entry in [*entries, *sorted(wanted.keys() - before.keys())]:
+    for entry in [*entries, *sorted(wanted.keys() - {table for table, _ in before})]:
         table = next((table for table, _ in ticks_of(entry, schema)), "")  # which is none
-        if before.get(table) == wanted.get(table):
+        if table not in wanted:
             found.append(entry)
-        elif table in wanted:
-            found.append(_entry(entry, wanted.pop(table)))
+        elif wanted[table]:
+            columns, wanted[table] = wanted[table], set()
+            fields = (
+                dict(entry) if isinstance(entry, dict) else {"table": entry}
+            )  # with whatever else is there
+            fields.pop("columns", None)
+            if WHOLE not in columns:
+                fields["columns"] = sorted(columns)
+            found.append(fields if len(fields) > 1 else fields["table"])
     return found
-
-
-def _entry(old: Any, columns: set[str]) -> Any:
-    """A rule for these columns, with the further fields and the order of an old one."""
-    fields = dict(old) if isinstance(old, dict) else {"table": old}
-    kept = [name for name in as_list(fields.get("columns")) if name in columns]
-    if WHOLE in columns:
-        fields.pop("columns", None)
-        return fields if len(fields) > 1 else fields["table"]
-    return {**fields, "columns": kept + sorted(columns.difference(kept))}
 
 
 class Changes:
     """What happened to tables, counted, so that the effect of rules is known at once however much it was.
 
     kinds: how often, by table, kind ("inserted", ..) and the ticks of the columns that an UPDATE changed;
-    counts: how often, by tick; first: the first one, by tick.
+    of: the mutations themselves, by tick.
     """
 
     def __init__(self, mutations: Sequence[Mutation], schema: str) -> None:
         self.mutations = mutations
         self.kinds: collections.Counter[Any] = collections.Counter()
-        self.counts: collections.Counter[Tick] = collections.Counter()
-        self.first: dict[Tick, Mutation] = {}
+        self.of: dict[Tick, list[Mutation]] = {}
         for mutation in mutations:
             table = table_of(mutation, schema)
             columns = [(table, name) for name in mutation.columns]
             self.kinds[table, mutation.kind, frozenset(columns)] += 1
-            places = [(table, WHOLE), *columns]
-            self.counts.update(places)
-            for place in places:
-                self.first.setdefault(place, mutation)
-
-    def told(self, place: Tick) -> str:
-        """The first thing that happened to a table, or in a column."""
-        first, column = self.first.get(place), place[1]
-        if first is None:
-            return ""
-        if column == WHOLE:
-            return printable(f"{first.kind}: {first.told()}"[:300])
-        return difference(first.before.get(column), first.after.get(column))
+            for place in [(table, WHOLE), *columns]:
+                self.of.setdefault(place, []).append(mutation)
 
     def remaining(self, ticks: set[Tick]) -> dict[Any, int]:
         """The `kinds` that rules do not hide."""
         return {
-            (table, kind, columns): number
-            for (table, kind, columns), number in self.kinds.items()
-            if (table, WHOLE) not in ticks and not set() < columns <= ticks
+            what: number
+            for what, number in self.kinds.items()
+            if (what[0], WHOLE) not in ticks and not set() < what[2] <= ticks
         }
 
     def noise(self, ticks: set[Tick]) -> set[Tick]:
@@ -5818,38 +5796,38 @@ class Changes:
 def table_of(mutation: Mutation, schema: str) -> str:
     """The name of a change's table, with its schema if that is another one."""
     other = mutation.raw.get("schema") or mutation.raw.get("table_schema") or schema
-    return mutation.table if other == schema else f"{other}.{mutation.table}"
+    return f"{other}.{mutation.table}".removeprefix(f"{schema}.")
 
 
 def difference(before: Any, after: Any) -> str:
     """Two values side by side; of long ones what stands around the place where they begin to differ."""
     texts = [value_text(before), value_text(after)]
     same = len(os.path.commonprefix(texts))  # noqa: RUF071  (it is meant to go by characters)
-    start = max(0, same - 15) if max(map(len, texts)) > 60 else 0
-    parts = (text[start : start + 60] + ("…" if len(text) > start + 60 else "") for text in texts)
-    return printable(" → ".join(("…" if start else "") + part for part in parts))
+    start = same - 15 if same > 45 else 0
+    parts = (text[start : start + 60] + "…" * (len(text) > start + 60) for text in texts)
+    return printable(" → ".join("…" * (start > 0) + part for part in parts))
+
+
+def told(first: Mutation, column: str) -> str:
+    """What happened to a table (WHOLE), or in a column."""
+    if column != WHOLE:
+        return difference(first.before.get(column), first.after.get(column))
+    return printable(f"{first.kind}: {first.told()}"[:300])
 
 
 def changes_between(
     earlier: Sequence[Mutation], later: Sequence[Mutation], key_of: Callable[[Mutation], str]
 ) -> list[Mutation]:
     """What happened between two looks at the state, where all changes of a row are told as one."""
-    before = {key_of(mutation): mutation for mutation in earlier}
-    found: list[Mutation] = []
-    for key, mutation in {key_of(mutation): mutation for mutation in later}.items():
-        old = before.pop(key, None)
-        if old is None:
-            found.append(mutation)
-        elif old.after != mutation.after:
-            found.append(_step(mutation, old.after, mutation.after))
-    return found + [_step(left, left.after, left.before) for left in before.values()]  # as at the last reset
-
-
-def _step(like: Mutation, before: Json, after: Json) -> Mutation:
-    """Another change of the same row."""
-    action = "UPDATE" if before and after else "INSERT" if after else "DELETE"
-    unknown = {"changed_columns": None, "changed_fields": None}
-    return Mutation({**like.raw, **unknown, "action": action, "before": before, "after": after})
+    before, now = ({key_of(mutation): mutation for mutation in look} for look in (earlier, later))
+    found = [mutation for key, mutation in now.items() if key not in before]
+    for key, old in before.items():
+        row = now[key].after if key in now else old.before  # as at the last reset
+        if old.after != row:
+            raw = {**now.get(key, old).raw, "changed_columns": None, "changed_fields": None}
+            action = "UPDATE" if old.after and row else "INSERT" if row else "DELETE"
+            found.append(Mutation({**raw, "action": action, "before": old.after, "after": row}))
+    return found
 
 
 # The way into the file: the lines of one list change, and what comes out is proved by reading it again
@@ -5864,15 +5842,13 @@ def edit_rules(
     when the text cannot be edited so: nothing but rules may differ when it is loaded.
     """
     node = listener_node(text, source, dataset, listener)
-    if as_list(node.plain().get(RULES_KEY)) == list(entries):
-        return text, []
     edited = _with_rules(text, node, entries)
     place = ("datasets", dataset, "listeners", listener, RULES_KEY)
     try:
         changed = dict(differences(yaml_load(text), yaml_load(edited)))
     except YamlError:
         changed = {}
-    if changed.get(place) != list(entries) or any(path[-1:] != (RULES_KEY,) for path in changed):
+    if changed.get(place) != entries or any(path[-1:] != (RULES_KEY,) for path in changed):
         raise ConfigError(
             f"{source} was not changed: the rules of {listener!r} are written in an unusual way.",
             hint="Copy the YAML into the file with an editor.",
@@ -5889,11 +5865,11 @@ def listener_node(text: str, source: str, dataset: str, listener: str) -> YamlNo
     return node
 
 
-def differences(old: Any, new: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
+def differences(old: Any, new: Any, *path: Any) -> Iterator[Any]:
     """Where two configs differ: the keys that lead there, and what the new one has."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            yield from differences(old.get(key), new.get(key), (*path, key))
+            yield from differences(old.get(key), new.get(key), *path, key)
     elif repr(old) != repr(new):
         yield path, new
 
@@ -5904,29 +5880,30 @@ def _with_rules(text: str, listener: YamlNode, entries: Sequence[Any]) -> str:
     The lines of entries that stay are as they were, with the comments above them.
     """
     line_break = "\r\n" if "\r\n" in text else "\n"
-    lines = text.split(line_break)
+    text += line_break  # so that each line ends with one; it goes at the end
 
-    def line_of(at: int) -> int:
-        return text.count(line_break, 0, at)
+    def end_of_line(at: int) -> int:
+        return text.index("\n", at - 1) + 1
 
-    key, value = listener.key(RULES_KEY), listener.get(RULES_KEY)
-    new = [" " * (listener.column - 1) + line for line in rules_text(entries).split("\n")]
-    if key is None or value is None or not listener.start <= key.start < listener.end:  # or it is merged
-        start = end = line_of(listener.end - 1) + 1
+    key, value = listener.value.get(RULES_KEY, (None, None))
+    margin = " " * (listener.column - 1)
+    new = [f"{margin}{line}\n" for line in rules_text(entries).split("\n")]
+    if key is None or not listener.start <= key.start < listener.end:  # or it is merged
+        start = end = end_of_line(listener.end)
     else:
-        start, end = line_of(key.start), line_of(value.end - 1) + 1
-        new[0] += text[value.end :].partition(line_break)[0]
+        start, end = key.start - key.column + 1, end_of_line(value.end)
+        new[0] = new[0][:-1] + text[value.end : end]
         if entries and text.startswith("-", value.start):
-            start = at = line_of(value.start)
+            start = at = value.start - value.column + 1
+            margin = " " * (value.column - 1)
             kept = {}
             for item in value.items():
-                behind = line_of(item.end - 1) + 1
-                kept[repr(item.plain())] = lines[at:behind]
-                at = behind
-            margin = " " * (value.column - 1)
-            new = [line for entry in entries for line in kept.get(repr(entry)) or yaml_items(margin, [entry])]
-    lines[start:end] = new
-    return line_break.join(lines)
+                kept[repr(item.plain())] = text[at : end_of_line(item.end)]
+                at = end_of_line(item.end)
+            new = [
+                kept.get(repr(entry)) or "\n".join([*yaml_items(margin, [entry]), ""]) for entry in entries
+            ]
+    return (text[:start] + re.sub("\r?\n", line_break, "".join(new)) + text[end:]).removesuffix(line_break)
 
 
 def difference_of(old: str, new: str) -> str:
@@ -5937,19 +5914,10 @@ def difference_of(old: str, new: str) -> str:
     return "\n".join([*lines][2:])
 
 
-def read_text(path: str) -> str:
-    """A config as it is, line breaks included."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{os.path.basename(path)} cannot be read: {reason(error)}.") from None
-
-
 def replace_text(path: str, old: str, new: str) -> None:
     """Write a config anew in one step. ConflictError when it is not as it was read."""
     path, name = os.path.realpath(path), os.path.basename(path)  # a symbolic link stays one
-    if read_text(path) != old:
+    if read_config(path) != old:
         raise ConflictError(
             f"{name} was changed by something else since it was read; nothing was written.",
             hint="Look again: your choice of rules is kept and put on top of what is there now.",
@@ -5973,48 +5941,92 @@ def replace_text(path: str, old: str, new: str) -> None:
 
 AUDIT_CONNECT_SECONDS = 10
 AUDIT_QUERY_SECONDS = 20
-AUDIT_EXAMPLE_ROWS = 20
-AUDIT_EXAMPLE_CHARACTERS = 120
-TUNNEL_SECONDS = 60.0  # no single look at a database takes longer
+AUDIT_LOOK_SECONDS = 60.0  # whatever happens: a VM can go without a word
 AUDIT_DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
-AUDIT_PACKAGES = ("streamlit", "psycopg2-binary", "pymysql")
-_NO_TEXT = re.compile("(?i)blob|binary|geometry|point|linestring|polygon")
-_MYSQL_AWAY = (0, 2003, 2006, 2013, 2055)
 
-# Schema, table, column, type, and whether the column is of the primary key.
+# Schema, table, column, type, what it is if it is of the primary key, and the table as statements name it.
 _COLUMNS = {
     "postgresql": """
-SELECT table_schema, table_name, column_name, data_type, i.indrelid IS NOT NULL
+SELECT table_schema, table_name, column_name, data_type, i.indrelid, format('%I.%I', table_schema, table_name)
 FROM information_schema.columns JOIN pg_namespace n ON n.nspname = table_schema
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = table_name AND c.relkind IN ('r', 'p')
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND ordinal_position = ANY (i.indkey)
 WHERE table_schema NOT IN ('information_schema', 'pg_catalog')
 ORDER BY table_schema, table_name, ordinal_position""",
     "mysql": """
-SELECT table_schema, table_name, column_name, column_type, column_key = 'PRI'
+SELECT table_schema, table_name, column_name, column_type, nullif(column_key = 'PRI', 0),
+concat('`', replace(table_name, '`', '``'), '`')
 FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
 WHERE table_schema = database() AND table_type <> 'VIEW'
 ORDER BY table_schema, table_name, ordinal_position""",
     "sqlite": """
-SELECT 'main', m.name, p.name, p.type, p.pk > 0 FROM sqlite_master m JOIN pragma_table_info(m.name) p
+SELECT 'main', m.name, p.name, p.type, nullif(p.pk, 0), '"' || replace(m.name, '"', '""') || '"'
+FROM sqlite_master m JOIN pragma_table_info(m.name) p
 WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite^_%' ESCAPE '^' ORDER BY m.name, p.cid""",
 }
 
-# Runs where the file is. One that cannot be locked is read as one that nobody changes.
-_SQLITE_READER = r"""
-import json, os, sqlite3, sys, urllib.parse
-path, statement = sys.argv[1:]
-os.path.isfile(path) or sys.exit("there is no file " + path)
+# Prints the rows that a statement gives, as texts of 200 characters at most. It runs where the database can
+# be reached, and ends with 1 where the statement failed, 2 where the database let nobody in, 3 where none
+# answered. A file that cannot be locked is read as one that nobody changes.
+_READER = r"""
+import json, os, re, sys, urllib.parse
+
+kind, login, statement, seconds, modules = json.load(sys.stdin)
+sys.path += modules
+limits = {
+    "postgresql": "SET TRANSACTION READ ONLY; SET statement_timeout = '%ss'" % seconds,
+    "mysql": "SET SESSION TRANSACTION READ ONLY",
+    "sqlite": "PRAGMA query_only = 1",
+}
+
+def connect(mode):
+    if kind == "postgresql":
+        import psycopg2
+        own = dict(gssencmode="disable", client_encoding="UTF8", connect_timeout=10)
+        return psycopg2.connect(**dict(own, **login))
+    if kind == "mysql":
+        import pymysql
+        own = dict(charset="utf8mb4", connect_timeout=10, read_timeout=seconds)
+        return pymysql.connect(**dict(own, **login))
+    if kind != "sqlite":
+        sys.exit("audit-ui cannot look into databases of the type " + kind)
+    import sqlite3
+    path = login["database"]
+    if not os.path.isfile(path):
+        raise ValueError("there is no file " + path)
+    name = "file:" + urllib.parse.quote(os.path.abspath(path)) + mode
+    connection = sqlite3.connect(name, uri=True)
+    connection.text_factory = lambda data: data.decode("utf-8", "replace")
+    return connection
+
+def text(value):
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return "(binary)"
+    if isinstance(value, (dict, list)):
+        value = json.dumps(value, default=str)
+    return value if value is None else str(value)[:200]
+
 problem = None
-for mode in ("mode=ro", "mode=ro&immutable=1"):
+for mode in ("?mode=ro", "?mode=ro&immutable=1") if kind == "sqlite" else ("",):
+    connected = False
     try:
-        name = "file:" + urllib.parse.quote(os.path.abspath(path)) + "?" + mode
-        connection = sqlite3.connect(name, uri=True)
-        connection.text_factory = lambda data: data.decode("utf-8", "replace")
-        sys.exit(print(json.dumps(connection.execute(statement).fetchall())))
-    except sqlite3.Error as error:
-        problem = problem or str(error)
-sys.exit(problem)
+        connection = connect(mode)
+        connected = True
+        cursor = connection.cursor()
+        cursor.execute(limits[kind])
+        cursor.execute(statement)
+        rows = [[text(value) for value in row] for row in cursor.fetchall()]
+        connection.close()
+        sys.exit(print(json.dumps(rows)))
+    except Exception as error:
+        said = str(error.args[-1] if error.args else error).strip()
+        refusal = re.search("(?:FATAL|ERROR): +(.*)", said)
+        number = error.args[0] if len(error.args) > 1 else 0
+        away = not refusal and number in (0, 2003, 2006, 2013, 2055)
+        words = refusal.group(1) if refusal else said.partition("\n")[0]
+        problem = problem or (words.rstrip("."), 1 if connected else 3 if away else 2)
+sys.stderr.write(problem[0])
+sys.exit(problem[1])
 """
 
 
@@ -6025,126 +6037,75 @@ class DatabaseError(SandboxError):
 
 
 class Database:
-    """The database of a `db` listener as it is reached from here; every look is a connection of its own.
+    """The database of a `db` listener as it is reached from here; every look is a process of its own.
 
-    tunnel: the way to it, None for a direct one; sandbox: whose VM has the file of SQLite, None for one here;
-    hint: what to do where it cannot be reached.
+    tunnel: the way to it, None for a direct one; sandbox: whose VM has the file of SQLite, None for one here.
     """
 
     def __init__(
-        self,
-        listener: AuditTable,
-        tunnel: Tunnel | None = None,
-        sandbox: Sandbox | None = None,
-        hint: str | None = "Correct what the config says of this listener.",
+        self, listener: AuditTable, tunnel: Tunnel | None = None, sandbox: Sandbox | None = None
     ) -> None:
         self.listener = listener
         self.tunnel = tunnel
         self.sandbox = sandbox
-        self.hint = hint
 
     def tables(self) -> Json:
         """The rows of _COLUMNS, by the names that rules have for tables; without what the worker fills."""
         found: Json = {}
-        for row in self.query(_COLUMNS.get(self.listener.kind, "")):
-            name = row[1] if row[0] == self.listener.schema else f"{row[0]}.{row[1]}"
+        for row in self.query(_COLUMNS.get(self.listener.kind)):
+            name = f"{row[0]}.{row[1]}".removeprefix(f"{self.listener.schema}.")
             found.setdefault(name, []).append(row)
         found.pop(self.listener.table, None)
         return found
 
     def examples(self, columns: Sequence[Any]) -> Json:
-        """A few values of each column of a table as texts, long ones cut off where they are."""
-        text = "CHAR" if self.listener.kind == "mysql" else "TEXT"
-        values = ", ".join(
-            "'(binary)'"
-            if _NO_TEXT.search(kind)
-            else f"substr(CAST({quoted_name(name)} AS {text}), 1, {AUDIT_EXAMPLE_CHARACTERS})"
-            for _, _, name, kind, _ in columns
-        )
-        place = ".".join(map(quoted_name, columns[0][:2]))
-        rows = self.query(f"SELECT {values} FROM {place} LIMIT {AUDIT_EXAMPLE_ROWS}")  # noqa: S608  (quoted)
-        return {column[2]: [row[at] for row in rows] for at, column in enumerate(columns)}
+        """A few values of each column of a table."""
+        rows = self.query(f"SELECT * FROM {columns[0][5]} LIMIT 20")  # noqa: S608  (quoted)
+        return dict(zip((column[2] for column in columns), zip(*rows)))
 
-    def query(self, statement: str) -> list[Any]:
-        """The rows of a statement, which can read only. DatabaseError, TimedOutError."""
-        import importlib
-
-        kind, seconds = self.listener.kind, AUDIT_QUERY_SECONDS
-        if kind == "sqlite":
-            return self._query_file(statement)
-        if kind not in AUDIT_DRIVERS:
-            raise self.failure(f"audit-ui cannot look into databases of the type {kind}")
-        options: Json = {**self.listener.login, "connect_timeout": AUDIT_CONNECT_SECONDS}
-        if self.tunnel:
-            options.update(host="127.0.0.1", port=self.tunnel.port)
-        if kind == "postgresql":
-            options.update(gssencmode="disable", client_encoding="UTF8")
-            limits = f"SET TRANSACTION READ ONLY; SET statement_timeout = '{seconds}s'"
-        else:
-            options.update(charset="utf8mb4", read_timeout=seconds, sql_mode="ANSI_QUOTES")
-            limits = "SET SESSION TRANSACTION READ ONLY"
-        connected = False
-        try:
-            driver = importlib.import_module(AUDIT_DRIVERS[kind])
-            with contextlib.closing(driver.connect(**options)) as connection:
-                connected = True
-                cursor = connection.cursor()
-                cursor.execute(limits)
-                cursor.execute(statement)
-                return list(cursor.fetchall())
-        except Exception as error:  # noqa: BLE001  (the drivers have no class of errors in common)
-            raise self._failure_of(error, connected) from None
-
-    def _query_file(self, statement: str) -> list[Any]:
-        """SQLite is read by the Python of the machine where the file is."""
+    def query(self, statement: str | None) -> list[Any]:
+        """The rows of a statement, which can read only. DatabaseError, NetworkError, TimedOutError."""
         import json
 
-        words, path, seconds = ["-I", "-c", _SQLITE_READER], self.listener.database, AUDIT_QUERY_SECONDS
-        if self.sandbox is None:
-            command = [sys.executable, *words, path, statement]
-            outcome = run_program(command, Reporter(), seconds=seconds)
+        at = self.listener
+        login = dict(at.login)
+        asked = [at.kind, login, statement, AUDIT_QUERY_SECONDS, sys.path]
+        words = ["-I", "-c", _READER]
+
+        def feed(stdin: Any) -> None:
+            stdin.write(json.dumps(asked).encode())
+
+        if self.tunnel:
+            login.update(host="127.0.0.1", port=self.tunnel.port)
+        if at.kind == "sqlite" and self.sandbox:
+            login["database"] = os.path.join(default_target(self.sandbox.state), at.database)
+            script = shell_words(["python3", *words])
+            outcome = Vm(self.sandbox, "ssh").outcome(script, feed, AUDIT_LOOK_SECONDS)
         else:
-            there = os.path.join(default_target(self.sandbox.state), path)
-            script = shell_words(["python3", *words, there, statement])
-            outcome = Vm(self.sandbox, "ssh").outcome(script, seconds=seconds)
-        try:
-            return as_list(json.loads(check_script(outcome)))
-        except (SandboxError, ValueError, RecursionError) as error:
-            raise self.failure(str(error)) from None
-
-    def failure(self, words: str, hint: str | None = None) -> DatabaseError:
-        return DatabaseError(f"The database could not be read: {words.rstrip('.')}.", hint=hint)
-
-    def _failure_of(self, error: Exception, connected: bool) -> DatabaseError:
-        """An error in the database's own words; where a tunnel led to none, in ours."""
-        said = str(error.args[-1] if error.args else error).strip()
-        refusal = re.search(r"(?:FATAL|ERROR): +(.*)", said)
-        number = error.args[0] if len(error.args) > 1 else 0
-        if self.tunnel and not connected and not refusal and number in _MYSQL_AWAY:
-            silent = f"it does not answer on port {self.listener.login['port']} of the VM"
+            command = [sys.executable, *words]
+            outcome = run_program(command, Reporter(), seconds=AUDIT_LOOK_SECONDS, feed=feed)
+        if not outcome.code:
+            return as_list(json.loads(outcome.stdout))
+        said, hint = last_words(outcome.stderr), None
+        if outcome.code in (2, 3):
             hint = (
-                f"See whether the VM runs: {PROGRAM} status; start its containers: {PROGRAM} start-services"
+                f"Correct its address in the config or --database-url, or start it: {PROGRAM} start-services"
             )
-            return self.failure(self.tunnel.problem or silent, hint)
-        return self.failure(
-            refusal[1] if refusal else said.partition("\n")[0], None if connected else self.hint
-        )
+        if outcome.code == 3 and self.tunnel:
+            self.tunnel.connect().close()  # if it is the gateway, it says so
+            said = f"it does not answer on port {at.login['port']} of the VM"
+        raise DatabaseError(f"The database could not be read: {said}.", hint=hint)
 
 
-def quoted_name(name: str) -> str:
-    """A name in SQL; MySQL is told to take it so."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def check_audit_packages(databases: Sequence[Database]) -> None:
+def check_audit_packages() -> None:
     """SandboxError with the command that installs what is missing, before anything is started."""
     import importlib.util
 
-    drivers = (AUDIT_DRIVERS.get(database.listener.kind, "json") for database in databases)
-    missing = [name for name in ("streamlit", *drivers) if importlib.util.find_spec(name) is None]
-    if missing:
-        command = shell_words([sys.executable, "-m", "pip", "install", *AUDIT_PACKAGES])
-        raise SandboxError(f"audit-ui needs {missing[0]}, which this Python does not have: {command}")
+    for name in ("streamlit", *AUDIT_DRIVERS.values()):
+        if importlib.util.find_spec(name) is None:
+            install = [sys.executable, "-m", "pip", "install", "streamlit", "psycopg2-binary", "pymysql"]
+            command = shell_words(install)
+            raise SandboxError(f"audit-ui needs {name}, which this Python does not have: {command}")
 
 
 _DATABASE_URL = re.compile(
@@ -6184,7 +6145,7 @@ def database_url(url: str, environment: Mapping[str, str]) -> tuple[Json, Json]:
 class Tunnel:
     """A port of 127.0.0.1 that leads through the gateway to a port of a VM, as long as this process lives.
 
-    target: `<job id>--<port>`. problem: why the last connection did not come about, "" if it did.
+    target: `<job id>--<port>`.
     """
 
     def __init__(self, settings: Settings, target: str) -> None:
@@ -6192,7 +6153,6 @@ class Tunnel:
 
         self.settings = settings
         self.target = target
-        self.problem = ""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         Aside(self._serve)
@@ -6209,49 +6169,19 @@ class Tunnel:
             Aside(functools.partial(self._carry, near))
 
     def _carry(self, near: socket.socket) -> None:
-        """One connection, which ends after a while whatever happens: a VM can go without a word."""
-        import socket
-        import threading
-
-        with near:
-            try:
-                far = self.connect()
-                self.problem = ""
-            except SandboxError as error:
-                self.problem = error.message
-                return
-            timer = threading.Timer(TUNNEL_SECONDS, far.shutdown, [socket.SHUT_RDWR])
-            timer.daemon = True
-            timer.start()
-            try:
-                _relay(far, near.fileno(), near.fileno())
-            finally:
-                timer.cancel()
-                far.close()
+        with near, self.connect() as far:
+            _relay(far, near.fileno(), near.fileno())
 
 
 # What a visitor of the page has before them
 
 
-class AuditPlan:
-    """What a page shows.
-
-    config: whose rules are edited, in the file at its path if it has one; url: of the application;
-    read_changes: gives the mutations that Plato tells now, by listener, or {} without a sandbox.
-    """
-
-    def __init__(
-        self,
-        databases: Sequence[Database],
-        read_changes: Callable[[], Json],
-        config: Config,
-        url: str | None,
-    ) -> None:
-        self.databases = databases
-        self.read_changes = read_changes
-        self.config = config
-        self.url = url
-        self.visits: dict[Any, Visit] = {}
+# What a page shows: databases; `read_changes` gives the mutations that Plato tells now, by listener, or {}
+# without a sandbox; config: whose rules are edited, in the file at its path if it has one; url: of the
+# application.
+AuditPlan = collections.namedtuple(  # noqa: PYI024  (`typing` is not imported)
+    "AuditPlan", "databases read_changes config url"
+)
 
 
 class Visit:
@@ -6259,35 +6189,34 @@ class Visit:
 
     known: whether Plato tells what changed; recorded: whether that is what happened during a recording;
     recording: what had changed before one. text: of the config, None without one; saved: the rules in it.
-    troubles: why something could not be read. ticks: the rules chosen; drawn: what the grid was drawn with.
+    troubles: why something could not be read. base: the rules saved, as ticks; ticks: those chosen; drawn:
+    what the grid was drawn with.
     """
 
-    def __init__(self, plan: AuditPlan, database: Database) -> None:
+    def __init__(self, plan: AuditPlan, database: Database, _visitor: str) -> None:
         self.plan = plan
         self.database = database
-        self.listener = database.listener
-        self.schema = self.listener.schema
-        self.place = os.path.basename(plan.config.path), plan.config.dataset, self.listener.name
-        self.saved = self.listener.rules  # where no file has others
-        self.ticks = self.drawn = self.saved_ticks()
+        self.name, self.schema = database.listener.name, database.listener.schema
+        self.saved = database.listener.rules  # where no file has others
+        self.ticks: set[Tick] = set()
+        self.drawn = self.base = self.ticks
         self.turn = 0
-        self.said: tuple[str, ...] = ()
         self.recording: Sequence[Mutation] | None = None
         self.look()
 
     def look(self) -> None:
         """Read everything anew; choices that were made stay, on top of what the file has now."""
         changes = Aside(self.plan.read_changes)
-        before = self.saved_ticks()
         self.troubles: dict[str, SandboxError] = {}
         self.examples = functools.lru_cache(None)(lambda name: self.database.examples(self.tables[name]))
-        self.recorded = False
         self.tables: Json = self._try("tables", self.database.tables) or {}
-        self.text: str | None = self._try("config", self._read_config)
+        self.text: str | None = self._try("config", self._read_rules)
         found = self._try("changes", changes.result) or {}
-        self.known = self.listener.name in found
-        self.changes = Changes(found.get(self.listener.name, []), self.schema)
-        self.choose((self.saved_ticks() - (before - self.ticks)) | (self.ticks - before))
+        self.known = self.name in found
+        self.changes = Changes(found.get(self.name, []), self.schema)
+        self.recorded = False
+        before, self.base = self.base, {tick for entry in self.saved for tick in ticks_of(entry, self.schema)}
+        self.choose((self.base - (before - self.ticks)) | (self.ticks - before))
 
     def _try(self, what: str, work: Callable[[], Any]) -> Any:
         """What comes of some work; None when nothing does, and why is in `troubles`."""
@@ -6297,69 +6226,65 @@ class Visit:
             self.troubles[what] = error
         return None
 
-    def _read_config(self) -> str:
-        path = self.plan.config.path
-        if not path:
+    def _read_rules(self) -> str:
+        """The text of the config, once the rules in it are `saved`."""
+        config = self.plan.config
+        if not config.path:
             raise ConfigError(f"There is no {CONFIG_NAMES[0]} here to save to; copy the YAML instead.")
-        text = read_text(path)
-        self.saved = as_list(listener_node(text, *self.place).plain().get(RULES_KEY))
+        text = read_config(config.path)
+        listener = listener_node(text, os.path.basename(config.path), config.dataset, self.name)
+        self.saved = as_list(listener.plain().get(RULES_KEY))
         return text
-
-    def saved_ticks(self) -> set[Tick]:
-        return {tick for entry in self.saved for tick in ticks_of(entry, self.schema)}
-
-    @property
-    def entries(self) -> list[Any]:
-        """The rules as they are chosen now."""
-        return entries_with(self.saved, self.ticks, self.schema)
 
     def choose(self, ticks: set[Tick]) -> None:
         """Choose these rules, and have the grid drawn with them."""
         self.ticks = ticks
         self.turn += 1
 
-    def save(self, edited: str, entries: list[Any]) -> None:
-        """Write rules into the file, whose text they make this; `said` is how that went."""
+    def save(self, tell: Callable[..., object], edited: str, entries: list[Any]) -> None:
+        """Write rules into the file, whose text they make this, and tell how that went."""
         try:
             replace_text(self.plan.config.path, self.text or "", edited)
-            self.text, self.saved = edited, entries
-            self.said = "success", "Saved. `start-worker --wait` gives the rules to the worker."
         except SandboxError as error:
-            self.said = "error", _told(error)
+            tell(_told(error), icon=":material/error:", duration="infinite")
+        else:
+            self.text, self.saved, self.base = edited, entries, self.ticks
+            tell("Saved. `start-worker --wait` gives the rules to the worker.", duration="long")
 
     def record(self) -> None:
         """Note what has changed so far, or show what happened since that was done."""
+
+        def key_of(mutation: Mutation) -> str:
+            """What tells a row from all others: its table, and its primary key, `id`, or the whole row."""
+            table, row = table_of(mutation, self.schema), mutation.before or mutation.after or mutation.raw
+            keys = [column[2] for column in self.tables.get(table, []) if column[4]] or ["id"]
+            return repr((table, [row[name] for name in keys if name in row] or row))
+
         earlier = self.recording
         self.look()
         if self.known and earlier is None:
             self.recording = self.changes.mutations
         elif self.known:
-            happened = changes_between(earlier or [], self.changes.mutations, self._row_key)
+            happened = changes_between(earlier or [], self.changes.mutations, key_of)
             self.changes, self.recorded, self.recording = Changes(happened, self.schema), True, None
-
-    def _row_key(self, mutation: Mutation) -> str:
-        """What tells a row from all others: its table, and its primary key, `id`, or else the whole row."""
-        name, row = table_of(mutation, self.schema), mutation.before or mutation.after or mutation.raw
-        keys = {column for _, _, column, _, is_key in self.tables.get(name, []) if is_key} or {"id"}
-        known = {column: value for column, value in row.items() if column in keys}
-        return repr((name, known or row))
 
     def grid(self, only_changed: bool, words: str) -> tuple[list[Tick], list[Json]]:
         """A row for each table and one for each column, what changed most first, after what they stand for.
 
         only_changed: no others, but for those with a rule; words: only those with a name that has them in it.
         """
-        counts = self.changes.counts
+        happened = self.changes.of
+        counts = collections.Counter({place: len(found) for place, found in happened.items()})
         kinds: dict[Tick, str] = {}
-        for name, columns in self.tables.items():
-            kinds[name, WHOLE] = ""
-            kinds.update(((name, column), kind) for _, _, column, kind, _ in columns)
-        for place in sorted({*counts, *self.drawn}):
+        for table, columns in self.tables.items():
+            kinds[table, WHOLE] = ""
+            kinds.update(((table, column[2]), column[3]) for column in columns)
+        for place in sorted({*happened, *self.drawn}):
             kinds.setdefault(place, "not in the database" if self.tables else "")
         places = [
             place
             for place in kinds
-            if (counts[place] or place in self.drawn or not only_changed)
+            if (place in happened or place in self.drawn or not only_changed)
             and any(words in name.lower() for name in place)
         ]
         places.sort(key=lambda at: (-counts[at[0], WHOLE], at[0], at[1] != WHOLE, -counts[at]))
@@ -6369,11 +6294,14 @@ class Visit:
                 "Table": printable(place[0]),
                 "Column": printable(place[1]) or "(whole table)",
                 "Changes": counts[place],
-                "What happened": self.changes.told(place),
-                "Type": printable(kinds[place]),
+                "What happened": told(happened[place][0], place[1]) if place in happened else "",
+                "Type": kinds[place],
             }
             for place in places
         ]
+
+
+_visit = functools.lru_cache(None)(Visit)
 
 
 # The page: drawn by Streamlit, top to bottom, each time something is clicked
@@ -6388,6 +6316,11 @@ div:has(> .st-key-save) { position: sticky; bottom: 0; padding: .8rem 0 1.2rem; 
   backdrop-filter: blur(16px); }
 </style>
 """
+_AUDIT_COLUMNS = {
+    "Ignore": {"width": "small"},
+    "Changes": {"width": "small", "type_config": {"type": "number", "format": "localized"}},
+    "What happened": {"width": "large"},
+}
 # A picture in the language of Vega-Lite: the tables that changed most, what the rules hide of that in a
 # fainter shade.
 _AUDIT_CHART = """{
@@ -6424,44 +6357,40 @@ _AUDIT_CHART = """{
 def bars_of(changes: Changes, ticks: set[Tick]) -> list[Json]:
     """What the picture is drawn of."""
     left = changes.remaining(ticks)
-    bars: collections.Counter[tuple[str, str, str]] = collections.Counter()
-    for what, number in changes.kinds.items():
-        bars[what[0], what[1], "remaining" if what in left else "hidden by the rules"] += number
     return [
-        {"table": printable(table), "kind": kind, "rules": rules, "changes": number}
-        for (table, kind, rules), number in bars.items()
+        {
+            "table": printable(what[0]),
+            "kind": what[1],
+            "rules": "remaining" if what in left else "hidden by the rules",
+            "changes": number,
+        }
+        for what, number in changes.kinds.items()
     ]
 
 
 def show_audit_page(plan: AuditPlan) -> None:
     """Draw the page for whoever looks at it; a choice outlives a reload by a word in the page's address."""
-    import importlib
     import secrets
 
-    st: Any = importlib.import_module("streamlit")
+    st: Any = __import__("streamlit")
     config = plan.config
-    st.set_page_config(page_title=f"Ignore rules: {config.service or 'database'}", layout="wide")
+    st.set_page_config(page_title="Ignore rules", layout="wide")
     st.html(_AUDIT_STYLE)
     token = st.query_params.setdefault("visit", secrets.token_hex(8))
     st.title("Ignore rules")
-    number = 0
-    if len(plan.databases) > 1:
-        names = [_markdown(database.listener.name) for database in plan.databases]
+    number, every = 0, plan.databases
+    if len(every) > 1:
+        names = [_markdown(database.listener.name) for database in every]
         number = st.radio("Listener", range(len(names)), 0, names.__getitem__, horizontal=True)
-    if (token, number) not in plan.visits:
-        with st.spinner("Looking at the database and at what changed ..."):
-            plan.visits[token, number] = Visit(plan, plan.databases[number])
-    visit = plan.visits[token, number]
-    parts = [
-        config.service,
-        config.service and f"dataset {config.dataset}",
-        f"database {os.path.basename(visit.listener.database)}",
-        counted(len(visit.tables), "table") if visit.tables else "",
-    ]
-    st.caption(_markdown(" · ".join(filter(None, parts))))
+    database = every[number]
+    with st.spinner("Looking at the database and at what changed ..."):
+        visit = _visit(plan, database, token)
+    place = f"{config.service} · dataset {config.dataset} · " if config.path else ""
+    place += f"database {os.path.basename(database.listener.database)}"
+    st.caption(_markdown(f"{place} · {counted(len(visit.tables), 'table')}"))
     _show_controls(st, visit)
     numbers = st.container()  # they are of what is ticked in the grid
-    _show_grid(st, visit, number)
+    _show_grid(st, visit)
     with numbers:
         _show_changes(st, visit)
     _show_rules(st, visit)
@@ -6470,72 +6399,61 @@ def show_audit_page(plan: AuditPlan) -> None:
 def _show_controls(st: Any, visit: Visit) -> None:
     recording = visit.recording is not None
     with st.container(horizontal=True, vertical_alignment="center"):
-        words = "Show all changes" if visit.recorded else "Look again"
-        st.button(words, key="look", icon=":material/refresh:", on_click=visit.look)
+        st.button("Look again", icon=":material/refresh:", on_click=visit.look)
         if visit.known or recording:
-            words = "Stop and show what happened" if recording else "Record"
-            look = {
-                "icon": ":material/radio_button_checked:",
-                "type": "primary" if recording else "secondary",
-            }
-            st.button(words, key="record", on_click=visit.record, **look)
+            st.button(
+                "Stop and show what happened" if recording else "Record",
+                icon=":material/radio_button_checked:",
+                type="primary" if recording else "secondary",
+                on_click=visit.record,
+            )
         if recording:
-            url = visit.plan.url
-            place = f"[the application]({url})" if url else "the application"
-            st.markdown(f":red[●] Recording. Do something in {place}, then stop.")
+            where = visit.plan.url or ""
+            st.markdown(f":red[●] Recording. Do something in the application, then stop. {where}")
         elif visit.recorded:
-            st.caption("Only what happened during the recording")
+            st.caption("Only what happened during the recording; “Look again” shows all changes")
 
 
 def _show_changes(st: Any, visit: Visit) -> None:
     """How much changed, and how much of it the rules hide."""
     import json
 
+    trouble = visit.troubles.get("tables") or visit.troubles.get("changes")  # one thing at a time
+    if trouble:
+        st.warning(_told(trouble), icon=":material/database_off:")
+    if not visit.known:
+        return
     changes = visit.changes
-    if "changes" in visit.troubles and "tables" not in visit.troubles:  # one thing at a time
-        st.info(_told(visit.troubles["changes"]), icon=":material/info:")
-    elif visit.known and not changes.kinds:
-        st.success("Nothing changed meanwhile." if visit.recorded else "No changes since the last reset.")
-    elif visit.known:
-        total, left = (sum(kinds.values()) for kinds in (changes.kinds, changes.remaining(visit.ticks)))
-        numbers = {"Changes": total, "Hidden by the rules": total - left, "Remaining": left}
-        with st.container(horizontal=True, gap="large"):
-            for label, number in numbers.items():
-                st.metric(label, f"{number:,}", width="content")
+    total, left = (sum(kinds.values()) for kinds in (changes.kinds, changes.remaining(visit.ticks)))
+    numbers = {"Changes": total, "Hidden by the rules": total - left, "Remaining": left}
+    with st.container(horizontal=True, gap="large"):
+        for label, number in numbers.items():
+            st.metric(label, f"{number:,}", width="content")
+    if total:
         st.vega_lite_chart(bars_of(changes, visit.ticks), json.loads(_AUDIT_CHART))
-        if not left:
-            words = "The rules hide every change: `state -v` would pass."
-            st.success(words, icon=":material/check_circle:")
+    if not left:
+        words = "The rules hide every change: `state -v` would pass." if total else "Nothing changed."
+        st.success(words, icon=":material/check_circle:")
 
 
-def _show_grid(st: Any, visit: Visit, number: int) -> None:
+def _show_grid(st: Any, visit: Visit) -> None:
     """The tables and columns to be ticked, and what can be seen of one of them."""
-    if "tables" in visit.troubles:
-        st.error(_told(visit.troubles["tables"]), icon=":material/database_off:")
     with st.container(horizontal=True, vertical_alignment="center"):
-        only = bool(visit.changes.kinds) and st.toggle("Only what changed", True, key=f"only {number}")
+        only = st.toggle("Only what changed", bool(visit.changes.kinds))
         hint = "Search: part of a table's or a column's name"
-        words = st.text_input(
-            "Search", key=f"search {number}", placeholder=hint, label_visibility="collapsed"
-        )
-    words = words.strip().lower()
-    key = f"grid {number} {visit.turn} {only} {words}"
+        words = st.text_input("Search", placeholder=hint, label_visibility="collapsed").strip().lower()
+    key = repr((visit.name, visit.turn, only, words))
     if key not in st.session_state:  # it was not drawn in the last run
         visit.drawn = visit.ticks
     places, rows = visit.grid(only and not words, words)
     if rows:
-        column = st.column_config
         ticked = st.data_editor(
             rows,
             key=key,
             hide_index=True,
             height=min(460, 38 + 35 * len(rows)),
             disabled=list(rows[0])[1:],
-            column_config={
-                "Ignore": column.CheckboxColumn(width="small"),
-                "Changes": column.NumberColumn(width="small", format="localized"),
-                "What happened": column.TextColumn(width="large"),
-            },
+            column_config=_AUDIT_COLUMNS,
         )
         chosen = {place for place, row in zip(places, ticked) if row["Ignore"]}
         visit.ticks = visit.drawn - set(places) | chosen
@@ -6547,9 +6465,9 @@ def _show_grid(st: Any, visit: Visit, number: int) -> None:
             more = {place for place in places if words in place[1].lower()} - visit.ticks
             label = f"Ignore {counted(len(more), 'column')}"
         if more:
-            st.button(label, key="more", on_click=visit.choose, args=(visit.ticks | more,))
-        name = st.selectbox("Look into a table", list(visit.tables), None, printable, key=f"into {number}")
-    if name in visit.tables:
+            st.button(label, on_click=visit.choose, args=(visit.ticks | more,))
+        name = st.selectbox("Look into a table", list(visit.tables), None, printable)
+    if name:
         try:
             st.dataframe(visit.examples(name), hide_index=True)
         except SandboxError as error:
@@ -6558,39 +6476,27 @@ def _show_grid(st: Any, visit: Visit, number: int) -> None:
 
 def _show_rules(st: Any, visit: Visit) -> None:
     """The rules, and the way into the file, which stays in view while there is something to save."""
-    name = _markdown(visit.place[0])
-    said, visit.said = visit.said, ()
-    entries = visit.entries
+    config = visit.plan.config
+    name = os.path.basename(config.path)
+    entries = entries_with(visit.saved, visit.ticks, visit.schema)
     st.code(rules_text(entries), language="yaml")
-    if visit.text is None:
-        st.caption(_told(visit.troubles["config"]))
-        return
     try:
-        edited, shared = edit_rules(visit.text, *visit.place, entries)
+        if visit.text is None:
+            raise visit.troubles["config"]
+        if entries == visit.saved:
+            st.caption(f"{_markdown(name)} has these rules.")
+            return
+        edited, shared = edit_rules(visit.text, name, config.dataset, visit.name, entries)
     except SandboxError as error:
-        st.error(_told(error))
+        st.info(_told(error))
         return
-    changed = edited != visit.text
-    if changed:
-        st.code(difference_of(visit.text, edited), language="diff")
-    elif not said:
-        st.caption(f"{name} has these rules.")
-        return
-    with st.container(key="save"):
-        if said:
-            getattr(st, said[0])(said[1])
-        if changed:
-            with st.container(horizontal=True, vertical_alignment="center"):
-                st.button(
-                    f"Save to {name}",
-                    key="save it",
-                    type="primary",
-                    on_click=visit.save,
-                    args=(edited, entries),
-                )
-                st.button("Discard", key="discard", on_click=visit.choose, args=(visit.saved_ticks(),))
-                if shared:
-                    st.caption(f"The same list, so they change too: {_markdown(', '.join(shared))}")
+    st.code(difference_of(visit.text, edited), language="diff")
+    with st.container(key="save", horizontal=True, vertical_alignment="center"):
+        save = (st.toast, edited, entries)
+        st.button(f"Save to {_markdown(name)}", type="primary", on_click=visit.save, args=save)
+        st.button("Discard", on_click=visit.choose, args=(visit.base,))
+        if shared:
+            st.caption(f"The same list, so they change too: {_markdown(', '.join(shared))}")
 
 
 def _markdown(text: str) -> str:
@@ -6606,7 +6512,6 @@ def _told(error: SandboxError) -> str:
 # The server: Streamlit in this process
 
 
-AUDIT_PAGE = "plato_sandbox_audit_page"  # what draws the page, in `sys.modules` while one is served
 STREAMLIT_OPTIONS = {
     "server.address": "127.0.0.1",
     "server.fileWatcherType": "none",
@@ -6622,51 +6527,42 @@ STREAMLIT_OPTIONS = {
 }
 
 
-def serve_page(draw: Callable[[], None], port: int, ready: Callable[[], None]) -> int:
-    """Serve a page until a signal comes; its number. ready: called once the page can be asked for."""
+def serve_page(draw: Callable[[], None], port: int, ready: Callable[[], None]) -> None:
+    """Serve a page until an interruption. ready: called once the page can be asked for."""
     import asyncio
-    import importlib
-    import signal
     import tempfile
 
-    bootstrap: Any = importlib.import_module("streamlit.web.bootstrap")
+    streamlit: Any = __import__("streamlit.web.bootstrap")
+    bootstrap = streamlit.web.bootstrap
     bootstrap.load_config_options({**STREAMLIT_OPTIONS, "server.port": port})
-    sys.modules[AUDIT_PAGE] = draw  # type: ignore[assignment]
+    streamlit.draw_audit_page = draw
 
-    async def serve(script: str) -> int:
+    async def serve(script: str) -> None:
         server = bootstrap.Server(script, False)
-        signals: asyncio.Queue[int] = asyncio.Queue()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
         await server.start()
         ready()
-        ended_by = await signals.get()
-        with contextlib.redirect_stdout(io.StringIO()):  # it says that it stops
-            server.stop()
         await server.stopped
-        return ended_by
 
     Aside(functools.partial(__import__, "pandas"))  # the first page needs it
     with tempfile.TemporaryDirectory() as place:
         script = os.path.join(place, "page.py")  # Streamlit runs a file anew at each click
         with open(script, "w", encoding="utf-8") as file:
-            file.write(f"import sys\nsys.modules[{AUDIT_PAGE!r}]()\n")
-        return asyncio.run(serve(script))
+            file.write("import streamlit\nstreamlit.draw_audit_page()\n")
+        # Not in this thread: an event loop would keep the interruption to itself.
+        Aside(lambda: asyncio.run(serve(script))).result()
 
 
 def free_port(wanted: int | None) -> int:
-    """The wanted port of 127.0.0.1, or the next that is free after it; any free one if none is wanted."""
+    """The wanted port of 127.0.0.1, or any free one if none is wanted."""
     import socket
 
-    first = wanted or 0  # which is any
-    for port in range(first, first + 50):
-        try:
-            with socket.create_server(("127.0.0.1", port)) as listener:
-                return int(listener.getsockname()[1])
-        except (OSError, OverflowError) as error:
-            why = reason(error)
-    raise SandboxError(f"No port could be opened for the page: {why}.", hint="Name another one with --port.")
+    try:
+        with socket.create_server(("127.0.0.1", wanted or 0)) as listener:
+            return int(listener.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        raise SandboxError(
+            f"No port could be opened for the page: {reason(error)}.", hint="Name another one with --port."
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7540,7 +7436,7 @@ def plan_audit(
         databases.append(Database(at, tunnel, sandbox if state and not direct else None))
     names = [database.listener.name for database in databases]
     return AuditPlan(
-        databases,
+        tuple(databases),
         functools.partial(audit_changes, sandbox.directory, names) if state else dict,
         config,
         as_text(state.get("url")),
@@ -7584,7 +7480,7 @@ def _plan_audit_of_url(sandbox: Sandbox, url: str, dataset: str | None, listener
         fields = {**fields, **{key: own[key] for key in ("audit_table_name", "db_schema") if key in own}}
     at = AuditTable(name, fields)
     at.login.update(options)
-    return AuditPlan([Database(at, hint=None)], dict, config, None)
+    return AuditPlan((Database(at),), dict, config, None)
 
 
 def audit_changes(directory: str, names: Sequence[str]) -> dict[str, list[Mutation]]:
@@ -8388,7 +8284,7 @@ def run_audit_ui(
     output.step("Looking for the databases")
     plan = plan_audit(sandbox, url=database_url, **options)
     sandbox.api.transport.close()
-    check_audit_packages(plan.databases)
+    check_audit_packages()
     if database_url:
         plan.databases[0].tables()  # whether it leads anywhere
     output.step("Starting the page")
@@ -8399,9 +8295,11 @@ def run_audit_ui(
         if for_person:
             open_browser(f"http://127.0.0.1:{free}", output)
 
-    number = serve_page(functools.partial(show_audit_page, plan), free, ready)
-    if number != signal.SIGINT:
-        raise Interrupted(number)
+    try:
+        serve_page(functools.partial(show_audit_page, plan), free, ready)
+    except Interrupted as interruption:
+        if interruption.number != signal.SIGINT:
+            raise
 
 
 def show_audit_address(port: int, plan: AuditPlan, output: Output) -> None:
@@ -8620,14 +8518,14 @@ examples:
         f"""\
 -d, --dataset NAME       dataset of the config (default: the sandbox's)
     --listener NAME      only this `db` listener (default: all of them)
-    --port N             port of the page, or the next free one (default: any)
+    --port N             port of the page (default: any that is free)
     --no-browser         do not open a browser, only print the address
     --direct             reach db_host from here, not through the gateway
     --database-url URL   this database, without a sandbox; the password may stay out
 
 The page shows what changed since the last reset and what is in the databases;
 rules that are chosen there are saved to plato-config.yml. The databases are
-read only. Needs streamlit, and psycopg2-binary or pymysql.
+read only. Needs streamlit, psycopg2-binary and pymysql.
 
 examples:
   {PROGRAM} audit-ui                       the databases of the dataset
