@@ -608,7 +608,7 @@ class Aside:
         self.wait = ended.wait
         self._error: BaseException | None = None
 
-        def run() -> None:
+        def work() -> None:
             try:
                 self._value = function()
             except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
@@ -616,7 +616,7 @@ class Aside:
             finally:
                 ended.set()
 
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=work, daemon=True).start()
 
     def result(self) -> Any:
         self.wait()
@@ -922,15 +922,13 @@ class Transport:
         deadline = time.monotonic() + seconds
         data = b""
         try:
-            if self._connection is None:
-                port = self.base.port or (443 if secured else 80)
-                self._connection = http.client.HTTPConnection(host, port)
-                self._connection.sock = connect(host, port, deadline)
-                if secured:
-                    self._connection.sock = secure(
-                        self._connection.sock, host, deadline, self.settings.ca_file
-                    )
             connection = self._connection
+            if connection is None:
+                port = self.base.port or (443 if secured else 80)
+                connection = self._connection = http.client.HTTPConnection(host, port)
+                connection.sock = connect(host, port, deadline)
+                if secured:
+                    connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
             connection.response_class = responses_until(deadline)
             connection.sock.settimeout(time_left(deadline))
             connection.request(method, self.base.path + path, payload, headers)
@@ -7910,7 +7908,7 @@ class Starter:
         sandbox.save(public_url=public_url, url=url)
         if ready and connected:
             step = "Waiting for SSH to answer", SSH_FIRST_SECONDS
-            self._may_fail(self._wait_for_ssh, step, "Until it does, `sync` goes through the API.")
+            self._may_fail(lambda: wait_for_ssh(sandbox), step, "Until it does, `sync` goes through the API.")
         sandbox.save(starting=None)
 
     def _may_fail(self, act: Callable[[], None], step: tuple[str, float], consequence: str) -> bool:
@@ -7931,9 +7929,6 @@ class Starter:
         state = self.sandbox.state
         answer = self.api.reset(state["session_id"])
         check_success(answer, state["job_id"], "The environment could not be reset")
-
-    def _wait_for_ssh(self) -> None:
-        wait_for_ssh(self.sandbox)
 
     def _wait_for_ready(self) -> None:
         self.reporter.step("Waiting for the VM to boot", self.patience)
