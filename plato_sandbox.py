@@ -79,11 +79,12 @@ if TYPE_CHECKING:
     import urllib.parse
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
-    from typing import Any, NoReturn, TextIO, Union
+    from typing import Any, NoReturn, Optional, TextIO, Union
 
     Line = Union[str, tuple[Any, ...]]
 
     Json = dict[str, Any]
+    Feed = Optional[Callable[[Any], object]]
     FlowListener = Callable[[Json, Json | None], None]
 
 
@@ -163,7 +164,6 @@ BEAT_SECONDS = 10.0
 BEAT_RETRY_SECONDS = (1.0, 2.0, 3.0)  # the last one again and again, while the VM may still live
 BEAT_URGENT_SECONDS = 150.0  # the server ends a VM 120 seconds after its last beat
 BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
-BEAT_LOG_EVENTS = 100
 WAKE_SECONDS = 15.0
 LEASE_SECONDS = 900.0  # another client's heartbeat that ends sooner by itself is not relied on
 UNHEALTHY_BEATS = 4  # a last good beat older than this many intervals is worth a warning
@@ -229,7 +229,7 @@ class ApiError(SandboxError):
     """Plato answered with an error, or with something that is not an answer.
 
     status: the HTTP status, or None when the body was the problem; retry_after: seconds, or None; text:
-    the body, as far as it came, if it may be of use.
+    the body, as far as it came, if it may be of use; sent: whether the server may have received the request.
     """
 
     exit_code = 6
@@ -243,11 +243,13 @@ class ApiError(SandboxError):
         status: int | None = None,
         retry_after: float | None = None,
         text: str = "",
+        sent: bool = True,
     ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
         self.retry_after = retry_after
         self.text = text
+        self.sent = sent
 
     @property
     def may_pass(self) -> bool:
@@ -257,25 +259,14 @@ class ApiError(SandboxError):
     @property
     def outcome_unknown(self) -> bool:
         """Whether Plato may have done what was asked all the same."""
-        return self.status in (None, 408, 502, 504)
+        return self.sent and self.status in (None, 408, 502, 504)
 
 
 class NetworkError(ApiError):
-    """No whole answer came. sent: whether the server may have received the request."""
+    """No whole answer came."""
 
     code = "network"
-
-    def __init__(self, message: str, *, hint: str | None = None, sent: bool, text: str = "") -> None:
-        super().__init__(message, hint=hint, text=text)
-        self.sent = sent
-
-    @property
-    def may_pass(self) -> bool:
-        return True
-
-    @property
-    def outcome_unknown(self) -> bool:
-        return self.sent
+    may_pass = True
 
 
 class TimedOutError(SandboxError):
@@ -302,17 +293,13 @@ class CheckFailedError(SandboxError):
 class Interrupted(BaseException):
     """SIGINT, SIGTERM or SIGHUP arrived. Not an Exception: nothing but clean-up and `main` may catch it."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-        self.message = "Interrupted."
-        self.hint: str | None = None
-        self.code = "interrupted"
+    message = "Interrupted."
+    hint: str | None = None
+    code = "interrupted"
 
-    @property
-    def exit_code(self) -> int:
-        """128 plus the signal's number, as shells count it."""
-        return 128 + self.number
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.exit_code = 128 + number  # as shells count it
 
 
 class Reporter:
@@ -394,16 +381,17 @@ class Settings:
         ca_file: str | None = None,
         browser: str | None = None,
     ) -> None:
-        self.api_key = api_key
+        self.api_key = api_key.strip()
         self.base_url = normal_base_url(base_url)
         self.gateway_host = gateway_host
-        self.gateway_port = gateway_port
-        self.home = os.path.abspath(os.path.expanduser(home))
-        if os.path.expanduser(home).startswith("~"):  # it would be a directory of that name, right here
+        self.gateway_port = int(_number("PLATO_GATEWAY_PORT", gateway_port, 1, 65535))
+        home = os.path.expanduser(home)
+        self.home = os.path.abspath(home)
+        if home.startswith("~"):  # it would be a directory of that name, right here
             raise UsageError(
                 "This user has no home directory.", hint="Set PLATO_HOME to a directory for the SSH files."
             )
-        self.heartbeat_seconds = heartbeat_seconds
+        self.heartbeat_seconds = _number("PLATO_HEARTBEAT_INTERVAL_SECONDS", heartbeat_seconds, 0.1, 3600)
         self.ca_file = os.path.abspath(ca_file) if ca_file else None
         self.browser = browser
 
@@ -411,30 +399,16 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Read PLATO_* (see the head of this file); UsageError names a variable that makes no sense."""
         source = os.environ if environment is None else environment
-        return cls(
-            api_key=source.get("PLATO_API_KEY", "").strip(),
-            base_url=source.get("PLATO_BASE_URL") or DEFAULT_BASE_URL,
-            gateway_host=source.get("PLATO_GATEWAY_HOST") or DEFAULT_GATEWAY_HOST,
-            gateway_port=int(_number(source, "PLATO_GATEWAY_PORT", DEFAULT_GATEWAY_PORT, 1, 65535)),
-            home=source.get("PLATO_HOME") or "~/.plato",
-            heartbeat_seconds=_number(
-                source, "PLATO_HEARTBEAT_INTERVAL_SECONDS", DEFAULT_HEARTBEAT_SECONDS, 0.1, 3600
-            ),
-            ca_file=source.get("SSL_CERT_FILE") or None,
-            browser=source.get("PLATO_BROWSER") or None,
-        )
+        given: Json = {field: source[name] for field, name in _VARIABLES.items() if source.get(name)}
+        return cls(**given)
 
     def require_key(self) -> str:
         """The API key, or AuthenticationError."""
-        if not self.api_key:
+        if not self.api_key or not (self.api_key.isascii() and self.api_key.isprintable()):
             raise AuthenticationError(
-                "PLATO_API_KEY is not set, so Plato cannot know who is asking.",
-                hint=f"Set it in this shell: export PLATO_API_KEY={_key_in_dotenv() or '...'}",
-            )
-        if not self.api_key.isascii() or not self.api_key.isprintable():
-            raise AuthenticationError(
-                "PLATO_API_KEY holds characters that no key has (a line break, perhaps).",
-                hint="Copy the key again and set PLATO_API_KEY anew.",
+                "PLATO_API_KEY is not set, or holds characters that no key has (a line break, perhaps).",
+                hint="Set it in this shell: export PLATO_API_KEY=..."
+                " (a .env file is not read, as a repository can bring one; `set -a; . ./.env` reads yours).",
             )
         return self.api_key
 
@@ -443,37 +417,26 @@ class Settings:
         return text.replace(self.api_key, "***") if len(self.api_key) >= SHORTEST_SECRET else text
 
 
-# A line of a .env file with the key, in the syntax of `sed -E`, which Python reads the same way.
-_KEY_LINE = """^ *(export +)?PLATO_API_KEY *= *['\\"]?([^'\\" #]+).*"""
+_VARIABLES = {
+    "api_key": "PLATO_API_KEY",
+    "base_url": "PLATO_BASE_URL",
+    "gateway_host": "PLATO_GATEWAY_HOST",
+    "gateway_port": "PLATO_GATEWAY_PORT",
+    "home": "PLATO_HOME",
+    "heartbeat_seconds": "PLATO_HEARTBEAT_INTERVAL_SECONDS",
+    "ca_file": "SSL_CERT_FILE",
+    "browser": "PLATO_BROWSER",
+}
 
 
-def _key_in_dotenv() -> str | None:
-    """What takes the key out of .env here or in the home, in a shell's words, if one of them has it.
-
-    Other clients read these files. This one only looks whether there is such a line: a repository can bring
-    a .env of its own, so its key is used when the user says so.
-    """
-    for path in (".env", "~/.env"):
-        try:
-            text = text_of_others(os.path.expanduser(path))
-        except OSError:
-            continue
-        if any(re.match(_KEY_LINE, line) for line in text.splitlines()):
-            return f'"$(sed -nE "s/{_KEY_LINE}/\\2/p" {path} | tail -n 1)"'
-    return None
-
-
-def _number(source: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
-    text = source.get(name, "").strip()
-    if not text:
-        return default
+def _number(name: str, value: Any, low: float, high: float) -> float:
     try:
-        value = float(text)
+        number = float(value)
+        if low <= number <= high:
+            return number
     except ValueError:
-        value = -1.0
-    if not low <= value <= high:
-        raise UsageError(f"{name} is {text!r}; it must be a number from {low:g} to {high:g}.")
-    return value
+        pass
+    raise UsageError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}.")
 
 
 def normal_base_url(url: str) -> str:
@@ -481,9 +444,7 @@ def normal_base_url(url: str) -> str:
 
     Plain http is allowed on loopback only.
     """
-    trimmed = url.strip().rstrip("/")
-    if trimmed.endswith("/api"):
-        trimmed = trimmed[: -len("/api")].rstrip("/")
+    trimmed = re.sub("(/+api)?/*$", "", url.strip())
     match = re.fullmatch(r"(https?)://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?(/[^?#\s]*)?", trimmed)
     if match is None or not 0 < int(match[3] or 443) < 65536:
         raise UsageError(
@@ -511,8 +472,7 @@ def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subpro
     import subprocess
 
     reporter.trace("run: " + shell_words(command))
-    if "env" not in options:
-        options["env"] = child_environment(os.environ)
+    options.setdefault("env", child_environment(os.environ))
     try:
         return subprocess.Popen(list(command), **options)
     except OSError as error:
@@ -567,11 +527,6 @@ _RUN_FILE = (
 def own_command(*arguments: str) -> list[str]:
     """The command that runs `run_child` of this very file, without the user's site-packages and PYTHON*
     variables."""
-    if not sys.executable:
-        raise SandboxError(
-            "The path of the Python interpreter is unknown, so the heartbeat and SSH could not be started.",
-            hint="Run this file with python3.",
-        )
     flags = ["-I", "-S", "-B"] if sys.dont_write_bytecode else ["-I", "-S"]
     return [os.path.abspath(sys.executable), *flags, "-c", _RUN_FILE, own_file(), *arguments]
 
@@ -598,28 +553,18 @@ def invocation(program: str, environment: Mapping[str, str]) -> str:
     return shell_words([os.path.basename(program) or PROGRAM])
 
 
-def processes() -> dict[int, str]:
-    """The command lines of the processes that run here, words separated by spaces, by process id."""
+def command_of(pid: int | str) -> str:
+    """The command line of a process that runs here, words separated by spaces; "" where there is none."""
     import subprocess
 
-    found = {}
-    if os.path.isdir("/proc/self"):
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{name}/cmdline", encoding="utf-8", errors="replace") as file:
-                    found[int(name)] = file.read().replace("\0", " ")
-            except OSError:
-                pass  # it has ended
-        return found
-    command = ["ps", "-axwwo", "pid=,command="]
     try:
-        listing = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout
+        if os.path.isdir("/proc/self"):
+            return text_of_others(f"/proc/{pid}/cmdline").replace("\0", " ")
+        words = ["ps", "-wwo", "command=", "-p", str(pid)]
+        ps = subprocess.run(words, capture_output=True, timeout=5, check=False)
+        return ps.stdout.decode("utf-8", "replace").strip()
     except (OSError, subprocess.TimeoutExpired):
-        return {}
-    for line in listing.decode("utf-8", "replace").splitlines():
-        pid, _, words = line.strip().partition(" ")
-        found[int(pid)] = words
-    return found
+        return ""
 
 
 def take_lock(handle: int, *, shared: bool = False) -> bool:
@@ -652,136 +597,80 @@ def utc_text(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(seconds))
 
 
-def signal_process(pid: int, is_it: Callable[[], bool], number: int) -> None:
-    """Send a signal to the process that `is_it` says it is, and to no other.
-
-    On Linux a file descriptor holds the process while it is looked at, so a reused pid cannot slip in.
-    """
-    import signal
-
-    try:
-        handle = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
-    except (AttributeError, OSError):
-        handle = -1  # a system or kernel without it: look and send
-    try:
-        if not is_it():
-            return
-        if handle < 0:
-            os.kill(pid, number)
-        else:
-            signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
-    except OSError:
-        pass  # it has ended, or is not ours to end
-    finally:
-        if handle >= 0:
-            os.close(handle)
-
-
 class Aside:
     """A function running in a thread beside the main one; `result` waits and gives its value or its error."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         import threading
 
-        self._function = function
-        self._value: Any = None
-        self._error: BaseException | None = None
         # Not Thread.join: until Python 3.12, one that an exception interrupts takes the thread for ended.
-        self._ended = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
+        ended = threading.Event()
+        self.wait = ended.wait
+        self._error: BaseException | None = None
 
-    def _run(self) -> None:
-        try:
-            self._value = self._function()
-        except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
-            self._error = error
-        finally:
-            self._ended.set()
+        def work() -> None:
+            try:
+                self._value = function()
+            except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
+                self._error = error
+            finally:
+                ended.set()
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait, at most so long; whether it has ended."""
-        return self._ended.wait(seconds)
+        threading.Thread(target=work, daemon=True).start()
 
     def result(self) -> Any:
-        self._ended.wait()
+        self.wait()
         if self._error is not None:
             raise self._error
         return self._value
 
 
-class Outcome:
-    """How a command ended, here or on the VM: its exit code and its two outputs."""
-
-    def __init__(self, code: int, stdout: bytes, stderr: bytes) -> None:
-        self.code = code
-        self.stdout = stdout
-        self.stderr = stderr
+# How a command ended, here or on the VM: its exit code and its two outputs.
+Outcome = collections.namedtuple("Outcome", "code stdout stderr")  # noqa: PYI024  (`typing` takes long)
 
 
 def run_program(
-    command: Sequence[str],
-    reporter: Reporter,
-    *,
-    seconds: float,
-    feed: Callable[[Any], object] | None = None,
-    **options: Any,
+    command: Sequence[str], reporter: Reporter, *, seconds: float, feed: Feed = None, **options: Any
 ) -> Outcome:
     """Run a child process to its end. It is ended whenever this does not return.
 
     feed: writes its standard input to a file. TimedOutError when it has not ended so many seconds later.
     """
     import fcntl
+    import signal
     import subprocess
     import tempfile
 
     # Its outputs go to files: a process that it leaves behind, as ssh may, could hold a pipe open for ever.
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)  # the ProxyCommand of ssh may open it once more
+        options.update(stdin=subprocess.PIPE, stdout=stdout, stderr=stderr)
         # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-        process = launch(
-            command,
-            reporter,
-            stdin=subprocess.PIPE,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-            **options,
-        )
+        process = launch(command, reporter, start_new_session=True, **options)
         try:
             feed_child(process, feed)
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
         finally:
-            _end_group(process)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if (
+                    process.poll() is None
+                ):  # it has not been waited for, so the number of its group is its own
+                    os.killpg(process.pid, number)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(2.0)
         stdout.seek(0)
         stderr.seek(0)
         return Outcome(process.returncode, stdout.read(), stderr.read())
 
 
-def feed_child(process: subprocess.Popen[bytes], feed: Callable[[Any], object] | None) -> None:
+def feed_child(process: subprocess.Popen[bytes], feed: Feed) -> None:
     """Have a child's input written and close it; a child that does not want it says why elsewhere."""
     stdin: Any = process.stdin
-    try:
-        with stdin:
-            if feed is not None:
-                feed(stdin)
-    except BrokenPipeError:
-        pass
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child that still runs, with its own children; it leads a group and has not been waited for."""
-    import signal
-    import subprocess
-
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            try:
-                process.wait(2.0)
-            except subprocess.TimeoutExpired:
-                continue
+    with contextlib.suppress(BrokenPipeError), stdin:
+        if feed is not None:
+            feed(stdin)
 
 
 class SignalGuard:
@@ -793,39 +682,36 @@ class SignalGuard:
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
-        self._previous: list[tuple[int, Any]] = []
+        self._previous: dict[int, Any] = {}
         self.held = False
-        self._pending: int | None = None
+        self._pending = 0
 
     def __enter__(self) -> SignalGuard:  # noqa: PYI034  (Self is newer than 3.9)
         import signal
-        import threading
 
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                    self._previous.append((number, signal.signal(number, self._arrived)))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                with contextlib.suppress(ValueError):  # in another thread than the main one
+                    self._previous[number] = signal.signal(number, self._arrived)
         return self
 
     def __exit__(self, *_: object) -> None:
         import signal
 
-        for number, handler in self._previous:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous.clear()
 
     def _arrived(self, number: int, _frame: FrameType | None) -> None:
-        if self.held and self._pending is None:
-            self._pending = number
-            self._reporter.warn("Interrupted; waiting for the answer to the request that creates the VM.")
-            return
-        raise Interrupted(number)
+        if not self.held or self._pending:
+            raise Interrupted(number)
+        self._pending = number
+        self._reporter.warn("Interrupted; waiting for the answer to the request that creates the VM.")
 
     def release(self) -> None:
         """Obey signals again; raise the remembered one, if there is one."""
         self.held = False
-        if self._pending is not None:
-            number, self._pending = self._pending, None
+        number, self._pending = self._pending, 0
+        if number:
             raise Interrupted(number)
 
 
@@ -834,12 +720,20 @@ class SignalGuard:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def time_left(deadline: float) -> float:
+    """The seconds until a deadline; TimeoutError after it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
 class TimedReader(io.RawIOBase):
-    """What http.client reads of a socket: nothing after the deadline, however slowly the bytes drip."""
+    """What comes out of a socket: nothing after the deadline, however slowly the bytes drip."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock = sock
-        self.stream = sock.makefile("rb", buffering=0)  # holds the socket open until the answer is read
+        self.stream = sock.makefile("rb", buffering=0)  # holds the socket open as long as this lives
         self.deadline = deadline
 
     def readable(self) -> bool:
@@ -850,22 +744,8 @@ class TimedReader(io.RawIOBase):
 
         while True:  # by the second: a signal that came just before a wait began must not wait for its end
             self.sock.settimeout(min(time_left(self.deadline), 1.0))
-            try:
+            with contextlib.suppress(socket.timeout):  # another class than TimeoutError before Python 3.10
                 return self.sock.recv_into(buffer)
-            except socket.timeout:  # another class than TimeoutError before Python 3.10
-                continue
-
-    def close(self) -> None:
-        self.stream.close()
-        super().close()
-
-
-def time_left(deadline: float) -> float:
-    """The seconds until a deadline; TimeoutError after it."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
 
 
 def responses_until(deadline: float) -> Any:
@@ -884,20 +764,21 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
     """A TCP connection to a host, through the proxy of the environment if it names one for it."""
     import socket
 
-    name = f"[{host}]" if ":" in host else host
+    name, way = f"[{host}]" if ":" in host else host, ""
     proxy = proxy_for(name, port)
-    if proxy is not None:
-        return _tunnel(proxy, name, port, deadline)
     try:
+        if proxy is not None:
+            way = f" through the proxy {proxy.hostname}:{proxy.port or 80}"
+            return _tunnel(proxy, name, port, deadline)
         sock = socket.create_connection((name_on_the_wire(host), port), time_left(deadline))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
     except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
         raise NetworkError(
-            f"{host}:{port} could not be reached: {reason(error)}.",
-            hint="Check the network connection and the name.",
+            f"{host}:{port} could not be reached{way}: {reason(error)}.",
+            hint="Check the network and the name, or HTTPS_PROXY with the user and password that it wants.",
             sent=False,
         ) from None
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
 
 
 def name_on_the_wire(host: str) -> Any:
@@ -914,17 +795,14 @@ def proxy_for(host: str, port: int) -> urllib.parse.SplitResult | None:
 
     if urllib.request.proxy_bypass(f"{host}:{port}"):
         return None
-    try:
+    with contextlib.suppress(ValueError):  # its text may hold the password
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        usable = parts.scheme == "http" and parts.hostname and parts.port != 0
-    except ValueError:  # its text may hold the password
-        usable = None
-    if not usable:
-        raise UsageError(
-            "HTTPS_PROXY is not the address of a proxy that can be used.",
-            hint="It looks like http://proxy.example.com:3128.",
-        )
-    return parts
+        if parts.scheme == "http" and parts.hostname and parts.port != 0:
+            return parts
+    raise UsageError(
+        "HTTPS_PROXY is not the address of a proxy that can be used.",
+        hint="It looks like http://proxy.example.com:3128.",
+    )
 
 
 def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: float) -> socket.socket:
@@ -936,23 +814,14 @@ def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: flo
     if proxy.username is not None:
         pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 80)
+    connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 80, time_left(deadline))
     connection.response_class = responses_until(deadline)
     connection.set_tunnel(host, port, headers)
     try:
-        connection.timeout = time_left(deadline)
         connection.connect()
-    except (OSError, UnicodeError, http.client.HTTPException) as error:
-        connection.close()
-        raise NetworkError(
-            f"The proxy {connection.host}:{connection.port} gave no way to {host}:{port}: {reason(error)}.",
-            hint="Check HTTPS_PROXY; a user and a password that the proxy wants belong in it.",
-            sent=False,
-        ) from None
+    except http.client.HTTPException as error:
+        raise ConnectionError(reason(error)) from None
     return connection.sock
-
-
-STRICT_VERIFY_CODES = range(80, 95)  # OpenSSL's, for what it looks at only when it is to be strict
 
 
 @functools.lru_cache(maxsize=1)
@@ -973,23 +842,19 @@ def tls_context(ca_file: str | None) -> ssl.SSLContext:
 
 def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None) -> ssl.SSLSocket:
     """TLS over a connected socket, the certificate verified for `name`. Never without verification."""
-    import ssl
-
     try:
         sock.settimeout(time_left(deadline))
         return tls_context(ca_file).wrap_socket(sock, server_hostname=name_on_the_wire(name))
-    except ssl.SSLCertVerificationError as error:
-        hint = "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
-        if error.verify_code in STRICT_VERIFY_CODES:
-            hint = (
-                "Python 3.13 and newer refuse certificates that do not follow RFC 5280 in all points."
-                " Have the CA's made anew by whoever runs it, or run this with Python 3.12 or older."
-            )
-        message = f"The certificate of {name} could not be verified: {error.verify_message}."
     except (OSError, ValueError) as error:  # ValueError: no certificate can be for such a name
-        message, hint = f"No secure connection to {name}: {reason(error)}.", None
-    sock.close()
-    raise NetworkError(message, hint=hint, sent=False)
+        sock.close()
+        why, hint = getattr(error, "verify_message", ""), None
+        if why:
+            hint = (
+                "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
+                " Python 3.13 and newer also want a CA to follow RFC 5280 in all points."
+            )
+        message = f"No secure connection to {name}: {why or reason(error)}."
+        raise NetworkError(message, hint=hint, sent=False) from None
 
 
 class Transport:
@@ -1003,7 +868,8 @@ class Transport:
         self.base = urllib.parse.urlsplit(settings.base_url)
         self._connection: http.client.HTTPConnection | None = None
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
+        """Close the kept connection; the next request opens another one."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -1012,155 +878,148 @@ class Transport:
         self,
         method: str,
         path: str,
-        *,
-        kind: type = dict,
-        query: Json | None = None,
+        *ids: str,
+        kind: Any = dict,
         body: Any = None,
         seconds: float = REQUEST_SECONDS,
         repeatable: bool = True,
         window: float = RETRY_WINDOW_SECONDS,
-    ) -> Any:
-        """Send a request and return the decoded JSON, of the given kind, of a 2xx answer.
+    ) -> Json:
+        """Send a request and return the decoded JSON of a 2xx answer: an object, or of the types in `kind`.
 
+        ids: stand for each {} in the path; anything may be in them.
         seconds: until the complete answer, per attempt; window: no retry begins later than this.
         repeatable: whether it may be sent again after trouble that may pass; one that may not goes out once,
-        on a connection of its own. AuthenticationError (401, 403), ApiError (with `.status`) and
-        NetworkError (with `.sent`) say what went wrong.
+        on a connection of its own. AuthenticationError (401, 403), NoSandboxError (404 or 410 for a session
+        or VM), ApiError (with `.status`) and NetworkError (with `.sent`) say what went wrong.
         """
-        import json
-        import urllib.parse
-
+        path = path.format(*map(quoted, ids))
         if not repeatable:
-            self.close()
-        target = self.base.path + path + ("?" + urllib.parse.urlencode(query) if query else "")
-        payload = None if body is None else json.dumps(body, allow_nan=False).encode()
-        last = time.monotonic() + window
+            self.hang_up()
+        began = time.monotonic()
         pauses = iter(RETRY_SECONDS if repeatable else ())
         while True:
             try:
-                return self._attempt(method, path, target, payload, kind, seconds)
+                return self._attempt(method, path, body, kind, seconds)
             except ApiError as error:
-                pause = next(pauses, None)
-                if pause is None or not error.may_pass:
-                    raise
-                pause = max(pause, error.retry_after or 0.0)
-                if time.monotonic() + pause > last:
+                pause = max(next(pauses, window + 1.0), error.retry_after or 0.0)
+                if not error.may_pass or time.monotonic() + pause > began + window:
                     raise
                 self.reporter.trace(f"{method} {path}: {error.message} Again in {pause:.1f} s.")
-            time.sleep(pause)
+                time.sleep(pause)
 
-    def _attempt(
-        self, method: str, path: str, target: str, payload: bytes | None, kind: type, seconds: float
-    ) -> Any:
+    def _attempt(self, method: str, path: str, body: Any, kind: Any, seconds: float) -> Json:
         import http.client
         import json
 
         headers = {
             "X-API-Key": self.settings.require_key(),
-            "Accept": "application/json",
+            "Content-Type": "application/json",
             "User-Agent": f"{PROGRAM}/{__version__}",
         }
-        if payload is not None:
-            headers["Content-Type"] = "application/json"
-        began = time.monotonic()
-        body = b""
+        payload = None if body is None else json.dumps(body, allow_nan=False).encode()
+        host, secured = self.base.hostname or "", self.base.scheme == "https"
+        deadline = time.monotonic() + seconds
+        data = b""
         try:
-            connection = self._connection = self._connection or self._connect(began + seconds)
-            connection.response_class = responses_until(began + seconds)
-            connection.sock.settimeout(time_left(began + seconds))
-            connection.request(method, target, payload, headers)
+            connection = self._connection
+            if connection is None:
+                port = self.base.port or (443 if secured else 80)
+                connection = self._connection = http.client.HTTPConnection(host, port)
+                connection.sock = connect(host, port, deadline)
+                if secured:
+                    connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
+            connection.response_class = responses_until(deadline)
+            connection.sock.settimeout(time_left(deadline))
+            connection.request(method, self.base.path + path, payload, headers)
             response = connection.getresponse()
-            body = response.read(MAX_ANSWER_BYTES + 1)
-            if response.length and len(body) <= MAX_ANSWER_BYTES:
+            data = response.read(MAX_ANSWER_BYTES + 1)
+            if response.length:
                 raise ConnectionError("the answer was cut off")
             if response.will_close or not response.isclosed():
-                self.close()
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
+                self.hang_up()
+        except BaseException as error:
+            self.hang_up()  # also when interrupted halfway: what is left on it is nobody's answer
+            if not isinstance(error, (OSError, http.client.HTTPException)):
+                raise
             raise NetworkError(
-                f"{self.base.hostname} did not answer {method} {path}: {reason(error)}.",
+                f"{host} did not answer {method} {path}: {reason(error)}.",
                 hint="Run the command again; if it keeps failing, check the network.",
-                sent=True,
-                text=self.settings.without_key(body.decode("utf-8", "replace")),
+                text=self.settings.without_key(data.decode("utf-8", "replace")),
             ) from None
-        except BaseException:  # interrupted halfway: what is left on this connection is nobody's answer
-            self.close()
-            raise
-        self.reporter.trace(f"{method} {path}: {response.status} in {time.monotonic() - began:.2f} s")
+        self.reporter.trace(f"{method} {path}: {response.status}")
         # An answer that repeats the key, as errors may, loses it here: no message or file can hold it.
-        text = self.settings.without_key(body.decode("utf-8", "replace"))
+        text = self.settings.without_key(data.decode("utf-8", "replace"))
         told = {name.lower(): self.settings.without_key(value) for name, value in response.getheaders()}
         if not 200 <= response.status < 300:
             raise error_for_answer(method, path, response.status, told, text)
-        try:
-            content = json.loads(text)
-            if isinstance(content, kind):
-                return content
-        except (ValueError, RecursionError):
-            pass
+        content: Json = json_in(text)
+        fits = content is not None and isinstance(content, kind)
+        if fits:
+            return content
         raise ApiError(
-            f"{self.base.hostname} answered {method} {path} with {len(body)} bytes of"
-            f" {told.get('content-type', 'something')}, which are not a JSON"
-            f" {'list' if kind is list else 'object'}.",
+            f"{host} answered {method} {path} with {len(data)} bytes of"
+            f" {told.get('content-type', 'something')}, which are not the JSON that was asked for.",
             hint="Check PLATO_BASE_URL, and that no login page or proxy stands in between.",
             text=text,
         )
 
-    def _connect(self, deadline: float) -> http.client.HTTPConnection:
-        import http.client
 
-        host, secured = self.base.hostname or "", self.base.scheme == "https"
-        port = self.base.port or (443 if secured else 80)
-        connection = http.client.HTTPConnection(host, port)
-        connection.auto_open = 0
-        connection.sock = connect(host, port, deadline)
-        if secured:
-            connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
-        return connection
+def gone_error(why: str | None) -> NoSandboxError:
+    return NoSandboxError(
+        f"The VM is gone{': ' + why if why else ''}.",
+        hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
+    )
 
 
 def error_for_answer(
     method: str, path: str, status: int, headers: Mapping[str, str], text: str
 ) -> SandboxError:
     """The error that an HTTP status of 300 or more means, with the server's own words in it."""
-    said = server_words(text)
-    said = f": {said}" if said else ""
-    if status == 401:
-        return AuthenticationError(
-            f"Plato refused the API key (401{said}).",
-            hint="Check PLATO_API_KEY, and that it belongs to PLATO_BASE_URL.",
-        )
-    if status == 403:
-        return AuthenticationError(
-            f"This API key may not do that ({method} {path}: 403{said}).",
-            hint="Ask the owner of the Plato organization for access.",
-        )
-    wait, hint = headers.get("retry-after", "").strip(), None
+    said, hint = server_words(text), None
+    wait = headers.get("retry-after", "").strip()
     retry_after = float(wait) if re.fullmatch(r"\d{1,9}", wait) else None
     if status < 400:
-        said = f": a redirect to {headers.get('location', 'nowhere')[:200]}"
+        said = f"a redirect to {headers.get('location', 'nowhere')[:200]}"
         hint = "Redirects are not followed, so that the key stays here. Check PLATO_BASE_URL."
-    elif status == 429:
-        hint = f"Too many requests; try again {f'in {retry_after:.0f} s' if retry_after else 'later'}."
-    elif status >= 500:
-        hint = "This is a trouble of the server; run the command again a little later."
-    return ApiError(
-        f"{method} {path} failed with {status}{said}.", hint=hint, status=status, retry_after=retry_after
-    )
+    elif status == 429 or status >= 500:
+        hint = f"Run the command again {f'in {retry_after:.0f} s' if retry_after else 'a little later'}."
+    why = f"{status}{said and ': '}{said}"
+    if status in (404, 410) and re.match("/api/v2/sessions/(?!make$)|/api/v1/sandbox/.*/vm/", path):
+        return gone_error(None)
+    if status in (401, 403):
+        return AuthenticationError(
+            f"Plato refused the API key for {method} {path} ({why}).",
+            hint="Check PLATO_API_KEY, that it belongs to PLATO_BASE_URL, and that its owner may do this.",
+        )
+    message = f"{method} {path} failed with {why}."
+    return ApiError(message, hint=hint, status=status, retry_after=retry_after)
 
 
 def server_words(text: str) -> str:
     """What a FastAPI error says, in one line: `detail`, or the fields that a 422 complains about."""
-    import json
-
-    try:
-        detail = as_dict(json.loads(text)).get("detail") or ""
-    except (ValueError, RecursionError):
-        return ""
+    detail = as_dict(json_in(text)).get("detail") or ""
     if isinstance(detail, list):
         rows = [as_dict(row) for row in detail]
         detail = "; ".join(f"{'.'.join(map(str, as_list(row.get('loc'))))}: {row.get('msg')}" for row in rows)
     return printable(str(detail)[:600]).rstrip(".")
+
+
+def quoted(part: str) -> str:
+    """One part of a URL path."""
+    import urllib.parse
+
+    return urllib.parse.quote(part, safe="")
+
+
+def json_in(text: str) -> Any:
+    """The value that a text is in JSON; None where it is not."""
+    import json
+
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 # Answers come from outside: these take a value only if it has the type that the API promises.
@@ -1183,72 +1042,57 @@ def as_text(value: Any) -> str | None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class PlatoApi:
+class PlatoApi(Transport):
     """The endpoints that this tool uses. Answers are plain dicts; what is missing in them is missing."""
-
-    def __init__(self, settings: Settings, reporter: Reporter) -> None:
-        self.settings = settings
-        self.transport = Transport(settings, reporter)
 
     def another(self) -> PlatoApi:
         """The same with a connection of its own, for another thread."""
-        return PlatoApi(self.settings, self.transport.reporter)
-
-    def call(self, method: str, path: str, **options: Any) -> Json:
-        answer: Json = self.transport.request(method, path, **options)
-        return answer
-
-    def session(self, session_id: str, tail: str, method: str = "POST", **options: Any) -> Json:
-        """A request about a session; `tail` ends its path. NoSandboxError when the session has ended."""
-        return self._living(method, f"/api/v2/sessions/{quoted(session_id)}{tail}", **options)
-
-    def vm(self, job_id: str, tail: str, body: Json) -> Json:
-        """A request to set up a VM; `tail` ends its path. NoSandboxError when the VM is gone."""
-        path = f"/api/v1/sandbox/public-build/vm/{quoted(job_id)}{tail}"
-        return self._living("POST", path, body=body, seconds=SETUP_SECONDS)
-
-    def _living(self, method: str, path: str, **options: Any) -> Json:
-        try:
-            return self.call(method, path, **options)
-        except ApiError as error:
-            raise gone_error(None) if error.status in (404, 410) else error from None
+        return PlatoApi(self.settings, self.reporter)
 
     def make_session(self, environment: Json, lifetime: int | None) -> Json:
         """POST /api/v2/sessions/make: a session of one job. Sent once, whatever happens.
 
         lifetime: seconds until the server ends the VM. Returns CreateSessionResponse.
         """
-        body = {"type": "envs", "envs": [dict(environment)], "timeout": lifetime, "source": "SDK"}
-        return self.call("POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False)
+        body = {"type": "envs", "envs": [environment], "timeout": lifetime, "source": "SDK"}
+        return self.request(
+            "POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False
+        )
 
     def wait_for_ready(self, session_id: str, seconds: int) -> Json:
         """GET .../wait_for_ready: a long poll of `seconds`, once. Returns WaitForReadyResponse."""
-        options: Json = {"query": {"timeout": seconds}, "seconds": seconds + 15.0, "window": 0.0}
-        return self.session(session_id, "/wait_for_ready", "GET", **options)
+        path = "/api/v2/sessions/{}/wait_for_ready?timeout={}"
+        return self.request("GET", path, session_id, str(seconds), seconds=seconds + 15.0, window=0.0)
 
     def session_details(self, session_id: str) -> Json:
         """GET /api/v2/sessions/{session_id}. Returns SessionDetailsResponse."""
-        return self.session(session_id, "", "GET")
+        return self.request("GET", "/api/v2/sessions/{}", session_id)
 
     def heartbeat(self, session_id: str) -> Json:
         """POST .../heartbeat, once: the caller has its own rhythm. Returns HeartbeatResponse."""
-        return self.session(session_id, "/heartbeat", seconds=BEAT_SECONDS, repeatable=False)
+        return self.request(
+            "POST", "/api/v2/sessions/{}/heartbeat", session_id, seconds=BEAT_SECONDS, repeatable=False
+        )
 
     def connect_network(self, session_id: str) -> Json:
         """POST .../connect_network: let the gateway reach the ready VM. {success, results: {<job>: true}}."""
-        return self.session(session_id, "/connect_network", seconds=CONNECT_SECONDS)
+        return self.request(
+            "POST", "/api/v2/sessions/{}/connect_network", session_id, seconds=CONNECT_SECONDS
+        )
 
     def reset(self, session_id: str) -> Json:
         """POST .../reset: back to the initial state, however often. Returns ResetSessionResponse."""
-        return self.session(session_id, "/reset", body={"source": "SDK"}, seconds=RESET_SECONDS)
+        return self.request(
+            "POST", "/api/v2/sessions/{}/reset", session_id, body={"source": "SDK"}, seconds=RESET_SECONDS
+        )
 
     def close(self, session_id: str) -> Json:
         """POST .../close. Returns CloseSessionResponse."""
-        return self.session(session_id, "/close", seconds=CLOSE_SECONDS)
+        return self.request("POST", "/api/v2/sessions/{}/close", session_id, seconds=CLOSE_SECONDS)
 
     def public_url(self, session_id: str) -> Json:
         """GET .../public_url. Returns PublicUrlResponse."""
-        return self.session(session_id, "/public_url", "GET")
+        return self.request("GET", "/api/v2/sessions/{}/public_url", session_id)
 
     def execute(self, session_id: str, command: str, seconds: float) -> Json:
         """POST .../execute: run a command on the VM, which may happen twice. Returns ExecuteCommandResponse.
@@ -1256,24 +1100,26 @@ class PlatoApi:
         seconds: until the command is ended there.
         """
         body = {"command": command, "timeout": max(1, int(seconds))}
-        return self.session(session_id, "/execute", body=body, seconds=seconds + 15.0)
+        return self.request(
+            "POST", "/api/v2/sessions/{}/execute", session_id, body=body, seconds=seconds + 15.0
+        )
 
     def job_info(self, job_id: str) -> Json:
         """GET /api/v2/jobs/{job_id}/info. Returns JobInfoResult."""
-        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/info")
+        return self.request("GET", "/api/v2/jobs/{}/info", job_id)
 
     def job_config(self, job_id: str) -> Json:
         """GET /api/v2/jobs/{job_id}/plato_config: the dataset of its artifact. StoredSimConfigDataset."""
-        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/plato_config")
+        return self.request("GET", "/api/v2/jobs/{}/plato_config", job_id)
 
     def job_flows(self, job_id: str) -> Any:
         """GET /api/v2/jobs/{job_id}/flows. Returns a list of Flow."""
-        return self.call("GET", f"/api/v2/jobs/{quoted(job_id)}/flows", kind=object)
+        return self.request("GET", "/api/v2/jobs/{}/flows", job_id, kind=(dict, list))
 
     def artifact_flows(self, artifact_id: str) -> Any:
         """GET /api/v1/simulator/{artifact_id}/flows: {"data": {"flows": TEXT}} or the flows file itself."""
         try:
-            return self.call("GET", f"/api/v1/simulator/{quoted(artifact_id)}/flows", kind=object)
+            return self.request("GET", "/api/v1/simulator/{}/flows", artifact_id, kind=(dict, list))
         except ApiError as error:
             if not re.search(r"^flows:", error.text, re.MULTILINE):
                 raise
@@ -1282,79 +1128,69 @@ class PlatoApi:
     def add_ssh_key(self, session_id: str, public_key: str, username: str) -> Json:
         """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
         body = {"public_key": public_key, "username": username}
-        return self.session(session_id, "/add_ssh_key", body=body, seconds=SETUP_SECONDS)
+        return self.request(
+            "POST", "/api/v2/sessions/{}/add_ssh_key", session_id, body=body, seconds=SETUP_SECONDS
+        )
 
     def start_worker(self, job_id: str, service: str, dataset: str, content: Json) -> Json:
         """POST .../vm/{job_id}/start-worker: begins at once, is up later. Returns VMManagementResponse."""
-        body = {"service": service, "dataset": dataset, "plato_dataset_config": dict(content)}
-        return self.vm(job_id, "/start-worker", body)
+        path = "/api/v1/sandbox/public-build/vm/{}/start-worker"
+        body = {"service": service, "dataset": dataset, "plato_dataset_config": content}
+        return self.request("POST", path, job_id, body=body, seconds=SETUP_SECONDS)
 
     def state(self, session_id: str, window: float = RETRY_WINDOW_SECONDS) -> Json:
         """GET .../state, mutations merged and ignore rules applied. Returns SessionStateResponse."""
-        query = {"merge_mutations": "true"}
-        return self.session(session_id, "/state", "GET", query=query, seconds=STATE_SECONDS, window=window)
+        path = "/api/v2/sessions/{}/state?merge_mutations=true"
+        return self.request("GET", path, session_id, seconds=STATE_SECONDS, window=window)
 
     def cleanup(self, session_id: str) -> Json:
         """POST /api/v1/env/{session_id}/cleanup: empty the audit tables. Returns EnvCleanupResponse.
 
         ApiError with the status 404 also where the session has no simulator.
         """
-        return self.call("POST", f"/api/v1/env/{quoted(session_id)}/cleanup", seconds=RESET_SECONDS)
+        return self.request("POST", "/api/v1/env/{}/cleanup", session_id, seconds=RESET_SECONDS)
 
     def snapshot(self, session_id: str, checkpoint: Json) -> Json:
         """POST .../snapshot: a new artifact. Sent once, whatever happens. Returns CreateSnapshotResponse.
 
         checkpoint: fields of CreateCheckpointRequest.
         """
-        options: Json = {"seconds": SNAPSHOT_SECONDS, "repeatable": False}
-        return self.session(session_id, "/snapshot", body=dict(checkpoint), **options)
+        path = "/api/v2/sessions/{}/snapshot"
+        return self.request(
+            "POST", path, session_id, body=checkpoint, seconds=SNAPSHOT_SECONDS, repeatable=False
+        )
 
     def artifact(self, artifact_id: str) -> Json:
         """GET /api/v2/artifacts/{artifact_id}. Returns ArtifactInfoResponse."""
-        return self.call("GET", f"/api/v2/artifacts/{quoted(artifact_id)}")
+        return self.request("GET", "/api/v2/artifacts/{}", artifact_id)
 
     def prefetch(self, artifact_id: str) -> None:
         """POST /api/v1/cluster/prefetch: the workers may bring an artifact near. Sent once."""
         body = {"artifact_id": artifact_id}
-        self.call("POST", "/api/v1/cluster/prefetch", kind=object, body=body, repeatable=False)
+        self.request("POST", "/api/v1/cluster/prefetch", kind=(dict, list), body=body, repeatable=False)
 
     def gitea_credentials(self) -> Json:
         """GET /api/v1/gitea/credentials. Returns GiteaCredentialsResponse."""
-        return self.call("GET", "/api/v1/gitea/credentials")
+        return self.request("GET", "/api/v1/gitea/credentials")
 
     def gitea_simulators(self) -> Any:
         """GET /api/v1/gitea/simulators that the key may use. Returns a list of SimulatorListItemResponse."""
-        return self.call("GET", "/api/v1/gitea/simulators", kind=list)
+        return self.request("GET", "/api/v1/gitea/simulators", kind=list)
 
     def gitea_repository(self, simulator_id: str) -> Json:
         """GET /api/v1/gitea/simulators/{id}/repo. Returns SimulatorRepositoryResponse."""
-        return self.call("GET", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
+        return self.request("GET", "/api/v1/gitea/simulators/{}/repo", simulator_id)
 
     def create_gitea_repository(self, simulator_id: str) -> Json:
         """POST /api/v1/gitea/simulators/{id}/repo; 409 when there is one. Returns RepositoryResponse."""
-        return self.call("POST", f"/api/v1/gitea/simulators/{quoted(simulator_id)}/repo")
-
-
-def gone_error(why: str | None) -> NoSandboxError:
-    return NoSandboxError(
-        f"The VM is gone{': ' + why if why else ''}.",
-        hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
-    )
-
-
-def quoted(part: str) -> str:
-    """One part of a URL path; ids are opaque, so anything may be in them."""
-    import urllib.parse
-
-    return urllib.parse.quote(part, safe="")
+        return self.request("POST", "/api/v1/gitea/simulators/{}/repo", simulator_id)
 
 
 def job_of(answer: Json, job_id: str | None) -> Json:
     """The entry of one job in the `results` of an answer; {} when it has none. Sessions here have one job."""
     results = as_dict(answer.get("results"))
-    if job_id in results:
-        return as_dict(results[job_id])
-    return as_dict(next(iter(results.values()), None)) if len(results) == 1 else {}
+    only = next(iter(results.values())) if len(results) == 1 else None
+    return as_dict(results.get(str(job_id), only))
 
 
 def refusal(answer: Json, job_id: str | None) -> str:
@@ -1377,8 +1213,8 @@ def check_success(answer: Json, job_id: str | None, failure: str, hint: str | No
 def vm_status(details: Json, job_id: str | None) -> tuple[str | None, str | None]:
     """The VM's status and its reason in session details, wherever this server's version puts them."""
     jobs = [as_dict(job) for job in as_list(details.get("jobs")) or as_list(details.get("envs"))]
-    same = [job for job in jobs if job_id and job_id in (job.get("job_id"), job.get("public_id"))]
-    for entry in (*same, *jobs[:1], details):
+    jobs.sort(key=lambda job: job_id not in (job.get("job_id"), job.get("public_id")))
+    for entry in (*jobs[:1], details):
         status = as_text(entry.get("status"))
         if status:
             return status, as_text(entry.get("status_reason")) or as_text(entry.get("error"))
@@ -1390,37 +1226,25 @@ def vm_status(details: Json, job_id: str | None) -> tuple[str | None, str | None
 # ----------------------------------------------------------------------------------------------------------
 
 
-def gateway_stream(host: str, port: int, target: str, ca_file: str | None) -> None:
+def gateway_stream(host: str, port: str, target: str, ca_file: str | None = None) -> None:
     """Join standard input and output to a port of a VM, through TLS to the gateway.
 
     target: `<job id>--<port>`; with the gateway's name behind it, it is the TLS server name.
-    ca_file: certificates to verify it with instead of the system's.
+    ca_file: certificates to verify it with instead of those of SSL_CERT_FILE or the system.
     """
     deadline = time.monotonic() + REQUEST_SECONDS
     silent = _speak_through_ssh()
+    ca_file = ca_file or os.environ.get("SSL_CERT_FILE")
     try:
-        stream = secure(connect(host, port, deadline), f"{target}.{host}", deadline, ca_file)
+        stream = secure(connect(host, int(port), deadline), f"{target}.{host}", deadline, ca_file)
     except NetworkError as error:
-        error.hint = error.hint or f"If the VM has ended, `{PROGRAM} status` in its directory says so."
+        tool = invocation(own_file(), os.environ)
+        error.hint = error.hint or f"If the VM has ended, `{tool} status` in its directory says so."
         raise
     if silent:
         point_at_nothing(2)  # this may outlive the terminal
-    try:
+    with contextlib.suppress(OSError), stream:  # either side hangs up, which is how these connections end
         _relay(stream, 0, 1)
-    except OSError:
-        return  # either side hung up, which is how these connections end
-    finally:
-        stream.close()
-
-
-def run_gateway_stream(arguments: Sequence[str]) -> int:
-    """The hidden command behind ProxyCommand: --host H --port P [--ca-file F] TARGET, in this order."""
-    values = dict(zip(arguments[:-1:2], arguments[1:-1:2]))
-    if len(arguments) % 2 == 0 or not {"--host", "--port"} <= set(values) or not values["--port"].isdigit():
-        raise UsageError("gateway-stream is for the ProxyCommand of the SSH configs written by `start`.")
-    ca_file = values.get("--ca-file") or os.environ.get("SSL_CERT_FILE") or None
-    gateway_stream(values["--host"], int(values["--port"]), arguments[-1], ca_file)
-    return 0
 
 
 def _speak_through_ssh() -> bool:
@@ -1445,6 +1269,7 @@ def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
     import select
     import ssl
 
+    later = contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError)
     stream.setblocking(False)
     outgoing = b""
     reading = True
@@ -1454,36 +1279,20 @@ def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
         readable, _, _ = select.select(sources, [stream] if outgoing else [], [], patience)
         if source in readable:
             outgoing = os.read(source, 65536)
-            if not outgoing:
-                reading = False
-                _say_goodbye(stream)
+            reading = bool(outgoing)
+            if not reading:
+                with contextlib.suppress(OSError, ValueError):
+                    stream.unwrap()  # tells the gateway that nothing more comes; what it has is still read
         if outgoing:
-            try:
+            with later:
                 outgoing = outgoing[stream.send(outgoing) :]
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                pass
         if stream in readable or stream.pending():
-            try:
+            with later:
                 data = stream.recv(65536)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                continue
-            if not data:
-                return
-            _write_all(sink, data)
-
-
-def _say_goodbye(stream: ssl.SSLSocket) -> None:
-    """Tell the gateway that nothing more comes, and go on reading what it still has."""
-    try:
-        stream.unwrap()
-    except (OSError, ValueError):
-        pass
-
-
-def _write_all(sink: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(sink, view) :]
+                if not data:
+                    return
+                while data:
+                    data = data[os.write(sink, data) :]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1491,65 +1300,13 @@ def _write_all(sink: int, data: bytes) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class HeartbeatLog:
-    """heartbeat_<id>.log: one line of JSON with what is so now, then the last events, one a line.
-
-    The child holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
-    facts: session_id, pid, interval, beats, started, last_ok and last_error_at (seconds since 1970),
-    last_error, failures (in a row), ended (why, once it has).
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.facts: Json = {}
-        self._events: list[str] = []
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-
-    def take(self) -> bool:
-        """Take its lock; False when another heartbeat has it. One that only looks has it for a moment."""
-        return poll(lambda: "" if take_lock(self._file) else "it is taken", 2.0, 0.02) == ""
-
-    def is_there(self) -> bool:
-        """Whether the file at the path is still this one."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._file))
-        except OSError:
-            return False
-
-    def write(self, event: str = "", **facts: Any) -> None:
-        import json
-
-        self.facts.update(facts)
-        if event:
-            self._events = [*self._events[1 - BEAT_LOG_EVENTS :], f"{utc_text(time.time())} {event[:300]}"]
-        text = "\n".join([json.dumps(self.facts), *self._events, ""]).encode("utf-8", "replace")
-        try:
-            os.pwrite(self._file, text, 0)
-            os.ftruncate(self._file, len(text))
-        except OSError:
-            pass  # a full disk must not end the heartbeat
-
-
 def heartbeat_facts(path: str) -> Json:
-    """What a heartbeat wrote last; {} where there is nothing to read."""
-    import json
-
-    for _ in range(3):  # a reader may meet a write halfway
-        try:
-            with open(path, encoding="utf-8") as file:
-                facts = as_dict(json.loads(file.readline(65536)))
-            return {key: value for key, value in facts.items() if _is_fact(key, value)}
-        except OSError:
-            break
-        except (ValueError, RecursionError):
-            time.sleep(0.02)
-    return {}
-
-
-def _is_fact(key: str, value: Any) -> bool:
-    if key in ("session_id", "last_error", "ended"):
-        return isinstance(value, str)
-    return type(value) in (int, float) and 0 <= value < 1e10
+    """What a heartbeat wrote last (see `Heartbeat`); {} where there is nothing to read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return as_dict(json_in(file.readline(65536)))
+    except OSError:
+        return {}
 
 
 def short_id(session_id: str) -> str:
@@ -1571,13 +1328,10 @@ def heartbeat_path(home: str, session_id: str) -> str:
 def heartbeat_alive(path: str) -> bool:
     """Whether a heartbeat holds the lock on its log."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(path, "rb") as file:
+            return not take_lock(file.fileno(), shared=True)
     except OSError:
         return False
-    try:
-        return not take_lock(handle, shared=True)
-    finally:
-        os.close(handle)
 
 
 def beat_trouble(answer: Json, job_id: str | None) -> tuple[str, bool]:
@@ -1610,30 +1364,55 @@ def next_beat_delay(interval: float, failures: int, elapsed: float, silence: flo
 
 
 class Heartbeat:
-    """The child's loop. Ends when the VM is gone (looked at twice), when the record no longer names its
-    session, when its log is taken away, or after an hour without one good beat."""
+    """The child's loop, and its heartbeat_<id>.log, one line of JSON with what is so now.
 
-    def __init__(self, task: Json, log: HeartbeatLog) -> None:
-        settings = Settings(api_key=task["api_key"], base_url=task["base_url"], ca_file=task.get("ca_file"))
-        self.api = PlatoApi(settings, Reporter())
+    It holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
+    facts: session_id, pid, interval, beats, started, last_ok and last_error_at (seconds since 1970),
+    last_error, failures (in a row), ended (why, once it has): when the VM is gone (looked at twice), when the
+    record no longer names its session, when its log is taken away, or after an hour without one good beat.
+    """
+
+    def __init__(self, task: Json) -> None:
         self.task = task
-        self.log = log
-        self.failures = 0
-        self.gone_before = False
-        self.last_ok = time.time()
+        settings = Settings(**task["settings"])
+        self.api = PlatoApi(settings, Reporter())
+        self.facts: Json = {
+            "session_id": task["session_id"],
+            "pid": os.getpid(),
+            "started": time.time(),
+            "interval": settings.heartbeat_seconds,
+            "failures": 0,
+            "beats": 0,
+        }
+        self._gone_before = False
+        self.last_ok = uptime()
+        self.log = heartbeat_path(settings.home, task["session_id"])
+        self._file = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+    def write(self, **facts: Any) -> None:
+        import json
+
+        self.facts.update(facts)
+        text = json.dumps(self.facts).encode() + b"\n"
+        with contextlib.suppress(OSError):  # a full disk must not end the heartbeat
+            os.pwrite(self._file, text, 0)
+            os.ftruncate(self._file, len(text))
 
     def run(self) -> None:
-        """Beat until there is a reason to end."""
-        self.log.write("started")
+        """Take the lock, unless another heartbeat has it, and beat until there is a reason to end."""
+        # Who only looks at the lock has it for a moment.
+        if poll(lambda: "" if take_lock(self._file) else "it is taken", 2.0, 0.02):
+            return
+        self.write()
         while True:
-            began = time.time()
+            began = uptime()
             ending = self.reason_to_end() or self.beat()
             if ending:
-                self.log.write(f"ended: {ending}", ended=ending)
+                self.write(ended=ending)
                 return
-            now = time.time()
-            elapsed, silence = max(0.0, now - began), now - self.last_ok
-            wait_until(now + next_beat_delay(self.task["interval"], self.failures, elapsed, silence))
+            now = uptime()
+            elapsed, silence, failures = now - began, now - self.last_ok, self.facts["failures"]
+            sleep_until(now + next_beat_delay(self.facts["interval"], failures, elapsed, silence))
 
     def beat(self) -> str:
         """One beat and its place in the log; returns why the heartbeat must end, or ""."""
@@ -1642,120 +1421,81 @@ class Heartbeat:
             trouble, gone = beat_trouble(answer, self.task["job_id"])
         except SandboxError as error:
             trouble, gone = error.message, isinstance(error, NoSandboxError)
-        self.api.transport.close()
-        now = time.time()
+        self.api.hang_up()
         if not trouble:
-            event = f"good again after {self.failures} failed beats" if self.failures else ""
-            self.failures, self.gone_before, self.last_ok = 0, False, now
-            self.log.write(event, last_ok=now, failures=0, beats=self.log.facts.get("beats", 0) + 1)
+            self._gone_before, self.last_ok = False, uptime()
+            self.write(last_ok=time.time(), failures=0, beats=self.facts["beats"] + 1)
             return ""
-        self.failures += 1
-        event = f"failed: {trouble}" if self.failures == 1 or gone else ""
-        self.log.write(event, last_error=trouble, last_error_at=now, failures=self.failures)
-        if gone and self.gone_before:
+        self.write(last_error=trouble, last_error_at=time.time(), failures=self.facts["failures"] + 1)
+        if gone and self._gone_before:
             return VM_IS_GONE
-        self.gone_before = gone
-        return "no good beat for an hour" if now - self.last_ok > BEAT_SILENCE_LIMIT_SECONDS else ""
+        self._gone_before = gone
+        return "no good beat for an hour" if uptime() - self.last_ok > BEAT_SILENCE_LIMIT_SECONDS else ""
 
     def reason_to_end(self) -> str:
         """Why this heartbeat is not wanted any more, or "". A record that cannot be read is no reason."""
-        if not self.log.is_there():
-            return "its log was taken away"
-        name = os.path.basename(self.task["record"])
         try:
+            if not os.path.samestat(os.stat(self.log), os.fstat(self._file)):
+                return "its log was taken away"
             text = text_of_others(self.task["record"])
         except (FileNotFoundError, NotADirectoryError):
-            return f"{name} was removed"
+            return "its log or record was removed"
         except OSError:
             return ""
         ended = re.search(r'"stopped_at": *\d', text)  # in another client's
         named = self.task["session_id"] in text or "session_id" not in text
-        return f"{name} names another sandbox, or none" if ended or not named else ""
+        return "its record names another sandbox, or none" if ended or not named else ""
 
 
-def wait_until(moment: float) -> None:
-    """Sleep until a time of the wall clock; a computer that slept meanwhile wakes this at once.
+def uptime() -> float:
+    """Seconds on a clock that nobody sets, and that goes on while the computer sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
-    The monotonic clock stands still while a computer sleeps, so a long wait is cut into slices.
-    """
-    started, mark = time.time(), time.monotonic()
-    total = moment - started
-    while True:
-        left = min(moment - time.time(), total - (time.monotonic() - mark))
-        if left <= 0:
-            return
+
+def sleep_until(moment: float) -> None:
+    """Sleep until an `uptime`, in slices: the clock of a sleep stands still while the computer sleeps."""
+    while (left := moment - uptime()) > 0:
         time.sleep(min(left, WAKE_SECONDS))
-
-
-def heartbeat_child() -> int:
-    """The hidden command: read the task from standard input, say "ready PID" or why not, then beat."""
-    import json
-
-    task = json.loads(sys.stdin.buffer.read())
-    try:
-        log = HeartbeatLog(task["log"])
-    except OSError as error:
-        print(reason(error), flush=True)
-        return 1
-    ours = log.take()
-    if ours:
-        facts = {"session_id": task["session_id"], "pid": os.getpid(), "started": time.time()}
-        log.write(**facts, interval=task["interval"], failures=0, beats=0)
-    else:
-        facts = heartbeat_facts(task["log"])
-    same = facts.get("session_id") == task["session_id"]
-    print(f"ready {facts['pid']}" if same else "that of another sandbox uses its log", flush=True)
-    point_at_nothing(0, 1, 2)  # so that no pipe or terminal is held open
-    if ours:
-        Heartbeat(task, log).run()
-    return 0
 
 
 def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Reporter) -> int:
     """Start the heartbeat of a sandbox and return its pid, once it holds its lock. The key goes by a pipe.
 
-    record: the path of the file that names the sandbox, as long as it is wanted.
+    record: the path of the file that names the sandbox, as long as it is wanted. Where another heartbeat of
+    this session lives, as for a copy of the directory, it is that one.
     """
     import json
-    import select
     import subprocess
 
-    task = {
-        "api_key": settings.require_key(),
-        "base_url": settings.base_url,
-        "ca_file": settings.ca_file,
-        "session_id": state["session_id"],
-        "job_id": state.get("job_id"),
-        "record": record,
-        "interval": settings.heartbeat_seconds,
-        "log": heartbeat_path(settings.home, state["session_id"]),
-    }
-    environment = child_environment(os.environ)
-    if environment.get("SSL_CERT_DIR"):  # the child's working directory is another one
-        environment["SSL_CERT_DIR"] = os.path.abspath(environment["SSL_CERT_DIR"])
-    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
-    options = {"stdin": pipe, "stdout": pipe, "stderr": quiet, "env": environment, "cwd": "/"}
-    command = own_command("heartbeat-child", str(state["session_id"]))  # see is_heartbeat
-    child = launch(command, reporter, start_new_session=True, **options)
-    stdout: Any = child.stdout
-    said = b"it did not start in time"
+    session_id = state["session_id"]
+    path = heartbeat_path(settings.home, session_id)
+    task = {"settings": vars(settings), "session_id": session_id, "job_id": state.get("job_id")}
+    task["record"] = record
+    command = own_command("heartbeat-child", session_id)  # see is_heartbeat
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = launch(command, reporter, cwd="/", start_new_session=True, **options)
+
+    def begun() -> bool:
+        return heartbeat_facts(path).get("pid") == child.pid
+
     try:
         feed_child(child, lambda stdin: stdin.write(json.dumps(task).encode()))
-        if select.select([stdout], [], [], HEARTBEAT_START_SECONDS)[0]:
-            said = os.read(stdout.fileno(), 4096)
+        poll(
+            lambda: "" if begun() or child.poll() is not None else "it has not begun",
+            HEARTBEAT_START_SECONDS,
+            0.01,
+        )
     finally:
-        if not said.startswith(b"ready"):  # also when a signal came: nobody would know of it
+        if not begun():  # also when a signal came: nobody would know of it
             child.kill()
             child.wait()
-        stdout.close()
-    word, _, pid = said.decode("utf-8", "replace").strip().partition(" ")
-    if word != "ready":
+    facts = heartbeat_facts(path)
+    if facts.get("session_id") != session_id or not heartbeat_alive(path):
         raise SandboxError(
-            f"The heartbeat could not be started: {f'{word} {pid}'.strip() or 'it ended at once'}.",
-            hint=f"Check that {shown_path(settings.home)} is writable.",
+            "The heartbeat could not be started.", hint=f"Check that {shown_path(settings.home)} is writable."
         )
     child.returncode = 0  # it lives on by itself: nobody waits for it
-    return int(pid)
+    return int(facts["pid"])
 
 
 def heartbeat_health(settings: Settings, state: Json, now: float) -> Json:
@@ -1767,21 +1507,19 @@ def heartbeat_health(settings: Settings, state: Json, now: float) -> Json:
     """
     path = heartbeat_path(settings.home, state.get("session_id") or "")
     facts = heartbeat_facts(path)
-    last_ok, failed_at = facts.get("last_ok"), facts.get("last_error_at")
+    word = "expired" if facts.get("ended") == VM_IS_GONE else "dead"
     if heartbeat_alive(path):
-        limit = UNHEALTHY_BEATS * facts.get("interval", settings.heartbeat_seconds) + BEAT_SECONDS
-        word = "ok" if now - (last_ok or facts.get("started") or 0) <= limit else "degraded"
+        limit = UNHEALTHY_BEATS * facts.get("interval", 0) + BEAT_SECONDS
+        since = facts.get("last_ok") or facts.get("started", 0)
+        word = "ok" if now - since <= limit else "degraded"
     elif not facts and is_heartbeat(state.get("heartbeat_pid"), state.get("session_id")):
-        ends_soon = (state.get("expires_at") or "z") < utc_text(now + LEASE_SECONDS)
-        word = "ending" if ends_soon else "ok"
-    else:
-        word = "expired" if facts.get("ended") == VM_IS_GONE else "dead"
+        word = "ending" if (state.get("expires_at") or "z") < utc_text(now + LEASE_SECONDS) else "ok"
+    times = {key: utc_text(facts[key]) if key in facts else None for key in ("last_ok", "last_error_at")}
     return {
         "state": word,
         "pid": facts.get("pid") or state.get("heartbeat_pid"),
-        "last_ok": utc_text(last_ok) if last_ok else None,
         "last_error": facts.get("last_error") if facts.get("failures") or word != "ok" else None,
-        "last_error_at": utc_text(failed_at) if failed_at else None,
+        **times,
         "failures": facts.get("failures", 0),
         "ended": facts.get("ended"),
     }
@@ -1789,8 +1527,8 @@ def heartbeat_health(settings: Settings, state: Json, now: float) -> Json:
 
 def is_heartbeat(pid: Any, session_id: str | None) -> bool:
     """Whether a process is a heartbeat of this very session: its command line, ours too, says so."""
-    command = processes().get(pid, "") if isinstance(pid, int) else ""
-    return bool(session_id) and str(session_id) in command and "heartbeat" in command
+    command = command_of(pid) if isinstance(pid, int) and session_id else ""
+    return "heartbeat" in command and str(session_id) in command
 
 
 def stop_heartbeat(settings: Settings, state: Json) -> bool:
@@ -1802,26 +1540,45 @@ def stop_heartbeat(settings: Settings, state: Json) -> bool:
 
     session_id = state["session_id"]
     path = heartbeat_path(settings.home, session_id)
-    pids = heartbeat_facts(path).get("pid"), state.get("heartbeat_pid")
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in filter(None, pids):
+        for pid in (heartbeat_facts(path).get("pid"), state.get("heartbeat_pid")):
             if is_heartbeat(pid, session_id):
-                signal_process(pid, functools.partial(is_heartbeat, pid, session_id), number)
-        if poll(lambda: "it runs" if heartbeat_alive(path) else "", 3.0, 0.01) == "":
+                with contextlib.suppress(OSError):  # it has ended, or is not ours to end
+                    _signal_heartbeat(pid, session_id, number)
+        if not poll(lambda: "it runs" if heartbeat_alive(path) else "", 3.0, 0.01):
             return True
     return False
 
 
+def _signal_heartbeat(pid: Any, session_id: str, number: int) -> None:
+    """Send a signal to a heartbeat. On Linux a file descriptor holds the process while it is looked at once
+    more, so a reused pid cannot slip in."""
+    import signal
+
+    try:
+        handle = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
+    except (AttributeError, OSError):  # a system or kernel without it, or it has ended
+        os.kill(pid, number)
+        return
+    if is_heartbeat(pid, session_id):
+        signal.pidfd_send_signal(handle, number)  # type: ignore[attr-defined,unused-ignore]
+    os.close(handle)
+
+
 def run_child(arguments: Sequence[str]) -> int:
     """The hidden commands that `own_command` starts, the heartbeat and the ProxyCommand."""
-    if arguments[0] == "heartbeat-child":
-        return heartbeat_child()
     try:
-        return run_gateway_stream(arguments[1:])
+        if arguments[0] == "heartbeat-child":
+            import json
+
+            heartbeat = Heartbeat(json.loads(sys.stdin.buffer.read()))
+            point_at_nothing(0)  # so that it holds nothing of its parent
+            heartbeat.run()
+        else:
+            gateway_stream(*arguments[1:])
+        return 0
     except SandboxError as error:
-        hint = (error.hint or "").replace(f"`{PROGRAM} ", f"`{invocation(own_file(), os.environ)} ")
-        lines = [f"Error: {error.message}", *([hint] if hint else [])]
-        os.write(2, "".join(printable(line) + "\n" for line in lines).encode("utf-8", "replace"))
+        print(f"Error: {error.message}", error.hint or "", sep="\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -3155,7 +2912,7 @@ def remove_temporaries(path: str) -> None:
 
     for temporary in glob.glob(f"{glob.escape(path)}.*.tmp"):
         pid = temporary.split(".")[-2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not processes().get(int(pid))):
+        if pid.isdigit() and (int(pid) == os.getpid() or not command_of(pid)):
             _unlink_quietly(temporary)
 
 
@@ -3236,7 +2993,7 @@ def lock_holder(status: os.stat_result) -> str:
     with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as file:
         lock = re.search(rf"^\d+: FLOCK .* (\d+) \S+:{status.st_ino} ", file.read(), re.MULTILINE)
         if lock:
-            command = processes().get(int(lock[1]), "")
+            command = command_of(lock[1])
             name = re.search(r"(?:\.pyw?|plato[_-]sandbox) (?:-\S+ )*([a-z][a-z-]+)", command)
             return f"`{name[1]}` (PID {lock[1]})" if name else f"PID {lock[1]}"
     return "a plato-sandbox command"
@@ -3253,10 +3010,9 @@ SSH_CIPHERS = (
     "aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,"
     "aes128-ctr,aes192-ctr,aes256-ctr"
 )
-SSH_KEPT_SECONDS = 300  # without use
-SSH_EXIT_SECONDS = 5.0
 KEY_SECONDS = 10.0
 SSH_FIRST_SECONDS = 30.0  # until a VM that was just connected answers
+SSH_PATIENCE_SECONDS = (2, 4, 8, 8, 8)  # of each attempt in them
 SOCKET_PATH_BYTES = 86  # of the 104 that some systems allow; ssh adds 17 while it makes one
 SSH_REFUSALS = 3
 SSH_ANSWER_SECONDS = 20.0
@@ -3270,35 +3026,28 @@ class SshFiles:
     """The SSH files of one sandbox under PLATO_HOME. `~/.ssh` is never read or written."""
 
     def __init__(self, home: str, session_id: str) -> None:
-        self.name = short_id(session_id)
-        self.host = f"sandbox-{self.name}"
-        self.config = os.path.join(home, f"ssh_{self.name}.conf")
-        self.key = os.path.join(home, f"ssh_{self.name}_key")
-        self.public_key = self.key + ".pub"
-        self.known_hosts = os.path.join(home, f"known_hosts_{self.name}")
-        self.socket = os.path.join(home, f"ssh_{self.name}.sock")
-
-    def all(self) -> tuple[str, ...]:
-        return self.config, self.key, self.public_key, self.known_hosts
+        name = short_id(session_id)
+        path = os.path.join(home, f"ssh_{name}")
+        self.host = f"sandbox-{name}"
+        self.config = f"{path}.conf"
+        self.key = f"{path}_key"
+        self.public_key = f"{path}_key.pub"
+        self.socket = f"{path}.sock"
+        self.known_hosts = os.path.join(home, f"known_hosts_{name}")
 
     def remove(self) -> None:
-        self._hang_up()
-        for path in (*self.all(), self.socket, self.known_hosts + ".old"):
+        """Remove them. A connection that ssh keeps for later ones has ended with the VM."""
+        paths = (
+            self.config,
+            self.key,
+            self.public_key,
+            self.socket,
+            self.known_hosts,
+            f"{self.known_hosts}.old",
+        )
+        for path in paths:
             _unlink_quietly(path)
         remove_temporaries(self.config)
-
-    def _hang_up(self) -> None:
-        """End the connection that ssh keeps for later ones, if there is one."""
-        import subprocess
-
-        if not os.path.exists(self.socket):
-            return
-        quiet = subprocess.DEVNULL
-        command = ["ssh", "-F", self.config, "-O", "exit", self.host]
-        try:
-            launch(command, Reporter(), stdin=quiet, stdout=quiet, stderr=quiet).wait(SSH_EXIT_SECONDS)
-        except (SandboxError, subprocess.TimeoutExpired):
-            pass  # it ends by itself with the VM
 
 
 def make_key(files: SshFiles, reporter: Reporter) -> str:
@@ -3308,69 +3057,74 @@ def make_key(files: SshFiles, reporter: Reporter) -> str:
     command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
     outcome = run_program(command, reporter, seconds=KEY_SECONDS)
     if outcome.code:
-        words = last_words(outcome.stderr) or "no reason given"
-        raise SandboxError(f"ssh-keygen could not make a key: {words}.")
-    try:
-        with open(files.public_key, encoding="ascii") as file:
-            return file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SandboxError(f"The new SSH key cannot be read: {reason(error)}.") from None
+        why = last_words(outcome.stderr) or "no reason was given"
+        raise SandboxError(f"ssh-keygen could not make a key: {why}.")
+    return text_of_others(files.public_key).strip()
 
 
-def proxy_line(settings: Settings, job_id: str, ca_file: str | None) -> str:
-    """The line of an SSH config that makes this file the way to the VM."""
-    address = ["--host", settings.gateway_host, "--port", str(settings.gateway_port)]
-    authority = ["--ca-file", ca_file] if ca_file else []
-    command = own_command("gateway-stream", *address, *authority, f"{job_id}--22")
-    line = f"    ProxyCommand {shell_words(command).replace('%', '%%')}"
-    if re.search(r"[\n\r\0]", line):  # what follows it would be an option
+def proxy_words(settings: Settings, job_id: str) -> list[str]:
+    """The ProxyCommand that makes this file the way to the VM, in three parts: how to run it for the gateway,
+    the VM's port, and the file of the CA, if there is one."""
+    command = own_command("gateway-stream", settings.gateway_host, str(settings.gateway_port))
+    parts = command, [f"{job_id}--22"], [settings.ca_file] if settings.ca_file else []
+    return [shell_words(part).replace("%", "%%") for part in parts]
+
+
+SSH_CONFIG = """\
+# SSH to one sandbox. Written by plato-sandbox; `stop` removes it.
+Host {host}
+    HostName {host}
+    HostKeyAlias {host}
+    User {user}
+    IdentityFile {key}
+    IdentitiesOnly yes
+    PreferredAuthentications publickey
+    UserKnownHostsFile {known_hosts}
+    GlobalKnownHostsFile /dev/null
+    StrictHostKeyChecking accept-new
+    UpdateHostKeys no
+    LogLevel ERROR
+    ConnectTimeout 30
+    ServerAliveInterval 15
+    ServerAliveCountMax 4
+    Ciphers {ciphers}
+    ControlMaster auto
+    ControlPath {socket}
+    ControlPersist 300
+    ProxyCommand {way}
+"""
+
+
+def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str) -> str:
+    """The config for `ssh -F`: one host, its own key and known hosts, and this file as the way there.
+
+    Later connections use the first, which is kept for a while. SandboxError where a path cannot stand in it.
+    """
+    fields = {
+        "host": files.host,
+        "user": user,
+        "key": ssh_quoted(files.key),
+        "known_hosts": ssh_quoted(files.known_hosts),
+        "ciphers": SSH_CIPHERS,
+        "socket": ssh_quoted(files.socket) if len(files.socket.encode()) <= SOCKET_PATH_BYTES else "none",
+        "way": " ".join(proxy_words(settings, job_id)).rstrip(),
+    }
+    if re.search(r"[\n\r\0]", "".join(fields.values())):  # what follows it would be an option
         raise SandboxError(
             "An SSH config cannot be written, as a path or the job id in it holds a line break.",
             hint="Move PLATO_HOME, this file or Python to a path without one.",
         )
-    return line
+    return SSH_CONFIG.format(**fields)
 
 
-def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str) -> str:
-    """The config for `ssh -F`: one host, its own key and known hosts, and this file as the way there."""
-    lines = [
-        f"# SSH to one sandbox. Written by {PROGRAM}; `stop` removes it.",
-        f"Host {files.host}",
-        f"    HostName {files.host}",
-        f"    HostKeyAlias {files.host}",
-        f"    User {user}",
-        f"    IdentityFile {ssh_quoted(files.key)}",
-        "    IdentitiesOnly yes",
-        "    PreferredAuthentications publickey",
-        f"    UserKnownHostsFile {ssh_quoted(files.known_hosts)}",
-        "    GlobalKnownHostsFile /dev/null",
-        "    StrictHostKeyChecking accept-new",
-        "    UpdateHostKeys no",
-        "    LogLevel ERROR",
-        "    ConnectTimeout 30",
-        "    ServerAliveInterval 15",
-        "    ServerAliveCountMax 4",
-        f"    Ciphers {SSH_CIPHERS}",
-        *_shared_connection(files),
-        proxy_line(settings, job_id, settings.ca_file),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _shared_connection(files: SshFiles) -> list[str]:
-    """The lines that make later connections use the first one, which stays open for a while."""
-    if len(os.fsencode(files.socket)) > SOCKET_PATH_BYTES:
-        return []
-    return [
-        "    ControlMaster auto",
-        f"    ControlPath {ssh_quoted(files.socket)}",
-        f"    ControlPersist {SSH_KEPT_SECONDS}",
-    ]
+def _is_unicode(path: str) -> bool:
+    """Whether the bytes of a file name are text; Python keeps others as surrogates."""
+    return path.encode("utf-8", "ignore").decode() == path
 
 
 def ssh_quoted(path: str) -> str:
     """A path as a value of ssh_config; SandboxError for one that its syntax cannot carry."""
-    if re.search(r'["\n\r\\]|\$\{', path) or not _is_unicode(path):
+    if re.search(r'["\\]|\$\{', path) or not path.isprintable():
         raise SandboxError(
             f"The path {shown_path(path)} holds a character that an SSH config cannot carry.",
             hint="Set PLATO_HOME to a directory with a simpler name.",
@@ -3378,16 +3132,9 @@ def ssh_quoted(path: str) -> str:
     return '"' + path.replace("%", "%%") + '"'
 
 
-def _is_unicode(path: str) -> bool:
-    """Whether the bytes of a file name are text; Python keeps others as surrogates."""
-    return not any("\ud800" <= char <= "\udfff" for char in path)
-
-
 def write_ssh_config(settings: Settings, files: SshFiles, job_id: str, user: str) -> None:
     try:
         write_whole(files.config, ssh_config_text(settings, files, job_id, user))
-        # ssh would make it readable for everyone.
-        os.close(os.open(files.known_hosts, os.O_WRONLY | os.O_CREAT, 0o600))
     except OSError as error:
         raise SandboxError(f"{shown_path(files.config)} cannot be written: {reason(error)}.") from None
 
@@ -3404,16 +3151,13 @@ def repair_ssh_config(state: Json, settings: Settings) -> None:
         files.key = state["ssh_private_key_path"]
         write_ssh_config(settings, files, job_id, "plato" if state.get("provider") == "qemu" else "root")
         return
-    try:
+    command, target, authority = proxy_words(settings, job_id)
+    with contextlib.suppress(OSError):
         written = text_of_others(path)
-    except OSError:
-        return
-    found = re.search(r"--ca-file ('[^']*'|[^ ']+) ", written)
-    ca_file = found[1].strip("'").replace("%%", "%") if found else None
-    line = proxy_line(settings, job_id, settings.ca_file or ca_file)
-    text = re.sub("^    ProxyCommand .*gateway-stream .*$", lambda _: line, written, flags=re.MULTILINE)
-    if text != written:
-        write_whole(path, text)
+        way = rf"(?m)(?<=^    ProxyCommand ).*gateway-stream .*{re.escape(target)} ?(.*)$"
+        text = re.sub(way, lambda found: f"{command} {target} {authority or found[1]}".rstrip(), written)
+        if text != written:
+            write_whole(path, text)
 
 
 def ssh_command(state: Json, *, shown: bool) -> str | None:
@@ -3421,10 +3165,8 @@ def ssh_command(state: Json, *, shown: bool) -> str | None:
     config, host = state.get("ssh_config_path"), state.get("ssh_host")
     if not config or not host:
         return None
-    short = shown_path(config)
-    if shown and short.startswith("~/") and shell_words([short[2:]]) == short[2:]:
-        return f"ssh -F {short} {shell_words([host])}"
-    return shell_words(["ssh", "-F", config, host])
+    command, home = shell_words(["ssh", "-F", config, host]), os.path.expanduser("~")
+    return command.replace(f" {home}/", " ~/", 1) if shown else command
 
 
 def trusted_ssh_config(state: Json, settings: Settings) -> str:
@@ -3433,7 +3175,7 @@ def trusted_ssh_config(state: Json, settings: Settings) -> str:
     Such a file can name commands to run here, and the record may have come with somebody's repository.
     """
     path = os.path.normpath(os.path.expanduser(str(state["ssh_config_path"])))
-    if os.path.dirname(path) not in (settings.home, os.path.abspath(os.path.expanduser("~/.plato"))):
+    if os.path.dirname(path) != settings.home:
         raise SandboxError(
             f"{STATE_FILE} names {shown_path(path)} as its SSH config, which is not in"
             f" {shown_path(settings.home)}, so it was not used.",
@@ -3442,41 +3184,26 @@ def trusted_ssh_config(state: Json, settings: Settings) -> str:
     return path
 
 
-def ssh_complaint(stderr: bytes) -> tuple[str, str]:
-    """Why ssh failed, and what to do, from what it printed; "" for what it does not tell."""
-    lines = [printable(line) for line in stderr.decode("utf-8", "replace").strip().splitlines()] or [""]
-    for line, after in zip(lines, [*lines[1:], ""]):
-        if line.startswith("Error: "):  # of the gateway stream, which knows more than ssh does
-            return line[len("Error: ") :].rstrip("."), after
-    return lines[-1].rstrip("."), ""
-
-
-def wait_for_ssh(state: Json, settings: Settings, reporter: Reporter) -> str:
-    """Log in to the VM, again and again for SSH_FIRST_SECONDS; "" once it answers, else why it does not.
+def wait_for_ssh(sandbox: Sandbox) -> None:
+    """Log in to the VM, again and again for SSH_FIRST_SECONDS; NetworkError says why it does not answer.
 
     The gateway may not know a VM that was just connected: for seconds, a connection opens and stays silent
     for ever. So the first attempts are short.
     """
-    command = ["ssh", "-T", "-F", trusted_ssh_config(state, settings), "-S", "none", "-o", "BatchMode=yes"]
-    patience = iter((2, 4))
-    words = ""
+    config, host = trusted_ssh_config(sandbox.state, sandbox.settings), sandbox.state["ssh_host"]
     refusals = 0
-
-    def silence() -> str:
-        nonlocal words, refusals
+    for patience in SSH_PATIENCE_SECONDS:
         began = time.monotonic()
-        attempt = [*command, "-o", f"ConnectTimeout={next(patience, 8)}", state["ssh_host"], "exit"]
-        outcome = run_program(attempt, reporter, seconds=SSH_FIRST_SECONDS + 10.0)
-        words = ssh_complaint(outcome.stderr)[0] or f"ssh ended with exit code {outcome.code}"
-        words = words if outcome.code else ""
+        options = ["-S", "none", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={patience}"]
+        command = ["ssh", "-T", "-F", config, *options, host, "exit"]
+        outcome = run_program(command, sandbox.reporter, seconds=SSH_FIRST_SECONDS + 10.0)
+        if not outcome.code:
+            return
         refusals += time.monotonic() - began < 1.0  # no silence: waiting longer would change little
-        return words if refusals < SSH_REFUSALS else ""
-
-    try:
-        poll(silence, SSH_FIRST_SECONDS, 1.0)
-    except TimedOutError as error:
-        return error.message.rstrip(".")
-    return words
+        if refusals == SSH_REFUSALS:
+            break
+        time.sleep(1.0)
+    raise ssh_broken(outcome.stderr)
 
 
 class OvertakenError(ConflictError):
@@ -3504,51 +3231,41 @@ class Vm:
             repair_ssh_config(sandbox.state, sandbox.settings)
             self._opening = Aside(lambda: self._by_ssh(":", None, SSH_ANSWER_SECONDS))
 
-    def run(
-        self, script: str, feed: Callable[[Any], object] | None = None, seconds: float = VM_SECONDS
-    ) -> bytes:
+    def run(self, script: str, feed: Feed = None, seconds: float = VM_SECONDS) -> bytes:
         """What a script prints; SandboxError with its last words when it fails."""
         return check_script(self.outcome(script, feed, seconds))
 
-    def outcome(
-        self, script: str, feed: Callable[[Any], object] | None = None, seconds: float = VM_SECONDS
-    ) -> Outcome:
-        """How a script ended. A connection that breaks is opened once more, or left for the API."""
+    def outcome(self, script: str, feed: Feed = None, seconds: float = VM_SECONDS) -> Outcome:
+        """How a script ended. A connection that breaks is left for the API, where that is allowed."""
         if self.via == "ssh":
-            opening, self._opening = self._opening, None
             try:
-                if opening is not None:
-                    self._wait_for_answer(opening)
+                self._wait_for_answer()
                 return self._by_ssh(script, feed, seconds)
             except OvertakenError:
                 raise  # what was to be sent has changed
             except SandboxError as error:
-                if self._ssh_only and not isinstance(error, NetworkError):
+                if self._ssh_only:
                     raise
-                further = "Connecting again." if self._ssh_only else "Going on through the API."
-                self.sandbox.reporter.note(f"{error.message} {further}")
-            if self._ssh_only:
-                return self._by_ssh(script, feed, seconds)
-            self.via = "api"
+                self.sandbox.reporter.note(f"{error.message} Going on through the API.")
+                self.via = "api"
         return self._by_api(script, feed, seconds)
 
-    def _wait_for_answer(self, opening: Aside) -> None:
+    def _wait_for_answer(self) -> None:
         """Wait for SSH's first answer; where it is silent, the VM is connected to the network again, once."""
-        sandbox = self.sandbox
+        sandbox, opening, self._opening = self.sandbox, self._opening, None
         try:
-            opening.result()
-        except SandboxError:
+            if opening is not None:
+                opening.result()
+        except SandboxError as silence:
             sandbox.reporter.note("SSH does not answer; connecting the VM to the network again.")
             try:
                 sandbox.connect_network()
+                wait_for_ssh(sandbox)
             except SandboxError as error:
                 sandbox.reporter.trace(error.message)
-            else:
-                if not wait_for_ssh(sandbox.state, sandbox.settings, sandbox.reporter):
-                    return
-            raise
+                raise silence from None
 
-    def _by_ssh(self, script: str, feed: Callable[[Any], object] | None, seconds: float) -> Outcome:
+    def _by_ssh(self, script: str, feed: Feed, seconds: float) -> Outcome:
         """The script goes ahead of its input, so that it stands in no argument list, and is run as a whole or
         not at all. What a login shell prints goes before a word that nothing else holds."""
         import secrets
@@ -3557,21 +3274,21 @@ class Vm:
         word, body = secrets.token_hex(16), f"{{\n{script}\n}}".encode()
         there = f'printf %s {word}; c=$(head -c {len(body)}); eval "$c"'
         config = trusted_ssh_config(state, self.sandbox.settings)
-        command = ["ssh", "-T", "-F", config, "-o", "BatchMode=yes", "-c", SSH_CIPHERS, state["ssh_host"]]
+        command = ["ssh", "-T", "-F", config, "-o", "BatchMode=yes", state["ssh_host"]]
+        command.append(shell_words(["exec", "sh", "-c", there]))
 
         def fed(stdin: Any) -> None:
             stdin.write(body)
             if feed is not None:
                 feed(stdin)
 
-        command.append(shell_words(["exec", "sh", "-c", there]))
         outcome = run_program(command, self.sandbox.reporter, seconds=seconds, feed=fed)
         _, begun, stdout = outcome.stdout.partition(word.encode())
         if outcome.code not in range(255) or not begun:
             raise ssh_broken(outcome.stderr)
         return Outcome(outcome.code, stdout, outcome.stderr)
 
-    def _by_api(self, script: str, feed: Callable[[Any], object] | None, seconds: float) -> Outcome:
+    def _by_api(self, script: str, feed: Feed, seconds: float) -> Outcome:
         """Large input goes ahead in files, each as base64 in a command; small input is in the command."""
         import secrets
         import tempfile
@@ -3582,95 +3299,91 @@ class Vm:
             size = content.seek(0, os.SEEK_END)
             place = f"/var/tmp/plato-sandbox-{secrets.token_hex(12)}"  # noqa: S108  (nobody else can know it)
             if size <= PART_BYTES and len(script.encode()) + size * 4 // 3 <= COMMAND_BYTES - 1000:
-                data = f"printf %s {_part(content, 0)} | base64 -d"
+                data = f"printf %s '{_encoded(content, 0)}' | base64 -d"
             else:
                 self._send_parts(content, size, place)
                 data = f"cat {place}/*"
-        return self.execute(f"{data} | {{\n{script}\n}}\ncode=$?; rm -rf {place}*; exit $code", seconds)
+        command = f"{data} | {{\n{script}\n}}\ncode=$?; rm -rf {place}*; exit $code"
+        return execute(self.sandbox.api, self.sandbox.state, command, seconds)
 
     def _send_parts(self, content: Any, size: int, place: str) -> None:
         """Bring a file to a directory on the VM in numbered parts, several at once."""
-        # What others left who were broken off goes first.
-        old = "find /var/tmp -maxdepth 1 -name 'plato-sandbox-*' -mmin +60 -exec rm -rf {} + 2>/dev/null\n"
         offsets = iter(range(0, max(size, 1), PART_BYTES))
 
         def send() -> None:
             api = self.sandbox.api.another()
             for offset in offsets:
-                name = f"{place}.$$"
-                command = f"{'' if offset else old}umask 077; mkdir -p {place} && "
-                command += f"printf %s {_part(content, offset)} | base64 -d > {name}"
-                command += f" && mv -f {name} {place}/{offset:012d}"
-                outcome = self.execute(command, VM_SECONDS, api)
-                if outcome.code:
-                    words = last_words(outcome.stderr) or "no reason was given"
-                    raise SandboxError(f"The VM could not take the files: {words}.")
-            api.transport.close()
+                command = assigned(place=place, part=f"{offset:012d}", data=_encoded(content, offset))
+                check_script(execute(api, self.sandbox.state, command + TAKE_PART, VM_SECONDS))
+            api.hang_up()
 
         senders = [Aside(send) for _ in range(min(PARTS_AT_ONCE, 1 + size // PART_BYTES))]
         try:
             for sender in senders:
                 sender.result()
-        except SandboxError:
-            list(offsets)  # nobody begins another part
-            for sender in senders:
-                sender.wait()
-            with contextlib.suppress(SandboxError):
-                self.execute(f"rm -rf {place}*", VM_SECONDS)
-            raise
-
-    def execute(self, command: str, seconds: float, api: PlatoApi | None = None) -> Outcome:
-        """Run a command through the API, which may do it twice."""
-        state = self.sandbox.state
-        answer = (api or self.sandbox.api).execute(state["session_id"], command, seconds)
-        return execute_outcome(answer, state.get("job_id"), seconds)
+        finally:
+            list(offsets)  # after a failure, nobody begins another part
 
 
-def _part(content: Any, offset: int) -> str:
-    """A part of a file as base64, in a shell's quotes."""
-    import binascii
+# What others left who were broken off goes first.
+TAKE_PART = """
+[ $part -gt 0 ] || find /var/tmp -maxdepth 1 -name 'plato-sandbox-*' -mmin +60 -exec rm -rf {} + 2>/dev/null
+umask 077
+mkdir -p $place && printf %s $data | base64 -d > $place.$$ && mv -f $place.$$ $place/$part && exit
+echo 'The VM could not take the files.' >&2
+exit 1
+"""
 
-    return f"'{binascii.b2a_base64(os.pread(content.fileno(), PART_BYTES, offset), newline=False).decode()}'"
+
+def _encoded(content: Any, offset: int) -> str:
+    """A part of a file in base64."""
+    import base64
+
+    return base64.b64encode(os.pread(content.fileno(), PART_BYTES, offset)).decode()
 
 
-def execute_outcome(answer: Json, job_id: str | None, seconds: float) -> Outcome:
-    """What a command did, in an answer of `execute`. Raises when it did not run to its end."""
-    result = job_of(answer, job_id)
+def execute(api: PlatoApi, state: Json, command: str, seconds: float) -> Outcome:
+    """What a command did that the API ran, perhaps twice. Raises when it did not run to its end."""
+    answer = api.execute(state["session_id"], command, seconds)
+    result = job_of(answer, state.get("job_id"))
     code = result.get("exit_code", 0 if result.get("success") else 1)
-    stdout, stderr = as_text(result.get("stdout")) or "", as_text(result.get("stderr")) or ""
+    stdout, stderr = (str(result.get(name) or "").encode("utf-8", "replace") for name in ("stdout", "stderr"))
     if result.get("timed_out"):
         raise TimedOutError(
             f"A command on the VM did not end within {seconds:g} s.",
             hint="Run the command again with a larger --timeout.",
         )
     if not result or not isinstance(code, int) or code < 0:
-        words = printable(stderr.strip()) or "no result came back"
         raise ApiError(
-            f"Plato could not run a command on the VM: {words}.",
+            f"Plato could not run a command on the VM: {last_words(stderr) or 'no result came back'}.",
             hint=f"See what it is doing: {PROGRAM} status",
         )
-    return Outcome(code, stdout.encode("utf-8", "replace"), stderr.encode("utf-8", "replace"))
+    return Outcome(code, stdout, stderr)
 
 
 def check_script(outcome: Outcome) -> bytes:
     """What a script printed; SandboxError with its last words when it failed (see `Vm`)."""
     if not outcome.code:
-        return outcome.stdout
+        return bytes(outcome.stdout)
     kind = {73: ConflictError, 75: OvertakenError}.get(outcome.code, SandboxError)
     raise kind(last_words(outcome.stderr) or f"A command on the VM ended with {outcome.code}.")
 
 
 def ssh_broken(stderr: bytes) -> NetworkError:
-    """The error for an ssh that ended by itself."""
-    words, hint = ssh_complaint(stderr)
+    """The error for an ssh that ended by itself, from what it printed."""
+    text = stderr.decode("utf-8", "replace").strip()
+    told = re.search(r"^Error: (.*)\n?(.*)", text, re.MULTILINE)  # by the gateway stream, which knows more
+    words, hint = told.groups() if told else (text.rpartition("\n")[2], "")
     hint = hint or f"Run the command again; see what the VM is doing: {PROGRAM} status"
-    return NetworkError(f"The SSH connection to the VM broke{words and ': '}{words}.", hint=hint, sent=True)
+    return NetworkError(
+        f"SSH to the VM does not work: {words.rstrip('.') or 'no reason was given'}.", hint=hint
+    )
 
 
 def last_words(stderr: bytes) -> str:
     """The end of what a command complained of, in one line."""
-    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    return printable("; ".join(lines))[-600:]
+    lines = re.sub(r"\s*[\r\n]\s*", "; ", stderr.decode("utf-8", "replace").strip())
+    return printable(lines)[-600:]
 
 
 def assigned(**values: object) -> str:
@@ -6743,7 +6456,7 @@ class Sandbox:
         try:
             Starter(sandbox, patience, reset=reset).run(environment, record, lifetime, replace=replace)
         finally:
-            sandbox.api.transport.close()
+            sandbox.api.hang_up()
         return sandbox
 
     def __enter__(self) -> Sandbox:  # noqa: PYI034  (Self is newer than 3.9)
@@ -6851,7 +6564,7 @@ class Sandbox:
         except SandboxError as error:
             report["vm_status"] = "gone" if isinstance(error, NoSandboxError) else "unreachable"
             report["error"] = error
-        self.api.transport.close()
+        self.api.hang_up()
         return report
 
     def _vm_status(self) -> Json:
@@ -6900,7 +6613,7 @@ class Sandbox:
         except SandboxError as error:
             raise self._gone_or(error) from None
         finally:
-            self.api.transport.close()
+            self.api.hang_up()
 
     def _load_for_use(self) -> Json:
         """The state of a sandbox that is to be used now, with a key to use it.
@@ -7297,7 +7010,7 @@ class Sandbox:
                 hint="Name another directory for the report: --output DIR",
             ) from None
         finally:
-            self.api.transport.close()
+            self.api.hang_up()
         return {**report, "error": self._flow_error(session, report, begun_elsewhere=bool(base_url))}
 
     def _flow_error(self, session: FlowRun, report: Json, begun_elsewhere: bool) -> SandboxError | None:
@@ -7358,7 +7071,7 @@ class Sandbox:
                     words = unfinished_start(self.state).message
                     self.reporter.warn(f"{words} Its record was removed.")
         finally:
-            self.api.transport.close()
+            self.api.hang_up()
         return {"stopped": True, "session_id": target, "already_gone": already_gone}
 
     def _load_if_about(self, session_id: str) -> None:
@@ -7716,7 +7429,7 @@ class Starter:
         self._may_fail(lambda: sandbox.save(**sandbox.find_address()), "`flow` asks for it again.")
         if ready and connected:
             self.reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
-            self._may_fail(self._wait_for_ssh, "Until it does, `sync` goes through the API.")
+            self._may_fail(lambda: wait_for_ssh(sandbox), "Until it does, `sync` goes through the API.")
         sandbox.save(starting=None)
 
     def _may_fail(self, act: Callable[[], Any], consequence: str) -> bool:
@@ -7736,11 +7449,6 @@ class Starter:
         state = self.sandbox.state
         answer = self.api.reset(state["session_id"])
         check_success(answer, state["job_id"], "The environment could not be reset")
-
-    def _wait_for_ssh(self) -> None:
-        silence = wait_for_ssh(self.sandbox.state, self.settings, self.reporter)
-        if silence:
-            raise TimedOutError(f"SSH to the VM does not answer yet: {silence}.")
 
     def _wait_for_ready(self) -> None:
         self.reporter.step("Waiting for the VM to boot", self.patience)
@@ -8283,7 +7991,7 @@ def run_audit_ui(
     output: Any = sandbox.reporter
     output.step("Looking for the databases")
     plan = plan_audit(sandbox, url=database_url, **options)
-    sandbox.api.transport.close()
+    sandbox.api.hang_up()
     check_audit_packages()
     if database_url:
         plan.databases[0].tables()  # whether it leads anywhere
@@ -8652,8 +8360,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unfit:
         print(unfit, file=sys.stderr)
         return 1
-    if arguments[:1] in (["heartbeat-child"], ["gateway-stream"]):
-        return run_child(arguments)
     open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

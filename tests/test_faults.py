@@ -418,14 +418,14 @@ if case:
     attempt, seen = product.Transport._attempt, 0
     def met(self, method, path, *words):
         global seen
-        if method != case["method"] or not re.fullmatch(case["path"], path):
+        if method != case["method"] or not re.fullmatch(case["path"], path.partition("?")[0]):
             return attempt(self, method, path, *words)
         seen += 1
         if seen < case["nth"] or 0 < case["times"] <= seen - case["nth"]:
             return attempt(self, method, path, *words)
         if not case["port"]:
             return attempt(self, method, path, *words[:-1], min(words[-1], case["seconds"]))
-        self.close()
+        self.hang_up()
         base, self.base = self.base, self.base._replace(netloc=f"127.0.0.1:{{case['port']}}")
         try:
             return attempt(self, method, path, *words)

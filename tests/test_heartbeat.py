@@ -334,22 +334,11 @@ def test_first_line_of_the_record_is_always_whole(fast: Desk, plato: LocalPlato)
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def spawn_second(desk: Desk, plato: LocalPlato, session_id: str) -> subprocess.CompletedProcess[bytes]:
-    """Start a heartbeat by hand with the task that the sandbox's own one has; how it ended."""
-    state = desk.state
-    [record] = desk.plato_home.glob("heartbeat_*.log")
-    task = {
-        "api_key": plato.api_key,
-        "base_url": plato.base_url,
-        "session_id": session_id,
-        "job_id": state["job_id"],
-        "record": str(desk.state_file),
-        "interval": 1.0,
-        "log": str(record),
-    }
+def child(desk: Desk, task: bytes) -> subprocess.CompletedProcess[bytes]:
+    """Start a heartbeat by hand; how it ended."""
     return subprocess.run(
-        desk.command("heartbeat-child"),
-        input=json.dumps(task).encode(),
+        product.own_command("heartbeat-child"),
+        input=task,
         env=desk.environment,
         capture_output=True,
         timeout=60,
@@ -359,9 +348,15 @@ def spawn_second(desk: Desk, plato: LocalPlato, session_id: str) -> subprocess.C
 
 def test_of_two_heartbeats_one_lives(desk: Desk, plato: LocalPlato) -> None:
     pid = start(desk)
-    second = spawn_second(desk, plato, desk.state["session_id"])
-    assert second.stdout == f"ready {pid}\n".encode()
-    assert second.returncode == 0
+    state = desk.state
+    task = {
+        "settings": vars(desk.settings),
+        "session_id": state["session_id"],
+        "job_id": state["job_id"],
+        "record": str(desk.state_file),
+    }
+    second = child(desk, json.dumps(task).encode())
+    assert (second.returncode, second.stdout, second.stderr) == (0, b"", b"")
     assert heartbeats(desk) == [pid]
     assert desk.heartbeat_record()["pid"] == pid
 
@@ -370,27 +365,20 @@ def test_of_two_heartbeats_one_lives(desk: Desk, plato: LocalPlato) -> None:
 def test_record_that_is_held_already(tmp_path: Path, holder: str) -> None:
     """By a heartbeat of this session: it will do. By that of another one: this sandbox has none, an error."""
     settings = product.Settings(api_key="key", home=str(tmp_path))
-    log = product.HeartbeatLog(product.heartbeat_path(str(tmp_path), holder))
-    assert log.take()
-    log.write(session_id=holder, pid=os.getpid())
+    path = Path(product.heartbeat_path(str(tmp_path), holder))
+    path.write_text(json.dumps({"session_id": holder, "pid": os.getpid()}) + "\n")
     task = settings, {"session_id": "abcdef12-mine"}, str(tmp_path / "record"), product.Reporter()
-    if holder == "abcdef12-mine":
-        assert product.spawn_heartbeat(*task) == os.getpid()
-    else:
-        with pytest.raises(product.SandboxError, match="another sandbox"):
-            product.spawn_heartbeat(*task)
-    os.close(log._file)
+    with path.open() as log:
+        assert product.take_lock(log.fileno())
+        if holder == "abcdef12-mine":
+            assert product.spawn_heartbeat(*task) == os.getpid()
+        else:
+            with pytest.raises(product.SandboxError, match="could not be started"):
+                product.spawn_heartbeat(*task)
 
 
 def test_child_without_a_task_ends(desk: Desk) -> None:
-    done = subprocess.run(
-        desk.command("heartbeat-child"),
-        input=b"",
-        env=desk.environment,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    done = child(desk, b"")
     assert done.returncode != 0
     assert done.stdout == b""
     assert desk.leftovers() == []
@@ -404,7 +392,6 @@ class ScriptedApi:
 
     def __init__(self, answers: list[Any]) -> None:
         self.answers = answers
-        self.transport = self
 
     def heartbeat(self, session_id: str) -> dict[str, Any]:
         answer = self.answers.pop(0)
@@ -413,7 +400,7 @@ class ScriptedApi:
         assert isinstance(answer, dict)
         return answer
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
         """The connection is given up after every beat."""
 
 
@@ -425,31 +412,22 @@ GONE_ANSWER = {
 
 
 def heartbeat_in_process(directory: Path, answers: list[Any]) -> product.Heartbeat:
-    log = product.HeartbeatLog(str(directory / "record.log"))
-    assert log.take()
-    task = {
-        "api_key": "key",
-        "base_url": "http://127.0.0.1:1",
-        "session_id": "s",
-        "job_id": "j",
-        "record": str(directory / ".sandbox.yaml"),
-        "interval": 30.0,
-    }
-    heartbeat = product.Heartbeat(task, log)
+    settings = product.Settings(api_key="key", base_url="http://127.0.0.1:1", home=str(directory))
+    task = {"session_id": "s", "job_id": "j", "record": str(directory / ".sandbox.yaml")}
+    heartbeat = product.Heartbeat({**task, "settings": vars(settings)})
     heartbeat.api = ScriptedApi(answers)  # type: ignore[assignment]
     return heartbeat
 
 
 def test_record_stays_small(tmp_path: Path) -> None:
-    """Thousands of beats, half of them failing with long words: bounded, and the newest events are kept."""
+    """Thousands of beats, half of them failing with long words."""
     trouble = product.ApiError("x" * 5000, status=500)
     heartbeat = heartbeat_in_process(tmp_path, [GOOD, trouble] * 3000)
     for _ in range(6000):
         assert heartbeat.beat() == ""
-    data = (tmp_path / "record.log").read_bytes()
-    assert len(data) < 64_000
-    assert len(data.splitlines()) <= 102
-    assert json.loads(data.splitlines()[0])["beats"] == 3000
+    data = Path(heartbeat.log).read_bytes()
+    assert len(data) < 6_000
+    assert json.loads(data)["beats"] == 3000
 
 
 def test_gone_then_good_again_is_not_gone(tmp_path: Path) -> None:
@@ -562,50 +540,45 @@ def test_next_beat_is_never_later_than_the_regular_one(
 
 
 class Watch:
-    """Both clocks of a computer that may sleep, and a `sleep` that only moves them."""
+    """The clock of a computer that may sleep, and a `sleep` that only moves it."""
 
-    def __init__(self, asleep_at: float = -1.0, asleep_for: float = 0.0, wall_jump: float = 0.0) -> None:
-        self.wall = 1e9
-        self.steady = 50.0
+    CLOCK_MONOTONIC = 1
+
+    def __init__(self, asleep_at: float = -1.0) -> None:
+        self.now = 50.0
         self.slept = 0.0
-        self.asleep_at, self.asleep_for, self.wall_jump = asleep_at, asleep_for, wall_jump
+        self.asleep_at = asleep_at
 
-    def time(self) -> float:
-        return self.wall
-
-    def monotonic(self) -> float:
-        return self.steady
+    def clock_gettime(self, _: int) -> float:
+        return self.now
 
     def sleep(self, seconds: float) -> None:
         assert seconds > 0
         self.slept += seconds
-        self.wall += seconds
-        self.steady += seconds
+        self.now += seconds
         if 0 <= self.asleep_at <= self.slept:
             self.asleep_at = -1.0
-            self.wall += self.asleep_for + self.wall_jump
+            self.now += 7200.0
 
 
 @pytest.mark.parametrize(
-    ("watch", "longest"),
-    [(Watch(), 30.0), (Watch(3.0, asleep_for=7200.0), 15.0), (Watch(3.0, wall_jump=-7200.0), 30.0)],
-    ids=["awake", "asleep for two hours", "the wall clock is set back"],
+    ("watch", "longest"), [(Watch(), 30.0), (Watch(3.0), 15.0)], ids=["awake", "asleep for two hours"]
 )
-def test_wait_until(monkeypatch: pytest.MonkeyPatch, watch: Watch, longest: float) -> None:
+def test_sleep_until(monkeypatch: pytest.MonkeyPatch, watch: Watch, longest: float) -> None:
     monkeypatch.setattr(product, "time", watch)
-    product.wait_until(watch.wall + 30.0)
+    product.sleep_until(watch.now + 30.0)
     assert watch.slept == pytest.approx(longest)
 
 
 def test_record_of_a_dead_heartbeat_is_not_alive(tmp_path: Path) -> None:
-    log = product.HeartbeatLog(str(tmp_path / "record.log"))
-    assert log.take()
-    log.write("started", pid=os.getpid())
-    assert product.heartbeat_alive(log.path)
-    assert not product.HeartbeatLog(log.path).take()
-    os.close(log._file)
-    assert not product.heartbeat_alive(log.path)
-    assert product.heartbeat_health(product.Settings(home=str(tmp_path)), {}, time.time())["state"] == "dead"
+    settings = product.Settings(home=str(tmp_path))
+    path = Path(product.heartbeat_path(str(tmp_path), ""))
+    path.write_text(json.dumps({"pid": os.getpid()}) + "\n")
+    with path.open() as log:
+        assert product.take_lock(log.fileno())
+        assert product.heartbeat_alive(str(path))
+    assert not product.heartbeat_alive(str(path))
+    assert product.heartbeat_health(settings, {}, time.time())["state"] == "dead"
 
 
 def test_product_of_these_tests_is_the_one_that_runs() -> None:

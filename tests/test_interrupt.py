@@ -372,17 +372,20 @@ def test_key_that_is_still_being_made_does_not_come_later(desk: Desk, plato: Loc
     nothing_left(desk, plato)
 
 
-SIGNAL_IN_SELECT = """
-import os, runpy, select, signal, sys
+SIGNAL_TO_HEARTBEATS_PARENT = """
+import os, runpy, signal, subprocess, sys
 
-real = select.select
+real = subprocess.Popen
 
-def interrupted(*arguments):
-    select.select = real
-    os.kill(os.getpid(), signal.SIGTERM)
-    return real(*arguments)
+class Popen(real):
+    def poll(self):
+        if "heartbeat-child" in self.args:
+            subprocess.Popen = real
+            Popen.poll = real.poll
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().poll()
 
-select.select = interrupted
+subprocess.Popen = Popen
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -390,6 +393,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_signal_while_the_heartbeat_begins(desk: Desk, plato: LocalPlato) -> None:
     """The child has its task but no lock yet: it must not come to life when everything is removed."""
-    done = desk.run(command=[sys.executable, "-c", SIGNAL_IN_SELECT, *desk.words("start", "--from-config")])
+    done = desk.run(
+        command=[sys.executable, "-c", SIGNAL_TO_HEARTBEATS_PARENT, *desk.words("start", "--from-config")]
+    )
     assert done.code == 128 + signal.SIGTERM
     nothing_left(desk, plato)

@@ -34,7 +34,7 @@ def warnings(text: str) -> list[str]:
 
 def impatient(desk: Desk) -> None:
     """Wait for SSH two seconds only, where it will not answer anyway."""
-    desk.tune(SSH_FIRST_SECONDS=2.0, SSH_ANSWER_SECONDS=2.0)
+    desk.tune(SSH_PATIENCE_SECONDS=(2,), SSH_ANSWER_SECONDS=2.0)
 
 
 @pytest.mark.parametrize("mode", [BLANK[1:], ["-c"], ["-s", "espocrm"]], ids=["blank", "config", "simulator"])
@@ -67,7 +67,7 @@ def test_start_says_that_ssh_does_not_answer_yet(
     desk = new_desk({**plato.environment, "PLATO_HEARTBEAT_INTERVAL_SECONDS": "1"})
     impatient(desk)
     (words,) = [words for words in warnings(desk.good("start", "-c").err) if "SSH" in words]
-    assert "does not answer yet: Connection timed out during banner exchange" in words
+    assert "SSH to the VM does not work: Connection timed out during banner exchange" in words
     assert "through the API" in words
     synced = desk.good("sync", "--json")
     assert synced.document["via"] == "api"

@@ -87,7 +87,7 @@ class Vm(NamedTuple):
         sandbox = Sandbox(str(self.desk.work), settings=self.desk.settings)
         state = sandbox.load()
         answer = sandbox.api.execute(state["session_id"], command, 60)["results"][state["job_id"]]
-        sandbox.api.transport.close()
+        sandbox.api.hang_up()
         assert code is None or answer["exit_code"] == code, answer
         return str(answer["stdout"])
 

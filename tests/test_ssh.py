@@ -372,7 +372,7 @@ def test_status_repairs_the_config_after_the_gateway_moved(desk: Desk, plato: Lo
     desk.good(*BLANK, environment={"PLATO_GATEWAY_PORT": "9"})
     assert desk.ssh("true").code == 255
     desk.good("status")
-    assert f"--port {plato.gateway_port} " in effective(desk, desk.state["ssh_host"])["proxycommand"]
+    assert f" localhost {plato.gateway_port} " in effective(desk, desk.state["ssh_host"])["proxycommand"]
     assert desk.ssh("echo there").out == "there\n"
 
 
@@ -432,7 +432,7 @@ def test_gateway_with_a_certificate_of_another_ca(desk: Desk, plato: LocalPlato,
     with LocalPlato(tmp_path / "stranger") as stranger:
         other = stranger.environment["SSL_CERT_FILE"]
         desk.good(*BLANK, environment={"SSL_CERT_FILE": other})
-        assert_fails_clearly(desk.ssh("true"), "certificate of", "SSL_CERT_FILE")
+        assert_fails_clearly(desk.ssh("true"), "certificate", "SSL_CERT_FILE")
     assert all(entry["bytes"] == 0 for entry in plato.gateway()["connections"])
 
 
@@ -444,19 +444,9 @@ def test_vm_is_gone(desk: Desk, plato: LocalPlato) -> None:
     assert_fails_clearly(desk.ssh("true"), "Error: ")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["--port", "1", "job--22"],
-        ["--host"],
-        ["--host", "localhost", "--port"],
-        ["--host", "localhost", "--port", "x", "job--22"],
-        ["job--22"],
-    ],
-)
-def test_hidden_command_with_wrong_words(desk: Desk, arguments: list[str]) -> None:
-    result = desk.run("gateway-stream", *arguments)
+@pytest.mark.parametrize("command", ["gateway-stream", "heartbeat-child"])
+def test_hidden_commands_are_none_for_people(desk: Desk, command: str) -> None:
+    result = desk.run(command)
     assert result.code == 2
     assert result.out == ""
     assert result.err.startswith("Error: ")

@@ -59,7 +59,7 @@ class Vm(NamedTuple):
         sandbox = Sandbox(str(self.desk.work), settings=self.desk.settings)
         state = sandbox.load()
         answer = sandbox.api.execute(state["session_id"], command, 30)["results"][state["job_id"]]
-        sandbox.api.transport.close()
+        sandbox.api.hang_up()
         assert answer["exit_code"] == 0, answer
         return str(answer["stdout"])
 
@@ -313,7 +313,7 @@ def closing() -> Iterator[Callable[[Sandbox], Sandbox]]:
 
     yield keep
     for sandbox in opened:
-        sandbox.api.transport.close()
+        sandbox.api.hang_up()
 
 
 @PROPERTY
@@ -1082,7 +1082,7 @@ def sync_meddled(vm: Vm, source: Path, target: str, via: str, meddler: Meddler) 
     try:
         return sandbox.sync(str(source), remote_path=target, via=via)
     finally:
-        sandbox.api.transport.close()
+        sandbox.api.hang_up()
 
 
 @pytest.mark.parametrize("via", WAYS)

@@ -108,12 +108,12 @@ def test_a_gateway_that_cannot_be_trusted(
             environment = {"PLATO_GATEWAY_PORT": str(port), "SSL_CERT_FILE": authorities}
             failed = desk.run(*words, "--json", environment=environment)
             assert failed.code == 6, failed
-            assert "certificate of" in failed.error["message"]
+            assert "certificate" in failed.error["message"]
             assert "SSL_CERT_FILE" in failed.error["hint"]
         desk.good("status", environment={"PLATO_GATEWAY_PORT": str(relay.port), "SSL_CERT_FILE": authorities})
         result = desk.ssh("true")
         assert result.code == 255
-        assert "certificate of" in result.err
+        assert "certificate" in result.err
         assert word in result.err, result.err
         assert (relay.received, other.received) == (b"", b"")
     desk.good("status")
@@ -132,7 +132,7 @@ def test_a_sync_goes_on_through_the_api(
         environment = {"PLATO_GATEWAY_PORT": str(relay.port)}
         done = desk.good("sync", "--json", environment=environment)
         assert done.document["via"] == "api"
-        assert "certificate of" in done.err
+        assert "certificate" in done.err
         assert relay.received == b""
 
 
@@ -222,7 +222,7 @@ def test_a_ca_that_only_newer_pythons_refuse(desk: Desk, plato: LocalPlato, tmp_
         )
         failed = desk.run(command=[python, str(desk.product), *BLANK, "--json"])
         assert failed.code == 6, failed
-        assert "certificate of localhost" in failed.error["message"]
+        assert "localhost" in failed.error["message"]
         assert "Basic Constraints" in failed.error["message"]
         hint = failed.error["hint"]
         assert "Python 3.13" in hint

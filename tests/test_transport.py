@@ -18,7 +18,7 @@ from conftest import BLANK, Desk, Result, altered, eventually, living
 from localplato import LocalPlato
 
 import plato_sandbox
-from plato_sandbox import ApiError, NetworkError, UsageError
+from plato_sandbox import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -153,29 +153,6 @@ def test_proxy_for(
         monkeypatch.setenv(name, value)
     proxy = plato_sandbox.proxy_for(host, 443)
     assert (proxy and proxy.geturl()) == expected
-
-
-@pytest.mark.parametrize("status", [None, 400, 404, 409, 410, 422, 501])
-def test_no_retry_where_it_would_not_help(status: int | None) -> None:
-    assert not ApiError("no", status=status).may_pass
-
-
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_retry_for_what_may_pass(status: int) -> None:
-    assert ApiError("busy", status=status).may_pass
-    assert NetworkError("lost", sent=True).may_pass
-
-
-@pytest.mark.parametrize("status", [400, 401, 404, 409, 410, 422, 429, 500, 501, 503])
-def test_an_answer_that_says_that_nothing_was_done(status: int) -> None:
-    assert not ApiError("no", status=status).outcome_unknown
-    assert not NetworkError("no way there", sent=False).outcome_unknown
-
-
-@pytest.mark.parametrize("status", [None, 408, 502, 504])
-def test_an_answer_that_leaves_open_what_was_done(status: int | None) -> None:
-    assert ApiError("who knows", status=status).outcome_unknown
-    assert NetworkError("lost", sent=True).outcome_unknown
 
 
 @pytest.mark.parametrize(
@@ -392,10 +369,10 @@ WRONG_BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "cut connection": ({"effect": "truncate", "bytes": 9}, "session"),
     "empty": ({"effect": "status", "status": 200, "body": ""}, "0 bytes"),
     "spaces": ({"effect": "status", "status": 200, "body": " \n"}, "2 bytes"),
-    "list": ({"effect": "status", "status": 200, "body": []}, "not a JSON object"),
-    "text": ({"effect": "status", "status": 200, "body": '"fine"'}, "not a JSON object"),
-    "null": ({"effect": "status", "status": 200, "body": "null"}, "not a JSON object"),
-    "number": ({"effect": "status", "status": 200, "body": "4"}, "not a JSON object"),
+    "list": ({"effect": "status", "status": 200, "body": []}, "not the JSON"),
+    "text": ({"effect": "status", "status": 200, "body": '"fine"'}, "not the JSON"),
+    "null": ({"effect": "status", "status": 200, "body": "null"}, "not the JSON"),
+    "number": ({"effect": "status", "status": 200, "body": "4"}, "not the JSON"),
     "deep": ({"effect": "status", "status": 200, "body": "[" * 200_000}, "200000 bytes"),
     "long number": ({"effect": "status", "status": 200, "body": "9" * 9999}, "JSON"),
     "plain text": (
@@ -826,7 +803,8 @@ def test_tls_that_cannot_be_trusted(
         before = len(plato.requests())
         failed = run_quick(desk, *BLANK, "--json")
         assert failed.code == 6
-        assert "certificate of localhost" in failed.error["message"]
+        assert "localhost" in failed.error["message"]
+        assert "certificate" in failed.error["message"]
         assert "SSL_CERT_FILE" in failed.error["hint"]
         assert relay.received == b""
     assert len(plato.requests()) == before
