@@ -404,11 +404,15 @@ class Settings:
 
     def require_key(self) -> str:
         """The API key, or AuthenticationError."""
-        if not self.api_key or not (self.api_key.isascii() and self.api_key.isprintable()):
+        if not self.api_key:
             raise AuthenticationError(
-                "PLATO_API_KEY is not set, or holds characters that no key has (a line break, perhaps).",
-                hint="Set it in this shell: export PLATO_API_KEY=..."
-                " (a .env file is not read, as a repository can bring one; `set -a; . ./.env` reads yours).",
+                "PLATO_API_KEY is not set, so Plato cannot know who is asking.",
+                hint=f"Set it in this shell: export PLATO_API_KEY={_key_in_dotenv()}",
+            )
+        if not self.api_key.isascii() or not self.api_key.isprintable():
+            raise AuthenticationError(
+                "PLATO_API_KEY holds characters that no key has (a line break, perhaps).",
+                hint="Copy the key again and set PLATO_API_KEY anew.",
             )
         return self.api_key
 
@@ -427,6 +431,23 @@ _VARIABLES = {
     "ca_file": "SSL_CERT_FILE",
     "browser": "PLATO_BROWSER",
 }
+
+
+# A line of a .env file with the key, in the syntax of `sed -E`, which Python reads the same way.
+_KEY_LINE = """^ *(export +)?PLATO_API_KEY *= *['\\"]?([^'\\" #]+).*"""
+
+
+def _key_in_dotenv() -> str:
+    """What takes the key out of .env here or in the home, in a shell's words, if one of them has it.
+
+    Other clients read these files. This one only looks whether there is such a line: a repository can bring
+    a .env of its own, so its key is used when the user says so.
+    """
+    for path in (".env", "~/.env"):
+        with contextlib.suppress(OSError):
+            if re.search(_KEY_LINE, text_of_others(os.path.expanduser(path)), re.MULTILINE):
+                return f'"$(sed -nE "s/{_KEY_LINE}/\\2/p" {path} | tail -n 1)"'
+    return "..."
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:

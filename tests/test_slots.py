@@ -803,6 +803,72 @@ def test_ours_chooses_what_the_newest_uses(newest: Newest, desk: Desk) -> None:
 # the key in a .env
 # ---------------------------------------------------------------------------
 
+KEY = "a-key.of_the+tests/1="
+LINES = {
+    "plain": f"PLATO_API_KEY={KEY}\n",
+    "exported": f"export PLATO_API_KEY={KEY}\n",
+    "in double quotes": f'PLATO_API_KEY="{KEY}"\n',
+    "in single quotes": f"  export  PLATO_API_KEY = '{KEY}'  # mine\n",
+    "with a comment": f"A=1\nPLATO_API_KEY={KEY} # mine\nPLATO_API_KEY_OLD=x\n",
+    "without an end": f"#PLATO_API_KEY=old\nPLATO_API_KEY={KEY}",
+    "of Windows": f"A=1\r\nPLATO_API_KEY={KEY}\r\n",
+    "twice": f"PLATO_API_KEY=old\nPLATO_API_KEY={KEY}\n",
+}
+
+
+def without_key(desk: Desk, *words: str) -> str:
+    """The hint of a command that has no key."""
+    result = desk.run(*words, "--json", environment={"PLATO_API_KEY": ""})
+    assert (result.code, result.error["code"]) == (4, "authentication")
+    assert KEY not in result.out + result.err
+    hint = result.error["hint"]
+    assert hint.startswith("Set it in this shell: ")
+    return str(hint).partition(": ")[2]
+
+
+def shells() -> list[str]:
+    return [path for path in map(shutil.which, ("bash", "zsh", "dash")) if path]
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+@pytest.mark.parametrize("where", ["work", "home"])
+def test_the_hint_takes_the_key_from_a_dotenv(visitor: Desk, line: str, where: str) -> None:
+    place = visitor.work if where == "work" else visitor.home
+    (place / ".env").write_text(line, newline="")
+    export = without_key(visitor, *BLANK)
+    shown = 'printf %s "$PLATO_API_KEY" | tr -d "\\r"'
+    for shell in shells():
+        done = visitor.run(command=[shell, "-c", f"{export}\n{shown}"], environment={"PLATO_API_KEY": ""})
+        assert (done.out, done.err) == (KEY, ""), shell
+    program = shlex_of(visitor.command("status"))
+    done = visitor.run(command=["sh", "-c", f"{export}; {program}"], environment={"PLATO_API_KEY": ""})
+    assert done.code == 3, done  # the key as it stands there was good enough to ask with
+
+
+def shlex_of(words: list[str]) -> str:
+    import shlex
+
+    return " ".join(shlex.quote(word) for word in words)
+
+
+@pytest.mark.parametrize("kind", ["none", "other", "empty", "pipe", "directory", "closed", "not UTF-8"])
+def test_the_hint_without_such_a_line(visitor: Desk, kind: str) -> None:
+    path = visitor.work / ".env"
+    if kind == "other":
+        path.write_text(f"# PLATO_API_KEY={KEY}\nMY_PLATO_API_KEY={KEY}\nPLATO_API_KEYS={KEY}\n")
+    elif kind == "empty":
+        path.write_text("PLATO_API_KEY=\nPLATO_API_KEY=''\n")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "closed":
+        path.write_text("x\n")
+        path.chmod(0)
+    elif kind == "not UTF-8":
+        path.write_bytes(b"\xff\xfe\0")
+    assert without_key(visitor, *BLANK) == "export PLATO_API_KEY=..."
+
 
 def test_a_dotenv_beside_the_code_is_never_used_by_itself(visitor: Desk, shared_plato: LocalPlato) -> None:
     """A repository can bring a .env; its key, good or not, is not taken from there."""
@@ -810,7 +876,5 @@ def test_a_dotenv_beside_the_code_is_never_used_by_itself(visitor: Desk, shared_
     before = len(shared_plato.requests())
     result = visitor.run(*BLANK, environment={"PLATO_API_KEY": ""})
     assert result.code == 4
-    assert "PLATO_API_KEY=" in result.err
-    assert ".env" in result.err
     assert shared_plato.api_key not in result.out + result.err
     assert len(shared_plato.requests()) == before
