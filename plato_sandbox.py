@@ -445,7 +445,8 @@ def _key_in_dotenv() -> str:
     """
     for path in (".env", "~/.env"):
         with contextlib.suppress(OSError):
-            if re.search(_KEY_LINE, text_of_others(os.path.expanduser(path)), re.MULTILINE):
+            lines = text_of_others(os.path.expanduser(path)).splitlines()
+            if any(re.match(_KEY_LINE, line) for line in lines):
                 return f'"$(sed -nE "s/{_KEY_LINE}/\\2/p" {path} | tail -n 1)"'
     return "..."
 
