@@ -981,7 +981,8 @@ class Transport:
             return content
         raise ApiError(
             f"{host} answered {method} {path} with {len(data)} bytes of"
-            f" {told.get('content-type', 'something')}, which are not the JSON that was asked for.",
+            f" {told.get('content-type', 'something')}, which are not the JSON object or list that was"
+            " asked for.",
             hint="Check PLATO_BASE_URL, and that no login page or proxy stands in between.",
             text=text,
         )
