@@ -12,7 +12,7 @@ Python 3.9 or newer and, for SSH, the OpenSSH client. It imports nothing outside
     python3 plato_sandbox.py start --from-config     a VM for the plato-config.yml of this directory
     python3 plato_sandbox.py status                  what the VM and its heartbeat are doing
     python3 plato_sandbox.py sync                    bring the VM's files up to date with this directory
-    python3 plato_sandbox.py start-services          push the code, clone it on the VM, start Docker Compose
+    python3 plato_sandbox.py start-services          bring code to the VM and Gitea, start Docker Compose
     python3 plato_sandbox.py start-worker --wait     let the Plato worker watch the databases
     python3 plato_sandbox.py flow                    run the login flow in a browser
     python3 plato_sandbox.py state                   what changed in them since the last reset
@@ -3929,8 +3929,8 @@ else
   mkdir "$new/tree"; cd -- "$target"
 fi
 broken() { fail 74 "The VM could not take all of the files; run sync again: $words"; }
-# A directory that is not empty any more stays.
-! words=$(xargs -0 -r rm -df -- 2>&1 < "$new/meta/remove" | grep -av ': Directory not empty$') || broken
+! words=$(xargs -0 -r rm -f -- 2>&1 < "$new/meta/remove" | grep -av ': Is a directory$') || broken
+xargs -0 -r rmdir -- < "$new/meta/remove" 2>/dev/null  # those; one that is not empty any more stays
 absent='for d; do [ -d "$d" ] || printf "%s\0" "$d"; done'
 staged -type d -print0 | xargs -0 -r sh -c "$absent" - > "$new/created"
 move() { (cd "$new/tree" && find . -mindepth 1 -maxdepth 1 -print0 |
@@ -4017,7 +4017,14 @@ class Syncer:
                 hint="If it is meant to be empty, give --force.",
             )
         self.reporter.step("Looking at the VM", self.timeout)
-        generation, manifest, remote = self._look()
+        # Directories of excluded names are not entered there, unless something here has that name.
+        inside = {name for path in stamps for name in path.split(b"/")}
+        closed = [
+            name.decode() for name in EXCLUDED_DIRECTORIES if name not in inside and tree.ignores(name, True)
+        ]
+        script = assigned(refused=REFUSED_TARGETS, closed=" ".join(closed)) + _LOOK
+        look = self.vm.run(self.head + script, None, self.timeout)
+        generation, manifest, remote = parse_look(look)
         tree.leave_out_private_keys(remote)
         skipped = sorted(tree.skipped.items())
         for path, why in skipped:
@@ -4043,17 +4050,6 @@ class Syncer:
         report["sent"] += len(plan.files) - len(unsteady)
         report["removed"] += sum(remote[path][:1] != b"d" for path in plan.remove)
         return unsteady
-
-    def _look(self) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
-        """What is on the VM (see `parse_look`). Directories of excluded names are not entered there."""
-        inside = {name for path in self.tree.stamps for name in path.split(b"/")}
-        closed = [
-            name.decode()
-            for name in EXCLUDED_DIRECTORIES
-            if name not in inside and self.tree.ignores(name, True)
-        ]
-        script = assigned(refused=REFUSED_TARGETS, closed=" ".join(closed)) + _LOOK
-        return parse_look(self.vm.run(self.head + script, None, self.timeout))
 
     def _send(self, plan: SyncPlan, generation: str) -> tuple[int, list[bytes]]:
         """Carry out a plan; how many bytes travelled, and the files that changed while they were read."""
@@ -6711,7 +6707,7 @@ class Sandbox:
             return syncer.run() if watch is None else syncer.watch(watch)
 
     def start_services(self, *, dataset: str | None = None, **options: Any) -> Json:
-        """Push the code to Gitea, clone it on the VM, and start the dataset's Docker Compose services there.
+        """Bring the code to the VM, push it to Gitea from there, and start the dataset's Compose services.
 
         dataset: default the sandbox's. options: those of `start_services` (via "git" or "sync", build,
         force_recreate, gitignore, timeout in seconds of one `docker compose up`).
@@ -8115,15 +8111,15 @@ examples:
         services_lines,
         f"""\
 -d, --dataset NAME       dataset of the config (default: the sandbox's)
-    --via git|sync       how the code gets to the VM: through Gitea, or as `sync` does it (default: git)
+    --via git|sync       git pushes the code to Gitea as well, sync does not (default: git)
     --no-gitignore       push also what .gitignore files hide
     --build              build images before starting containers
     --force-recreate     recreate containers even if nothing changed
 -t, --timeout SECONDS    the longest wait for one `docker compose up` (default: {UP_SECONDS:g})
 
 The code is what `sync` would bring, without what .gitignore files hide unless
-plato-config.yml names it. It is pushed to a workspace branch in Gitea and
-cloned on the VM; what services wrote beside it there stays.
+plato-config.yml names it. The VM pushes it to a workspace branch in Gitea and
+becomes a clone of that; what services wrote beside it there stays.
 
 examples:
   {PROGRAM} start-services                 with the sandbox's dataset

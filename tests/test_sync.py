@@ -342,6 +342,12 @@ def closing() -> Iterator[Callable[[Sandbox], Sandbox]]:
         ([("directory", b"a/*", 0o775, None)], [], "api"),
     ]
 )
+@example(  # a directory that nobody can look into goes too
+    rounds=[
+        ([("write", b"a/b", b"1", 0o644), ("directory", b"b", 0o311, None)], [], "ssh"),
+        ([("remove", b"b", None, None)], [], "ssh"),
+    ]
+)
 def test_tree_is_what_the_plan_says(
     vm: Vm, tmp_path: Path, closing: Callable[[Sandbox], Sandbox], rounds: list[Any]
 ) -> None:
