@@ -2256,7 +2256,7 @@ class ConfigError(CheckFailedError):
 def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
     """The error for a file. problems: `file:line:column: what is wrong`, each a line of the message."""
     error = ConfigError(
-        f"{source} cannot be used: {counted(len(problems), 'problem')}.",
+        f"{source} cannot be used: {len(problems)} problem{'s' if problems[1:] else ''}.",
         hint="Nothing was done. Correct the file and run the command again.",
     )
     error.message = "\n".join([error.message, *map(printable, problems)])
@@ -2266,7 +2266,7 @@ def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
 def _meant(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the known one that was meant, or all of them."""
     close = closest(word, known)
-    return f"; did you mean `{close}`?" if close else f"; there are: {', '.join(known) or 'none'}"
+    return f"did you mean `{close}`?" if close else f"there are: {', '.join(known) or 'none'}"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
@@ -2283,19 +2283,9 @@ if TYPE_CHECKING:
     Field = Callable[[YamlNode], str]  # the schema of a value: what is wrong with one, "" if nothing is
 
 
-def _field(words: str, fits: Callable[[Any], object], choices: Sequence[str] = ()) -> Field:
-    """What a value may be, as `fits` judges it and as the words behind "it must be".
-
-    choices: the only texts that it may be, one of which may have been meant.
-    """
-
-    def wrong(node: YamlNode) -> str:
-        if fits(node.value):
-            return ""
-        close = closest(str(node.value), choices)
-        return f"did you mean `{close}`?" if close else f"it must be {words}"
-
-    return wrong
+def _field(words: str, fits: Callable[[Any], object]) -> Field:
+    """What a value may be, as `fits` judges it and as the words behind "it must be"."""
+    return lambda node: "" if fits(node.value) else f"it must be {words}"
 
 
 def whole_number(value: Any) -> int | None:
@@ -2312,7 +2302,7 @@ def _integer(low: int, high: int = 10**9) -> Field:
 
 
 def _choice(*words: str) -> Field:
-    return _field(f"one of: {', '.join(words)}", lambda value: value in words, words)
+    return lambda node: "" if node.value in words else _meant(str(node.value), words)
 
 
 def _text(words: str, fits: Callable[[str], object] = lambda text: True) -> Field:
@@ -2451,12 +2441,9 @@ class Checker:
             if value and value.value is not None:
                 self.check(value, prefix + name, schema)
             elif name != field:
-                wrong = f"is {'empty' if value else 'missing'}"
-                if callable(schema):
-                    wrong += f"; {schema(node)}"
-                elif "*" in fields:
-                    wrong += _meant(name, [str(key.value) for key, _ in node.pairs()])
-                self.tell(value or node, prefix + name, wrong)
+                keys = [str(key.value) for key, _ in node.pairs()]
+                wanted = schema(node) if callable(schema) else _meant(name, keys)
+                self.tell(value or node, prefix + name, f"is {'empty' if value else 'missing'}; {wanted}")
         for key, value in node.pairs():
             if key.value in known:
                 continue
@@ -2466,7 +2453,7 @@ class Checker:
             meant = _meant(str(key.value), known)
             if self.strict or "did you mean" in meant:
                 home = self.problems if self.strict else self.warnings
-                self.tell(key, where, f"has no field `{key.value}`{meant}", home)
+                self.tell(key, where, f"has no field `{key.value}`; {meant}", home)
 
     def tell(self, node: YamlNode, where: str, text: str, home: list[str] | None = None) -> None:
         what = f"`{where}`" if where else "the file"
@@ -2662,7 +2649,7 @@ class FlowSet:
         wanted = list(known) if every else names or ["login"]
         for name in wanted:
             if name not in known:
-                raise UsageError(f"{self.shown} has no flow {name!r}{_meant(name, known)}")
+                raise UsageError(f"{self.shown} has no flow {name!r}; {_meant(name, known)}")
             if not known[name]["steps"]:
                 raise UsageError(f"The flow {name!r} has no steps, so there is nothing to run.")
         return [known[name] for name in wanted]
@@ -4724,8 +4711,7 @@ class AuditTable:
 
 FLOW_SECONDS = 600.0
 FLOW_OUTPUT = "test-results"
-FLOW_LOOK_SECONDS = 5.0  # for a picture, for a look at a page that just failed, and beyond a step's patience
-FLOW_CLOSE_SECONDS = 8.0  # for the browser to end in order
+FLOW_LOOK_SECONDS = 8.0  # beyond a step's patience, for a picture, for the browser to end in order
 ERROR_SELECTORS = (
     ".error",
     ".alert-danger",
@@ -4990,7 +4976,7 @@ class FlowRun:
         finally:
             self._ended = True
             try:
-                thread.wait(FLOW_CLOSE_SECONDS)
+                thread.wait(FLOW_LOOK_SECONDS)
             finally:
                 remove_tree(self._folder)
 
@@ -5023,7 +5009,7 @@ class FlowRun:
                 while self.browser.is_connected():
                     await asyncio.sleep(0.05)
         finally:
-            await quietly(lambda: self._playwright.stop(), FLOW_CLOSE_SECONDS)
+            await quietly(lambda: self._playwright.stop())
 
     async def _open(self, launch: Json) -> None:
         """Open the browser. SandboxError with the command for what is missing."""
@@ -5047,9 +5033,12 @@ class FlowRun:
             finally:
                 os.environ.update(secrets)
             chromium = self._playwright.chromium
-            if not (launch["executable_path"] or os.path.exists(chromium.executable_path)):
-                launch["executable_path"] = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
-            self.browser = await chromium.launch(**launch)
+            path = launch["executable_path"]
+            if path:
+                path = find_program(path) or path
+            elif not os.path.exists(chromium.executable_path):
+                path = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
+            self.browser = await chromium.launch(**{**launch, "executable_path": path})
         except Exception as error:  # noqa: BLE001  (the driver or the browser failed in any way)
             raise SandboxError(
                 f"The browser could not be opened: {seen_words(error)}. This brings one:"
@@ -5062,7 +5051,6 @@ class FlowRun:
         result: Json = {
             **flow,
             "passed": True,
-            "seconds": 0.0,
             "steps": [dict(step.record) for step in steps],
             "failure": None,
             "trace": None,
@@ -5245,11 +5233,17 @@ class FlowRun:
         if step.type == "fill":
             self.mask.add(step)  # it may be a password; nobody can tell
         state = await quietly(lambda: self.page.evaluate(_STATE_OF_PAGE))
-        failure = {**record, "step": step.number, "http_status": None, "text": "", **(state or {})}
-        failure["troubles"] = list(dict.fromkeys(self._troubles))[:20]
+        failure = {
+            "step": step.number,
+            **record,
+            "http_status": None,
+            "text": "",
+            **(state or {}),
+            "troubles": list(dict.fromkeys(self._troubles))[:20],
+        }
         result.update(passed=False, failure=failure)
         whole = f"{self._folder}/trace.zip"
-        await quietly(lambda: self.context.tracing.stop(path=whole), 4 * FLOW_CLOSE_SECONDS)
+        await quietly(lambda: self.context.tracing.stop(path=whole), 30.0)
         if os.path.exists(whole):
             mask_trace(whole, path, self.mask)
             os.unlink(whole)
@@ -6896,6 +6890,7 @@ class Sandbox:
     def flows(self, source: str | None = None) -> FlowSet:
         """The flows of its own config, else of its directory's config, else those that Plato has; checked.
 
+        They are in the field `flows`, each with its name, description and steps.
         source: "local" (the config's flows file) or "api" (what Plato has) for one of them only. Without
         a sandbox, the local config's. ConfigError lists what is wrong with them.
         """
@@ -6941,12 +6936,8 @@ class Sandbox:
         None if not asked), report (the path of report.html), and `error`: a SandboxError, or None when all
         passed. What cannot even begin raises.
         """
-        browser, headed = self.settings.browser, headed or keep_open
-        launch = {
-            "executable_path": browser and (find_program(browser) or browser),
-            "headless": not headed,
-            "slow_mo": slowmo,
-        }
+        headed = headed or keep_open
+        launch = {"executable_path": self.settings.browser, "headless": not headed, "slow_mo": slowmo}
         if base_url is None:
             self._load_for_use()
             self.revive_heartbeat()
@@ -6963,7 +6954,7 @@ class Sandbox:
             changed = new_mutations(before, self._mutations_now()) if verify_no_mutations else []
             results = session.results
             content: Json = {
-                "passed": not (changed or session.timed_out) and all(item["passed"] for item in results),
+                "passed": not changed and all(item["passed"] for item in results),
                 "started_at": utc_text(began),
                 "seconds": round(time.time() - began, 3),
                 "address": address,

@@ -124,8 +124,8 @@ STEP_PROBLEMS = {
         "{type: clik, selector: a}",
         "flows.yml:4:16: `flows.login.steps.1.type` is clik; did you mean `click`?",
     ),
-    "unlike any type": ("{type: sing}", "it must be one of: navigate, "),
-    "no type": ("{selector: a}", "flows.yml:4:9: `flows.login.steps.1.type` is missing; it must be one of: "),
+    "unlike any type": ("{type: sing}", "there are: navigate, "),
+    "no type": ("{selector: a}", "flows.yml:4:9: `flows.login.steps.1.type` is missing; there are: "),
     "missing field": ("{type: click}", "flows.yml:4:9: `flows.login.steps.1.selector` is missing"),
     "misspelt field": (
         "{type: click, selectr: a}",
