@@ -6275,10 +6275,10 @@ def difference_of(old: str, new: str) -> str:
 
 def replace_text(path: str, old: str, new: str) -> None:
     """Write a config anew in one step. ConflictError when it is not as it was read."""
-    path, name = os.path.realpath(path), os.path.basename(path)  # a symbolic link stays one
+    path = os.path.realpath(path)  # a symbolic link stays one
     if read_config(path) != old:
         raise ConflictError(
-            f"{name} was changed by something else since it was read; nothing was written.",
+            "The config was changed by something else since it was read; nothing was written.",
             hint="Look again: your choice of rules is kept and put on top of what is there now.",
         )
     try:
@@ -6290,7 +6290,7 @@ def replace_text(path: str, old: str, new: str) -> None:
             os.chown(path, status.st_uid, status.st_gid)
     except OSError as error:
         raise ConfigError(
-            f"{name} cannot be written: {reason(error)}.",
+            f"The config cannot be written: {reason(error)}.",
             hint="Copy the YAML, or make the file and its directory writable.",
         ) from None
 
@@ -6783,7 +6783,8 @@ def _show_changes(st: Any, visit: Visit) -> None:
     if not visit.known:
         return
     changes = visit.changes
-    total, left = (sum(kinds.values()) for kinds in (changes.kinds, changes.remaining(visit.ticks)))
+    total = sum(changes.kinds.values())
+    left = sum(changes.remaining(visit.ticks).values())
     numbers = {"Changes": total, "Hidden by the rules": total - left, "Remaining": left}
     with st.container(horizontal=True, gap="large"):
         for label, number in numbers.items():
