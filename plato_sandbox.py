@@ -2516,6 +2516,9 @@ def parse_config(text: str, source: str, path: str, dataset: str | None) -> Conf
     name = dataset or DEFAULT_DATASET
     datasets = {"*": None, f"{name}!": _DATASET}  # the others are not looked at
     checker = Checker(text, source, {"service!": _NAME, "datasets!": datasets})
+    native = checker.root.get("datasets", name, "compute", "native_worker")
+    if native is not None:
+        checker.warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
     plain = checker.root.plain()
     return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
 

@@ -336,7 +336,7 @@ service: myapp
 datasets:
   base:
     {MARK}metdata: {{name: A}}
-    compute: {{cpus: 2, {MARK}memroy: 2048, colour: red}}
+    compute: {{cpus: 2, {MARK}memroy: 2048, colour: red, native_worker: {MARK}true}}
     services: {{main: {{{MARK}required_healthy_container: [a]}}}}
     listeners:
       db: {{db_type: sqlite, db_database: d, {MARK}audit_ignore_table: [a]}}
@@ -349,6 +349,7 @@ datasets:
     assert [line.split("plato-config.yml:")[1].split(": ")[0] for line in sorted(warnings)] == sorted(places)
     for meant in ("service", "metadata", "memory", "required_healthy_containers", "audit_ignore_tables"):
         assert f"`{meant}`" in started.err
+    assert "`compute.native_worker` is ignored by Plato" in started.err
     for harmless in ("colour", "unrelated"):
         assert harmless not in started.err
     visitor.good("start-worker")
