@@ -5672,27 +5672,28 @@ AUDIT_QUERY_SECONDS = 20
 AUDIT_LOOK_SECONDS = 60.0  # whatever happens: a VM can go without a word
 AUDIT_DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
 
-# Schema, table, column, type, and what it is if it is of the primary key.
+# Schema, table, column, type, what it is if it is of the primary key, and the table as statements name it.
 _COLUMNS = {
     "postgresql": """
-SELECT table_schema, table_name, column_name, data_type, i.indrelid
+SELECT table_schema, table_name, column_name, data_type, i.indrelid, format('%I.%I', table_schema, table_name)
 FROM information_schema.columns JOIN pg_namespace n ON n.nspname = table_schema
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = table_name AND c.relkind IN ('r', 'p')
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND ordinal_position = ANY (i.indkey)
 WHERE table_schema NOT IN ('information_schema', 'pg_catalog')
 ORDER BY table_schema, table_name, ordinal_position""",
     "mysql": """
-SELECT table_schema, table_name, column_name, column_type, nullif(column_key = 'PRI', 0)
+SELECT table_schema, table_name, column_name, column_type, nullif(column_key = 'PRI', 0),
+concat('`', replace(table_name, '`', '``'), '`')
 FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
 WHERE table_schema = database() AND table_type <> 'VIEW'
 ORDER BY table_schema, table_name, ordinal_position""",
     "sqlite": """
-SELECT 'main', m.name, p.name, p.type, nullif(p.pk, 0)
+SELECT 'main', m.name, p.name, p.type, nullif(p.pk, 0), '"' || replace(m.name, '"', '""') || '"'
 FROM sqlite_master m JOIN pragma_table_info(m.name) p
 WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite^_%' ESCAPE '^' ORDER BY m.name, p.cid""",
 }
 
-# Prints the rows that a statement gives, as texts. It runs where the database can
+# Prints the rows that a statement gives, as texts of 200 characters at most. It runs where the database can
 # be reached, and ends with 1 where the statement failed, 2 where the database let nobody in, 3 where none
 # answered. A file that cannot be locked is read as one that nobody changes.
 _READER = r"""
@@ -5726,6 +5727,13 @@ def connect(mode):
     connection.text_factory = lambda data: data.decode("utf-8", "replace")
     return connection
 
+def text(value):
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return "(binary)"
+    if isinstance(value, (dict, list)):
+        value = json.dumps(value, default=str)
+    return value if value is None else str(value)[:200]
+
 problem = None
 for mode in ("?mode=ro", "?mode=ro&immutable=1") if kind == "sqlite" else ("",):
     connected = False
@@ -5735,7 +5743,7 @@ for mode in ("?mode=ro", "?mode=ro&immutable=1") if kind == "sqlite" else ("",):
         cursor = connection.cursor()
         cursor.execute(limits[kind])
         cursor.execute(statement)
-        rows = [[value and str(value) for value in row] for row in cursor.fetchall()]
+        rows = [[text(value) for value in row] for row in cursor.fetchall()]
         connection.close()
         sys.exit(print(json.dumps(rows)))
     except Exception as error:
@@ -5777,6 +5785,11 @@ class Database:
             found.setdefault(name, []).append(row)
         found.pop(self.listener.table, None)
         return found
+
+    def examples(self, columns: Sequence[Any]) -> Json:
+        """A few values of each column of a table."""
+        rows = self.query(f"SELECT * FROM {columns[0][5]} LIMIT 20")  # noqa: S608  (quoted)
+        return dict(zip((column[2] for column in columns), zip(*rows)))
 
     def query(self, statement: str | None) -> list[Any]:
         """The rows of a statement, which can read only. DatabaseError, NetworkError, TimedOutError."""
@@ -5887,6 +5900,7 @@ class Visit:
         """Read everything anew; choices that were made stay, on top of what the file has now."""
         changes = Aside(self.plan.read_changes)
         self.troubles: dict[str, SandboxError] = {}
+        self.examples = functools.lru_cache(None)(lambda name: self.database.examples(self.tables[name]))
         self.tables: Json = self._try("tables", self.database.tables) or {}
         self.text: str | None = self._try("config", self._read_rules)
         found = self._try("changes", changes.result) or {}
@@ -6116,7 +6130,7 @@ def _show_changes(st: Any, visit: Visit) -> None:
 
 
 def _show_grid(st: Any, visit: Visit) -> None:
-    """The tables and columns to be ticked."""
+    """The tables and columns to be ticked, and what can be seen of one of them."""
     with st.container(horizontal=True, vertical_alignment="center"):
         only = st.toggle("Only what changed", bool(visit.changes.kinds))
         hint = "Search: part of a table's or a column's name"
@@ -6138,12 +6152,19 @@ def _show_grid(st: Any, visit: Visit) -> None:
         visit.ticks = visit.drawn - set(places) | chosen
     else:
         st.caption("Nothing here has such a name." if words else "There are no tables.")
-    more, label = visit.changes.noise(visit.ticks), "Ignore all that remains"
-    if words:
-        more = {place for place in places if words in place[1].lower()} - visit.ticks
-        label = f"Ignore {counted(len(more), 'column')}"
-    if more:
-        st.button(label, on_click=visit.choose, args=(visit.ticks | more,))
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        more, label = visit.changes.noise(visit.ticks), "Ignore all that remains"
+        if words:
+            more = {place for place in places if words in place[1].lower()} - visit.ticks
+            label = f"Ignore {counted(len(more), 'column')}"
+        if more:
+            st.button(label, on_click=visit.choose, args=(visit.ticks | more,))
+        name = st.selectbox("Look into a table", list(visit.tables), None, printable)
+    if name:
+        try:
+            st.dataframe(visit.examples(name), hide_index=True)
+        except SandboxError as error:
+            st.warning(_told(error))
 
 
 def _show_rules(st: Any, visit: Visit) -> None:
@@ -8151,7 +8172,7 @@ examples:
     --no-browser         do not open a browser, only print the address
     --direct             reach db_host from here, not through the gateway
 
-The page shows what changed since the last reset, and all tables and columns;
+The page shows what changed since the last reset and what is in the databases;
 rules that are chosen there are saved to plato-config.yml. The databases are
 read only. Needs streamlit, psycopg2-binary and pymysql.
 

@@ -205,6 +205,13 @@ def test_odd_names(server: Server) -> None:
     for name in odd:
         assert names(found[name]) == ["id", name]
         assert [bool(row[4]) for row in found[name]] == [True, False]
+        assert server.reader().examples(found[name]) == {"id": ("1", "2"), name: ("it's", None)}
+
+
+def test_long_values_are_cut_off_where_they_are(server: Server) -> None:
+    server.run("CREATE TABLE notes (a text)", "INSERT INTO notes VALUES (repeat('x', 60000))")
+    reader = server.reader()
+    assert reader.examples(reader.tables()["notes"]) == {"a": ("x" * 200,)}
 
 
 def test_nothing_can_be_written(server: Server) -> None:
@@ -254,6 +261,15 @@ def test_every_look_is_a_connection_of_its_own(server: Server) -> None:
         "mysql": "SELECT count(*) FROM information_schema.processlist WHERE db = database()",
     }[server.kind]
     eventually(lambda: server.run(count) == [(1,)])
+
+
+def test_a_table_that_is_gone(server: Server) -> None:
+    server.run("CREATE TABLE lost_connection_password (a int)")
+    table = server.reader().tables()["lost_connection_password"]
+    server.run("DROP TABLE lost_connection_password")
+    with pytest.raises(DatabaseError, match=r"lost_connection_password.*(not|n't) exist") as raised:
+        server.reader().examples(table)
+    assert raised.value.hint is None
 
 
 def test_the_workers_own_table_and_views_are_left_out(server: Server) -> None:
@@ -308,6 +324,8 @@ def test_schemas_partitions_and_types(postgres: Server) -> None:
     assert [row[3] for row in orders] == [
         *("bigint", "jsonb", "ARRAY", "bytea", "USER-DEFINED", "numeric", "timestamp with time zone")
     ]
+    row = [values[0] for values in postgres.reader().examples(orders).values()]
+    assert row[:6] == ["1", '{"a": [1, null]}', '["x", "y z"]', "(binary)", "good", "12.50"]
     assert set(postgres.reader(db_schema="Sales 2024").tables()) == {
         *("orders", "public.orders", "public.events", "public.events_1")
     }
@@ -324,7 +342,23 @@ def test_what_a_user_may_not_read(postgres: Server) -> None:
     reader = postgres.reader(db_user=name, db_password="weak")
     assert set(reader.tables()) == {"open"}
     with pytest.raises(DatabaseError, match="permission denied"):
-        reader.query("SELECT * FROM secrets")
+        reader.examples(postgres.reader().tables()["secrets"])
+
+
+# MariaDB
+
+
+def test_types_of_mariadb(maria: Server) -> None:
+    maria.run(
+        "CREATE TABLE orders (id int AUTO_INCREMENT PRIMARY KEY, data json, raw varbinary(9), picture"
+        " longblob, how enum('good', 'bad'), flags bit(3), at datetime(6), spot point, price decimal(8, 2))",
+        "INSERT INTO orders (data, raw, picture, how, flags, at, spot, price) "
+        "VALUES ('{\"a\": 1}', x'00ff', repeat('x', 100000), 'bad', b'101', '2024-01-02', point(1, 2), 1.5)",
+    )
+    reader = maria.reader()
+    row = [values[0] for values in reader.examples(reader.tables()["orders"]).values()]
+    assert row[:5] == ["1", '{"a": 1}', "(binary)", "(binary)", "bad"]
+    assert row[7:9] == ["(binary)", "1.50"]
 
 
 # SQLite
@@ -358,6 +392,7 @@ def test_a_file_of_sqlite(file: Path) -> None:
         ["name", "TEXT", None],
         ["raw", "BLOB", None],
     ]
+    assert reader.examples(odd) == {"id": ("1", "7"), "name": ("é" * 200, None), "raw": ("(binary)", None)}
 
 
 def test_a_file_is_not_written_and_may_be_in_use(file: Path) -> None:
@@ -366,7 +401,7 @@ def test_a_file_is_not_written_and_may_be_in_use(file: Path) -> None:
         connection.execute("INSERT INTO keyed VALUES ('x')")
         connection.commit()
         reader = sqlite(file)
-        assert reader.query("SELECT name FROM keyed") == [["x"]]
+        assert reader.examples(reader.tables()["keyed"]) == {"name": ("x",)}
     connection.close()
     file.chmod(0o444)
     before = file.read_bytes()

@@ -81,6 +81,10 @@ class Shelf(Database):
         self.look("tables")
         return self.found
 
+    def examples(self, columns: Sequence[Any]) -> dict[str, Any]:
+        self.look(f"examples {columns[0][1]}")
+        return {row[2]: ["1", None] for row in columns}
+
 
 class Stage:
     """A page with a config, a database and changes of the test's choice, and what it shows."""
@@ -414,12 +418,25 @@ def test_choices_outlive_another_view(stage: Stage) -> None:
     assert stage.rules == ["sessions", "activity", {"table": "users", "columns": ["last"]}]
 
 
+def test_a_table_is_looked_into_on_demand(stage: Stage) -> None:
+    page = stage.open()
+    page.selectbox[0].set_value("activity").run()
+    assert stage.database.looks == ["tables", "examples activity"]
+    assert list(page.dataframe[1].value["action"].fillna("NULL")) == ["1", "NULL"]
+    tick(page, ("users", "last"))
+    assert stage.database.looks == ["tables", "examples activity"]
+    stage.database.trouble = DatabaseError("It took too long.")
+    page.selectbox[0].set_value("users").run()
+    assert "took too long" in text(page)
+
+
 @pytest.mark.parametrize("column", [SCRIPT, WHOLE])
 def test_names_from_a_database_are_text_and_nothing_else(stage: Stage, column: str) -> None:
     stage.changes = [update(SCRIPT, {SCRIPT: SCRIPT}, {SCRIPT: SCRIPT + "2"})]
     stage.database.found = {}
     stage.database.put(SCRIPT, [SCRIPT, "id"])
     page = tick(stage.open(), (SCRIPT, column))
+    page.selectbox[0].set_value(SCRIPT).run()
     click(page, "Save to ")
     assert stage.rules[1] == (SCRIPT if column == WHOLE else {"table": SCRIPT, "columns": [SCRIPT]})
     assert "<script" not in html(page)
@@ -431,6 +448,7 @@ def test_names_of_tables_do_not_get_in_the_way_of_the_page_itself(stage: Stage, 
     stage.database.found = {}
     stage.database.put(name, ["a", name])
     page = stage.open()
+    page.selectbox[0].set_value(name).run()
     click(tick(page, (name, "a")), "Save to ")
     assert stage.rules == ["sessions", {"table": name, "columns": ["a"]}]
 

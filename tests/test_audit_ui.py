@@ -475,7 +475,9 @@ def test_a_login_is_noise_after_two_clicks(
 
 @pytest.mark.long
 @pytest.mark.timeout(400)
-def test_recording(scene: Scene, person: Person, serving: Serving, open_page: Callable[[str], Page]) -> None:
+def test_recording_and_looking_into_tables(
+    scene: Scene, person: Person, serving: Serving, open_page: Callable[[str], Page]
+) -> None:
     person.log_in()
     page = open_page(serving.url)
     page.click("Record")
@@ -487,6 +489,12 @@ def test_recording(scene: Scene, person: Person, serving: Serving, open_page: Ca
     page.click("Look again")
     page.tab.get_by_text("Only what happened during the recording").wait_for(state="detached")
 
+    look = page.tab.get_by_role("combobox", name="Look into a table")
+    look.press("ArrowDown")
+    look.press_sequentially("tasks")
+    page.tab.get_by_role("option", name="tasks").wait_for()
+    look.press("Enter")
+    page.tab.get_by_test_id("stDataFrame").nth(1).get_by_text("Water the plants").wait_for(state="attached")
     search = page.tab.get_by_role("textbox", name="Search")
     search.fill("token_hash")
     search.press("Enter")
@@ -632,6 +640,7 @@ def test_a_file_of_sqlite_on_the_vm(desk: Desk) -> None:
         ((name, table),) = reader.tables().items()
         assert name == "odd itname"
         assert [row[2:5] for row in table] == [["id", "INTEGER", "1"], ["a", "TEXT", None]]
+        assert reader.examples(table) == {"id": ("3",), "a": ("x",)}
     listener = AuditTable("file", {"db_type": "sqlite", "db_database": "/no.db"})
     with pytest.raises(DatabaseError, match=r"there is no file /no\.db"):
         Database(listener, sandbox=sandbox).tables()
