@@ -30,6 +30,7 @@ Environment
     PLATO_BROWSER                       the Chrome or Chromium that `flow` opens (one that is found)
     PLATO_SANDBOX_COMMAND               how a wrapper calls this tool, for the commands in its hints
     PLATO_SANDBOX                       which of several sandboxes of `plato sandbox` is meant, as there
+    PGPASSWORD, MYSQL_PWD               the password that an --database-url leaves out
     HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, NO_COLOR, TERM    with their usual meaning
 
 Files
@@ -5816,7 +5817,9 @@ class Database:
             return as_list(json.loads(outcome.stdout))
         said, hint = last_words(outcome.stderr), None
         if outcome.code in (2, 3):
-            hint = f"Correct its address in the config, or start it: {PROGRAM} start-services"
+            hint = (
+                f"Correct its address in the config or --database-url, or start it: {PROGRAM} start-services"
+            )
         if outcome.code == 3 and self.tunnel:
             self.tunnel.connect().close()  # if it is the gateway, it says so
             said = f"it does not answer on port {at.login['port']} of the VM"
@@ -5832,6 +5835,40 @@ def check_audit_packages() -> None:
             install = [sys.executable, "-m", "pip", "install", "streamlit", "psycopg2-binary", "pymysql"]
             command = shell_words(install)
             raise SandboxError(f"audit-ui needs {name}, which this Python does not have: {command}")
+
+
+_DATABASE_URL = re.compile(
+    r"(postgres|mysql|mariadb|sqlite)(?:ql)?(?:\+\w+)?:"
+    r"//(?:([^:/]*)(?::(.*))?@)?(?:\[(.*)\]|([^:/]*))(?::(\d+))?/([^?]+)(?:\?(.*))?"
+)
+
+
+def database_url(url: str, environment: Mapping[str, str]) -> tuple[Json, Json]:
+    """The fields of a listener and the connection's options. UsageError for anything else.
+
+    postgresql://user@host:port/database?sslmode=require, mysql://.., mariadb://.., sqlite:///path/of/file.
+    A password that it leaves out comes from PGPASSWORD or MYSQL_PWD.
+    """
+    import urllib.parse
+
+    match = _DATABASE_URL.fullmatch(url)
+    if not match:
+        raise UsageError(
+            "--database-url is not the address of a database that can be read.",
+            hint="It looks like postgresql://user@host:5432/database (?sslmode=.. and ?sslrootcert=.. may"
+            " follow), mysql://user@host:3306/database or sqlite:///path/of/file.",
+        )
+    scheme, user, password, *host, port, database = map(urllib.parse.unquote, match.groups("")[:7])
+    kind = {"postgres": "postgresql", "mariadb": "mysql"}.get(scheme, scheme)
+    fields = {
+        "db_type": kind,
+        "db_host": "".join(host),
+        "db_port": port,
+        "db_user": user,
+        "db_password": password or environment.get("PGPASSWORD" if kind == "postgresql" else "MYSQL_PWD"),
+        "db_database": os.path.abspath(database) if kind == "sqlite" else database,
+    }
+    return fields, dict(urllib.parse.parse_qsl(match[8]))
 
 
 class Tunnel:
@@ -7100,12 +7137,15 @@ def plan_audit(
     dataset: str | None = None,
     listener: str | None = None,
     direct: bool = False,
+    url: str | None = None,
 ) -> AuditPlan:
     """What `audit-ui` is to show: the `db` listeners of the sandbox's dataset, and how they are reached.
 
     listener: only the one of this name. direct: at db_host from here, not through the gateway; a sandbox is
-    not needed then. Any SandboxError; the gateway is tried.
+    not needed then. url: this database and no sandbox. Any SandboxError; the gateway is tried.
     """
+    if url is not None:
+        return _plan_audit_of_url(sandbox, url, dataset, listener)
     state: Json = {}
     try:
         state = sandbox._load_for_use()
@@ -7144,6 +7184,30 @@ def _audit_listeners(config: Config, wanted: str | None) -> dict[str, Json]:
             hint=f"Its `db` listeners are: {', '.join(found)}.",
         )
     return {name: part for name, part in found.items() if wanted in (None, name)}
+
+
+def _plan_audit_of_url(sandbox: Sandbox, url: str, dataset: str | None, listener: str | None) -> AuditPlan:
+    """A database by its address. Its rules are those of the only `db` listener here, or of the one named."""
+    fields, options = database_url(url, os.environ)
+    if re.search("://[^/@]*:[^/@]", url):
+        sandbox.reporter.warn(
+            "Others on this machine can see the password in --database-url;"
+            " leave it out, and set PGPASSWORD or MYSQL_PWD instead."
+        )
+    config, name = Config("", "", DEFAULT_DATASET, {}, []), "database"
+    if listener or any(os.path.exists(os.path.join(sandbox.directory, name)) for name in CONFIG_NAMES):
+        config = load_config(find_config(sandbox.directory), dataset)
+        name, *others = _audit_listeners(config, listener)
+        if others:
+            raise UsageError(
+                "The config has several `db` listeners; name the one whose database this is.",
+                hint=f"--listener {' or --listener '.join([name, *others])}",
+            )
+        own = _audit_listeners(config, name)[name]
+        fields = {**fields, **{key: own[key] for key in ("audit_table_name", "db_schema") if key in own}}
+    at = AuditTable(name, fields)
+    at.login.update(options)
+    return AuditPlan((Database(at),), dict, config, None)
 
 
 def audit_changes(directory: str, names: Sequence[str]) -> dict[str, list[Mutation]]:
@@ -7928,15 +7992,23 @@ def failure_lines(failure: Json) -> Iterator[Line]:
     yield "Picture", failure["picture"] and shown_path(from_here(failure["picture"]))
 
 
-def run_audit_ui(sandbox: Sandbox, port: int | None = None, browser: bool = True, **options: Any) -> None:
+def run_audit_ui(
+    sandbox: Sandbox,
+    port: int | None = None,
+    browser: bool = True,
+    database_url: str | None = None,
+    **options: Any,
+) -> None:
     """Serve the page until Ctrl-C, its ordinary end. With --json, the document comes at the start."""
     import signal
 
     output: Any = sandbox.reporter
     output.step("Looking for the databases")
-    plan = plan_audit(sandbox, **options)
+    plan = plan_audit(sandbox, url=database_url, **options)
     sandbox.api.hang_up()
     check_audit_packages()
+    if database_url:
+        plan.databases[0].tables()  # whether it leads anywhere
     output.step("Starting the page")
     free, for_person = free_port(port), browser and not output.json
 
@@ -8171,6 +8243,7 @@ examples:
     --port N             port of the page (default: any that is free)
     --no-browser         do not open a browser, only print the address
     --direct             reach db_host from here, not through the gateway
+    --database-url URL   this database, without a sandbox; the password may stay out
 
 The page shows what changed since the last reset and what is in the databases;
 rules that are chosen there are saved to plato-config.yml. The databases are
@@ -8179,7 +8252,8 @@ read only. Needs streamlit, psycopg2-binary and pymysql.
 examples:
   {PROGRAM} audit-ui                       the databases of the dataset
   {PROGRAM} audit-ui --no-browser --port 8600
-  {PROGRAM} audit-ui --direct              a database that is reached from here
+  {PROGRAM} audit-ui --database-url postgresql://user@host/database
+                                           with PGPASSWORD set
 """,
     ),
 }

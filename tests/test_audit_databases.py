@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import signal
 import sqlite3
@@ -20,6 +21,8 @@ from plato_sandbox import (
     AuditTable,
     Database,
     DatabaseError,
+    UsageError,
+    database_url,
 )
 
 if TYPE_CHECKING:
@@ -421,6 +424,29 @@ def test_files_that_are_no_databases(tmp_path: Path) -> None:
 
 
 # Addresses, kinds and packages
+
+
+def test_addresses_of_databases() -> None:
+    fields, options = database_url("postgresql+psycopg2://u%40x:p%2Fw@h:99/d%20b?sslmode=require", {})
+    assert (fields["db_user"], fields["db_password"], fields["db_host"]) == ("u@x", "p/w", "h")
+    assert (fields["db_port"], fields["db_database"], options) == ("99", "d b", {"sslmode": "require"})
+    environment = {"PGPASSWORD": "one", "MYSQL_PWD": "two"}
+    fields, _ = database_url("postgres://u@[::1]/d", environment)
+    assert (fields["db_host"], fields["db_password"]) == ("::1", "one")
+    fields, _ = database_url("mariadb://h/d", environment)
+    assert (fields["db_type"], fields["db_password"]) == ("mysql", "two")
+    assert database_url("sqlite:////var/a b.db", {})[0]["db_database"] == "/var/a b.db"
+    assert database_url("sqlite:///here.db", {})[0]["db_database"] == os.path.abspath("here.db")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "nonsense", "mongodb://h/d", "postgresql://h", "postgresql://h:port/d", "sqlite://"],
+)
+def test_addresses_that_make_no_sense(url: str) -> None:
+    with pytest.raises(UsageError, match="database-url") as raised:
+        database_url(url, {})
+    assert url not in raised.value.message or not url
 
 
 @pytest.mark.parametrize("kind", ["mongodb", "redis", "clickhouse"])

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 from pathlib import Path
@@ -264,6 +265,64 @@ def test_a_sandbox_whose_gateway_is_down(desk: Desk, plato: LocalPlato) -> None:
     assert desk.environment["PLATO_GATEWAY_HOST"] in line
     assert result.out == ""
     assert audit_processes(desk) == []
+
+
+def empty_database(path: Path) -> str:
+    """The address of a new file of SQLite."""
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE notes (a TEXT)")
+    connection.close()
+    return f"sqlite:///{path}"
+
+
+def test_a_database_url_needs_neither_sandbox_nor_config(desk: Desk) -> None:
+    (desk.work / "plato-config.yml").unlink()
+    serving = Serving(desk, "--database-url", empty_database(desk.work / "data.db"))
+    assert serving.end().code == 0
+    result = desk.run(*SERVE, "--database-url", "nonsense")
+    assert result.code == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("sqlite:////no/data.db", "there is no file /no/data.db"),
+        ("postgresql://me@no.such.host.invalid/x", "no.such.host.invalid"),
+        ("mysql://me@127.0.0.1:1/x", "refused"),
+        ("postgresql://me@127.0.0.1:1/x?sslmode=require", "refused"),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_told_before_the_page_opens(
+    desk: Desk, url: str, words: str
+) -> None:
+    (desk.work / "plato-config.yml").unlink()
+    error = desk.run(*SERVE, "--json", "--database-url", url).error
+    assert error["code"] == "database"
+    assert words in error["message"]
+
+
+def test_a_database_url_goes_with_the_rules_of_the_config_that_is_here(desk: Desk) -> None:
+    address_of_it = ("--database-url", empty_database(desk.work / "data.db"))
+    process = desk.begin(*SERVE, "--json", *address_of_it)
+    assert process.stdout is not None
+    document = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+    assert document["listeners"] == ["db"]
+    assert document["config"] == str(desk.work / "plato-config.yml")
+    process.send_signal(signal.SIGINT)
+    assert ending(process).code == 0
+    listener = {"type": "db", "db_type": "sqlite", "db_database": "data.db"}
+    with_listeners(desk, one=listener, two=listener)
+    several = desk.run(*SERVE, *address_of_it)
+    assert several.code == 2
+    assert "--listener one or --listener two" in several.err
+
+
+def test_a_password_in_an_address_is_warned_about_and_not_repeated(desk: Desk) -> None:
+    result = desk.run(*SERVE, "--verbose", "--database-url", "postgresql://me:hunter2@127.0.0.1:1/x")
+    assert result.code == 1
+    assert "PGPASSWORD" in result.err
+    assert "Warning" in result.err
+    assert "hunter2" not in result.err + result.out
 
 
 # With a sandbox

@@ -440,7 +440,7 @@ def test_text_of_names_of_files(sandbox: tuple[Desk, LocalPlato], shown: Shower,
     shown(desk, "status", "-w", str(tree))
     shown(desk, "start-worker", "--config-path", str(tree))
     shown(desk, "flow", "--output", f"{desk.work}/flows.yml/{NASTY}", "--base-url", "http://127.0.0.1:1")
-    shown(desk, "audit-ui", "--listener", NASTY)
+    shown(desk, "audit-ui", "--database-url", NASTY, say="--database-url")
 
 
 def on_the_vm(desk: Desk, plato: LocalPlato) -> Path:

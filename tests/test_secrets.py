@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FLOW_PASSWORD = "flow-Canary&7<1> x"
 DATABASE_PASSWORD = f"database-Canary-{secrets.token_hex(4)}"
-DATABASE_PASSWORD = f"database-Canary-{secrets.token_hex(4)}"
+URL_PASSWORD = f"url-Canary-{secrets.token_hex(4)}"
 WRITTEN_BY_THE_USER = ("plato-config.yml", "flows.yml")  # these hold their secrets themselves
 FAILING_STATUSES = (401, 409, 500)
 
@@ -78,7 +78,7 @@ def stage(tmp_path: Path, plato: LocalPlato, desk: Desk) -> Stage:
         "Gitea's password": stored["password"][-16:].encode(),
         "Gitea's user": urllib.parse.quote(stored["username"]).encode(),
         "the database's password": DATABASE_PASSWORD.encode(),
-        "a password in the environment": DATABASE_PASSWORD.encode(),
+        "the password of an address": URL_PASSWORD.encode(),
     }
     for number, spelling in enumerate(sorted(plato_sandbox.spellings(FLOW_PASSWORD))):
         canaries[f"the flow's password ({number})"] = spelling.encode()
@@ -221,7 +221,7 @@ def test_no_secret_is_anywhere(
     desk, plato = stage.desk, stage.plato
     trace = tmp_path / "trace"
     trace.mkdir()
-    traced = {**TRACES, "GIT_TRACE_SETUP": str(trace / "setup"), "PGPASSWORD": DATABASE_PASSWORD}
+    traced = {**TRACES, "GIT_TRACE_SETUP": str(trace / "setup"), "PGPASSWORD": URL_PASSWORD}
     (trace / "setup").touch()
     results = []
     with Watch(stage) as watch:
@@ -297,6 +297,25 @@ def test_the_password_of_a_flow_is_nowhere(stage: Stage, login_page: str) -> Non
     nothing_written(stage)
     assert any(b"remote-debugging" in line for line, _ in watch.seen)
     assert watch.unneeded() == set()
+
+
+@pytest.mark.parametrize("how", ["environment", "address"])
+def test_the_password_of_a_database_is_nowhere(stage: Stage, how: str) -> None:
+    """One in an address can be seen in the command line of whoever writes it there, and nowhere else."""
+    pytest.importorskip("streamlit")
+    desk = stage.desk
+    url = "postgresql://user@127.0.0.1:1/database"
+    if how == "environment":
+        desk.environment["PGPASSWORD"] = URL_PASSWORD
+    else:
+        url = url.replace("user@", f"user:{URL_PASSWORD}@")
+    with Watch(stage) as watch:
+        result = desk.run("audit-ui", "--no-browser", "--verbose", "--database-url", url)
+    assert (result.code, result.out) == (1, "")
+    nothing_told(stage, [result])
+    nothing_written(stage)
+    assert {what for line, what in watch.unneeded() if b"audit-ui" not in line} == set()
+    assert any(b"audit-ui" in line for line, _ in watch.seen)
 
 
 @pytest.mark.parametrize(

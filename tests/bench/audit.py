@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import re
@@ -128,16 +127,9 @@ def seen(page: Any, begin: Any, words: str, *, grid: bool = False) -> float:
 
 
 def our_page(chromium: Any, port: int, tables: int) -> float:
-    listener = {"type": "db", "db_type": "mysql", "db_user": "root", "db_port": port, "db_database": "shop"}
-    config = {"service": "shop", "datasets": {"base": {"listeners": {"db": listener}}}}
-    command = [sys.executable, str(ROOT / "plato_sandbox.py"), "audit-ui", "--no-browser", "--direct", "-w"]
-    with tempfile.TemporaryDirectory() as place:
-        Path(place, "plato-config.yml").write_text(json.dumps(config))
-        return page_of(chromium, [*command, place], tables)
-
-
-def page_of(chromium: Any, command: list[str], tables: int) -> float:
-    with serving(command, r"(http://\S+)") as url:
+    address = f"mysql://root@127.0.0.1:{port}/shop"
+    command = [sys.executable, str(ROOT / "plato_sandbox.py"), "audit-ui", "--no-browser", "-w", "/"]
+    with serving([*command, "--database-url", address], r"(http://\S+)") as url:
         page = chromium.new_page()
         seconds = seen(page, lambda: page.goto(url), f"{tables} tables", grid=True)
         page.close()
