@@ -274,7 +274,7 @@ def expected_tree(local: Tree, before: Tree, manifest: dict[bytes, str]) -> Opti
     for path, entry in before.items():
         if any(above in replaced for above in lineage(path)):
             below = path not in replaced or any(above in replaced for above in lineage(path)[:-1])
-            if below and entry[0] != "d" and path not in manifest:
+            if below and path not in manifest:
                 return None
             continue
         gone = path in manifest and path not in local and (manifest[path] == "d") == (entry[0] == "d")
