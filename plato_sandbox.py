@@ -4465,7 +4465,6 @@ def start_services(
         force=git,  # what is gone is in Gitea's history
         via="ssh" if git else "auto",
     )
-    vm = syncer.vm
     steps: list[Json] = []
     pushed: Json = dict.fromkeys(("branch", "commit", "repository"))
     began = time.monotonic()
@@ -4483,26 +4482,6 @@ def start_services(
         finally:
             steps.append({"step": name, "seconds": round(time.monotonic() - start, 3)})
 
-    def up(name: str, file: str, required: Sequence[str], seconds: float) -> Json:
-        """Bring one service up and wait until its containers are healthy."""
-        values = assigned(file=file, key=hashed(file), id=secrets.token_hex(12))
-        values += assigned(up_seconds=int(timeout), healthy_seconds=seconds)
-        head = syncer.head + values + _COMPOSE_HEAD
-        options = ["--build"] * build + ["--force-recreate"] * force_recreate
-        with step(name, f"Starting {name} ({file})", timeout):
-            try:
-                vm.run(head + _UP.replace("OPTIONS", shell_words(options)))
-                containers = wait_for_containers(
-                    vm, head + _LOOK_AT.replace("REQUIRED", shell_words(required))
-                )
-            except Interrupted:
-                try:
-                    vm.run(head + _STOP_UP)
-                except SandboxError as error:
-                    sandbox.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
-                raise
-        return {"name": name, "type": "docker-compose", "file": file, "containers": containers}
-
     if git:
         with step("repository", "Finding the repository"):
             credentials = gitea_credentials(sandbox.api)
@@ -4516,22 +4495,48 @@ def start_services(
         words = "".join(f"{value}\n" for value in credentials).encode() + nul_ended(files)
         with step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS):
             script = syncer.head + values + _OWNER + _PUSH
-            outcome = vm.outcome(script, lambda file: file.write(words), GIT_SECONDS)
+            outcome = syncer.vm.outcome(script, lambda file: file.write(words), GIT_SECONDS)
             check_push(outcome, credentials[1])
         commit, _, parent = outcome.stdout.decode().strip().partition(" ")
         pushed.update(branch=branch, commit=commit, repository=url, pushed=commit != parent)
+    options = ["--build"] * build + ["--force-recreate"] * force_recreate
+    started = []
+    for service in services:
+        name, file = service["name"], service["file"]
+        with step(name, f"Starting {name} ({file})", timeout):
+            containers = bring_up(syncer, service, options, timeout)
+        started.append({"name": name, "type": "docker-compose", "file": file, "containers": containers})
     return {
         "via": via,
         "path": syncer.target,
         **pushed,
         "changed": done["sent"] + done["removed"],
-        "services": [up(**service) for service in services],
+        "services": started,
         "steps": steps,
         "seconds": round(time.monotonic() - began, 3),
     }
 
 
-def wait_for_containers(vm: Vm, look: str) -> list[dict[str, str | None]]:
+def bring_up(syncer: Syncer, service: Json, options: Sequence[str], timeout: float) -> list[Json]:
+    """Bring one service up and wait until its containers are healthy; they."""
+    import secrets
+
+    file, vm = service["file"], syncer.vm
+    values = assigned(file=file, key=hashed(file), id=secrets.token_hex(12))
+    values += assigned(up_seconds=int(timeout), healthy_seconds=service["seconds"])
+    head = syncer.head + values + _COMPOSE_HEAD
+    try:
+        vm.run(head + _UP.replace("OPTIONS", shell_words(options)))
+        return wait_for_containers(vm, head + _LOOK_AT.replace("REQUIRED", shell_words(service["required"])))
+    except Interrupted:
+        try:
+            vm.run(head + _STOP_UP)
+        except SandboxError as error:
+            syncer.reporter.warn(f"`docker compose up` may go on on the VM: {error.message}")
+        raise
+
+
+def wait_for_containers(vm: Vm, look: str) -> list[Json]:
     """Look again and again until the containers are healthy; they."""
     while True:
         answer = vm.run(look).decode("utf-8", "replace")
@@ -6283,16 +6288,17 @@ def serve_page(draw: Callable[[], None], port: int, ready: Callable[[], None]) -
 
 
 def free_port(wanted: int | None) -> int:
-    """The wanted port of 127.0.0.1, or any free one if none is wanted."""
+    """The wanted port of 127.0.0.1, or the next that is free after it; any free one if none is wanted."""
     import socket
 
-    try:
-        with socket.create_server(("127.0.0.1", wanted or 0)) as listener:
-            return int(listener.getsockname()[1])
-    except (OSError, OverflowError) as error:
-        raise SandboxError(
-            f"No port could be opened for the page: {reason(error)}.", hint="Name another one with --port."
-        ) from None
+    first = wanted or 0  # which is any
+    for port in range(first, first + 50):
+        try:
+            with socket.create_server(("127.0.0.1", port)) as listener:
+                return int(listener.getsockname()[1])
+        except (OSError, OverflowError) as error:
+            why = reason(error)
+    raise SandboxError(f"No port could be opened for the page: {why}.", hint="Name another one with --port.")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8240,7 +8246,7 @@ examples:
         f"""\
 -d, --dataset NAME       dataset of the config (default: the sandbox's)
     --listener NAME      only this `db` listener (default: all of them)
-    --port N             port of the page (default: any that is free)
+    --port N             port of the page, or the next free one (default: any)
     --no-browser         do not open a browser, only print the address
     --direct             reach db_host from here, not through the gateway
     --database-url URL   this database, without a sandbox; the password may stay out
