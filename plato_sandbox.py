@@ -229,7 +229,7 @@ class ApiError(SandboxError):
     """Plato answered with an error, or with something that is not an answer.
 
     status: the HTTP status, or None when the body was the problem; retry_after: seconds, or None; text:
-    the body, as far as it came, if it may be of use; sent: whether the server may have received the request.
+    the body, if it may be of use; sent: whether the server may have received the request.
     """
 
     exit_code = 6
@@ -942,7 +942,6 @@ class Transport:
         payload = None if body is None else json.dumps(body, allow_nan=False).encode()
         host, secured = self.base.hostname or "", self.base.scheme == "https"
         deadline = time.monotonic() + seconds
-        data = b""
         try:
             connection = self._connection
             if connection is None:
@@ -967,7 +966,6 @@ class Transport:
             raise NetworkError(
                 f"{host} did not answer {method} {path}: {reason(error)}.",
                 hint="Run the command again; if it keeps failing, check the network.",
-                text=self.settings.without_key(data.decode("utf-8", "replace")),
             ) from None
         self.reporter.trace(f"{method} {path}: {response.status}")
         # An answer that repeats the key, as errors may, loses it here: no message or file can hold it.
@@ -975,10 +973,9 @@ class Transport:
         told = {name.lower(): self.settings.without_key(value) for name, value in response.getheaders()}
         if not 200 <= response.status < 300:
             raise error_for_answer(method, path, response.status, told, text)
-        content: Json = json_in(text)
-        fits = content is not None and isinstance(content, kind)
-        if fits:
-            return content
+        content: Any = json_in(text)
+        if isinstance(content, kind):
+            return content  # type: ignore[no-any-return]
         raise ApiError(
             f"{host} answered {method} {path} with {len(data)} bytes of"
             f" {told.get('content-type', 'something')}, which are not the JSON object or list that was"
@@ -4671,13 +4668,18 @@ def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
 
 def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
-    counted_tables = summarize(mutations)["tables"]
-    tables = "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in counted_tables)
-    error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {tables}.")
+    changed = mutation_words([mutation.raw for mutation in mutations])
+    error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {changed}.")
     error.hint = "If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n" + rules_text(
         ignore_rules(mutations)
     )
     return error
+
+
+def mutation_words(mutations: Sequence[Json]) -> str:
+    """What was changed, counted: "activity (1 inserted); users (2 updated)"; "none" for nothing."""
+    tables = summarize(list(map(Mutation, mutations)))["tables"]
+    return "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in tables) or "none"
 
 
 def rules_text(entries: Sequence[Any]) -> str:
@@ -4782,12 +4784,6 @@ def new_mutations(before: Sequence[Json], after: Sequence[Json]) -> list[Json]:
         if mutation in found:
             found.remove(mutation)
     return found
-
-
-def mutation_words(mutations: Sequence[Json]) -> str:
-    """What was changed, counted: "activity (1 inserted); users (2 updated)"; "none" for nothing."""
-    tables = summarize(list(map(Mutation, mutations)))["tables"]
-    return "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in tables) or "none"
 
 
 # What must not be read
@@ -6593,14 +6589,10 @@ class Sandbox:
     def _vm_status(self) -> Json:
         details = self.api.session_details(self.state["session_id"])
         word, why = vm_status(details, self.state.get("job_id"))
-        running = (word or "active").lower() in ("running", "active", "ready", "healthy")
-        error = gone_error(why) if (word or "").lower() in TERMINAL_STATUSES else None
-        return {
-            "vm_status": word or "active",
-            "vm_status_reason": why,
-            "vm_running": running,
-            "error": error,
-        }
+        word = word or "active"
+        running = word.lower() in ("running", "active", "ready", "healthy")
+        error = gone_error(why) if word.lower() in TERMINAL_STATUSES else None
+        return {"vm_status": word, "vm_status_reason": why, "vm_running": running, "error": error}
 
     def _unfinished_start(self) -> Json:
         """A record without an id: its `start` waits for Plato's answer, or died before it."""
@@ -7367,7 +7359,10 @@ class Starter:
         else:
             error = sandbox.status()["error"]
             if not isinstance(error, NoSandboxError):
-                raise error or live_sandbox_error(state)
+                raise error or ConflictError(
+                    f"There is a live sandbox here already (session {session_id}).",
+                    hint=f"`{PROGRAM} stop` ends it; `start --replace` ends it and starts a new one.",
+                )
             self.reporter.note("The sandbox that was recorded here is gone; its files are removed.")
             if "slot_path" in state:
                 sandbox.state = {}  # so that another client's record stays as it is
@@ -7550,13 +7545,6 @@ class Starter:
             return
         if known:
             error.message = f"{error.message.rstrip()} {what} was closed again."  # type: ignore[attr-defined]
-
-
-def live_sandbox_error(state: Json) -> ConflictError:
-    return ConflictError(
-        f"There is a live sandbox here already (session {printable(str(state.get('session_id')))}).",
-        hint=f"`{PROGRAM} stop` ends it; `start --replace` ends it and starts a new one.",
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8046,8 +8034,9 @@ def open_browser(url: str, output: Output) -> None:
     """Show an address to the person at this machine, if there is a screen."""
     import subprocess
 
-    program = find_program("open") if sys.platform == "darwin" else find_program("xdg-open")
-    screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    mac = sys.platform == "darwin"
+    program = find_program("open" if mac else "xdg-open")
+    screen = mac or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if program and screen:
         quiet = subprocess.DEVNULL
         launch([program, url], output, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
