@@ -6620,7 +6620,6 @@ class Sandbox:
         A failure in it that may mean that the VM is gone becomes NoSandboxError if Plato says so.
         """
         state = self._load_for_use()
-        self.revive_heartbeat()
         if step:
             self.reporter.step(step, limit)
         try:
@@ -6631,7 +6630,7 @@ class Sandbox:
             self.api.hang_up()
 
     def _load_for_use(self) -> Json:
-        """The state of a sandbox that is to be used now, with a key to use it.
+        """The state of a sandbox that is to be used now, with a key to use it and a heartbeat.
 
         ConflictError while its `start` is at work; what one left that was killed is used as far as it got.
         """
@@ -6642,7 +6641,8 @@ class Sandbox:
         if not state.get("session_id"):
             raise unfinished_start(state)
         self.settings.require_key()
-        return state
+        self.revive_heartbeat()
+        return self.state
 
     def revive_heartbeat(self) -> None:
         """Start a heartbeat that has died anew, and warn of one that is not well.
@@ -6979,7 +6979,6 @@ class Sandbox:
         launch = {"executable_path": self.settings.browser, "headless": not headed, "slow_mo": slowmo}
         if base_url is None:
             self._load_for_use()
-            self.revive_heartbeat()
         known = self.flows(source)
         flows = known.choose(names, every=every)
         address = base_url or self.find_address()["url"]
