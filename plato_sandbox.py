@@ -769,6 +769,10 @@ class TimedReader(io.RawIOBase):
             with contextlib.suppress(socket.timeout):  # another class than TimeoutError before Python 3.10
                 return self.sock.recv_into(buffer)
 
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
 
 def responses_until(deadline: float) -> Any:
     """What makes the responses of a connection of http.client, which have come by then or fail."""
@@ -1134,12 +1138,12 @@ class PlatoApi(Transport):
 
     def job_flows(self, job_id: str) -> Any:
         """GET /api/v2/jobs/{job_id}/flows. Returns a list of Flow."""
-        return self.request("GET", "/api/v2/jobs/{}/flows", job_id, kind=(dict, list))
+        return self.request("GET", "/api/v2/jobs/{}/flows", job_id, kind=(dict, list, str))
 
     def artifact_flows(self, artifact_id: str) -> Any:
         """GET /api/v1/simulator/{artifact_id}/flows: {"data": {"flows": TEXT}} or the flows file itself."""
         try:
-            return self.request("GET", "/api/v1/simulator/{}/flows", artifact_id, kind=(dict, list))
+            return self.request("GET", "/api/v1/simulator/{}/flows", artifact_id, kind=(dict, list, str))
         except ApiError as error:
             if not re.search(r"^flows:", error.text, re.MULTILINE):
                 raise
@@ -2433,7 +2437,7 @@ class Checker:
             self.tell(node, where, "must be a map of fields (`name: value` lines)")
             return
         prefix = f"{where}." if where else ""
-        known = [field.rstrip("!") for field in fields]
+        known = [field.removesuffix("!") for field in fields]
         for name, (field, schema) in zip(known, fields.items()):
             value = node.get(name)
             if value and value.value is not None:
@@ -3175,8 +3179,10 @@ def ssh_command(state: Json, *, shown: bool) -> str | None:
     config, host = state.get("ssh_config_path"), state.get("ssh_host")
     if not config or not host:
         return None
-    command, home = shell_words(["ssh", "-F", config, host]), os.path.expanduser("~")
-    return command.replace(f" {home}/", " ~/", 1) if shown else command
+    short = shown_path(config)
+    if shown and short.startswith("~/") and shell_words([short[2:]]) == short[2:]:
+        return f"ssh -F {short} {shell_words([host])}"
+    return shell_words(["ssh", "-F", config, host])
 
 
 def trusted_ssh_config(state: Json, settings: Settings) -> str:
@@ -3331,8 +3337,13 @@ class Vm:
         try:
             for sender in senders:
                 sender.result()
-        finally:
-            list(offsets)  # after a failure, nobody begins another part
+        except SandboxError:
+            list(offsets)  # nobody begins another part
+            for sender in senders:
+                sender.wait()
+            with contextlib.suppress(SandboxError):
+                execute(self.sandbox.api, self.sandbox.state, f"rm -rf {place}*", VM_SECONDS)
+            raise
 
 
 # What others left who were broken off goes first.

@@ -841,7 +841,8 @@ def test_links_in_the_home_do_not_lead_out(desk: Desk, plato: LocalPlato) -> Non
     assert {path.read_text() for path in outside.iterdir()} == {"precious"}
     for path in planted[:3]:
         assert not path.is_symlink()
-        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or path.suffix == ".pub"
+        public = path.suffix == ".pub" or path.name.startswith("known_hosts")
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or public
     assert not planted[3].is_symlink()
     desk.good("stop")
     assert {path.read_text() for path in outside.iterdir()} == {"precious"}
@@ -863,7 +864,8 @@ def test_a_home_that_everyone_can_write_to_is_refused(desk: Desk, plato: LocalPl
     home.chmod(0o775)
     desk.good(*BLANK)
     for path in home.iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or path.suffix == ".pub"
+        public = path.suffix == ".pub" or path.name.startswith("known_hosts")
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or public
     desk.good("stop")
     assert list(home.iterdir()) == []
 

@@ -739,7 +739,7 @@ CASES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"effect": "status", "status": 403, "path": f"{GITEA}/credentials"}, 4, FINDING, "403"),
     ({"effect": "status", "status": 500, "path": f"{GITEA}/simulators"}, 6, FINDING, "failed with 500"),
     ({"effect": "reset_before_body", "path": f"{GITEA}/simulators"}, 6, FINDING, "connection"),
-    ({"effect": "html", "status": 200, "path": f"{GITEA}/credentials"}, 6, FINDING, "not a JSON object"),
+    ({"effect": "html", "status": 200, "path": f"{GITEA}/credentials"}, 6, FINDING, "not the JSON"),
     ({"effect": "status", "status": 404, "path": REPO}, 6, FINDING, "404"),
     ({"effect": "status", "status": 401, "path": "*/info/refs"}, 4, PUSHING, "refused the credentials"),
     ({"effect": "status", "status": 404, "path": "*/info/refs"}, 1, PUSHING, "not found"),
