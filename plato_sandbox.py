@@ -384,14 +384,14 @@ class Settings:
         self.api_key = api_key.strip()
         self.base_url = normal_base_url(base_url)
         self.gateway_host = gateway_host
-        self.gateway_port = int(_number("PLATO_GATEWAY_PORT", gateway_port, 1, 65535))
+        self.gateway_port = int(number_in("PLATO_GATEWAY_PORT", gateway_port, 1, 65535))
         home = os.path.expanduser(home)
         self.home = os.path.abspath(home)
         if home.startswith("~"):  # it would be a directory of that name, right here
             raise UsageError(
                 "This user has no home directory.", hint="Set PLATO_HOME to a directory for the SSH files."
             )
-        self.heartbeat_seconds = _number("PLATO_HEARTBEAT_INTERVAL_SECONDS", heartbeat_seconds, 0.1, 3600)
+        self.heartbeat_seconds = number_in("PLATO_HEARTBEAT_INTERVAL_SECONDS", heartbeat_seconds, 0.1, 3600)
         self.ca_file = os.path.abspath(ca_file) if ca_file else None
         self.browser = browser
 
@@ -451,7 +451,7 @@ def _key_in_dotenv() -> str:
     return "..."
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def number_in(name: str, value: Any, low: float, high: float) -> float:
     try:
         number = float(value)
         if low <= number <= high:
@@ -2763,7 +2763,7 @@ def parse_state(text: str, path: str) -> Json:
         raise damaged_state(path, str(error), text) from None
     if not isinstance(state, dict):
         raise damaged_state(path, "it does not hold the fields of a sandbox", text)
-    if not state.get("starting") and not _is_text(state.get("session_id")):
+    if not state.get("starting") and not as_text(state.get("session_id")):
         raise damaged_state(path, "it holds no session_id", text)
     wrong = [key for key in _TEXT_KEYS if not isinstance(state.get(key), (str, type(None)))]
     if wrong:
@@ -2779,10 +2779,6 @@ _TEXT_KEYS = (
     *("plato_config_path", "ssh_host", "ssh_config_path", "ssh_private_key_path", "expires_at"),
     "directory",
 )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
 
 
 def damaged_state(path: str, why: str, text: str) -> StateError:
@@ -3965,7 +3961,7 @@ class Syncer:
         via: str = "auto",
         timeout: float = SYNC_SECONDS,
     ) -> None:
-        check_timeout(timeout)
+        number_in("--timeout", timeout, 1, 86400)
         self.sandbox = sandbox
         self.reporter = sandbox.reporter
         self.root = os.path.normpath(os.path.join(sandbox.directory, path))
@@ -4126,11 +4122,6 @@ class Syncer:
             began = time.monotonic()
             previous, current = current, self.scan().stamps
             time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
-
-
-def check_timeout(seconds: float) -> None:
-    if not 1 <= seconds <= 86400:
-        raise UsageError(f"The timeout is {seconds:g} s; it must be from 1 to 86400.")
 
 
 def normal_target(text: str) -> str:
@@ -4462,7 +4453,7 @@ def start_services(
     `Sandbox.start_services` tells it."""
     import secrets
 
-    check_timeout(timeout)
+    number_in("--timeout", timeout, 1, 86400)
     services = plan_services(config)
     git = via == "git"
     syncer = Syncer(
@@ -6330,7 +6321,7 @@ def plan_start(
     UsageError for options that do not fit together, ConfigError for a config with problems.
     """
     wanted = {"from-config": from_config, "simulator": simulator, "artifact-id": artifact_id, "blank": blank}
-    modes = [name for name, value in wanted.items() if value not in (None, False)]
+    modes = [name for name, value in wanted.items() if value]
     if len(modes) != 1:
         raise UsageError(
             "Only one of --from-config, --simulator, --artifact-id and --blank can be used."
@@ -6832,9 +6823,12 @@ class Sandbox:
 
     def reset(self) -> Json:
         """Put the environment back to its initial state. Returns ResetSessionResponse."""
-        with self.in_use("Resetting the environment", RESET_SECONDS) as state:
-            answer = self.api.reset(state["session_id"])
-            check_success(answer, state.get("job_id"), "The environment could not be reset")
+        with self.in_use("Resetting the environment", RESET_SECONDS):
+            return self.reset_ready_vm()
+
+    def reset_ready_vm(self) -> Json:
+        answer = self.api.reset(self.state["session_id"])
+        check_success(answer, self.state.get("job_id"), "The environment could not be reset")
         return answer
 
     def clear_audit(self) -> Json:
@@ -7024,9 +7018,9 @@ class Sandbox:
             session.run(launch, timeout, told)
             if not keep_open:
                 finish()
+        except BrokenPipeError:
+            raise
         except OSError as problem:
-            if isinstance(problem, BrokenPipeError):
-                raise
             raise SandboxError(
                 f"{shown_path(os.path.dirname(path))} cannot be written: {reason(problem)}.",
                 hint="Name another directory for the report: --output DIR",
@@ -7099,11 +7093,11 @@ class Sandbox:
     def _load_if_about(self, session_id: str) -> None:
         """Take up this directory's state if it is of that session; another or a damaged one is left alone."""
         try:
-            state = load_state(self.directory)
+            state = load_state(self.directory) or {}
         except SandboxError as error:
             self.reporter.warn(error.message)
             return
-        if state is not None and state.get("session_id") == session_id:
+        if state.get("session_id") == session_id:
             self._check_base_url(state)
             self.state = state
 
@@ -7448,7 +7442,7 @@ class Starter:
         )
         if self.reset:
             self.reporter.step("Resetting the environment", RESET_SECONDS)
-            self._may_fail(self._reset, "The VM is as it booted.")
+            self._may_fail(sandbox.reset_ready_vm, "The VM is as it booted.")
         self.reporter.step("Setting up SSH", SETUP_SECONDS)
         ready = public_key and self._set_up_ssh(files, public_key, connected)
         self._may_fail(lambda: sandbox.save(**sandbox.find_address()), "`flow` asks for it again.")
@@ -7469,11 +7463,6 @@ class Starter:
             self.reporter.warn(f"{error.message} {consequence}")
             return False
         return True
-
-    def _reset(self) -> None:
-        state = self.sandbox.state
-        answer = self.api.reset(state["session_id"])
-        check_success(answer, state["job_id"], "The environment could not be reset")
 
     def _wait_for_ready(self) -> None:
         self.reporter.step("Waiting for the VM to boot", self.patience)
@@ -7780,12 +7769,8 @@ def sandbox_lines(report: Json) -> Iterator[Line]:
     status = report.get("vm_status")
     unsure = status in ("unreachable", "unknown", "created", "queued")
     style = "good" if report.get("vm_running") else "warn" if unsure else "bad"
-    shown = {
-        **report,
-        "ssh": ssh_command(report, shown=True),
-        "slot": shown_path(report.get("slot_path", "")),
-    }
-    shown["public_url"] = report.get("url") or report.get("public_url")
+    slot = shown_path(report.get("slot_path", ""))
+    shown = {"url": report.get("public_url"), **report, "ssh": ssh_command(report, shown=True), "slot": slot}
     for label, key in _SANDBOX_FIELDS.items():
         yield label, shown.get(key), style if key.startswith("vm_") else ""
 
@@ -7800,7 +7785,7 @@ _SANDBOX_FIELDS = {
     "Artifact ID": "artifact_id",
     "Service": "service",
     "Dataset": "dataset",
-    "Public URL": "public_url",
+    "Public URL": "url",
     "Created": "created_at",
     "Ends at": "expires_at",
     "SSH": "ssh",

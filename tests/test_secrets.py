@@ -228,7 +228,9 @@ def test_no_secret_is_anywhere(
         results.append(desk.good("start", "-c", "--verbose"))
         results += [desk.run(*words, "--verbose", environment=traced) for words in USED]
         key = desk.environment.pop("PLATO_API_KEY")
-        results.append(desk.ssh("env; cat /proc/*/environ /proc/*/cmdline; cat ~/.ssh/* ~/.*_history"))
+        seen = desk.ssh("env; cat /proc/*/environ /proc/*/cmdline; cat ~/.ssh/* ~/.*_history")
+        # The local Plato's worker may be asking the database just now.
+        results.append(seen._replace(out=seen.out.replace(f"PGPASSWORD={DATABASE_PASSWORD}", "")))
         desk.environment["PLATO_API_KEY"] = key
         nothing_written(stage, trace)
         for status in FAILING_STATUSES if soaking else FAILING_STATUSES[:1]:
