@@ -676,9 +676,8 @@ def run_program(
             raise TimedOutError(f"{command[0]} did not end within {seconds:g} s.") from None
         finally:
             for number in (signal.SIGTERM, signal.SIGKILL):
-                if (
-                    process.poll() is None
-                ):  # it has not been waited for, so the number of its group is its own
+                # Nobody has waited for it yet, so the number of its group is still its own.
+                if process.poll() is None:
                     os.killpg(process.pid, number)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(2.0)
@@ -5484,9 +5483,8 @@ def entries_with(entries: Sequence[Any], ticks: set[Tick], schema: str) -> list[
             found.append(entry)
         elif wanted[table]:
             columns, wanted[table] = wanted[table], set()
-            fields = (
-                dict(entry) if isinstance(entry, dict) else {"table": entry}
-            )  # with whatever else is there
+            # With whatever else is there.
+            fields = dict(entry) if isinstance(entry, dict) else {"table": entry}
             fields.pop("columns", None)
             if WHOLE not in columns:
                 fields["columns"] = sorted(columns)
