@@ -5976,7 +5976,7 @@ class Visit:
         try:
             replace_text(self.plan.config.path, self.text or "", edited)
         except SandboxError as error:
-            tell(_told(error), icon=":material/error:", duration="infinite")
+            tell(_told(error), icon=":material/error:", duration="long")
         else:
             self.text, self.saved, self.base = edited, entries, self.ticks
             tell("Saved. `start-worker --wait` gives the rules to the worker.", duration="long")
@@ -6842,7 +6842,7 @@ class Sandbox:
                     hint=f"`{PROGRAM} reset` puts the whole environment back to its initial state.",
                 ) from None
             check_success(answer, None, "The audit tables could not be emptied")
-        return {"cleared": True, "via": "api", "listeners": []}
+        return {"cleared": True, "via": "api"}
 
     # Artifacts
 
@@ -7324,6 +7324,7 @@ class Starter:
         self.settings = sandbox.settings
         self.reporter = sandbox.reporter
         self.provider: str | None = None
+        self.key: Aside | None = None  # in a thread, as a signal may come while it is started
 
     def run(self, environment: Json, record: Json, lifetime: int, *, replace: bool) -> None:
         with locked(self.sandbox.directory), SignalGuard(self.reporter) as guard:
@@ -7431,7 +7432,8 @@ class Starter:
                 " Install the OpenSSH client and start again to have it."
             )
         else:
-            public_key = make_key(files, self.reporter)
+            self.key = Aside(lambda: make_key(files, self.reporter))
+            public_key = self.key.result()
         self._wait_for_ready()
         self.reporter.step("Connecting the VM to the network", CONNECT_SECONDS)
         connected = self._may_fail(
@@ -7481,8 +7483,6 @@ class Starter:
         state = self.sandbox.state
         try:
             answer = self.api.wait_for_ready(state["session_id"], seconds)
-        except NoSandboxError:
-            raise NoSandboxError("The session ended while its VM was booting.") from None
         except ApiError as error:
             if not (error.may_pass or error.status is None):
                 raise
@@ -7531,6 +7531,8 @@ class Starter:
         what = "The VM" if "job_id" in sandbox.state else "Its session"
         known = isinstance(error, (SandboxError, Interrupted))
         try:
+            if self.key is not None:
+                self.key.wait()  # so that no file of it comes after those here are removed
             sandbox.end(sandbox.state["session_id"])
         except (SandboxError, Interrupted) as trouble:
             why = trouble.message if isinstance(trouble, SandboxError) else "interrupted again"
@@ -7767,8 +7769,7 @@ def sandbox_lines(report: Json) -> Iterator[Line]:
     status = report.get("vm_status")
     unsure = status in ("unreachable", "unknown", "created", "queued")
     style = "good" if report.get("vm_running") else "warn" if unsure else "bad"
-    slot = shown_path(report.get("slot_path", ""))
-    shown = {"url": report.get("public_url"), **report, "ssh": ssh_command(report, shown=True), "slot": slot}
+    shown = {"url": report.get("public_url"), **report, "ssh": ssh_command(report, shown=True)}
     for label, key in _SANDBOX_FIELDS.items():
         yield label, shown.get(key), style if key.startswith("vm_") else ""
 
@@ -7787,7 +7788,7 @@ _SANDBOX_FIELDS = {
     "Created": "created_at",
     "Ends at": "expires_at",
     "SSH": "ssh",
-    "Slot": "slot",
+    "Slot": "slot_path",
 }
 
 
@@ -8399,8 +8400,7 @@ def unfit_host() -> str:
     if os.name == "nt":
         return f"{PROGRAM} runs on Linux, macOS and WSL, not on native Windows; use it inside WSL."
     if sys.version_info < (3, 9):  # noqa: UP036  (the file is copied to where no installer checks)
-        found = ".".join(map(str, sys.version_info[:2]))
-        return f"{PROGRAM} needs Python 3.9 or newer; this is {found}."
+        return f"{PROGRAM} needs Python 3.9 or newer; this is {sys.version.split()[0]}."
     return ""
 
 

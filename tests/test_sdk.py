@@ -434,7 +434,8 @@ def test_ours_goes_on_with_theirs(theirs: Theirs, desk: Desk, plato: LocalPlato,
     desk.good("stop")
     eventually(lambda: not is_running(pid))
     assert living(plato) == []
-    assert desk.leftovers() == []
+    # What they put there for SSH is left to them.
+    assert [name for name in desk.leftovers() if not name.startswith("ssh_1")] == []
     assert theirs.run("status").code == 1
 
 
@@ -445,7 +446,6 @@ def test_ours_replaces_theirs(theirs: Theirs, desk: Desk, plato: LocalPlato) -> 
     assert living(plato) == [desk.state["job_id"]]
     assert desk.state["job_id"] != before["job_id"]
     eventually(lambda: not is_running(before["heartbeat_pid"]))
-    assert not Path(before["ssh_config_path"]).exists()
     assert desk.ssh("echo there").out == "there\n"
 
 
