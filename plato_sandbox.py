@@ -5232,7 +5232,8 @@ class FlowRun:
     async def _picture(self, path: str, **options: Any) -> Any:
         """Take a picture in which fields for passwords are covered."""
         covered = [self.page.locator(selector) for selector in self._covered]
-        return await self.page.screenshot(path=path, mask=covered, mask_color="#8a8f98", **options)
+        # The timeout is the caller's, not that of the page's steps.
+        return await self.page.screenshot(path=path, mask=covered, mask_color="#8a8f98", timeout=0, **options)
 
     async def _fail(self, step: FlowStep, record: Json, result: Json, path: str) -> None:
         """Note a failed step and what can be seen of its page, and keep the trace at a path."""
