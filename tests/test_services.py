@@ -945,9 +945,9 @@ def test_ssh_that_breaks_during_up_is_opened_again(docker: Vm) -> None:
     vm = docker
     write(vm.work, {"docker-compose.yml": gated(), "gate/.keep": ""})
     process = vm.desk.begin("start-services")
-    eventually(lambda: (vm.tree / "gate/here").exists())
+    eventually(lambda: (vm.tree / "gate/here").exists(), 60)
     vm.execute("kill -9 $(ps -eo pid,args | sed -n 's/^ *\\([0-9]*\\) sshd.*/\\1/p')", code=None)
-    eventually(lambda: "root@notty" in vm.execute("ps -eo args"))
+    eventually(lambda: "root@notty" in vm.execute("ps -eo args"), 60)
     (vm.tree / "gate/go").touch()
     result = ending(process)
     assert result.code == 0, result
