@@ -3247,7 +3247,7 @@ class Vm:
         return check_script(self.outcome(script, feed, seconds))
 
     def outcome(self, script: str, feed: Feed = None, seconds: float = VM_SECONDS) -> Outcome:
-        """How a script ended. A connection that breaks is left for the API, where that is allowed."""
+        """How a script ended. A connection that breaks is opened once more, or left for the API."""
         if self.via == "ssh":
             try:
                 self._wait_for_answer()
@@ -3255,10 +3255,13 @@ class Vm:
             except OvertakenError:
                 raise  # what was to be sent has changed
             except SandboxError as error:
-                if self._ssh_only:
+                if self._ssh_only and not isinstance(error, NetworkError):
                     raise
-                self.sandbox.reporter.note(f"{error.message} Going on through the API.")
-                self.via = "api"
+                further = "Connecting again." if self._ssh_only else "Going on through the API."
+                self.sandbox.reporter.note(f"{error.message} {further}")
+            if self._ssh_only:
+                return self._by_ssh(script, feed, seconds)
+            self.via = "api"
         return self._by_api(script, feed, seconds)
 
     def _wait_for_answer(self) -> None:
@@ -3272,8 +3275,7 @@ class Vm:
             try:
                 sandbox.connect_network()
                 wait_for_ssh(sandbox)
-            except SandboxError as error:
-                sandbox.reporter.trace(error.message)
+            except SandboxError:
                 raise silence from None
 
     def _by_ssh(self, script: str, feed: Feed, seconds: float) -> Outcome:
@@ -6652,22 +6654,18 @@ class Sandbox:
         """
         if heartbeat_health(self.settings, self.state, time.time())["state"] in ("ok", "expired"):
             return
-        try:
-            with locked(self.directory):
-                state = self.load()
-                health = heartbeat_health(self.settings, state, time.time())
-                if health["state"] == "degraded":
-                    since, why = health["last_ok"] or "its start", health["last_error"]
-                    detail = f": {why}" if why else ""
-                    self.reporter.warn(f"The heartbeat has had no good beat since {since}{detail}.")
-                elif health["state"] in ("dead", "ending"):
-                    make_home(self.settings.home)
-                    pid = self.spawn_heartbeat()
-                    ending = health["state"] == "ending"
-                    what = "of the other client ends soon" if ending else "was not running"
-                    self.reporter.warn(f"The heartbeat {what}; it was started again (PID {pid}).")
-        except ConflictError as error:
-            self.reporter.trace(error.message)
+        with contextlib.suppress(ConflictError), locked(self.directory):
+            state = self.load()
+            health = heartbeat_health(self.settings, state, time.time())
+            if health["state"] == "degraded":
+                since, why = health["last_ok"] or "its start", health["last_error"]
+                detail = f": {why}" if why else ""
+                self.reporter.warn(f"The heartbeat has had no good beat since {since}{detail}.")
+            elif health["state"] in ("dead", "ending"):
+                make_home(self.settings.home)
+                pid = self.spawn_heartbeat()
+                what = "was not running" if health["state"] == "dead" else "of the other client ends soon"
+                self.reporter.warn(f"The heartbeat {what}; it was started again (PID {pid}).")
 
     def spawn_heartbeat(self) -> int:
         record = self.state.get("slot_path") or state_path(self.directory)
@@ -6872,10 +6870,8 @@ class Sandbox:
             self.reporter.step("Creating the snapshot", SNAPSHOT_SECONDS)
             artifact_id = self._take_snapshot(state, checkpoint)
             self._record(artifact_id=artifact_id)
-            try:
+            with contextlib.suppress(SandboxError):  # VMs start from it without that, too
                 self.api.prefetch(artifact_id)
-            except SandboxError as error:  # VMs start from it without that, too
-                self.reporter.trace(error.message)
             if wait:
                 self._wait_for_artifact(artifact_id, wait_timeout)
         return {"artifact_id": artifact_id, "status": "ready" if wait else "creating"}
@@ -7505,10 +7501,8 @@ class Starter:
         """Install the key on the VM, write the config and record it; whether that is done."""
         state = self.sandbox.state
         if self.provider is None:
-            try:
+            with contextlib.suppress(SandboxError):
                 self.provider = as_text(self.api.job_info(state["job_id"]).get("provider"))
-            except SandboxError as error:
-                self.reporter.trace(error.message)
         user = "plato" if self.provider == "qemu" else "root"
         try:
             answer = self.api.add_ssh_key(state["session_id"], public_key, user)
