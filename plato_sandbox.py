@@ -40,8 +40,8 @@ Files
     .platoignore             what `sync` leaves out, in the syntax of .gitignore, at every level
     screenshots/             what the screenshot steps of flows make, beside the flows file
     test-results/            the report of `flow`, with pictures and traces (or --output)
-    PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log,
-    PLATO_HOME/git_<id>      where <id> is the first part of the session id; `stop` removes them
+    PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log
+                             where <id> is the first part of the session id; `stop` removes them
 
 Exit codes
     0 done; 1 failed; 2 usage; 3 no sandbox here, or it is gone; 4 authentication; 5 conflict;
@@ -452,6 +452,7 @@ def _key_in_dotenv() -> str:
 
 
 def number_in(name: str, value: Any, low: float, high: float) -> float:
+    """A number, or what stands for one in a text, within its range; UsageError."""
     try:
         number = float(value)
         if low <= number <= high:
@@ -2254,10 +2255,15 @@ class ConfigError(CheckFailedError):
     code = "config_invalid"
 
 
+def counted(count: int, what: str) -> str:
+    """1 file, 2 files."""
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
 def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
     """The error for a file. problems: `file:line:column: what is wrong`, each a line of the message."""
     error = ConfigError(
-        f"{source} cannot be used: {len(problems)} problem{'s' if problems[1:] else ''}.",
+        f"{source} cannot be used: {counted(len(problems), 'problem')}.",
         hint="Nothing was done. Correct the file and run the command again.",
     )
     error.message = "\n".join([error.message, *map(printable, problems)])
@@ -2413,7 +2419,7 @@ class Checker:
         elif isinstance(wanted, list):
             self.check_items(node, where, wanted[0])
         elif wanted:
-            is_secret = schema in (_TEXT, _VALUE)  # it may be
+            is_secret = schema in (_TEXT, _VALUE)  # a password may stand there
             self.tell(node, where, f"is {'wrong' if is_secret else written[:80] or 'wrong'}; {wanted}")
         elif schema is _VALUE and not isinstance(node.value, str) and written != str(node.value):
             text = f"is doubtful: YAML reads {written} as {node.value}; quotes keep it as it is"
@@ -3126,11 +3132,6 @@ def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str)
     return SSH_CONFIG.format(**fields)
 
 
-def _is_unicode(path: str) -> bool:
-    """Whether the bytes of a file name are text; Python keeps others as surrogates."""
-    return path.encode("utf-8", "ignore").decode() == path
-
-
 def ssh_quoted(path: str) -> str:
     """A path as a value of ssh_config; SandboxError for one that its syntax cannot carry."""
     if re.search(r'["\\]|\$\{', path) or not path.isprintable():
@@ -3721,11 +3722,6 @@ def listed_paths(paths: Sequence[bytes]) -> str:
 
 def shown_name(path: bytes) -> str:
     return printable(os.fsdecode(path))
-
-
-def counted(count: int, what: str) -> str:
-    """1 file, 2 files."""
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def size_text(count: int) -> str:
@@ -4323,7 +4319,7 @@ _PUSH_TROUBLES: dict[int, tuple[Callable[..., SandboxError], str, str]] = {
         "Keep large files out with .platoignore, or bring the code over with --via sync.",
     ),
     82: (
-        functools.partial(NetworkError, sent=True),
+        NetworkError,
         "git could not talk to Gitea",
         "Run the command again a little later.",
     ),
@@ -4671,17 +4667,16 @@ def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
 
 def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
-    changed = mutation_words([mutation.raw for mutation in mutations])
-    error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {changed}.")
+    error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {mutation_words(mutations)}.")
     error.hint = "If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n" + rules_text(
         ignore_rules(mutations)
     )
     return error
 
 
-def mutation_words(mutations: Sequence[Json]) -> str:
+def mutation_words(mutations: Iterable[Mutation]) -> str:
     """What was changed, counted: "activity (1 inserted); users (2 updated)"; "none" for nothing."""
-    tables = summarize(list(map(Mutation, mutations)))["tables"]
+    tables = summarize(list(mutations))["tables"]
     return "; ".join(f"{counts['table']} ({counts_text(counts)})" for counts in tables) or "none"
 
 
@@ -5421,7 +5416,7 @@ def report_page(report: Json) -> str:
         **report,
         "title": f"{passed} of {len(flows)} flows passed{change}",
         "source": report["flows_path"] or "from Plato",
-        "changed": mutations and mutation_words(mutations),
+        "changed": mutations and mutation_words(map(Mutation, mutations)),
     }
     return REPORT_PAGE.format(
         **each_text(words, html_text),
@@ -5541,7 +5536,7 @@ def difference(before: Any, after: Any) -> str:
     return printable(" → ".join("…" * (start > 0) + part for part in parts))
 
 
-def told(first: Mutation, column: str) -> str:
+def change_text(first: Mutation, column: str) -> str:
     """What happened to a table (WHOLE), or in a column."""
     if column != WHOLE:
         return difference(first.before.get(column), first.after.get(column))
@@ -5979,7 +5974,7 @@ class Visit:
         try:
             replace_text(self.plan.config.path, self.text or "", edited)
         except SandboxError as error:
-            tell(_told(error), icon=":material/error:", duration="long")
+            tell(_error_text(error), icon=":material/error:", duration="long")
         else:
             self.text, self.saved, self.base = edited, entries, self.ticks
             tell("Saved. `start-worker --wait` gives the rules to the worker.", duration="long")
@@ -6027,7 +6022,7 @@ class Visit:
                 "Table": printable(place[0]),
                 "Column": printable(place[1]) or "(whole table)",
                 "Changes": counts[place],
-                "What happened": told(happened[place][0], place[1]) if place in happened else "",
+                "What happened": change_text(happened[place][0], place[1]) if place in happened else "",
                 "Type": kinds[place],
             }
             for place in places
@@ -6153,7 +6148,7 @@ def _show_changes(st: Any, visit: Visit) -> None:
 
     trouble = visit.troubles.get("tables") or visit.troubles.get("changes")  # one thing at a time
     if trouble:
-        st.warning(_told(trouble), icon=":material/database_off:")
+        st.warning(_error_text(trouble), icon=":material/database_off:")
     if not visit.known:
         return
     changes = visit.changes
@@ -6205,7 +6200,7 @@ def _show_grid(st: Any, visit: Visit) -> None:
         try:
             st.dataframe(visit.examples(name), hide_index=True)
         except SandboxError as error:
-            st.warning(_told(error))
+            st.warning(_error_text(error))
 
 
 def _show_rules(st: Any, visit: Visit) -> None:
@@ -6222,7 +6217,7 @@ def _show_rules(st: Any, visit: Visit) -> None:
             return
         edited, shared = edit_rules(visit.text, name, config.dataset, visit.name, entries)
     except SandboxError as error:
-        st.info(_told(error))
+        st.info(_error_text(error))
         return
     st.code(difference_of(visit.text, edited), language="diff")
     with st.container(key="save", horizontal=True, vertical_alignment="center"):
@@ -6238,7 +6233,7 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|$:~])", r"\\\1", printable(text))
 
 
-def _told(error: SandboxError) -> str:
+def _error_text(error: SandboxError) -> str:
     """An error and its hint, for the page."""
     return "  \n".join(_markdown(part) for part in (str(error), error.hint) if part)
 
@@ -6401,16 +6396,10 @@ def _plan_blank(service: str | None = None, **sizes: int | None) -> tuple[Json, 
         raise UsageError(f"--service is {service!r}; it may hold letters, digits, '.', '_' and '-' only.")
     chosen = {}
     for name, (default, low, high) in VM_SIZES.items():
-        chosen[name] = number_within(f"--{name}", sizes.get(name), default, low, high)
+        size = sizes.get(name)
+        chosen[name] = int(number_in(f"--{name}", default if size is None else size, low, high))
     environment = {"type": "resource", "simulator": service, "sim_config": chosen}
     return environment, {"mode": "blank", "service": service, **chosen}, None
-
-
-def number_within(name: str, value: Any, default: Any, low: float, high: float) -> Any:
-    """A number that was given, or the default; UsageError outside of its range."""
-    if not low <= (default if value is None else value) <= high:
-        raise UsageError(f"{name} is {value:g}; it must be from {low:g} to {high:g}.")
-    return default if value is None else value
 
 
 def with_router_target(url: str, service: str | None) -> str:
@@ -6470,8 +6459,10 @@ class Sandbox:
         """
         sandbox = cls(directory, settings=settings, reporter=reporter)
         environment, record, config = plan_start(sandbox.directory, **options)
-        patience = number_within("--timeout", timeout, DEFAULT_READY_SECONDS, 1, WEEK_SECONDS)
-        lifetime = number_within("--lifetime", lifetime, DEFAULT_LIFETIME_SECONDS, 1, WEEK_SECONDS)
+        timeout = DEFAULT_READY_SECONDS if timeout is None else timeout
+        lifetime = DEFAULT_LIFETIME_SECONDS if lifetime is None else lifetime
+        patience = number_in("--timeout", timeout, 1, WEEK_SECONDS)
+        lifetime = int(number_in("--lifetime", lifetime, 1, WEEK_SECONDS))
         sandbox.settings.require_key()
         for warning in config.warnings if config else ():
             sandbox.reporter.warn(warning)
@@ -6841,7 +6832,7 @@ class Sandbox:
                     hint=f"`{PROGRAM} reset` puts the whole environment back to its initial state.",
                 ) from None
             check_success(answer, None, "The audit tables could not be emptied")
-        return {"cleared": True, "via": "api"}
+        return {"cleared": True, "via": "api", "listeners": []}
 
     # Artifacts
 
@@ -7480,6 +7471,8 @@ class Starter:
         state = self.sandbox.state
         try:
             answer = self.api.wait_for_ready(state["session_id"], seconds)
+        except NoSandboxError:
+            raise NoSandboxError("The session ended while its VM was booting.") from None
         except ApiError as error:
             if not (error.may_pass or error.status is None):
                 raise
@@ -7931,7 +7924,7 @@ def flow_lines(report: Json) -> Iterator[Line]:
             yield f"{flow['name']:<{width}}  {steps:>8}  {flow['description']}".rstrip()
         return
     if report["mutations"] is not None:
-        yield "Mutations", mutation_words(report["mutations"])
+        yield "Mutations", mutation_words(map(Mutation, report["mutations"]))
     yield "Report", shown_path(from_here(report["report"]))
 
 

@@ -315,7 +315,7 @@ def fuzz_mutations(data: bytes) -> None:
     for bar in product.bars_of(changes, ticks):
         harmless(bar["table"])
     for place, mutations in changes.of.items():
-        harmless(product.told(mutations[0], place[1]))
+        harmless(product.change_text(mutations[0], place[1]))
     product.entries_with(entries, ticks | changes.noise(ticks), "public")
     product.changes_between(found[:1], found, lambda one: one.table)
     product.new_mutations(found[:1], found)

@@ -18,6 +18,7 @@ from plato_sandbox import (
     ConflictError,
     Mutation,
     SandboxError,
+    change_text,
     changes_between,
     difference,
     difference_of,
@@ -28,7 +29,6 @@ from plato_sandbox import (
     replace_text,
     rules_text,
     ticks_of,
-    told,
     yaml_load,
 )
 
@@ -105,10 +105,10 @@ def test_what_happened_is_told_by_table_and_column() -> None:
     changes = Changes([SESSION, LOGIN, RENAMED, ADDED], "public")
     assert changes.of["users", ""] == [LOGIN, RENAMED, ADDED]
     assert changes.of["users", "seen"] == [LOGIN, RENAMED]
-    assert told(LOGIN, "seen") == "1 → 2"
-    assert told(RENAMED, "name") == "a → b"
-    assert told(LOGIN, "") == "updated: id=1  seen: 1 -> 2, count: 1 -> 2"
-    assert told(SESSION, "") == "inserted: token=x"
+    assert change_text(LOGIN, "seen") == "1 → 2"
+    assert change_text(RENAMED, "name") == "a → b"
+    assert change_text(LOGIN, "") == "updated: id=1  seen: 1 -> 2, count: 1 -> 2"
+    assert change_text(SESSION, "") == "inserted: token=x"
     columns = {("users", name) for name in ("seen", "count", "name")}
     assert changes.noise(set()) == {("users", ""), ("sessions", ""), *columns}
     assert Changes([LOGIN], "public").noise(set()) == {("users", "seen"), ("users", "count")}

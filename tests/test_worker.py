@@ -279,7 +279,7 @@ def test_a_reset_that_fails_says_why(started: Desk, plato: LocalPlato) -> None:
 def test_clear_audit_asks_the_api(started: Desk, plato: LocalPlato) -> None:
     plato.fault("status", path="*/cleanup", status=200, body={"success": True}, times=2)
     assert "emptied successfully" in started.good("clear-audit").out
-    assert started.good("clear-audit", "--json").document == {"cleared": True, "via": "api"}
+    assert started.good("clear-audit", "--json").document == {"cleared": True, "via": "api", "listeners": []}
 
 
 def test_clear_audit_that_fails_says_why(started: Desk, plato: LocalPlato) -> None:
