@@ -6320,9 +6320,7 @@ def plan_start(
     modes = [name for name, value in wanted.items() if value]
     if len(modes) != 1:
         raise UsageError(
-            "Only one of --from-config, --simulator, --artifact-id and --blank can be used."
-            if modes
-            else "Choose one mode: --from-config, --simulator, --artifact-id or --blank.",
+            "Choose one mode, and only one: --from-config, --simulator, --artifact-id or --blank.",
             hint=f"In a simulator's directory: {PROGRAM} start --from-config",
         )
     for option, value in {"dataset": dataset, "tag": tag, **options}.items():
@@ -6350,7 +6348,7 @@ def _plan_from_config(config: Config) -> tuple[Json, Json, Config]:
         "service": config.service,
         "dataset": config.dataset,
         "plato_config_path": config.path,
-        **{name: sizes[name] for name in VM_SIZES if name in sizes},
+        **{name: numbers[name] for name in VM_SIZES},
     }
     return {"type": "resource", "simulator": config.service, "sim_config": sizes}, record, config
 
@@ -6425,8 +6423,6 @@ class Sandbox:
     def __init__(
         self, directory: str = ".", *, settings: Settings | None = None, reporter: Reporter | None = None
     ) -> None:
-        if not directory:
-            raise UsageError("The name of the working directory is empty.")
         try:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
@@ -6445,8 +6441,8 @@ class Sandbox:
         *,
         replace: bool = False,
         reset: bool = True,
-        timeout: float | None = None,
-        lifetime: int | None = None,
+        timeout: float = DEFAULT_READY_SECONDS,
+        lifetime: int = DEFAULT_LIFETIME_SECONDS,
         settings: Settings | None = None,
         reporter: Reporter | None = None,
         **options: Any,
@@ -6459,15 +6455,14 @@ class Sandbox:
         """
         sandbox = cls(directory, settings=settings, reporter=reporter)
         environment, record, config = plan_start(sandbox.directory, **options)
-        timeout = DEFAULT_READY_SECONDS if timeout is None else timeout
-        lifetime = DEFAULT_LIFETIME_SECONDS if lifetime is None else lifetime
         patience = number_in("--timeout", timeout, 1, WEEK_SECONDS)
         lifetime = int(number_in("--lifetime", lifetime, 1, WEEK_SECONDS))
         sandbox.settings.require_key()
         for warning in config.warnings if config else ():
             sandbox.reporter.warn(warning)
+        how: Json = {"lifetime": lifetime, "patience": patience, "reset": reset, "replace": replace}
         try:
-            Starter(sandbox, patience, reset=reset).run(environment, record, lifetime, replace=replace)
+            start_vm(sandbox, environment, record, **how)
         finally:
             sandbox.api.hang_up()
         return sandbox
@@ -6643,16 +6638,14 @@ class Sandbox:
 
         It is left to a `start` or `stop` that is at work here.
         """
-        if heartbeat_health(self.settings, self.state, time.time())["state"] in ("ok", "expired"):
-            return
-        with contextlib.suppress(ConflictError), locked(self.directory):
-            state = self.load()
-            health = heartbeat_health(self.settings, state, time.time())
-            if health["state"] == "degraded":
-                since, why = health["last_ok"] or "its start", health["last_error"]
-                detail = f": {why}" if why else ""
-                self.reporter.warn(f"The heartbeat has had no good beat since {since}{detail}.")
-            elif health["state"] in ("dead", "ending"):
+        health = heartbeat_health(self.settings, self.state, time.time())
+        if health["state"] == "degraded":
+            why = f": {health['last_error']}" if health["last_error"] else ""
+            since = health["last_ok"] or "its start"
+            self.reporter.warn(f"The heartbeat has had no good beat since {since}{why}.")
+        elif health["state"] in ("dead", "ending"):
+            with contextlib.suppress(ConflictError), locked(self.directory):
+                self.load()
                 make_home(self.settings.home)
                 pid = self.spawn_heartbeat()
                 what = "was not running" if health["state"] == "dead" else "of the other client ends soon"
@@ -6683,14 +6676,15 @@ class Sandbox:
         """
         recorded = as_text(self.state.get("plato_config_path"))
         chosen = dataset or as_text(self.state.get("dataset"))
+        if path is None and recorded and os.path.isfile(recorded):
+            path = recorded
         try:
-            if recorded is None or path is not None or not os.path.isfile(recorded):
-                recorded = os.path.abspath(path) if path is not None else find_config(self.directory)
-        except ConfigError as error:
+            path = path or find_config(self.directory)
+        except ConfigError as missing:
             if not stored or self.state.get("mode") != "artifact":
                 raise
-            return self._stored_config(chosen or DEFAULT_DATASET, error)
-        config = load_config(recorded, chosen)
+            return self._stored_config(chosen or DEFAULT_DATASET, missing)
+        config = load_config(os.path.abspath(path), chosen)
         for warning in config.warnings:
             self.reporter.warn(warning)
         return config
@@ -7215,48 +7209,50 @@ def artifact_credentials(metadata: Json) -> Json | None:
     {"default_role": NAME, "roles": {NAME: [{"type": email|username|password|bearer, "text"}]}}; an empty list
     needs no login. None when none is declared. ConfigError for another shape, without any value.
     """
-    declared = metadata.get("credentials")
-    if declared is None:
-        account = _account_of_variables(as_list(metadata.get("variables")))
-        return {"default_role": "default", "roles": {"default": _logins(account)}} if account else None
-    declared = as_dict(declared)
-    roles = {name: _logins(account) for name, account in as_dict(declared.get("roles")).items()}
-    default = declared.get("default_role")
+    declared = as_dict(metadata.get("credentials"))
+    accounts, default = dict(as_dict(declared.get("roles"))), declared.get("default_role")
     older = declared.get("login") or declared.get("primary")
+    if metadata.get("credentials") is None:
+        older = _account_of_variables(as_list(metadata.get("variables")))
+        if older is None:
+            return None
     if older is not None:
-        name = "default_login" if "default" in roles else "default"
-        roles[name] = _logins(older)
+        name = "default_login" if "default" in accounts else "default"
+        accounts[name] = older
         default = default or name
-    if default is None and len(roles) == 1:
-        default = next(iter(roles))
-    if not roles or default not in (None, *roles):
+    if default is None and len(accounts) == 1:
+        default = next(iter(accounts))
+    if not accounts or default not in (None, *accounts):
         raise ConfigError("metadata.credentials names no role, or a default_role that is none of its roles.")
-    return {"default_role": default, "roles": roles}
+    return {"default_role": default, "roles": {name: _logins(part) for name, part in accounts.items()}}
 
 
-def _account_of_variables(variables: list[Any]) -> Json:
+def _account_of_variables(variables: list[Any]) -> Json | None:
     """A user with a password, or a token, by the usual names of variables."""
-    pairs = [as_dict(entry) for entry in variables]
-    values = {str(pair.get("name")).strip().lower(): pair.get("value") for pair in pairs}
+    pairs = map(as_dict, variables)
+    values = {str(pair.get("name")).strip().lower(): pair["value"] for pair in pairs if pair.get("value")}
 
     def first(*names: str) -> str:
-        return next((str(values[name]) for name in names if values.get(name) is not None), "")
+        return next((str(values[name]) for name in names if name in values), "")
 
     user = first("username", "user", "email", "login")
     if user:
         return {"user": user, "password": first("password", "pass")}
     token = first("token", "api_key", "api_token", "secret")
-    return {"token": token} if token else {}
+    return {"token": token} if token else None
 
 
 def _logins(account: Any) -> list[Json]:
     """The login of one role, from a list of {type, text} or the older {kind, user, password | secret}."""
     if isinstance(account, dict):
-        kind, user = account.get("kind") or "password", account.get("email") or account.get("user")
-        word = "email" if account.get("email") or "@" in str(user) else "username"
-        texts = {word: user, "password": kind == "password" and account.get("password")}
-        texts["bearer"] = account.get("token") or (kind == "token" and account.get("secret"))
-        account = [{"type": word, "text": text} for word, text in texts.items() if text and kind != "none"]
+        user = account.get("email") or account.get("user")
+        texts = {
+            "email" if account.get("email") or "@" in str(user) else "username": user,
+            "password": account.get("password"),
+            "bearer": account.get("token") or account.get("secret"),
+        }
+        needed = texts.items() if account.get("kind") != "none" else ()
+        account = [{"type": word, "text": text} for word, text in needed if text]
     for entry in account if isinstance(account, list) else [None]:
         known = as_dict(entry).get("type") in ("email", "username", "password", "bearer")
         if not known or not as_text(as_dict(entry).get("text")):
@@ -7297,189 +7293,185 @@ def unfinished_start(state: Json) -> NoSandboxError:
     )
 
 
-class Starter:
-    """One `start`: the order of its steps is what keeps every VM accounted for.
+# One `start`: the order of its steps is what keeps every VM accounted for.
 
-    Lock; record; create; record the ids; heartbeat; then wait. After a failure or an interruption the
-    session is closed and everything removed; where even that fails, the record stays.
+
+def start_vm(
+    sandbox: Sandbox,
+    environment: Json,
+    record: Json,
+    *,
+    lifetime: int,
+    patience: float,
+    reset: bool,
+    replace: bool,
+) -> None:
+    """Lock; record; create; record the ids; heartbeat; then wait, at most `patience` seconds.
+
+    After a failure or an interruption the session is closed and everything removed; where even that fails,
+    the record stays.
     """
-
-    def __init__(self, sandbox: Sandbox, patience: float, *, reset: bool) -> None:
-        self.sandbox = sandbox
-        self.patience = patience  # seconds until the VM must be ready
-        self.reset = reset
-        self.api = sandbox.api
-        self.settings = sandbox.settings
-        self.reporter = sandbox.reporter
-        self.provider: str | None = None
-        self.key: Aside | None = None  # in a thread, as a signal may come while it is started
-
-    def run(self, environment: Json, record: Json, lifetime: int, *, replace: bool) -> None:
-        with locked(self.sandbox.directory), SignalGuard(self.reporter) as guard:
-            make_home(self.settings.home)
-            ssh_config_text(self.settings, SshFiles(self.settings.home, "x"), "x", "x")  # refuses odd paths
-            self._end_what_is_here(replace)
-            cache_bytecode()
-            try:
-                answer = self._create(environment, record, lifetime, guard)
-                self._record_vm(answer)
-                guard.release()
-                self._bring_up()
-            except BaseException as error:
-                guard.held = False
-                if self.sandbox.state.get("session_id"):
-                    self._undo(error)
-                elif isinstance(error, SandboxError) and not isinstance(error, UnknownOutcomeError):
-                    remove_state(self.sandbox.directory)
-                raise
-
-    # Before the VM exists
-
-    def _end_what_is_here(self, replace: bool) -> None:
-        """Make sure that no live sandbox is recorded here; with `replace`, stop it."""
-        sandbox = self.sandbox
-        if load_state(sandbox.directory) is None:
-            return
-        state = sandbox.load()
-        session_id = state.get("session_id")
-        if session_id is None:
-            self.reporter.warn(unfinished_start(state).message)
-        elif replace:
-            self.reporter.step("Stopping the sandbox that is here")
-            sandbox.end(session_id)
-        else:
-            error = sandbox.status()["error"]
-            if not isinstance(error, NoSandboxError):
-                raise error or ConflictError(
-                    f"There is a live sandbox here already (session {session_id}).",
-                    hint=f"`{PROGRAM} stop` ends it; `start --replace` ends it and starts a new one.",
-                )
-            self.reporter.note("The sandbox that was recorded here is gone; its files are removed.")
-            if "slot_path" in state:
-                sandbox.state = {}  # so that another client's record stays as it is
-            sandbox.end(session_id)
-        sandbox.state = {}
-
-    def _create(self, environment: Json, record: Json, lifetime: int, guard: SignalGuard) -> Json:
-        """Record that a VM is asked for, and ask for it, once; returns an answer that names the session.
-
-        From the request to the record of its answer no signal is obeyed at once. When nobody knows whether
-        there is a VM, the record stays without a session, so that `status` tells what is known.
-        """
-        import uuid
-
-        now, base_url = time.time(), self.settings.base_url
-        record = {**record, "directory": self.sandbox.directory, "starting": True}
-        record.update(created_at=utc_text(now), expires_at=utc_text(now + lifetime))
-        if base_url != DEFAULT_BASE_URL:
-            record["base_url"] = base_url
-        guard.held = True
-        self.sandbox.save(**record)
-        self.reporter.step("Creating the VM", MAKE_SECONDS)
-        alias = f"sandbox-{uuid.uuid4().hex[:8]}"
+    with locked(sandbox.directory), SignalGuard(sandbox.reporter) as guard:
+        make_home(sandbox.settings.home)
+        ssh_config_text(sandbox.settings, SshFiles(sandbox.settings.home, "x"), "x", "x")  # refuses odd paths
+        end_what_is_here(sandbox, replace)
+        cache_bytecode()
         try:
-            with sent_once("a VM", "Such a VM gets no heartbeat and is shut down after about two minutes."):
-                answer = self.api.make_session({**environment, "alias": alias}, lifetime)
-                if not as_text(answer.get("session_id")):
-                    raise ApiError("it names no session.")
-        except Interrupted as error:
-            error.message = f"Interrupted before Plato answered. {UNKNOWN_VM}"
+            # From the request to the record of its answer no signal is obeyed at once.
+            guard.held = True
+            answer = create_vm(sandbox, environment, record, lifetime)
+            record_vm(sandbox, answer)
+            guard.release()
+            bring_up_vm(sandbox, patience, reset)
+        except BaseException as error:
+            guard.held = False
+            if sandbox.state.get("session_id"):
+                undo_start(sandbox, error)
+            elif isinstance(error, SandboxError) and not isinstance(error, UnknownOutcomeError):
+                remove_state(sandbox.directory)
             raise
-        return answer
 
-    def _record_vm(self, answer: Json) -> None:
-        """Record what `make` tells of a VM: its ids, the service of an artifact, the sizes of a config."""
-        sandbox = self.sandbox
-        sandbox.save(session_id=answer["session_id"])
-        entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
-        job_id = as_text(entry.get("job_id"))
-        if entry.get("success") is False or job_id is None:
-            why = as_text(entry.get("error")) or "no reason was given"
-            raise SandboxError(
-                f"Plato could not create the VM: {why.rstrip('.')}.",
-                hint="Check the simulator, tag, dataset or artifact id; nothing is left running.",
+
+def end_what_is_here(sandbox: Sandbox, replace: bool) -> None:
+    """Make sure that no live sandbox is recorded here; with `replace`, stop it."""
+    if load_state(sandbox.directory) is None:
+        return
+    state = sandbox.load()
+    session_id = state.get("session_id")
+    if session_id is None:
+        sandbox.reporter.warn(unfinished_start(state).message)
+    elif replace:
+        sandbox.reporter.step("Stopping the sandbox that is here")
+        sandbox.end(session_id)
+    else:
+        error = sandbox.status()["error"]
+        if not isinstance(error, NoSandboxError):
+            raise error or ConflictError(
+                f"There is a live sandbox here already (session {session_id}).",
+                hint=f"`{PROGRAM} stop` ends it; `start --replace` ends it and starts a new one.",
             )
-        sizes = as_dict(entry.get("effective_sim_config"))
-        learned: Json = {name: whole_number(sizes.get(name)) for name in VM_SIZES}
-        if sandbox.state["mode"] == "artifact":
-            learned = {"service": as_text(entry.get("simulator"))}
-        sandbox.save(job_id=job_id, **{**learned, **sandbox.state})
+        sandbox.reporter.note("The sandbox that was recorded here is gone; its files are removed.")
+        if "slot_path" in state:
+            sandbox.state = {}  # so that another client's record stays as it is
+        sandbox.end(session_id)
+    sandbox.state = {}
 
-    # From the moment it exists
 
-    def _bring_up(self) -> None:
-        """Heartbeat first; then wait for the VM; then network, reset and SSH."""
-        sandbox = self.sandbox
-        sandbox.spawn_heartbeat()
-        files = SshFiles(self.settings.home, sandbox.state["session_id"])
-        public_key = ""
-        missing = [name for name in ("ssh", "ssh-keygen") if find_program(name) is None]
-        if missing:
-            self.reporter.warn(
-                f"{' and '.join(missing)} cannot be found, so SSH to this sandbox is not set up."
-                " Install the OpenSSH client and start again to have it."
-            )
-        else:
-            self.key = Aside(lambda: make_key(files, self.reporter))
-            public_key = self.key.result()
-        self._wait_for_ready()
-        self.reporter.step("Connecting the VM to the network", CONNECT_SECONDS)
-        connected = self._may_fail(
-            sandbox.connect_network,
-            "SSH and tunnels to the VM do not work; `sync` goes through the API.",
+def create_vm(sandbox: Sandbox, environment: Json, record: Json, lifetime: int) -> Json:
+    """Record that a VM is asked for, and ask for it, once; returns an answer that names the session.
+
+    When nobody knows whether there is a VM, the record stays without a session, so that `status` tells what
+    is known.
+    """
+    import secrets
+
+    now, base_url = time.time(), sandbox.settings.base_url
+    sandbox.save(
+        **record,
+        directory=sandbox.directory,
+        starting=True,
+        created_at=utc_text(now),
+        expires_at=utc_text(now + lifetime),
+        base_url=None if base_url == DEFAULT_BASE_URL else base_url,
+    )
+    sandbox.reporter.step("Creating the VM", MAKE_SECONDS)
+    environment = {**environment, "alias": f"sandbox-{secrets.token_hex(4)}"}
+    try:
+        with sent_once("a VM", "Such a VM gets no heartbeat and is shut down after about two minutes."):
+            answer = sandbox.api.make_session(environment, lifetime)
+            if not as_text(answer.get("session_id")):
+                raise ApiError("it names no session.")
+    except Interrupted as error:
+        error.message = f"Interrupted before Plato answered. {UNKNOWN_VM}"
+        raise
+    return answer
+
+
+def record_vm(sandbox: Sandbox, answer: Json) -> None:
+    """Record what `make` tells of a VM: its ids, the service of an artifact, the sizes of a config."""
+    sandbox.save(session_id=answer["session_id"])
+    entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
+    job_id = as_text(entry.get("job_id"))
+    if entry.get("success") is False or job_id is None:
+        why = as_text(entry.get("error")) or "no reason was given"
+        raise SandboxError(
+            f"Plato could not create the VM: {why.rstrip('.')}.",
+            hint="Check the simulator, tag, dataset or artifact id; nothing is left running.",
         )
-        if self.reset:
-            self.reporter.step("Resetting the environment", RESET_SECONDS)
-            self._may_fail(sandbox.reset_ready_vm, "The VM is as it booted.")
-        self.reporter.step("Setting up SSH", SETUP_SECONDS)
-        ready = public_key and self._set_up_ssh(files, public_key, connected)
-        self._may_fail(lambda: sandbox.save(**sandbox.find_address()), "`flow` asks for it again.")
-        if ready and connected:
-            self.reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
-            self._may_fail(lambda: wait_for_ssh(sandbox), "Until it does, `sync` goes through the API.")
-        sandbox.save(starting=None)
+    sizes = as_dict(entry.get("effective_sim_config"))
+    learned: Json = {name: whole_number(sizes.get(name)) for name in VM_SIZES}
+    if sandbox.state["mode"] == "artifact":
+        learned = {"service": as_text(entry.get("simulator"))}
+    sandbox.save(job_id=job_id, **{**learned, **sandbox.state})
 
-    def _may_fail(self, act: Callable[[], Any], consequence: str) -> bool:
-        """Do what a VM can live without; a failure is a warning, unless the VM itself is gone."""
+
+def bring_up_vm(sandbox: Sandbox, patience: float, reset: bool) -> None:
+    """Heartbeat first; then wait for the VM; then network, reset and SSH."""
+    reporter = sandbox.reporter
+    sandbox.spawn_heartbeat()
+    files = SshFiles(sandbox.settings.home, sandbox.state["session_id"])
+    public_key = ""
+    missing = [name for name in ("ssh", "ssh-keygen") if find_program(name) is None]
+    if missing:
+        reporter.warn(
+            f"{' and '.join(missing)} cannot be found, so SSH to this sandbox is not set up."
+            " Install the OpenSSH client and start again to have it."
+        )
+    else:
+        making = Aside(lambda: make_key(files, reporter))  # so that no signal comes while it is started
         try:
-            act()
-        except SandboxError as error:
-            refused = type(error) is SandboxError  # Plato answered for the VM, so it is there
-            gone = None if refused else self.sandbox.end_of_vm()
-            if gone is not None:
-                raise gone from None
-            self.reporter.warn(f"{error.message} {consequence}")
-            return False
-        return True
+            public_key = making.result()
+        finally:
+            making.wait()  # no file of it comes after those here are removed
+    provider = wait_for_ready(sandbox, patience)
+    reporter.step("Connecting the VM to the network", CONNECT_SECONDS)
+    consequence = "SSH and tunnels to the VM do not work; `sync` goes through the API."
+    connected = may_fail(sandbox, sandbox.connect_network, consequence)
+    if reset:
+        reporter.step("Resetting the environment", RESET_SECONDS)
+        may_fail(sandbox, sandbox.reset_ready_vm, "The VM is as it booted.")
+    reporter.step("Setting up SSH", SETUP_SECONDS)
+    ready = public_key and set_up_ssh(sandbox, files, public_key, provider, connected)
+    may_fail(sandbox, lambda: sandbox.save(**sandbox.find_address()), "`flow` asks for it again.")
+    if ready and connected:
+        reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
+        may_fail(sandbox, lambda: wait_for_ssh(sandbox), "Until it does, `sync` goes through the API.")
+    sandbox.save(starting=None)
 
-    def _wait_for_ready(self) -> None:
-        self.reporter.step("Waiting for the VM to boot", self.patience)
-        deadline = time.monotonic() + self.patience
 
-        def look() -> str:
-            return self._boot_trouble(max(1, min(READY_POLL_SECONDS, int(deadline - time.monotonic()))))
+def may_fail(sandbox: Sandbox, act: Callable[[], Any], consequence: str) -> bool:
+    """Do what a VM can live without; a failure is a warning, unless the VM itself is gone."""
+    try:
+        act()
+    except SandboxError as error:
+        refused = type(error) is SandboxError  # Plato answered for the VM, so it is there
+        gone = None if refused else sandbox.end_of_vm()
+        if gone is not None:
+            raise gone from None
+        sandbox.reporter.warn(f"{error.message} {consequence}")
+        return False
+    return True
 
-        # The pause is for a server that answers at once.
-        if poll(look, self.patience, 0.5, self.reporter):
-            raise TimedOutError(
-                f"The VM was not ready after {self.patience:g} s.",
-                hint="Run `start` again, with a longer --timeout if it needs one.",
-            )
 
-    def _boot_trouble(self, seconds: int) -> str:
-        """Ask, for so long, whether the VM is ready; "" if it is, else what it is doing."""
-        state = self.sandbox.state
+def wait_for_ready(sandbox: Sandbox, patience: float) -> str | None:
+    """Wait until the VM is ready; its provider, as far as Plato tells it."""
+    deadline = time.monotonic() + patience
+    state, job = sandbox.state, {}
+
+    def trouble() -> str:
+        """Ask, for some seconds, whether the VM is ready; "" if it is, else what it is doing."""
+        seconds = max(1, min(READY_POLL_SECONDS, int(deadline - time.monotonic())))
         try:
-            answer = self.api.wait_for_ready(state["session_id"], seconds)
+            answer = sandbox.api.wait_for_ready(state["session_id"], seconds)
         except NoSandboxError:
             raise NoSandboxError("The session ended while its VM was booting.") from None
         except ApiError as error:
             if not (error.may_pass or error.status is None):
                 raise
             if error.status != 408:  # that is how some servers say that it is not ready yet
-                self.reporter.note(f"{error.message} Still waiting.")
+                sandbox.reporter.note(f"{error.message} Still waiting.")
             return "pending"
-        job = job_of(answer, state["job_id"])
+        job.update(job_of(answer, state["job_id"]))
         word = as_text(job.get("status")) or "pending"
         if answer.get("status") == "failed" or word.lower() in TERMINAL_STATUSES:
             why = as_text(job.get("error")) or word
@@ -7487,51 +7479,57 @@ class Starter:
                 f"The VM could not be started: {why.rstrip('.')}.",
                 hint="Run `start` again; if it fails the same way, try other sizes or another artifact.",
             )
-        self.provider = as_text(job.get("provider")) or self.provider
         return "" if answer.get("ready") is True else word
 
-    def _set_up_ssh(self, files: SshFiles, public_key: str, connected: bool) -> bool:
-        """Install the key on the VM, write the config and record it; whether that is done."""
-        state = self.sandbox.state
-        if self.provider is None:
-            with contextlib.suppress(SandboxError):
-                self.provider = as_text(self.api.job_info(state["job_id"]).get("provider"))
-        user = "plato" if self.provider == "qemu" else "root"
-        try:
-            answer = self.api.add_ssh_key(state["session_id"], public_key, user)
-            check_success(answer, state["job_id"], "The SSH key could not be installed on the VM")
-        except SandboxError as error:
-            if connected or isinstance(error, NoSandboxError):
-                raise
-            self.reporter.warn(error.message)
-            return False
-        write_ssh_config(self.settings, files, state["job_id"], user)
-        paths = {"ssh_config_path": files.config, "ssh_private_key_path": files.key}
-        self.sandbox.save(ssh_host=files.host, **paths)
-        return True
+    sandbox.reporter.step("Waiting for the VM to boot", patience)
+    if poll(trouble, patience, 0.5, sandbox.reporter):  # the pause is for a server that answers at once
+        raise TimedOutError(
+            f"The VM was not ready after {patience:g} s.",
+            hint="Run `start` again, with a longer --timeout if it needs one.",
+        )
+    return as_text(job.get("provider"))
 
-    # When it goes wrong
 
-    def _undo(self, error: BaseException) -> None:
-        """Close the session after a failure. Where that fails too, the record stays and the hint names it."""
-        sandbox = self.sandbox
-        self.reporter.step("Closing the VM")
-        what = "The VM" if "job_id" in sandbox.state else "Its session"
-        known = isinstance(error, (SandboxError, Interrupted))
-        try:
-            if self.key is not None:
-                self.key.wait()  # so that no file of it comes after those here are removed
-            sandbox.end(sandbox.state["session_id"])
-        except (SandboxError, Interrupted) as trouble:
-            why = trouble.message if isinstance(trouble, SandboxError) else "interrupted again"
-            left = f"The VM could not be closed ({why.rstrip('.')}) and may still run: {PROGRAM} stop"
-            if known:
-                error.hint = left  # type: ignore[attr-defined]
-            else:
-                self.reporter.warn(left)
-            return
+def set_up_ssh(
+    sandbox: Sandbox, files: SshFiles, public_key: str, provider: str | None, connected: bool
+) -> bool:
+    """Install the key on the VM, write the config and record it; whether that is done."""
+    state = sandbox.state
+    if provider is None:
+        with contextlib.suppress(SandboxError):
+            provider = as_text(sandbox.api.job_info(state["job_id"]).get("provider"))
+    user = "plato" if provider == "qemu" else "root"
+    try:
+        answer = sandbox.api.add_ssh_key(state["session_id"], public_key, user)
+        check_success(answer, state["job_id"], "The SSH key could not be installed on the VM")
+    except SandboxError as error:
+        if connected or isinstance(error, NoSandboxError):
+            raise
+        sandbox.reporter.warn(error.message)
+        return False
+    write_ssh_config(sandbox.settings, files, state["job_id"], user)
+    paths = {"ssh_config_path": files.config, "ssh_private_key_path": files.key}
+    sandbox.save(ssh_host=files.host, **paths)
+    return True
+
+
+def undo_start(sandbox: Sandbox, error: BaseException) -> None:
+    """Close the session after a failure. Where that fails too, the record stays and the hint names it."""
+    sandbox.reporter.step("Closing the VM")
+    what = "The VM" if "job_id" in sandbox.state else "Its session"
+    known = isinstance(error, (SandboxError, Interrupted))
+    try:
+        sandbox.end(sandbox.state["session_id"])
+    except (SandboxError, Interrupted) as trouble:
+        why = trouble.message if isinstance(trouble, SandboxError) else "interrupted again"
+        left = f"The VM could not be closed ({why.rstrip('.')}) and may still run: {PROGRAM} stop"
         if known:
-            error.message = f"{error.message.rstrip()} {what} was closed again."  # type: ignore[attr-defined]
+            error.hint = left  # type: ignore[attr-defined]
+        else:
+            sandbox.reporter.warn(left)
+        return
+    if known:
+        error.message = f"{error.message.rstrip()} {what} was closed again."  # type: ignore[attr-defined]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8024,26 +8022,13 @@ def open_browser(url: str, output: Output) -> None:
         launch([program, url], output, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
-class Command:
-    """A command. run: called with a Sandbox and the options that were given, returns the report, which is the
-    document of --json (its `error`, if any, ends the command; None is shown already); lines: what people are
-    shown of it; text: the options, one a line (see `add_options`), then what --help adds; interrupted: what
-    to do next after Ctrl-C.
-    """
-
-    def __init__(
-        self,
-        about: str,
-        run: Callable[..., Any],
-        lines: Callable[[Any], Iterable[Line]],
-        text: str = "",
-        interrupted: str | None = None,
-    ) -> None:
-        self.about = about
-        self.run = run
-        self.lines = lines
-        self.interrupted = interrupted
-        self.options, _, self.more = text.partition("\n\n")
+# A command. run: called with a Sandbox and the options that were given, returns the report, which is the
+# document of --json (its `error`, if any, ends the command; None is shown already); lines: what people are
+# shown of it; text: the options, one a line (see `add_options`), then what --help adds; interrupted: what to
+# do next after Ctrl-C.
+Command = collections.namedtuple(  # noqa: PYI024  (`typing` is not imported)
+    "Command", "about run lines text interrupted", defaults=("", None)
+)
 
 
 COMMON_OPTIONS = """\
@@ -8272,10 +8257,11 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     add_options(parser, COMMON_OPTIONS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, command in COMMANDS.items():
-        about.update(help=command.about, description=f"{command.about}.", epilog=command.more)
+        options, _, more = command.text.partition("\n\n")
+        about.update(help=command.about, description=f"{command.about}.", epilog=more)
         part = commands.add_parser(name, **about)
         if name == chosen:
-            add_options(part, command.options)
+            add_options(part, options)
             add_options(part, COMMON_OPTIONS)
     return parser
 
@@ -8288,28 +8274,24 @@ def add_options(parser: argparse.ArgumentParser, text: str) -> None:
     """
     group: Any = None
     for line in text.splitlines():
-        match = re.fullmatch(r"(?: {2}(\|) |(-\w), | *)(\S+)(?: (\S+))? {2,}(.*)", line)
-        if match is None:
-            raise AssertionError(line)
-        excludes, short, long, value, words = match.groups()
+        match: Any = re.fullmatch(r"(?: {2}(\|) |(-\w), | *)(\S+)(?: (\S+))? {2,}(.*)", line)
+        excludes, short, name, value, words = match.groups()
+        names, how = [*filter(None, [short]), name], {"help": words, "metavar": value}
         if not excludes:
             group = parser.add_mutually_exclusive_group()
-        if long.startswith("["):
-            group.add_argument(long[1:-1].lower(), nargs="?", metavar=long[1:-1], help=words)
-            continue
-        names = [short, long] if short else [long]
-        if value is None:
-            off = long.startswith("--no-")
-            dest = long[5:] if off else long[2:]
+        if name.startswith("["):
+            names, how = [name[1:-1].lower()], {"help": words, "metavar": name[1:-1], "nargs": "?"}
+        elif value is None:
+            off = name.startswith("--no-")
             action = "store_false" if off else "store_true"
-            group.add_argument(*names, action=action, dest=dest.replace("-", "_"), help=words)
+            how = {"help": words, "action": action, "dest": name[5 if off else 2 :].replace("-", "_")}
         elif value.endswith("..."):
-            group.add_argument(*names, action="append", metavar=value[:-3], help=words)
+            how.update(metavar=value[:-3], action="append")
         elif "|" in value:
-            group.add_argument(*names, choices=value.split("|"), help=words)
+            how = {"help": words, "choices": value.split("|")}
         else:
-            kind = {"N": int, "SECONDS": float, "MS": float}.get(value, str)
-            group.add_argument(*names, type=kind, metavar=value, help=words)
+            how["type"] = {"N": int, "SECONDS": float, "MS": float}.get(value, str)
+        group.add_argument(*names, **how)
 
 
 def command_word(arguments: Sequence[str]) -> str | None:
@@ -8331,9 +8313,8 @@ def unknown_word(word: str, command: str | None) -> UsageError:
     """The error for a word that the command does not take, with the option that was probably meant."""
     if command is None:
         return UsageError(f"{word!r} needs a command before it.", hint=f"See {PROGRAM} --help")
-    meant = closest(
-        word.partition("=")[0], re.findall("--[a-z-]+", COMMANDS[command].options + COMMON_OPTIONS)
-    )
+    known = re.findall("--[a-z-]+", COMMANDS[command].text + COMMON_OPTIONS)
+    meant = closest(word.partition("=")[0], known)
     hint = f"Did you mean {meant}?" if meant else f"See {PROGRAM} {command} --help"
     what = "option" if word.startswith("-") else "argument"
     return UsageError(f"`{command}` takes no {what} {word!r}.", hint=hint)
@@ -8410,14 +8391,12 @@ def run(arguments: Sequence[str], output: Output) -> int:
         parsed, unknown = build_parser(name).parse_known_args(arguments or ["--help"])
     except SystemExit as ending:  # --help
         return int(ending.code or 0)
-    if unknown:
-        raise unknown_word(unknown[0], name)
     options = vars(parsed)
-    if options.pop("version", False):
+    if not unknown and options.pop("version", False):
         output.result(version_text())
         return 0
-    if name is None:
-        raise UsageError(f"{arguments[0]!r} needs a command with it.", hint=f"See {PROGRAM} --help")
+    if unknown or name is None:
+        raise unknown_word([*unknown, *arguments][0], name)
     for option, value in options.items():
         if isinstance(value, str) and not value.strip():
             raise UsageError(f"{'PATH' if option == 'path' else '--' + option.replace('_', '-')} is empty.")

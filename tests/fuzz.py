@@ -252,7 +252,6 @@ def fuzz_answers(data: bytes) -> None:
     product.load_state = lambda directory: {**sandbox.state, "base_url": sandbox.settings.base_url}
     sandbox.revive_heartbeat = sandbox.end_of_vm
     sandbox._record = lambda **_: None
-    starter = product.Starter(sandbox, 1.0, reset=True)
     for work in (
         lambda: told_lines(product.status_lines(sandbox.status())),
         lambda: told(lambda output: output.document(sandbox.reset())),
@@ -261,7 +260,7 @@ def fuzz_answers(data: bytes) -> None:
         lambda: sandbox.clear_audit(),
         lambda: sandbox._wait_for_artifact("a", 0.0),
         lambda: sandbox._wait_for_worker(0.0),
-        lambda: starter._boot_trouble(1),
+        lambda: product.wait_for_ready(sandbox, 0.0),
         sandbox.find_address,
         lambda: sandbox.connect_network(),
         lambda: product.beat_trouble(sandbox.api.checked(dict), JOB),

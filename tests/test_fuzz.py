@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +55,10 @@ def test_nothing_but_our_own_errors(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
     said = (done.stdout + done.stderr).decode("utf-8", "replace")
     found = [path.read_bytes()[:2000] for path in tmp_path.glob("*-*") if path.is_file()]
-    assert done.returncode == 0, f"{said[-6000:]}\n{found}"
     counted = re.search(r"^Done (\d+) (?:runs )?in", said, re.MULTILINE)
+    # The alarm by which it looks for hangs can come when it is done and Python has put its handlers away.
+    endings = (0, -signal.SIGALRM) if counted else (0,)
+    assert done.returncode in endings, f"{said[-6000:]}\n{found}"
     assert counted, said[-2000:]
     executions = int(counted[1])
     assert executions >= SAMPLE_RUNS
