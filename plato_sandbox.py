@@ -63,7 +63,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import io
 import os
 import re
 import sys
@@ -750,39 +749,19 @@ def time_left(deadline: float) -> float:
     return left
 
 
-class TimedReader(io.RawIOBase):
-    """What comes out of a socket: nothing after the deadline, however slowly the bytes drip."""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self.sock = sock
-        self.stream = sock.makefile("rb", buffering=0)  # holds the socket open as long as this lives
-        self.deadline = deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        import socket
-
-        while True:  # by the second: a signal that came just before a wait began must not wait for its end
-            self.sock.settimeout(min(time_left(self.deadline), 1.0))
-            with contextlib.suppress(socket.timeout):  # another class than TimeoutError before Python 3.10
-                return self.sock.recv_into(buffer)
-
-    def close(self) -> None:
-        self.stream.close()
-        super().close()
-
-
-def responses_until(deadline: float) -> Any:
-    """What makes the responses of a connection of http.client, which have come by then or fail."""
+def timed_response(deadline: float, sock: socket.socket, **options: Any) -> Any:
+    """A response of http.client: nothing comes after the deadline, however slowly the bytes drip."""
     import http.client
+    import socket
 
-    def response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
-        made = http.client.HTTPResponse(sock, **options)
-        made.fp = io.BufferedReader(TimedReader(sock, deadline))
-        return made
+    def readinto(buffer: Any) -> int:
+        while True:  # by the second: a signal that came just before a wait began must not wait for its end
+            sock.settimeout(min(time_left(deadline), 1.0))
+            with contextlib.suppress(socket.timeout):  # another class than TimeoutError before Python 3.10
+                return sock.recv_into(buffer)
 
+    response: Any = http.client.HTTPResponse(sock, **options)
+    response.fp.raw.readinto = readinto
     return response
 
 
@@ -838,10 +817,10 @@ def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: flo
 
     headers = {}
     if proxy.username is not None:
-        pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        pair = unquote(f"{proxy.username}:{proxy.password or ''}")
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
     connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 80, time_left(deadline))
-    connection.response_class = responses_until(deadline)
+    connection.response_class = functools.partial(timed_response, deadline)  # type: ignore[assignment]
     connection.set_tunnel(host, port, headers)
     try:
         connection.connect()
@@ -873,14 +852,14 @@ def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None)
         return tls_context(ca_file).wrap_socket(sock, server_hostname=name_on_the_wire(name))
     except (OSError, ValueError) as error:  # ValueError: no certificate can be for such a name
         sock.close()
-        why, hint = getattr(error, "verify_message", ""), None
-        if why:
-            hint = (
-                "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
-                " Python 3.13 and newer also want a CA to follow RFC 5280 in all points."
-            )
-        message = f"No secure connection to {name}: {why or reason(error)}."
-        raise NetworkError(message, hint=hint, sent=False) from None
+        why = getattr(error, "verify_message", "")
+        hint = (
+            "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
+            " Python 3.13 and newer also want a CA to follow RFC 5280 in all points."
+        )
+        raise NetworkError(
+            f"No secure connection to {name}: {why or reason(error)}.", hint=hint if why else None, sent=False
+        ) from None
 
 
 class Transport:
@@ -922,14 +901,14 @@ class Transport:
         path = path.format(*map(quoted, ids))
         if not repeatable:
             self.hang_up()
-        began = time.monotonic()
+        ends = time.monotonic() + window
         pauses = iter(RETRY_SECONDS if repeatable else ())
         while True:
             try:
                 return self._attempt(method, path, body, kind, seconds)
             except ApiError as error:
                 pause = max(next(pauses, window + 1.0), error.retry_after or 0.0)
-                if not error.may_pass or time.monotonic() + pause > began + window:
+                if not error.may_pass or time.monotonic() + pause > ends:
                     raise
                 self.reporter.trace(f"{method} {path}: {error.message} Again in {pause:.1f} s.")
                 time.sleep(pause)
@@ -954,7 +933,7 @@ class Transport:
                 connection.sock = connect(host, port, deadline)
                 if secured:
                     connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
-            connection.response_class = responses_until(deadline)
+            connection.response_class = functools.partial(timed_response, deadline)  # type: ignore[assignment]
             connection.sock.settimeout(time_left(deadline))
             connection.request(method, self.base.path + path, payload, headers)
             response = connection.getresponse()
@@ -1016,8 +995,7 @@ def error_for_answer(
             f"Plato refused the API key for {method} {path} ({why}).",
             hint="Check PLATO_API_KEY, that it belongs to PLATO_BASE_URL, and that its owner may do this.",
         )
-    message = f"{method} {path} failed with {why}."
-    return ApiError(message, hint=hint, status=status, retry_after=retry_after)
+    return ApiError(f"{method} {path} failed with {why}.", hint=hint, status=status, retry_after=retry_after)
 
 
 def server_words(text: str) -> str:
@@ -1078,15 +1056,24 @@ class PlatoApi(Transport):
 
         lifetime: seconds until the server ends the VM. Returns CreateSessionResponse.
         """
-        body = {"type": "envs", "envs": [environment], "timeout": lifetime, "source": "SDK"}
         return self.request(
-            "POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False
+            "POST",
+            "/api/v2/sessions/make",
+            body={"type": "envs", "envs": [environment], "timeout": lifetime, "source": "SDK"},
+            seconds=MAKE_SECONDS,
+            repeatable=False,
         )
 
     def wait_for_ready(self, session_id: str, seconds: int) -> Json:
         """GET .../wait_for_ready: a long poll of `seconds`, once. Returns WaitForReadyResponse."""
-        path = "/api/v2/sessions/{}/wait_for_ready?timeout={}"
-        return self.request("GET", path, session_id, str(seconds), seconds=seconds + 15.0, window=0.0)
+        return self.request(
+            "GET",
+            "/api/v2/sessions/{}/wait_for_ready?timeout={}",
+            session_id,
+            str(seconds),
+            seconds=seconds + 15.0,
+            window=0.0,
+        )
 
     def session_details(self, session_id: str) -> Json:
         """GET /api/v2/sessions/{session_id}. Returns SessionDetailsResponse."""
@@ -1123,9 +1110,12 @@ class PlatoApi(Transport):
 
         seconds: until the command is ended there.
         """
-        body = {"command": command, "timeout": max(1, int(seconds))}
         return self.request(
-            "POST", "/api/v2/sessions/{}/execute", session_id, body=body, seconds=seconds + 15.0
+            "POST",
+            "/api/v2/sessions/{}/execute",
+            session_id,
+            body={"command": command, "timeout": max(1, int(seconds))},
+            seconds=seconds + 15.0,
         )
 
     def job_info(self, job_id: str) -> Json:
@@ -1151,21 +1141,33 @@ class PlatoApi(Transport):
 
     def add_ssh_key(self, session_id: str, public_key: str, username: str) -> Json:
         """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
-        body = {"public_key": public_key, "username": username}
         return self.request(
-            "POST", "/api/v2/sessions/{}/add_ssh_key", session_id, body=body, seconds=SETUP_SECONDS
+            "POST",
+            "/api/v2/sessions/{}/add_ssh_key",
+            session_id,
+            body={"public_key": public_key, "username": username},
+            seconds=SETUP_SECONDS,
         )
 
     def start_worker(self, job_id: str, service: str, dataset: str, content: Json) -> Json:
         """POST .../vm/{job_id}/start-worker: begins at once, is up later. Returns VMManagementResponse."""
-        path = "/api/v1/sandbox/public-build/vm/{}/start-worker"
-        body = {"service": service, "dataset": dataset, "plato_dataset_config": content}
-        return self.request("POST", path, job_id, body=body, seconds=SETUP_SECONDS)
+        return self.request(
+            "POST",
+            "/api/v1/sandbox/public-build/vm/{}/start-worker",
+            job_id,
+            body={"service": service, "dataset": dataset, "plato_dataset_config": content},
+            seconds=SETUP_SECONDS,
+        )
 
     def state(self, session_id: str, window: float = RETRY_WINDOW_SECONDS) -> Json:
         """GET .../state, mutations merged and ignore rules applied. Returns SessionStateResponse."""
-        path = "/api/v2/sessions/{}/state?merge_mutations=true"
-        return self.request("GET", path, session_id, seconds=STATE_SECONDS, window=window)
+        return self.request(
+            "GET",
+            "/api/v2/sessions/{}/state?merge_mutations=true",
+            session_id,
+            seconds=STATE_SECONDS,
+            window=window,
+        )
 
     def cleanup(self, session_id: str) -> Json:
         """POST /api/v1/env/{session_id}/cleanup: empty the audit tables. Returns EnvCleanupResponse.
@@ -1179,9 +1181,13 @@ class PlatoApi(Transport):
 
         checkpoint: fields of CreateCheckpointRequest.
         """
-        path = "/api/v2/sessions/{}/snapshot"
         return self.request(
-            "POST", path, session_id, body=checkpoint, seconds=SNAPSHOT_SECONDS, repeatable=False
+            "POST",
+            "/api/v2/sessions/{}/snapshot",
+            session_id,
+            body=checkpoint,
+            seconds=SNAPSHOT_SECONDS,
+            repeatable=False,
         )
 
     def artifact(self, artifact_id: str) -> Json:
@@ -1190,8 +1196,13 @@ class PlatoApi(Transport):
 
     def prefetch(self, artifact_id: str) -> None:
         """POST /api/v1/cluster/prefetch: the workers may bring an artifact near. Sent once."""
-        body = {"artifact_id": artifact_id}
-        self.request("POST", "/api/v1/cluster/prefetch", kind=(dict, list), body=body, repeatable=False)
+        self.request(
+            "POST",
+            "/api/v1/cluster/prefetch",
+            kind=(dict, list),
+            body={"artifact_id": artifact_id},
+            repeatable=False,
+        )
 
     def gitea_credentials(self) -> Json:
         """GET /api/v1/gitea/credentials. Returns GiteaCredentialsResponse."""
@@ -1624,12 +1635,15 @@ YAML_MAX_ALIASED = 1_000_000  # characters that all aliases together may stand f
 
 _YAML_MERGE = object()  # the value of a plain `<<` used as a key
 
-_YAML_WORDS: dict[str, bool | None] = {
-    "~": None, "null": None, "Null": None, "NULL": None,
-    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
-    "yes": True, "Yes": True, "YES": True, "no": False, "No": False, "NO": False,
-    "on": True, "On": True, "ON": True, "off": False, "Off": False, "OFF": False,
-}  # fmt: skip
+_YAML_WORDS = {
+    word: value
+    for words, value in (
+        ("~ null Null NULL", None),
+        ("true True TRUE yes Yes YES on On ON", True),
+        ("false False FALSE no No NO off Off OFF", False),
+    )
+    for word in words.split()
+}
 _YAML_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|(0[0-7_]*)|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
 _YAML_FLOAT = re.compile(
     r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*(?:[eE][-+][0-9]+)?|(?::[0-5]?[0-9])+\.[0-9_]*)"
@@ -1670,11 +1684,10 @@ _YAML_WHITE = re.compile(r"[ \t\r\n]+")
 _YAML_ESCAPE = re.compile(
     r"[ \t\r\n]+|\\(?:\r?\n[ \t\r\n]*|(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.))"
 )
-_YAML_ESCAPES = {
-    "0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
-    "e": "\x1b", " ": " ", '"': '"', "/": "/", "\\": "\\",
-    "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
-}  # fmt: skip
+_YAML_ESCAPES = dict(zip(
+    "0abt\tnvfre \"/\\N_LP",
+    "\0\a\b\t\t\n\v\f\r\x1b \"/\\\x85\xa0\u2028\u2029",
+))  # fmt: skip
 
 # Why a text cannot stand where it does: the first that fits what stands before it, a NUL, and itself.
 _YAML_HINTS = {
@@ -1761,14 +1774,12 @@ class YamlNode:
 
         depth: how many collections it is in; YamlError when they get too many, aliases written out.
         """
-        if isinstance(self.value, (list, dict)):
-            depth += 1
-            self._reader.check_depth(depth, self.start)
-        if isinstance(self.value, dict):
-            return {key: pair[1].plain(depth) for key, pair in self.value.items()}
+        if not isinstance(self.value, (list, dict)):
+            return self.value
+        self._reader.check_depth(depth + 1, self.start)
         if isinstance(self.value, list):
-            return [item.plain(depth) for item in self.value]
-        return self.value
+            return [item.plain(depth + 1) for item in self.value]
+        return {key: pair[1].plain(depth + 1) for key, pair in self.value.items()}
 
     def error(self, message: str) -> YamlError:
         """An error, to be raised by the caller, that points at this node."""
@@ -1847,24 +1858,27 @@ class _YamlReader:
     def document(self) -> YamlNode:
         bad = _YAML_FORBIDDEN.search(self.text, self.origin, len(self.text) - 1)
         if bad:
-            message = f"the character {ascii(bad[0])[1:-1]} is not allowed; remove it, or write it like this"
-            raise self.error(f"{message} in double quotes", bad.start())
+            raise self.error(
+                f"the character {ascii(bad[0])[1:-1]} is not allowed; remove it,"
+                " or write it like this in double quotes",
+                bad.start(),
+            )
         self.skip()
-        node = None
+        is_marked = self.column < 0 and self.text.startswith("---", self.at)
+        self.at = self.at + 3 if is_marked else self.origin
+        node = self.value(-1)
         if self.column >= 0:
-            node = self.node(-1, self.column)
-        elif self.text.startswith("---", self.at):
-            self.at += 3
-            node = self.value(-1)
-        if node and self.column >= 0:
-            message = "this line does not belong to what starts on line {}; indent it to match, or use quotes"
-            raise self.error(message.format(node.line), self.at)
-        while node and self.text.startswith("...", self.at):
+            raise self.error(
+                f"this line does not belong to what starts on line {node.line};"
+                " indent it to match, or use quotes",
+                self.at,
+            )
+        while node.end > self.origin and self.text.startswith("...", self.at):
             self.at += 3
             self.end_line()
         if self.text[self.at] != "\0":
             raise self.error("only one document in a text is supported; remove this line", self.at)
-        return node or YamlNode(self, None, self.origin, self.origin)
+        return node
 
     # Blocks
 
@@ -1933,11 +1947,11 @@ class _YamlReader:
 
     def close_block(self, node: YamlNode, column: int) -> YamlNode:
         if self.column > column:
-            message = (
-                f"wrong indentation: this line has {self.column} spaces, what starts on line {node.line} has "
-                f"{column}; align the lines, or put a text of several lines in quotes"
+            raise self.error(
+                f"wrong indentation: this line has {self.column} spaces, what starts on line {node.line} has"
+                f" {column}; align the lines, or put a text of several lines in quotes",
+                self.at,
             )
-            raise self.error(message, self.at)
         return self.close(node)
 
     def block_text(self, indent: int) -> YamlNode:
@@ -1945,8 +1959,11 @@ class _YamlReader:
         start = self.at
         header = self.take(_YAML_HEADER)
         if not header:
-            message = "behind '|' or '>' only '+' or '-', an indentation from 1 to 9 and a comment may stand"
-            raise self.error(f"{message}; start the text on the next line", start)
+            raise self.error(
+                "behind '|' or '>' only '+' or '-', an indentation from 1 to 9 and a comment may stand;"
+                " start the text on the next line",
+                start,
+            )
         marks = header[1:3]
         level = marks.strip("+- #\r\n")
         if level:
@@ -1997,8 +2014,11 @@ class _YamlReader:
             if self.flow_token(opened) == ",":
                 self.at += 1
             elif self.text[self.at] != closer:
-                message = f"',' or '{closer}' is expected here; add it, put the text in quotes"
-                raise self.error(f"{message}, or keep a key on one line", self.at)
+                raise self.error(
+                    f"',' or '{closer}' is expected here; add it, put the text in quotes,"
+                    " or keep a key on one line",
+                    self.at,
+                )
         self.at += 1
         self.end = self.at
         return self.close(node)
@@ -2043,8 +2063,9 @@ class _YamlReader:
         if key.value in node.value:
             first = node.value[key.value][0].line
             remedy = "write '<<: [*a, *b]'" if key.value is _YAML_MERGE else "remove or rename one"
-            message = f"the key {key.source_text()} is used twice, first on line {first}; {remedy}"
-            raise self.error(message, at)
+            raise self.error(
+                f"the key {key.source_text()} is used twice, first on line {first}; {remedy}", at
+            )
         node.value[key.value] = key, value
 
     # Anchors and aliases
@@ -2052,8 +2073,9 @@ class _YamlReader:
     def name(self) -> str:
         name = self.take(_YAML_NAME)
         if not name:
-            message = "a name (letters, digits, '-', '_') must follow '&' and '*'; put text in quotes"
-            raise self.error(message, self.at)
+            raise self.error(
+                "a name (letters, digits, '-', '_') must follow '&' and '*'; put text in quotes", self.at
+            )
         return name[1:]
 
     def anchor(self) -> str:
@@ -2065,8 +2087,9 @@ class _YamlReader:
             if name in self.anchors:
                 raise self.error(f"the anchor '&{name}' is defined twice; rename one", start)
             if node.start < start or node is self.anchored or node.value is _YAML_MERGE:
-                message = "an alias, '<<' or a value with an anchor cannot have this one; remove the anchor"
-                raise self.error(message, start)
+                raise self.error(
+                    "an alias, '<<' or a value with an anchor cannot have this one; remove the anchor", start
+                )
             self.anchors[name] = self.anchored = node
         return node
 
@@ -2078,8 +2101,9 @@ class _YamlReader:
         node = self.anchors[name]
         self.aliased += len(str(node.plain(self.depth)))
         if self.aliased > YAML_MAX_ALIASED:
-            message = f"the aliases up to here stand for {self.aliased} characters, too many; use fewer"
-            raise self.error(message, start)
+            raise self.error(
+                f"the aliases up to here stand for {self.aliased} characters, too many; use fewer", start
+            )
         return node
 
     # Scalars
@@ -2119,17 +2143,18 @@ class _YamlReader:
         try:
             return _yaml_number(raw) if raw[0] in "+-.0123456789" else raw
         except ValueError:
-            message = (
-                "this number is too long, or its meaning is in doubt; put it in quotes to keep it as text"
-            )
-            raise self.error(message, start) from None
+            raise self.error(
+                "this number is too long, or its meaning is in doubt; put it in quotes to keep it as text",
+                start,
+            ) from None
 
     def quoted(self) -> str:
         start = self.at
         raw = self.take(_YAML_QUOTED)
         if not raw:
-            message = f"the quote that opens here is never closed; add {self.text[start]} at its end"
-            raise self.error(message, start)
+            raise self.error(
+                f"the quote that opens here is never closed; add {self.text[start]} at its end", start
+            )
         marker = "\n" in raw and _YAML_MARKER.search(self.text, start, self.at)
         if marker:
             raise self.error("a document marker stands inside quotes; indent the line", marker.start())
@@ -2144,9 +2169,10 @@ class _YamlReader:
             try:
                 return chr(int(match[1][1:], 16)) if match[1][1:] else _YAML_ESCAPES[match[1]]
             except (KeyError, ValueError, OverflowError):
-                at = self.at - 1 - len(match.string) + match.start()
-                message = f"{match[0][:2]} is no escape in double quotes; write \\\\, or use single quotes"
-                raise self.error(message, at) from None
+                raise self.error(
+                    f"{match[0][:2]} is no escape in double quotes; write \\\\, or use single quotes",
+                    self.at - 1 - len(match.string) + match.start(),
+                ) from None
         breaks = match[0].count("\n")
         if breaks == 1:
             return "" if match[0][0] == "\\" else " "
@@ -2417,9 +2443,7 @@ def check_yaml(text: str, source: str, schema: Json, *, strict: bool = False) ->
     return root, warnings
 
 
-def _mistakes(
-    node: YamlNode, where: str, wanted: Any, strict: bool
-) -> Iterator[tuple[bool, YamlNode, str, str]]:
+def _mistakes(node: YamlNode, where: str, wanted: Any, strict: bool) -> Iterator[Any]:
     """What is wrong: whether it is but worth a warning, the node, its place, what is wrong with it."""
     value, written = node.value, node.source_text()
     if isinstance(wanted, list):
@@ -2453,12 +2477,18 @@ def _mistakes(
                 is_leaf = isinstance(inner, str)
                 needed = _unlike(None, inner) if is_leaf else _meant(name, [*map(str, value)])
                 yield False, part or node, place, f"is {'empty' if part else 'missing'}; {needed}"
-    elif wanted and _unlike(value, wanted):
-        # Where a text may stand, a password may stand.
-        shown = "" if wanted in ("text", "value") or isinstance(value, (list, dict)) else written[:80]
-        yield False, node, where, f"is {shown or 'wrong'}; {_unlike(value, wanted)}"
-    elif wanted == "value" and not isinstance(value, str) and written != str(value):
-        yield True, node, where, f"is doubtful: YAML reads {written} as {value}; quotes keep it as it is"
+    else:
+        wrong = wanted and _unlike(value, wanted)
+        if wrong:  # where a text may stand, a password may stand
+            shown = "" if wanted in ("text", "value") else written[:80]
+            yield False, node, where, f"is {shown or 'wrong'}; {wrong}"
+        elif wanted == "value" and not isinstance(value, str) and written != str(value):
+            yield (
+                True,
+                node,
+                where,
+                f"is doubtful: YAML reads {written} as {value}; quotes keep it as it is",
+            )
 
 
 class Config:
@@ -2563,8 +2593,8 @@ class FlowStep:
     def __init__(self, number: int, values: Json, place: str | None) -> None:
         self.number = number
         self.values = given = {name: value for name, value in values.items() if value is not None}
-        self.type: str = given["type"]
-        self.kind: str = given["verify_type"] if self.type == "verify" else self.type
+        self.type = given["type"]
+        self.kind = given["verify_type"] if self.type == "verify" else self.type
         needed = _fields(given, schemas()["flow"]["steps"][0])
         others = ("type!", "verify_type!", "value!")
         self.subjects = [given[name[:-1]] for name in needed if name.endswith("!") and name not in others]
