@@ -2140,13 +2140,16 @@ class _YamlReader:
             return _YAML_MERGE
         if raw in ("=", "<<"):
             raise self.error(f"a plain '{raw}' has a special meaning in YAML; put it in quotes", start)
-        try:
-            return _yaml_number(raw) if raw[0] in "+-.0123456789" else raw
-        except ValueError:
-            raise self.error(
-                "this number is too long, or its meaning is in doubt; put it in quotes to keep it as text",
-                start,
-            ) from None
+        whole = _YAML_INT.fullmatch(raw)
+        if not whole and not _YAML_FLOAT.fullmatch(raw):
+            return raw
+        digits = raw.replace("_", "")
+        with contextlib.suppress(ValueError):  # of 0x, 1:30 (base 60), .inf
+            if len(raw) <= YAML_MAX_NUMBER:
+                return int(digits, 8 if whole[1] else 0) if whole else float(digits)
+        raise self.error(
+            "this number is too long, or its meaning is in doubt; put it in quotes to keep it as text", start
+        )
 
     def quoted(self) -> str:
         start = self.at
@@ -2177,17 +2180,6 @@ class _YamlReader:
         if breaks == 1:
             return "" if match[0][0] == "\\" else " "
         return "\n" * (breaks - 1) if breaks else match[0]
-
-
-def _yaml_number(raw: str) -> int | float | str:
-    """The number that `raw` is, or `raw` itself; ValueError for 0x, 1:30 (base 60), .inf and long ones."""
-    whole = _YAML_INT.fullmatch(raw)
-    if not whole and not _YAML_FLOAT.fullmatch(raw):
-        return raw
-    if len(raw) > YAML_MAX_NUMBER:
-        raise ValueError(raw)
-    digits = raw.replace("_", "")
-    return int(digits, 8 if whole[1] else 0) if whole else float(digits)
 
 
 # Writing
@@ -2453,7 +2445,7 @@ def _mistakes(node: YamlNode, where: str, wanted: Any, strict: bool) -> Iterator
         names: set[str] = set()
         for number, item in enumerate(value, 1):
             name = item.get("name")
-            label = str(name.value if name else number)
+            label = str(name.plain() if name else number)
             if name and label in names:
                 yield False, item, where, f"names `{label}` twice; give this one another name"
             names.add(label)
