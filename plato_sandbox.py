@@ -2471,8 +2471,9 @@ def _mistakes(node: YamlNode, where: str, wanted: Any, strict: bool) -> Iterator
                 yield False, part or node, place, f"is {'empty' if part else 'missing'}; {needed}"
     else:
         wrong = wanted and _unlike(value, wanted)
-        if wrong:  # where a text may stand, a password may stand
-            shown = "" if wanted in ("text", "value") else written[:80]
+        if wrong:  # where a text may stand, a password may stand; and in a map with wrong margins
+            is_private = wanted in ("text", "value") or isinstance(value, (list, dict))
+            shown = "" if is_private else written[:80]
             yield False, node, where, f"is {shown or 'wrong'}; {wrong}"
         elif wanted == "value" and not isinstance(value, str) and written != str(value):
             yield (
@@ -2588,7 +2589,7 @@ class FlowStep:
         self.type = given["type"]
         self.kind = given["verify_type"] if self.type == "verify" else self.type
         needed = _fields(given, schemas()["flow"]["steps"][0])
-        others = ("type!", "verify_type!", "value!")
+        others = ("type!", "value!")
         self.subjects = [given[name[:-1]] for name in needed if name.endswith("!") and name not in others]
         words = STEP_EXPECTS[self.kind].split("|")
         is_denial = False in (given.get("should_exist"), given.get("contains"))
