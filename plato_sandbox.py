@@ -63,7 +63,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import io
 import os
 import re
 import sys
@@ -750,39 +749,19 @@ def time_left(deadline: float) -> float:
     return left
 
 
-class TimedReader(io.RawIOBase):
-    """What comes out of a socket: nothing after the deadline, however slowly the bytes drip."""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self.sock = sock
-        self.stream = sock.makefile("rb", buffering=0)  # holds the socket open as long as this lives
-        self.deadline = deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        import socket
-
-        while True:  # by the second: a signal that came just before a wait began must not wait for its end
-            self.sock.settimeout(min(time_left(self.deadline), 1.0))
-            with contextlib.suppress(socket.timeout):  # another class than TimeoutError before Python 3.10
-                return self.sock.recv_into(buffer)
-
-    def close(self) -> None:
-        self.stream.close()
-        super().close()
-
-
-def responses_until(deadline: float) -> Any:
-    """What makes the responses of a connection of http.client, which have come by then or fail."""
+def timed_response(deadline: float, sock: socket.socket, **options: Any) -> Any:
+    """A response of http.client: nothing comes after the deadline, however slowly the bytes drip."""
     import http.client
+    import socket
 
-    def response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
-        made = http.client.HTTPResponse(sock, **options)
-        made.fp = io.BufferedReader(TimedReader(sock, deadline))
-        return made
+    def readinto(buffer: Any) -> int:
+        while True:  # by the second: a signal that came just before a wait began must not wait for its end
+            sock.settimeout(min(time_left(deadline), 1.0))
+            with contextlib.suppress(socket.timeout):  # another class than TimeoutError before Python 3.10
+                return sock.recv_into(buffer)
 
+    response: Any = http.client.HTTPResponse(sock, **options)
+    response.fp.raw.readinto = readinto
     return response
 
 
@@ -838,10 +817,10 @@ def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: flo
 
     headers = {}
     if proxy.username is not None:
-        pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        pair = unquote(f"{proxy.username}:{proxy.password or ''}")
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
     connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 80, time_left(deadline))
-    connection.response_class = responses_until(deadline)
+    connection.response_class = functools.partial(timed_response, deadline)  # type: ignore[assignment]
     connection.set_tunnel(host, port, headers)
     try:
         connection.connect()
@@ -873,14 +852,14 @@ def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None)
         return tls_context(ca_file).wrap_socket(sock, server_hostname=name_on_the_wire(name))
     except (OSError, ValueError) as error:  # ValueError: no certificate can be for such a name
         sock.close()
-        why, hint = getattr(error, "verify_message", ""), None
-        if why:
-            hint = (
-                "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
-                " Python 3.13 and newer also want a CA to follow RFC 5280 in all points."
-            )
-        message = f"No secure connection to {name}: {why or reason(error)}."
-        raise NetworkError(message, hint=hint, sent=False) from None
+        why = getattr(error, "verify_message", "")
+        hint = (
+            "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
+            " Python 3.13 and newer also want a CA to follow RFC 5280 in all points."
+        )
+        raise NetworkError(
+            f"No secure connection to {name}: {why or reason(error)}.", hint=hint if why else None, sent=False
+        ) from None
 
 
 class Transport:
@@ -922,14 +901,14 @@ class Transport:
         path = path.format(*map(quoted, ids))
         if not repeatable:
             self.hang_up()
-        began = time.monotonic()
+        ends = time.monotonic() + window
         pauses = iter(RETRY_SECONDS if repeatable else ())
         while True:
             try:
                 return self._attempt(method, path, body, kind, seconds)
             except ApiError as error:
                 pause = max(next(pauses, window + 1.0), error.retry_after or 0.0)
-                if not error.may_pass or time.monotonic() + pause > began + window:
+                if not error.may_pass or time.monotonic() + pause > ends:
                     raise
                 self.reporter.trace(f"{method} {path}: {error.message} Again in {pause:.1f} s.")
                 time.sleep(pause)
@@ -954,7 +933,7 @@ class Transport:
                 connection.sock = connect(host, port, deadline)
                 if secured:
                     connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
-            connection.response_class = responses_until(deadline)
+            connection.response_class = functools.partial(timed_response, deadline)  # type: ignore[assignment]
             connection.sock.settimeout(time_left(deadline))
             connection.request(method, self.base.path + path, payload, headers)
             response = connection.getresponse()
@@ -1016,8 +995,7 @@ def error_for_answer(
             f"Plato refused the API key for {method} {path} ({why}).",
             hint="Check PLATO_API_KEY, that it belongs to PLATO_BASE_URL, and that its owner may do this.",
         )
-    message = f"{method} {path} failed with {why}."
-    return ApiError(message, hint=hint, status=status, retry_after=retry_after)
+    return ApiError(f"{method} {path} failed with {why}.", hint=hint, status=status, retry_after=retry_after)
 
 
 def server_words(text: str) -> str:
@@ -1078,15 +1056,24 @@ class PlatoApi(Transport):
 
         lifetime: seconds until the server ends the VM. Returns CreateSessionResponse.
         """
-        body = {"type": "envs", "envs": [environment], "timeout": lifetime, "source": "SDK"}
         return self.request(
-            "POST", "/api/v2/sessions/make", body=body, seconds=MAKE_SECONDS, repeatable=False
+            "POST",
+            "/api/v2/sessions/make",
+            body={"type": "envs", "envs": [environment], "timeout": lifetime, "source": "SDK"},
+            seconds=MAKE_SECONDS,
+            repeatable=False,
         )
 
     def wait_for_ready(self, session_id: str, seconds: int) -> Json:
         """GET .../wait_for_ready: a long poll of `seconds`, once. Returns WaitForReadyResponse."""
-        path = "/api/v2/sessions/{}/wait_for_ready?timeout={}"
-        return self.request("GET", path, session_id, str(seconds), seconds=seconds + 15.0, window=0.0)
+        return self.request(
+            "GET",
+            "/api/v2/sessions/{}/wait_for_ready?timeout={}",
+            session_id,
+            str(seconds),
+            seconds=seconds + 15.0,
+            window=0.0,
+        )
 
     def session_details(self, session_id: str) -> Json:
         """GET /api/v2/sessions/{session_id}. Returns SessionDetailsResponse."""
@@ -1123,9 +1110,12 @@ class PlatoApi(Transport):
 
         seconds: until the command is ended there.
         """
-        body = {"command": command, "timeout": max(1, int(seconds))}
         return self.request(
-            "POST", "/api/v2/sessions/{}/execute", session_id, body=body, seconds=seconds + 15.0
+            "POST",
+            "/api/v2/sessions/{}/execute",
+            session_id,
+            body={"command": command, "timeout": max(1, int(seconds))},
+            seconds=seconds + 15.0,
         )
 
     def job_info(self, job_id: str) -> Json:
@@ -1151,21 +1141,33 @@ class PlatoApi(Transport):
 
     def add_ssh_key(self, session_id: str, public_key: str, username: str) -> Json:
         """POST .../add_ssh_key. Returns AddSSHKeyResponse."""
-        body = {"public_key": public_key, "username": username}
         return self.request(
-            "POST", "/api/v2/sessions/{}/add_ssh_key", session_id, body=body, seconds=SETUP_SECONDS
+            "POST",
+            "/api/v2/sessions/{}/add_ssh_key",
+            session_id,
+            body={"public_key": public_key, "username": username},
+            seconds=SETUP_SECONDS,
         )
 
     def start_worker(self, job_id: str, service: str, dataset: str, content: Json) -> Json:
         """POST .../vm/{job_id}/start-worker: begins at once, is up later. Returns VMManagementResponse."""
-        path = "/api/v1/sandbox/public-build/vm/{}/start-worker"
-        body = {"service": service, "dataset": dataset, "plato_dataset_config": content}
-        return self.request("POST", path, job_id, body=body, seconds=SETUP_SECONDS)
+        return self.request(
+            "POST",
+            "/api/v1/sandbox/public-build/vm/{}/start-worker",
+            job_id,
+            body={"service": service, "dataset": dataset, "plato_dataset_config": content},
+            seconds=SETUP_SECONDS,
+        )
 
     def state(self, session_id: str, window: float = RETRY_WINDOW_SECONDS) -> Json:
         """GET .../state, mutations merged and ignore rules applied. Returns SessionStateResponse."""
-        path = "/api/v2/sessions/{}/state?merge_mutations=true"
-        return self.request("GET", path, session_id, seconds=STATE_SECONDS, window=window)
+        return self.request(
+            "GET",
+            "/api/v2/sessions/{}/state?merge_mutations=true",
+            session_id,
+            seconds=STATE_SECONDS,
+            window=window,
+        )
 
     def cleanup(self, session_id: str) -> Json:
         """POST /api/v1/env/{session_id}/cleanup: empty the audit tables. Returns EnvCleanupResponse.
@@ -1179,9 +1181,13 @@ class PlatoApi(Transport):
 
         checkpoint: fields of CreateCheckpointRequest.
         """
-        path = "/api/v2/sessions/{}/snapshot"
         return self.request(
-            "POST", path, session_id, body=checkpoint, seconds=SNAPSHOT_SECONDS, repeatable=False
+            "POST",
+            "/api/v2/sessions/{}/snapshot",
+            session_id,
+            body=checkpoint,
+            seconds=SNAPSHOT_SECONDS,
+            repeatable=False,
         )
 
     def artifact(self, artifact_id: str) -> Json:
@@ -1190,8 +1196,13 @@ class PlatoApi(Transport):
 
     def prefetch(self, artifact_id: str) -> None:
         """POST /api/v1/cluster/prefetch: the workers may bring an artifact near. Sent once."""
-        body = {"artifact_id": artifact_id}
-        self.request("POST", "/api/v1/cluster/prefetch", kind=(dict, list), body=body, repeatable=False)
+        self.request(
+            "POST",
+            "/api/v1/cluster/prefetch",
+            kind=(dict, list),
+            body={"artifact_id": artifact_id},
+            repeatable=False,
+        )
 
     def gitea_credentials(self) -> Json:
         """GET /api/v1/gitea/credentials. Returns GiteaCredentialsResponse."""
@@ -1619,18 +1630,20 @@ def run_child(arguments: Sequence[str]) -> int:
 # 22:22 (base 60) and .nan, and whatever else is doubtful are refused.
 
 YAML_MAX_DEPTH = 64  # collections inside one another, aliases counted as if written out; spares the stack
-YAML_MAX_KEY = 1024  # characters from the start of a key to its colon, the limit of YAML itself
 YAML_MAX_NUMBER = 1000  # characters; Python takes quadratic time for long ones, and stops at 4300 digits
 YAML_MAX_ALIASED = 1_000_000  # characters that all aliases together may stand for
 
 _YAML_MERGE = object()  # the value of a plain `<<` used as a key
 
-_YAML_WORDS: dict[str, bool | None] = {
-    "~": None, "null": None, "Null": None, "NULL": None,
-    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
-    "yes": True, "Yes": True, "YES": True, "no": False, "No": False, "NO": False,
-    "on": True, "On": True, "ON": True, "off": False, "Off": False, "OFF": False,
-}  # fmt: skip
+_YAML_WORDS = {
+    word: value
+    for words, value in (
+        ("~ null Null NULL", None),
+        ("true True TRUE yes Yes YES on On ON", True),
+        ("false False FALSE no No NO off Off OFF", False),
+    )
+    for word in words.split()
+}
 _YAML_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|(0[0-7_]*)|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
 _YAML_FLOAT = re.compile(
     r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*(?:[eE][-+][0-9]+)?|(?::[0-5]?[0-9])+\.[0-9_]*)"
@@ -1671,11 +1684,10 @@ _YAML_WHITE = re.compile(r"[ \t\r\n]+")
 _YAML_ESCAPE = re.compile(
     r"[ \t\r\n]+|\\(?:\r?\n[ \t\r\n]*|(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.))"
 )
-_YAML_ESCAPES = {
-    "0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
-    "e": "\x1b", " ": " ", '"': '"', "/": "/", "\\": "\\",
-    "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029",
-}  # fmt: skip
+_YAML_ESCAPES = dict(zip(
+    "0abt\tnvfre \"/\\N_LP",
+    "\0\a\b\t\t\n\v\f\r\x1b \"/\\\x85\xa0\u2028\u2029",
+))  # fmt: skip
 
 # Why a text cannot stand where it does: the first that fits what stands before it, a NUL, and itself.
 _YAML_HINTS = {
@@ -1735,13 +1747,6 @@ class YamlNode:
         self.end = end
 
     @property
-    def kind(self) -> str:
-        """What it is: "scalar", "sequence" or "mapping"."""
-        if isinstance(self.value, dict):
-            return "mapping"
-        return "sequence" if isinstance(self.value, list) else "scalar"
-
-    @property
     def line(self) -> int:
         """The line where the node starts, from 1."""
         return self._reader.line(self.start)
@@ -1760,37 +1765,21 @@ class YamlNode:
             node = node.value[key][1]
         return node
 
-    def key(self, key: object) -> YamlNode | None:
-        """The node of the key itself."""
-        return self.value[key][0] if isinstance(self.value, dict) and key in self.value else None
-
-    def pairs(self) -> Iterable[tuple[YamlNode, YamlNode]]:
-        """Each (key node, value node) of a mapping; nothing for the other kinds."""
-        return self.value.values() if isinstance(self.value, dict) else ()
-
-    def items(self) -> Sequence[YamlNode]:
-        """Each item of a sequence; nothing for the other kinds."""
-        return self.value if isinstance(self.value, list) else ()
-
     def source_text(self) -> str:
         """The node as it is written in the document."""
         return self._reader.text[self.start : self.end]
 
-    def plain(self) -> Any:
-        """Plain Python values, new ones at every call: what an alias stands for is copied."""
-        if isinstance(self.value, dict):
-            return {key: pair[1].plain() for key, pair in self.value.items()}
-        if isinstance(self.value, list):
-            return [item.plain() for item in self.value]
-        return self.value
+    def plain(self, depth: int = 0) -> Any:
+        """Plain Python values, new ones at every call: what an alias stands for is copied.
 
-    def weight(self) -> tuple[int, int]:
-        """How many characters it takes with its aliases written out, and how deep its collections nest."""
+        depth: how many collections it is in; YamlError when they get too many, aliases written out.
+        """
         if not isinstance(self.value, (list, dict)):
-            return self.end - self.start + 1, 0
-        parts = [*self.items(), *(value for _, value in self.pairs())]
-        weights = [part.weight() for part in parts]
-        return sum(size for size, _ in weights) + 1, max((height for _, height in weights), default=0) + 1
+            return self.value
+        self._reader.check_depth(depth + 1, self.start)
+        if isinstance(self.value, list):
+            return [item.plain(depth + 1) for item in self.value]
+        return {key: pair[1].plain(depth + 1) for key, pair in self.value.items()}
 
     def error(self, message: str) -> YamlError:
         """An error, to be raised by the caller, that points at this node."""
@@ -1820,7 +1809,7 @@ class _YamlReader:
         self.origin = self.at = int(text.startswith("\ufeff"))  # a byte order mark takes no column
         self.first = -1
         self.column = self.end = self.depth = self.aliased = 0
-        self.anchors: dict[str, tuple[YamlNode, int, int]] = {}
+        self.anchors: dict[str, YamlNode] = {}
         self.anchored: YamlNode | None = None  # the last one
 
     def line(self, at: int) -> int:
@@ -1869,24 +1858,27 @@ class _YamlReader:
     def document(self) -> YamlNode:
         bad = _YAML_FORBIDDEN.search(self.text, self.origin, len(self.text) - 1)
         if bad:
-            message = f"the character {ascii(bad[0])[1:-1]} is not allowed; remove it, or write it like this"
-            raise self.error(f"{message} in double quotes", bad.start())
+            raise self.error(
+                f"the character {ascii(bad[0])[1:-1]} is not allowed; remove it,"
+                " or write it like this in double quotes",
+                bad.start(),
+            )
         self.skip()
-        node = None
+        is_marked = self.column < 0 and self.text.startswith("---", self.at)
+        self.at = self.at + 3 if is_marked else self.origin
+        node = self.value(-1)
         if self.column >= 0:
-            node = self.node(-1, self.column)
-        elif self.text.startswith("---", self.at):
-            self.at += 3
-            node = self.value(-1)
-        if node and self.column >= 0:
-            message = "this line does not belong to what starts on line {}; indent it to match, or use quotes"
-            raise self.error(message.format(node.line), self.at)
-        while node and self.text.startswith("...", self.at):
+            raise self.error(
+                f"this line does not belong to what starts on line {node.line};"
+                " indent it to match, or use quotes",
+                self.at,
+            )
+        while node.end > self.origin and self.text.startswith("...", self.at):
             self.at += 3
             self.end_line()
         if self.text[self.at] != "\0":
             raise self.error("only one document in a text is supported; remove this line", self.at)
-        return node or YamlNode(self, None, self.origin, self.origin)
+        return node
 
     # Blocks
 
@@ -1928,11 +1920,7 @@ class _YamlReader:
 
     def is_key(self, start: int, colon: re.Pattern[str]) -> bool:
         """Whether a colon makes a key of what was read from `start` on; the cursor moves behind it."""
-        if "\n" in self.text[start : self.at] or not self.take(colon):
-            return False
-        if self.at - start > YAML_MAX_KEY + 1:
-            raise self.error(f"this key is longer than {YAML_MAX_KEY} characters; use a shorter one", start)
-        return True
+        return "\n" not in self.text[start : self.at] and self.take(colon) != ""
 
     def sequence(self, column: int) -> YamlNode:
         node = self.open([], self.at)
@@ -1959,11 +1947,11 @@ class _YamlReader:
 
     def close_block(self, node: YamlNode, column: int) -> YamlNode:
         if self.column > column:
-            message = (
-                f"wrong indentation: this line has {self.column} spaces, what starts on line {node.line} has "
-                f"{column}; align the lines, or put a text of several lines in quotes"
+            raise self.error(
+                f"wrong indentation: this line has {self.column} spaces, what starts on line {node.line} has"
+                f" {column}; align the lines, or put a text of several lines in quotes",
+                self.at,
             )
-            raise self.error(message, self.at)
         return self.close(node)
 
     def block_text(self, indent: int) -> YamlNode:
@@ -1971,8 +1959,11 @@ class _YamlReader:
         start = self.at
         header = self.take(_YAML_HEADER)
         if not header:
-            message = "behind '|' or '>' only '+' or '-', an indentation from 1 to 9 and a comment may stand"
-            raise self.error(f"{message}; start the text on the next line", start)
+            raise self.error(
+                "behind '|' or '>' only '+' or '-', an indentation from 1 to 9 and a comment may stand;"
+                " start the text on the next line",
+                start,
+            )
         marks = header[1:3]
         level = marks.strip("+- #\r\n")
         if level:
@@ -2023,8 +2014,11 @@ class _YamlReader:
             if self.flow_token(opened) == ",":
                 self.at += 1
             elif self.text[self.at] != closer:
-                message = f"',' or '{closer}' is expected here; add it, put the text in quotes"
-                raise self.error(f"{message}, or keep a key on one line", self.at)
+                raise self.error(
+                    f"',' or '{closer}' is expected here; add it, put the text in quotes,"
+                    " or keep a key on one line",
+                    self.at,
+                )
         self.at += 1
         self.end = self.at
         return self.close(node)
@@ -2069,8 +2063,9 @@ class _YamlReader:
         if key.value in node.value:
             first = node.value[key.value][0].line
             remedy = "write '<<: [*a, *b]'" if key.value is _YAML_MERGE else "remove or rename one"
-            message = f"the key {key.source_text()} is used twice, first on line {first}; {remedy}"
-            raise self.error(message, at)
+            raise self.error(
+                f"the key {key.source_text()} is used twice, first on line {first}; {remedy}", at
+            )
         node.value[key.value] = key, value
 
     # Anchors and aliases
@@ -2078,8 +2073,9 @@ class _YamlReader:
     def name(self) -> str:
         name = self.take(_YAML_NAME)
         if not name:
-            message = "a name (letters, digits, '-', '_') must follow '&' and '*'; put text in quotes"
-            raise self.error(message, self.at)
+            raise self.error(
+                "a name (letters, digits, '-', '_') must follow '&' and '*'; put text in quotes", self.at
+            )
         return name[1:]
 
     def anchor(self) -> str:
@@ -2091,10 +2087,10 @@ class _YamlReader:
             if name in self.anchors:
                 raise self.error(f"the anchor '&{name}' is defined twice; rename one", start)
             if node.start < start or node is self.anchored or node.value is _YAML_MERGE:
-                message = "an alias, '<<' or a value with an anchor cannot have this one; remove the anchor"
-                raise self.error(message, start)
-            self.anchors[name] = node, *node.weight()
-            self.anchored = node
+                raise self.error(
+                    "an alias, '<<' or a value with an anchor cannot have this one; remove the anchor", start
+                )
+            self.anchors[name] = self.anchored = node
         return node
 
     def alias(self) -> YamlNode:
@@ -2102,12 +2098,12 @@ class _YamlReader:
         name = self.name()
         if name not in self.anchors:
             raise self.error(f"no '&{name}' ends above this alias; define it first, or quote the text", start)
-        node, size, height = self.anchors[name]
-        self.aliased += size
+        node = self.anchors[name]
+        self.aliased += len(str(node.plain(self.depth)))
         if self.aliased > YAML_MAX_ALIASED:
-            message = f"the aliases up to here stand for {self.aliased} characters, too many; use fewer"
-            raise self.error(message, start)
-        self.check_depth(self.depth + height, start)
+            raise self.error(
+                f"the aliases up to here stand for {self.aliased} characters, too many; use fewer", start
+            )
         return node
 
     # Scalars
@@ -2144,20 +2140,24 @@ class _YamlReader:
             return _YAML_MERGE
         if raw in ("=", "<<"):
             raise self.error(f"a plain '{raw}' has a special meaning in YAML; put it in quotes", start)
-        try:
-            return _yaml_number(raw) if raw[0] in "+-.0123456789" else raw
-        except ValueError:
-            message = (
-                "this number is too long, or its meaning is in doubt; put it in quotes to keep it as text"
-            )
-            raise self.error(message, start) from None
+        whole = _YAML_INT.fullmatch(raw)
+        if not whole and not _YAML_FLOAT.fullmatch(raw):
+            return raw
+        digits = raw.replace("_", "")
+        with contextlib.suppress(ValueError):  # of 0x, 1:30 (base 60), .inf
+            if len(raw) <= YAML_MAX_NUMBER:
+                return int(digits, 8 if whole[1] else 0) if whole else float(digits)
+        raise self.error(
+            "this number is too long, or its meaning is in doubt; put it in quotes to keep it as text", start
+        )
 
     def quoted(self) -> str:
         start = self.at
         raw = self.take(_YAML_QUOTED)
         if not raw:
-            message = f"the quote that opens here is never closed; add {self.text[start]} at its end"
-            raise self.error(message, start)
+            raise self.error(
+                f"the quote that opens here is never closed; add {self.text[start]} at its end", start
+            )
         marker = "\n" in raw and _YAML_MARKER.search(self.text, start, self.at)
         if marker:
             raise self.error("a document marker stands inside quotes; indent the line", marker.start())
@@ -2172,31 +2172,21 @@ class _YamlReader:
             try:
                 return chr(int(match[1][1:], 16)) if match[1][1:] else _YAML_ESCAPES[match[1]]
             except (KeyError, ValueError, OverflowError):
-                at = self.at - 1 - len(match.string) + match.start()
-                message = f"{match[0][:2]} is no escape in double quotes; write \\\\, or use single quotes"
-                raise self.error(message, at) from None
+                raise self.error(
+                    f"{match[0][:2]} is no escape in double quotes; write \\\\, or use single quotes",
+                    self.at - 1 - len(match.string) + match.start(),
+                ) from None
         breaks = match[0].count("\n")
         if breaks == 1:
             return "" if match[0][0] == "\\" else " "
         return "\n" * (breaks - 1) if breaks else match[0]
 
 
-def _yaml_number(raw: str) -> int | float | str:
-    """The number that `raw` is, or `raw` itself; ValueError for 0x, 1:30 (base 60), .inf and long ones."""
-    whole = _YAML_INT.fullmatch(raw)
-    if not whole and not _YAML_FLOAT.fullmatch(raw):
-        return raw
-    if len(raw) > YAML_MAX_NUMBER:
-        raise ValueError(raw)
-    digits = raw.replace("_", "")
-    return int(digits, 8 if whole[1] else 0) if whole else float(digits)
-
-
 # Writing
 
 
 def yaml_dump(value: Any) -> str:
-    """A YAML document of a mapping, a line for each key, sorted; readers of YAML 1.1 read back the same.
+    """A YAML document of a mapping, a line for each key; readers of YAML 1.1 read back the same.
 
     Takes dicts, lists, tuples (written as lists), strings, numbers, booleans and None; keys are scalars.
     SandboxError for other types, and for what is nested too deep to be read (or contains itself).
@@ -2204,9 +2194,7 @@ def yaml_dump(value: Any) -> str:
     try:
         if not isinstance(value, dict) or not value:
             return yaml_inline(value) + "\n"
-        return "".join(
-            f"{yaml_inline(key)}: {yaml_inline(value[key], '?')}\n" for key in sorted(value, key=str)
-        )
+        return "".join(f"{yaml_inline(key)}: {yaml_inline(part, '?')}\n" for key, part in value.items())
     except RecursionError:
         raise SandboxError("What is nested so deep cannot be written as YAML.") from None
 
@@ -2216,6 +2204,8 @@ def yaml_inline(value: Any, more: str = "") -> str:
 
     more: further characters of text that needs no quotes where it will stand.
     """
+    import json
+
     if isinstance(value, str):
         plain = re.fullmatch(rf"[A-Za-z_/][A-Za-z0-9_./:=&$@+{more}-]*(?<!:)", value)
         if plain and value not in _YAML_WORDS:
@@ -2226,22 +2216,15 @@ def yaml_inline(value: Any, more: str = "") -> str:
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(yaml_inline, value)) + "]"
-    if isinstance(value, float):
-        written = repr(value).replace("inf", ".inf").replace("nan", ".nan")
-        return written if "." in written else written.replace("e", ".0e")  # YAML wants a point before it
-    if value is None or isinstance(value, int):
-        return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    if value is None or isinstance(value, (int, float)):
+        written = json.dumps(value).replace("Infinity", ".inf").replace("NaN", ".nan")
+        return re.sub(r"^(-?\d+)e", r"\1.0e", written)  # YAML wants a point before it
     raise SandboxError(f"A value of type {type(value).__name__} cannot be written as YAML.")
 
 
 def yaml_items(margin: str, values: Sequence[Any]) -> list[str]:
-    """The lines of a block list, as people write it; a mapping's fields stand on lines of their own."""
-    lines: list[str] = []
-    for value in values:
-        fields = value.items() if isinstance(value, dict) else ()
-        parts = [f"{yaml_inline(key)}: {yaml_inline(part)}" for key, part in fields] or [yaml_inline(value)]
-        lines += [f"{margin}- {parts[0]}", *(f"{margin}  {part}" for part in parts[1:])]
-    return lines
+    """The items of a block list, as people write it; a mapping's fields stand on lines of their own."""
+    return [f"{margin}- " + yaml_dump(value)[:-1].replace("\n", f"\n{margin}  ") for value in values]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2285,186 +2268,220 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-if TYPE_CHECKING:
-    Fields = Json  # of a mapping: the schema of each field, as `Checker` takes it
-    Field = Callable[[YamlNode], str]  # the schema of a value: what is wrong with one, "" if nothing is
-
-
-def _field(words: str, fits: Callable[[Any], object]) -> Field:
-    """What a value may be, as `fits` judges it and as the words behind "it must be"."""
-    return lambda node: "" if fits(node.value) else f"it must be {words}"
-
-
 def whole_number(value: Any) -> int | None:
     """An int, or a float or text that the API's models take for one; None for anything else."""
     return int(float(value)) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}(\.0*)?\s*", str(value)) else None
 
 
-def _integer(low: int, high: int = 10**9) -> Field:
-    def fits(value: Any) -> bool:
+# What each field of the API's models may be (source: SimConfigDataset, Flow): a kind of `_KINDS`, a range of
+# whole numbers, one of several words, nothing in particular, a [list of such], or a map of fields. "*" is
+# every other field; one with ! must be there and must not be empty; one with ? is a word (the first, unless
+# it must be there) on which the fields beside it depend.
+_SCHEMAS = """
+dataset:
+  compute:
+    cpus: %d..%d
+    memory: %d..%d
+    disk: %d..%d
+    app_port: 0..65535
+    plato_messaging_port: 0..65535
+  metadata:
+    favicon: text
+    name: text
+    description: text
+    source_code_url: text
+    start_url: text
+    license: text
+    flows_path: text
+    variables:
+  services:
+    "*":
+      type: docker-compose
+      file: text
+      required_healthy_containers: [text]
+      healthy_wait_timeout: 30..1800
+  listeners:
+    "*":
+      type?:
+        db:
+          db_type!: postgresql mysql sqlite clickhouse mongodb redis
+          db_database!: text
+          db_port: 0..65535
+          db_host: text
+          db_user: text
+          db_password: text
+          db_schema: text
+          schema_name: text
+          truncate_tables: switch
+          audit_ignore_tables: [table]
+          audit_table_name: text
+          seed_data_paths: [text]
+          volumes: [text]
+        proxy:
+          sim_name: text
+          dataset: text
+          proxy_host: text
+          proxy_port: 1024..65535
+          passthrough_all_ood_requests: switch
+          replay_sessions:
+        file: &files
+          seed_data_path: text
+          target_dir!: text
+          watch_enabled: switch
+          watch_patterns: [text]
+          ignore_patterns: [text]
+          volumes: [text]
+          scan_frequency: 0..
+        xml: *files
+flow:
+  name!: filled
+  description: text
+  har_path:
+  steps:
+    - type!?:
+        navigate: {url!: filled}
+        wait_for_selector: {selector!: filled}
+        click: {selector!: filled}
+        fill: {selector!: filled, value!: value}
+        wait: {duration!: 0..}
+        wait_for_url: {url_contains!: filled}
+        check_element: {selector!: filled, should_exist: switch}
+        verify:
+          verify_type!?:
+            element_exists: {selector!: filled}
+            element_visible: {selector!: filled}
+            element_text: {selector!: filled, text!: filled, contains: switch}
+            element_count: {selector!: filled, count!: 0..}
+            page_title: {title!: text, contains: switch}
+        verify_text: {text!: filled, should_exist: switch}
+        verify_url: {url!: filled, contains: switch}
+        verify_no_errors: {error_selectors: [text]}
+        screenshot: {filename!: path, full_page: switch}
+        switch_page: {page_index!: -1000..1000}
+        execute_script: {script!: filled}
+      description: text
+      timeout: 0..
+      retries: 0..
+      retry_delay_ms: 0..
+"""
+# In words, as a type, and how its text begins.
+_KINDS: dict[str, Any] = {
+    "text": ("a text (quotes make one)", str, ""),
+    "filled": ("a text that is not blank", str, r"\s*\S"),
+    "name": ("a text of letters, digits, '.', '_' and '-'", str, SERVICE_NAME + r"\Z"),
+    "table": ("a table name or {table: NAME, columns: [..]}", (str, dict), ""),
+    "path": (
+        "a path in the screenshots folder",
+        str,
+        r"(?s)(?!/|(.*/)?\.\.(/|\Z))(?=.*[^/.\s])[^\0]+\Z",
+    ),
+    "switch": ("true or false", bool, ""),
+    "value": ("a text, a whole number, or true or false (quotes make a text)", (str, int), ""),
+}
+
+
+@functools.cache
+def schemas() -> Json:
+    """Of a dataset and of a flow."""
+    text = _SCHEMAS % (*CPUS_RANGE, *MEMORY_RANGE_MB, *DISK_RANGE_MB)
+    return yaml_load(text)  # type: ignore[no-any-return]
+
+
+def _fields(values: Mapping[str, Any], schema: Json) -> Json:
+    """The fields that a map with these values may have: those beside a word, by the word."""
+    fields: Json = {}
+    for name, wanted in schema.items():
+        key = name.rstrip("?")
+        fields[key] = wanted
+        if key != name:
+            fields[key] = " ".join(wanted)
+            word = values.get(key.rstrip("!")) or ("" if "!" in key else next(iter(wanted)))
+            fields.update(_fields(values, wanted.get(str(word), {"*": None})))
+    return fields
+
+
+def _unlike(value: Any, wanted: Any) -> str:
+    """What is wrong with a value that is no list or map; "" when nothing is."""
+    if wanted in _KINDS:
+        words, types, pattern = _KINDS[wanted]
+        is_one = isinstance(value, types) and re.match(pattern, str(value))
+        return "" if is_one else f"it must be {words}"
+    low, dots, high = wanted.partition("..")
+    if dots:
         number = whole_number(value)
-        return number is not None and low <= number <= high
-
-    return _field(f"a whole number, at least {low}" + (f", at most {high}" if high < 10**9 else ""), fits)
-
-
-def _choice(*words: str) -> Field:
-    return lambda node: "" if node.value in words else _meant(str(node.value), words)
+        if number is not None and int(low) <= number <= int(high or number):
+            return ""
+        return f"it must be a whole number, at least {low}{high and ', at most '}{high}"
+    return "" if value in wanted.split() else _meant(str(value), wanted.split())
 
 
-def _text(words: str, fits: Callable[[str], object] = lambda text: True) -> Field:
-    return _field(words, lambda value: isinstance(value, str) and fits(value))
+def check_yaml(text: str, source: str, schema: Json, *, strict: bool = False) -> tuple[YamlNode, list[str]]:
+    """Compare a YAML text with a schema: its document, and warnings of what looks mistaken.
 
-
-_TEXT = _text("a text (quotes make one)")
-_FILLED = _text("a text that is not blank", str.strip)
-_NAME = _text("a text of letters, digits, '.', '_' and '-'", re.compile(SERVICE_NAME).fullmatch)
-_TABLE = _field("a table name or {table: NAME, columns: [..]}", lambda value: isinstance(value, (str, dict)))
-_PATH = _text("a path in the screenshots folder", lambda text: text.strip() and is_inside(text))
-_BOOLEAN = _field("true or false", lambda value: isinstance(value, bool))
-_VALUE = _field(
-    "a text, a whole number, or true or false (quotes make a text)",
-    lambda value: isinstance(value, (str, int)),
-)
-_PORT = _integer(0, 65535)
-_COUNT = _integer(0)
-_TEXTS = [_TEXT]
-
-
-def _of_kind(node: YamlNode, name: str, kinds: Mapping[str, Fields], default: str = "") -> Fields:
-    """The further fields of a mapping, by its kind, which its field `name` says; any for an unknown kind."""
-    kind = node.get(name)
-    return kinds.get(str((kind and kind.value) or default), {"*": None})
-
-
-# The fields of the API's models (source: SimConfigDataset), as `Checker` takes them.
-
-COMPUTE_FIELDS = {
-    "cpus": _integer(*CPUS_RANGE),
-    "memory": _integer(*MEMORY_RANGE_MB),
-    "disk": _integer(*DISK_RANGE_MB),
-    "app_port": _PORT,
-    "plato_messaging_port": _PORT,
-}
-_METADATA = ("favicon", "name", "description", "source_code_url", "start_url", "license", "flows_path")
-_SERVICE = {
-    "type": _choice("docker-compose"),
-    "file": _TEXT,
-    "required_healthy_containers": _TEXTS,
-    "healthy_wait_timeout": _integer(30, 1800),
-}
-_FILES = {
-    "seed_data_path": _TEXT,
-    "target_dir!": _TEXT,
-    "watch_enabled": _BOOLEAN,
-    **dict.fromkeys(("watch_patterns", "ignore_patterns", "volumes"), _TEXTS),
-    "scan_frequency": _COUNT,
-}
-_LISTENERS: dict[str, Fields] = {
-    "db": {
-        "db_type!": _choice("postgresql", "mysql", "sqlite", "clickhouse", "mongodb", "redis"),
-        "db_database!": _TEXT,
-        "db_port": _PORT,
-        **dict.fromkeys(("db_host", "db_user", "db_password", "db_schema", "schema_name"), _TEXT),
-        "truncate_tables": _BOOLEAN,
-        "audit_ignore_tables": [_TABLE],
-        "audit_table_name": _TEXT,
-        **dict.fromkeys(("seed_data_paths", "volumes"), _TEXTS),
-    },
-    "proxy": {
-        **dict.fromkeys(("sim_name", "dataset", "proxy_host"), _TEXT),
-        "proxy_port": _integer(1024, 65535),
-        "passthrough_all_ood_requests": _BOOLEAN,
-        "replay_sessions": None,
-    },
-    "file": _FILES,
-    "xml": _FILES,
-}
-_DATASET = {
-    "compute": COMPUTE_FIELDS,
-    "metadata": {**dict.fromkeys(_METADATA, _TEXT), "variables": None},
-    "services": {"*": _SERVICE},
-    "listeners": {
-        "*": lambda node: {"type": _choice(*_LISTENERS), **_of_kind(node, "type", _LISTENERS, "db")}
-    },
-}
-
-
-class Checker:
-    """Compares a YAML text with a schema. ConfigError lists what is wrong, with file, line and column.
-
-    A schema is a Field, [the schema of each item], {field: its schema} where "*" is every other field and
-    "name!" one that must be there and must not be empty, a function from a node to its schema, or None for
-    anything. strict: an unknown field is a problem; else it is worth a warning if it looks misspelt.
-    root: the document; warnings: what looks mistaken.
+    ConfigError lists what is wrong, with file, line and column. strict: an unknown field is wrong; else it is
+    worth a warning if it looks misspelt.
     """
+    found: tuple[list[str], list[str]] = [], []
+    try:
+        root = yaml_compose(text, source)
+        for is_warning, node, where, words in _mistakes(root, "", schema, strict):
+            what = f"`{where}`" if where else "the file"
+            found[is_warning].append(str(node.error(f"{what} {words}")))
+    except YamlError as error:
+        found[0].append(str(error))
+    problems, warnings = found
+    if problems:
+        raise unusable_config(source, problems + warnings)
+    return root, warnings
 
-    def __init__(self, text: str, source: str, schema: Any, *, strict: bool = False) -> None:
-        self.strict = strict
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
-        try:
-            self.root = yaml_compose(text, source)
-            self.check(self.root, "", schema)
-        except YamlError as error:
-            self.problems.append(str(error))
-        if self.problems:
-            raise unusable_config(source, [*self.problems, *self.warnings])
 
-    def check(self, node: YamlNode, where: str, schema: Any) -> None:
-        wanted = schema(node) if callable(schema) else schema
-        written = node.source_text() if node.kind == "scalar" else ""
-        if isinstance(wanted, dict):
-            self.check_fields(node, where, wanted)
-        elif isinstance(wanted, list):
-            self.check_items(node, where, wanted[0])
-        elif wanted:
-            is_secret = schema in (_TEXT, _VALUE)  # a password may stand there
-            self.tell(node, where, f"is {'wrong' if is_secret else written[:80] or 'wrong'}; {wanted}")
-        elif schema is _VALUE and not isinstance(node.value, str) and written != str(node.value):
-            text = f"is doubtful: YAML reads {written} as {node.value}; quotes keep it as it is"
-            self.tell(node, where, text, self.warnings)
-
-    def check_items(self, node: YamlNode, where: str, schema: Any) -> None:
-        if node.kind != "sequence":
-            self.tell(node, where, "must be a list (lines that start with `- `)")
+def _mistakes(node: YamlNode, where: str, wanted: Any, strict: bool) -> Iterator[Any]:
+    """What is wrong: whether it is but worth a warning, the node, its place, what is wrong with it."""
+    value, written = node.value, node.source_text()
+    if isinstance(wanted, list):
+        if not isinstance(value, list):
+            yield False, node, where, "must be a list (lines that start with `- `)"
+            return
         names: set[str] = set()
-        for number, item in enumerate(node.items(), 1):
+        for number, item in enumerate(value, 1):
             name = item.get("name")
             label = str(name.plain() if name else number)
             if name and label in names:
-                self.tell(item, where, f"names `{label}` twice; give this one another name")
+                yield False, item, where, f"names `{label}` twice; give this one another name"
             names.add(label)
-            self.check(item, f"{where}.{label}", schema)
-
-    def check_fields(self, node: YamlNode, where: str, fields: Fields) -> None:
-        if node.kind != "mapping":
-            self.tell(node, where, "must be a map of fields (`name: value` lines)")
+            yield from _mistakes(item, f"{where}.{label}", wanted[0], strict)
+    elif isinstance(wanted, dict):
+        if not isinstance(value, dict):
+            yield False, node, where, "must be a map of fields (`name: value` lines)"
             return
-        prefix = f"{where}." if where else ""
-        known = [field.removesuffix("!") for field in fields]
-        for name, (field, schema) in zip(known, fields.items()):
-            value = node.get(name)
-            if value and value.value is not None:
-                self.check(value, prefix + name, schema)
-            elif name != field:
-                keys = [str(key.value) for key, _ in node.pairs()]
-                wanted = schema(node) if callable(schema) else _meant(name, keys)
-                self.tell(value or node, prefix + name, f"is {'empty' if value else 'missing'}; {wanted}")
-        for key, value in node.pairs():
-            if key.value in known:
-                continue
-            if "*" in fields:
-                self.check(value, f"{prefix}{key.value}", fields["*"])
-                continue
-            meant = _meant(str(key.value), known)
-            if self.strict or "did you mean" in meant:
-                home = self.problems if self.strict else self.warnings
-                self.tell(key, where, f"has no field `{key.value}`; {meant}", home)
-
-    def tell(self, node: YamlNode, where: str, text: str, home: list[str] | None = None) -> None:
-        what = f"`{where}`" if where else "the file"
-        (self.problems if home is None else home).append(str(node.error(f"{what} {text}")))
+        fields = _fields({key: part.value for key, (_, part) in value.items()}, wanted)
+        known = {name.rstrip("!"): inner for name, inner in fields.items()}
+        for name in {**known, **value}:
+            part, inner = node.get(name), known.get(name, known.get("*"))
+            place = f"{where}.{name}".lstrip(".")
+            if name not in known and "*" not in known:
+                meant = _meant(str(name), known)
+                if strict or "did you mean" in meant:
+                    yield not strict, value[name][0], where, f"has no field `{name}`; {meant}"
+            elif part and (part.value is not None or name not in known):
+                yield from _mistakes(part, place, inner, strict)
+            elif f"{name}!" in fields:
+                is_leaf = isinstance(inner, str)
+                needed = _unlike(None, inner) if is_leaf else _meant(name, [*map(str, value)])
+                yield False, part or node, place, f"is {'empty' if part else 'missing'}; {needed}"
+    else:
+        wrong = wanted and _unlike(value, wanted)
+        if wrong:  # where a text may stand, a password may stand; and in a map with wrong margins
+            is_private = wanted in ("text", "value") or isinstance(value, (list, dict))
+            shown = "" if is_private else written[:80]
+            yield False, node, where, f"is {shown or 'wrong'}; {wrong}"
+        elif wanted == "value" and not isinstance(value, str) and written != str(value):
+            yield (
+                True,
+                node,
+                where,
+                f"is doubtful: YAML reads {written} as {value}; quotes keep it as it is",
+            )
 
 
 class Config:
@@ -2521,41 +2538,18 @@ def load_config(path: str, dataset: str | None) -> Config:
 def parse_config(text: str, source: str, path: str, dataset: str | None) -> Config:
     """The same from a text; source is what problems name as its place."""
     name = dataset or DEFAULT_DATASET
-    datasets = {"*": None, f"{name}!": _DATASET}  # the others are not looked at
-    checker = Checker(text, source, {"service!": _NAME, "datasets!": datasets})
-    native = checker.root.get("datasets", name, "compute", "native_worker")
+    datasets = {"*": None, f"{name}!": schemas()["dataset"]}  # the others are not looked at
+    root, warnings = check_yaml(text, source, {"service!": "name", "datasets!": datasets})
+    native = root.get("datasets", name, "compute", "native_worker")
     if native is not None:
-        checker.warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
-    plain = checker.root.plain()
-    return Config(path, plain["service"], name, plain["datasets"][name], checker.warnings)
+        warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
+    plain = root.plain()
+    return Config(path, plain["service"], name, plain["datasets"][name], warnings)
 
 
-# Flows: the steps of the API's models, each with its own fields
+# Flows
 
 
-VERIFY_FIELDS: dict[str, Fields] = {
-    "element_exists": {"selector!": _FILLED},
-    "element_visible": {"selector!": _FILLED},
-    "element_text": {"selector!": _FILLED, "text!": _FILLED, "contains": _BOOLEAN},
-    "element_count": {"selector!": _FILLED, "count!": _COUNT},
-    "page_title": {"title!": _TEXT, "contains": _BOOLEAN},
-}
-STEP_FIELDS: dict[str, Fields] = {
-    "navigate": {"url!": _FILLED},
-    "wait_for_selector": {"selector!": _FILLED},
-    "click": {"selector!": _FILLED},
-    "fill": {"selector!": _FILLED, "value!": _VALUE},
-    "wait": {"duration!": _COUNT},
-    "wait_for_url": {"url_contains!": _FILLED},
-    "check_element": {"selector!": _FILLED, "should_exist": _BOOLEAN},
-    "verify": {"verify_type!": _choice(*VERIFY_FIELDS)},
-    "verify_text": {"text!": _FILLED, "should_exist": _BOOLEAN},
-    "verify_url": {"url!": _FILLED, "contains": _BOOLEAN},
-    "verify_no_errors": {"error_selectors": _TEXTS},
-    "screenshot": {"filename!": _PATH, "full_page": _BOOLEAN},
-    "switch_page": {"page_index!": _integer(-1000, 1000)},
-    "execute_script": {"script!": _FILLED},
-}
 # What each kind of step waits for; behind the bar: with `should_exist: false` or `contains: false`.
 STEP_EXPECTS = {
     "navigate": "{url} to open",
@@ -2580,21 +2574,6 @@ STEP_EXPECTS = {
 STEP_FOREVER_MS = 86400000  # where the timeout is 0
 
 
-def _step_fields(node: YamlNode) -> Json:
-    """The fields that a step may have, by its type and, if it has one, its verify_type."""
-    fields = _of_kind(node, "type", STEP_FIELDS)
-    return {
-        "type!": _choice(*STEP_FIELDS),
-        **fields,
-        **(_of_kind(node, "verify_type", VERIFY_FIELDS) if "verify_type!" in fields else {}),
-        "description": _TEXT,
-        **dict.fromkeys(("timeout", "retries", "retry_delay_ms"), _COUNT),
-    }
-
-
-_FLOW = {"name!": _FILLED, "description": _TEXT, "har_path": None, "steps": [_step_fields]}
-
-
 class FlowStep:
     """One checked step.
 
@@ -2607,10 +2586,11 @@ class FlowStep:
     def __init__(self, number: int, values: Json, place: str | None) -> None:
         self.number = number
         self.values = given = {name: value for name, value in values.items() if value is not None}
-        self.type: str = given["type"]
-        self.kind: str = given["verify_type"] if self.type == "verify" else self.type
-        needed = {**STEP_FIELDS[self.type], **VERIFY_FIELDS.get(self.kind, {})}
-        self.subjects = [given[name[:-1]] for name in needed if name.endswith("!") and name != "value!"]
+        self.type = given["type"]
+        self.kind = given["verify_type"] if self.type == "verify" else self.type
+        needed = _fields(given, schemas()["flow"]["steps"][0])
+        others = ("type!", "value!")
+        self.subjects = [given[name[:-1]] for name in needed if name.endswith("!") and name not in others]
         words = STEP_EXPECTS[self.kind].split("|")
         is_denial = False in (given.get("should_exist"), given.get("contains"))
         self.expected = words[-1 if is_denial else 0].format_map(given)
@@ -2670,16 +2650,17 @@ def parse_flows(text: str, source: str, path: str | None) -> FlowSet:
 
     path: None for a text in which nobody can look those up.
     """
-    checker = Checker(text, source, {"flows!": [_FLOW], "*": None}, strict=path is not None)
+    schema = {"flows!": [schemas()["flow"]], "*": None}
+    root, warnings = check_yaml(text, source, schema, strict=path is not None)
     flows: list[Json] = []
-    for node in checker.root.value["flows"][1].items():
+    for node in root.value["flows"][1].value:
+        told, steps = node.plain(), node.get("steps")
         steps = [
             FlowStep(number, step.plain(), f"{source}:{step.line}:{step.column}" if path else None)
-            for number, step in enumerate((node.get("steps") or node).items(), 1)
+            for number, step in enumerate((steps and steps.value) or (), 1)
         ]
-        told = node.plain()
         flows.append({"name": told["name"], "description": told.get("description") or "", "steps": steps})
-    return FlowSet(flows, path, source, checker.warnings)
+    return FlowSet(flows, path, source, warnings)
 
 
 def flows_file(config: Config) -> str | None:
@@ -2693,7 +2674,7 @@ def flows_file(config: Config) -> str | None:
         return None
     folder = os.path.dirname(os.path.abspath(config.path))
     path = os.path.join(folder, name)
-    if not is_inside(name) or not is_below(path, folder):
+    if not is_below(path, folder):
         raise ConfigError(
             f"{shown_path(from_here(config.path))}: `metadata.flows_path` is {name!r};"
             " it must lie in the directory of the config."
@@ -2703,13 +2684,7 @@ def flows_file(config: Config) -> str | None:
 
 def is_below(path: str, folder: str) -> bool:
     """Whether a path lies in a folder, wherever links lead."""
-    return os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative path stays in its folder, by its words alone."""
-    path = os.path.normpath(name)
-    return not os.path.isabs(path) and path.split("/")[0] not in ("..", ".") and "\0" not in name
+    return "\0" not in path and os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5588,7 +5563,7 @@ def listener_node(text: str, source: str, dataset: str, listener: str) -> YamlNo
     """The mapping of a listener in a config. ConfigError when there is none, YamlError."""
     root = yaml_compose(text, source)
     node = root and root.get("datasets", dataset, "listeners", listener)
-    if node is None or node.kind != "mapping":
+    if node is None or not isinstance(node.value, dict):
         raise ConfigError(f"{source} has no listener {listener!r} in the dataset {dataset!r} any more.")
     return node
 
@@ -5625,7 +5600,7 @@ def _with_rules(text: str, listener: YamlNode, entries: Sequence[Any]) -> str:
             start = at = value.start - value.column + 1
             margin = " " * (value.column - 1)
             kept = {}
-            for item in value.items():
+            for item in value.value:
                 kept[repr(item.plain())] = text[at : end_of_line(item.end)]
                 at = end_of_line(item.end)
             new = [
@@ -6341,7 +6316,7 @@ _OPTION_MODES = {"dataset": ("from-config", "simulator"), "tag": ("simulator",)}
 
 
 def _plan_from_config(config: Config) -> tuple[Json, Json, Config]:
-    numbers = {name: whole_number(config.compute.get(name)) for name in COMPUTE_FIELDS}
+    numbers = {name: whole_number(config.compute.get(name)) for name in schemas()["dataset"]["compute"]}
     sizes = {name: number for name, number in numbers.items() if number is not None}
     record = {
         "mode": "config",
