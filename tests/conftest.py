@@ -62,14 +62,22 @@ def missing(reason: str) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long tests to `run.py --all`; keep those together that share an expensive fixture."""
-    whole = bool(os.environ.get("PLATO_TESTS_ALL")) or "soak" in str(config.option.markexpr)
+    """Leave long tests, and all but the first case of sampled ones, to `run.py --all` and to whoever names
+    them; keep those together that share an expensive fixture."""
+    named = any("::" in argument for argument in config.args)
+    whole = bool(os.environ.get("PLATO_TESTS_ALL")) or named or "soak" in str(config.option.markexpr)
+    begun: set[str] = set()
+    left: list[pytest.Item] = []
     for item in items:
-        if "long" in item.keywords and not whole:
-            item.add_marker(pytest.mark.skip(reason="a long test; run.py --all runs it"))
-        for name in ("passing", "failing"):
-            if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
+        name = item.nodeid.partition("[")[0]
+        if not whole and ("long" in item.keywords or ("sampled" in item.keywords and name in begun)):
+            left.append(item)
+        begun.add(name)
+        for fixture in ("passing", "failing"):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(fixture))
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture
