@@ -201,6 +201,23 @@ def heartbeat_of(desk: Desk) -> int:
     raise RuntimeError("its heartbeat does not run")
 
 
+def memories_before(place: Path, plato: LocalPlato, product: Path, runs: int) -> dict[str, list[Memory]]:
+    """Of the heartbeats of another file, each as its own `start` starts it, after some beats."""
+    found: dict[str, list[Memory]] = {}
+    for name, word in (("before", ""), ("before, without bytecode", "1")):
+        found[name] = []
+        (place / f"p{word}").mkdir(parents=True)
+        copy = shutil.copy(product, place / f"p{word}" / "plato_sandbox.py")
+        for run in range(runs):
+            desk = shared.our_desk(place / f"{name}{run}", plato, [sys.executable, str(copy)])
+            desk.environment.update({INTERVAL: str(FAST_SECONDS), "PYTHONDONTWRITEBYTECODE": word})
+            desk.run("start", "--blank", "--service", "bench")
+            time.sleep(4 * FAST_SECONDS)
+            found[name].append(memory_of(heartbeat_of(desk)))
+            desk.quietly("stop")
+    return found
+
+
 def begin_floor(_: float) -> int:
     return begin([*shared.BARE, "-c", FLOOR], dict(os.environ))
 
@@ -339,6 +356,8 @@ def main() -> int:
             interval = FAST_SECONDS if options.quick else DEFAULTS[OURS]
             rows.append(bench.row(OURS, many, interval, DEFAULTS[OURS], max(seconds, 2 * interval)))
             memories[f"{OURS}, each of {many} at once"] = bench.last_memories
+            if options.before:
+                memories.update(memories_before(Path(name) / "before", plato, options.before, options.runs))
         finally:
             bench.children.end_all()
             for desk in desks.values():

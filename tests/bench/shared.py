@@ -125,12 +125,12 @@ def our_desk(place: Path, plato: LocalPlato, program: Sequence[str] = ()) -> Des
     return Desk(words, work, environment_of(place / "home", plato))
 
 
-def installed_command(place: Path) -> list[str]:
+def installed_command(place: Path, product: Path = PRODUCT) -> list[str]:
     """Our program as a command in a virtual environment, as an installer puts it there."""
     place = place / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     (packages,) = (place / "lib").glob("python*/site-packages")
-    shutil.copy(PRODUCT, packages)
+    shutil.copy(product, packages / PRODUCT.name)
     command = place / "bin" / "plato-sandbox"
     command.write_text(ENTRY_POINT.format(python=place / "bin" / "python"))
     command.chmod(0o755)
@@ -325,6 +325,7 @@ def options_of(text: str | None, add: Callable[[argparse.ArgumentParser], None] 
     parser.add_argument("--quick", action="store_true", help="few runs and little data: does it work?")
     parser.add_argument("--runs", type=int, default=0, help=f"of each, by turns (default: {RUNS})")
     parser.add_argument("--without", action="append", default=[], help="leave out an SDK release")
+    parser.add_argument("--before", type=Path, help="another plato_sandbox.py, such as an older one, too")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/plato-sandbox-bench").expanduser())
     if add is not None:
         add(parser)

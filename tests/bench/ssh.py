@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -34,10 +34,14 @@ from localplato.accounts import PLATO_UID  # noqa: E402
 from bench import shared  # noqa: E402
 from bench.shared import Contestants, Desk, Measured  # noqa: E402
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 OURS = "our ProxyCommand"
 UNCACHED = "our ProxyCommand, without bytecode"
 OPENSSL = "`openssl s_client`"
 DIRECT = "direct"
+BEFORE = "the ProxyCommand before"
 ALONE = ["-o", "ControlMaster=no", "-o", "ControlPath=none"]
 SSHD_PORT = 2222
 LINE_BYTES = 118_000_000  # what TCP carries over a line of 1 Gbit/s, in a second
@@ -55,11 +59,13 @@ while sent < size:
 class Way:
     """One way to the VM: the words of `ssh` before its host, all with the config that `start` wrote."""
 
-    def __init__(self, desk: Desk, prefix: list[str], config: str, host: str, options: list[str]) -> None:
+    def __init__(
+        self, desk: Desk, prefix: list[str], config: str, host: str, options: Sequence[str] = ()
+    ) -> None:
         self.desk = desk
         self.start = [*prefix, "ssh", "-F", config]
         self.host = host
-        self.options = options
+        self.options = list(options)
         self.sharing: list[str] = []
 
     def command(self, line: str, *, alone: bool) -> list[str]:
@@ -174,7 +180,7 @@ def same_network(pid: int) -> bool:
 def make_ways(plato: LocalPlato, desk: Desk) -> dict[str, Way]:
     state: dict[str, Any] = json.loads(desk.output("start", "--blank", "--service", "bench", "--json"))
     config, host = state["ssh_config_path"], state["ssh_host"]
-    ours = Way(desk, [], config, host, [])
+    ours = Way(desk, [], config, host)
     uncached = Way(desk, [], config, host, uncached_proxy(config, desk.work.parent))
     openssl = Way(desk, [], config, host, openssl_proxy(desk, state["job_id"]))
     ways = {OURS: ours, UNCACHED: uncached, OPENSSL: openssl}
@@ -190,6 +196,19 @@ def make_ways(plato: LocalPlato, desk: Desk) -> dict[str, Way]:
         print(f"The direct way is left out: {error or 'the VM refuses it'}.", file=sys.stderr)
         return ways
     return {**ways, DIRECT: direct}
+
+
+def ways_before(plato: LocalPlato, place: Path, product: Path) -> dict[str, Way]:
+    """Those of another file, each with a VM of its own, from cached bytecode and without."""
+    ways = {}
+    for name, word in ((BEFORE, ""), (f"{BEFORE}, without bytecode", "1")):
+        (place / f"p{word}").mkdir(parents=True)
+        copy = shutil.copy(product, place / f"p{word}" / "plato_sandbox.py")
+        desk = shared.our_desk(place / f"d{word}", plato, [sys.executable, str(copy)])
+        desk.environment["PYTHONDONTWRITEBYTECODE"] = word
+        state = json.loads(desk.output("start", "--blank", "--service", "bench", "--json"))
+        ways[name] = Way(desk, [], state["ssh_config_path"], state["ssh_host"])
+    return ways
 
 
 def contest(ways: dict[str, Way], act: Callable[[Way], Measured]) -> Contestants:
@@ -238,8 +257,14 @@ def main() -> int:
         throughput: dict[str, shared.Results] = {}
         try:
             ways = make_ways(plato, desk)
+            others = ways_before(plato, place / "b", options.before) if options.before else {}
+            ways.update(others)
             alone = shared.interleave(contest(ways, lambda way: way.first_byte(alone=True)), runs)
-            ways = {name: way for name, way in ways.items() if alone[name] and name != UNCACHED}
+            for way in others.values():
+                way.desk.quietly("stop")
+            ways = {
+                name: way for name, way in ways.items() if alone[name] and name in (OURS, OPENSSL, DIRECT)
+            }
             for number, way in enumerate(ways.values()):
                 way.share(place / f"s{number}")
             later = shared.interleave(contest(ways, lambda way: way.first_byte(alone=False)), runs)

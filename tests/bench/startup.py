@@ -46,8 +46,8 @@ sys.exit(answer.status != 200)
 """
 
 
-def our_programs(place: Path) -> tuple[dict[str, list[str]], Path]:
-    """Every way to run our file, and the directory that `python3 -m` finds it in."""
+def our_programs(place: Path, before: Path | None) -> tuple[dict[str, list[str]], Path]:
+    """Every way to run our file, and the directory that `python3 -m` finds it in; some of the file before."""
     modules = place / "modules"
     modules.mkdir()
     copy = Path(shutil.copy(shared.PRODUCT, modules))
@@ -57,12 +57,17 @@ def our_programs(place: Path) -> tuple[dict[str, list[str]], Path]:
         INSTALLED: shared.installed_command(place),
         "ours, `-I -S`, cached": [*shared.BARE, "-c", RUN_CACHED, str(copy)],
     }
+    if before:
+        (place / "before").mkdir()
+        copy = Path(shutil.copy(before, place / "before" / "plato_sandbox.py"))
+        programs["before, script"] = [sys.executable, str(copy)]
+        programs["before, installed command"] = shared.installed_command(place / "before", before)
     return programs, modules
 
 
 def make_desks(place: Path, plato: LocalPlato, options: Any) -> dict[str, Desk]:
     """A client for each program; ours share a home and a directory, and so a sandbox."""
-    programs, modules = our_programs(place)
+    programs, modules = our_programs(place, options.before)
     ours = shared.our_desk(place / "ours", plato)
     environment = {**ours.environment, "PYTHONPATH": str(modules)}
     desks = {name: Desk(program, ours.work, environment) for name, program in programs.items()}

@@ -88,17 +88,26 @@ class Contest:
     """The clients on one local Plato, and what was measured."""
 
     def __init__(
-        self, place: Path, plato: LocalPlato, cache: Path, repeats: int, releases: tuple[str, ...]
+        self,
+        place: Path,
+        plato: LocalPlato,
+        cache: Path,
+        repeats: int,
+        releases: tuple[str, ...],
+        before: Optional[Path],
     ) -> None:
         self.plato = plato
         self.repeats = repeats
         self.place = place
-        ours = [sys.executable, str(shared.PRODUCT)]
         blank = ["start", "--blank", "--service", "bench"]
-        self.desks = {
-            "ours, API": make_desk(place / "api", plato, ours, blank, ["sync", "--via", "api"]),
-            "ours, SSH": make_desk(place / "ssh", plato, ours, blank, ["sync", "--via", "ssh"]),
-        }
+        self.desks = {}
+        for name, product in {"ours": shared.PRODUCT, **({"before": before} if before else {})}.items():
+            program = [sys.executable, str(product)]
+            for way in ("API", "SSH"):
+                words = ["sync", "--via", way.lower()]
+                self.desks[f"{name}, {way}"] = make_desk(
+                    place / f"{name}-{way}", plato, program, blank, words
+                )
         for release in releases:
             program = install(release, cache)
             named = ["--service", "bench"] if release == "2.0.40" else []
@@ -215,6 +224,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the files, once")
     parser.add_argument("--repeats", type=int, default=0, help="runs of each, of which the median counts")
     parser.add_argument("--without", action="append", default=[], help="leave out an SDK release")
+    parser.add_argument("--before", type=Path, help="another plato_sandbox.py, such as an older one, too")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/plato-sandbox-bench").expanduser())
     parser.add_argument(
         "--slow", action="store_true", help="the largest cases with SDK 2.0.40 too: 20 minutes each"
@@ -222,7 +232,7 @@ def main() -> int:
     options = parser.parse_args()
     scale = 10 if options.quick else 1
     repeats = options.repeats or (1 if options.quick else 3)
-    before = os.getloadavg()
+    load = os.getloadavg()
     shared.end_in_order()
     releases = tuple(release for release in RELEASES if release not in options.without)
     with (
@@ -233,7 +243,7 @@ def main() -> int:
         ) as plato,
     ):
         place = Path(name)
-        contest = Contest(place / "desks", plato, options.cache, repeats, releases)
+        contest = Contest(place / "desks", plato, options.cache, repeats, releases, options.before)
         contest.start()
         plato.fault("latency", path="*/execute", seconds=REQUEST_SECONDS + COMMAND_SECONDS, times=-1)
         plato.fault("latency", seconds=REQUEST_SECONDS, times=-1)
@@ -256,7 +266,7 @@ def main() -> int:
             contest.run(f"nothing changed in {very_many} files", huge, None, again=True, without=too_slow)
         finally:
             contest.stop()
-        print(shared.machine_line(f"median of {repeats} (SDK 2.0.40: one run)", before))
+        print(shared.machine_line(f"median of {repeats} (SDK 2.0.40: one run)", load))
         print(table(contest.results))
     return 0
 
