@@ -158,12 +158,10 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_TEXT_OF_OTHERS = 1024 * 1024
 SHORTEST_SECRET = 4  # hiding what is shorter would make nonsense of other words
 
-HEARTBEAT_START_SECONDS = 20.0
 BEAT_SECONDS = 10.0
-BEAT_RETRY_SECONDS = (1.0, 2.0, 3.0)  # the last one again and again, while the VM may still live
+BEAT_RETRY_SECONDS = 2.0  # while the VM may still live
 BEAT_URGENT_SECONDS = 150.0  # the server ends a VM 120 seconds after its last beat
 BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
-WAKE_SECONDS = 15.0
 LEASE_SECONDS = 900.0  # another client's heartbeat that ends sooner by itself is not relied on
 UNHEALTHY_BEATS = 4  # a last good beat older than this many intervals is worth a warning
 
@@ -487,16 +485,13 @@ def normal_base_url(url: str) -> str:
 
 
 def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a child process, without the secrets of the environment unless `env` has them.
-
-    SandboxError names a program that cannot be run.
-    """
+    """Start a child process, out of reach of the terminal's Ctrl-C, which is ours to handle, and without the
+    secrets of the environment. SandboxError names a program that cannot be run."""
     import subprocess
 
     reporter.trace("run: " + shell_words(command))
-    options.setdefault("env", child_environment(os.environ))
     try:
-        return subprocess.Popen(list(command), **options)
+        return subprocess.Popen(command, env=child_environment(), start_new_session=True, **options)
     except OSError as error:
         raise SandboxError(
             f"{command[0]} could not be run: {reason(error)}.",
@@ -512,10 +507,10 @@ def point_at_nothing(*descriptors: int) -> None:
     os.close(nothing)
 
 
-def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The environment for a child process that has no use for the API key and the databases' passwords."""
     secret = ("PLATO_API_KEY", "PGPASSWORD", "MYSQL_PWD")
-    return {name: value for name, value in environment.items() if name not in secret}
+    return {name: value for name, value in os.environ.items() if name not in secret}
 
 
 def find_program(name: str) -> str | None:
@@ -583,9 +578,10 @@ def command_of(pid: int | str) -> str:
         if os.path.isdir("/proc/self"):
             return text_of_others(f"/proc/{pid}/cmdline").replace("\0", " ")
         words = ["ps", "-wwo", "command=", "-p", str(pid)]
-        ps = subprocess.run(words, capture_output=True, timeout=5, check=False)
-        return ps.stdout.decode("utf-8", "replace").strip()
-    except (OSError, subprocess.TimeoutExpired):
+        return str(
+            subprocess.run(words, capture_output=True, text=True, errors="replace", check=False).stdout
+        )
+    except OSError:
         return ""
 
 
@@ -601,17 +597,16 @@ def take_lock(handle: int, *, shared: bool = False) -> bool:
 
 
 def poll(look: Callable[[], str], seconds: float, pause: float, reporter: Reporter | None = None) -> str:
-    """Look every `pause` seconds until there is no trouble (""), at most so long; the last trouble."""
+    """Look until there is no trouble (""), with pauses, at most so long; the last trouble."""
     deadline = time.monotonic() + seconds
     while True:
-        began = time.monotonic()
         trouble = look()
         left = deadline - time.monotonic()
         if not trouble or left <= 0:
             return trouble
         if reporter is not None:
             reporter.detail(trouble)
-        time.sleep(max(0.0, min(left, began + pause - time.monotonic())))
+        time.sleep(min(left, pause))
 
 
 def utc_text(seconds: float) -> str:
@@ -651,9 +646,7 @@ class Aside:
 Outcome = collections.namedtuple("Outcome", "code stdout stderr")  # noqa: PYI024  (`typing` takes long)
 
 
-def run_program(
-    command: Sequence[str], reporter: Reporter, *, seconds: float, feed: Feed = None, **options: Any
-) -> Outcome:
+def run_program(command: Sequence[str], reporter: Reporter, *, seconds: float, feed: Feed = None) -> Outcome:
     """Run a child process to its end. It is ended whenever this does not return.
 
     feed: writes its standard input to a file. TimedOutError when it has not ended so many seconds later.
@@ -666,9 +659,7 @@ def run_program(
     # Its outputs go to files: a process that it leaves behind, as ssh may, could hold a pipe open for ever.
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)  # the ProxyCommand of ssh may open it once more
-        options.update(stdin=subprocess.PIPE, stdout=stdout, stderr=stderr)
-        # In a session of its own, so that a Ctrl-C in the terminal is ours to handle.
-        process = launch(command, reporter, start_new_session=True, **options)
+        process = launch(command, reporter, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr)
         try:
             feed_child(process, feed)
             process.wait(seconds)
@@ -1335,15 +1326,6 @@ def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def heartbeat_facts(path: str) -> Json:
-    """What a heartbeat wrote last (see `Heartbeat`); {} where there is nothing to read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return as_dict(json_in(file.readline(65536)))
-    except OSError:
-        return {}
-
-
 def short_id(session_id: str) -> str:
     """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name.
 
@@ -1360,13 +1342,14 @@ def heartbeat_path(home: str, session_id: str) -> str:
     return os.path.join(home, f"heartbeat_{short_id(session_id)}.log")
 
 
-def heartbeat_alive(path: str) -> bool:
-    """Whether a heartbeat holds the lock on its log."""
+def heartbeat_facts(home: str, session_id: str) -> Json:
+    """What a heartbeat wrote last (see `Heartbeat`), and `alive`: whether one has the lock; {} if none did."""
     try:
-        with open(path, "rb") as file:
-            return not take_lock(file.fileno(), shared=True)
+        with open(heartbeat_path(home, session_id), encoding="utf-8", errors="replace") as file:
+            alive = not take_lock(file.fileno(), shared=True)
+            return {**as_dict(json_in(file.readline(65536))), "alive": alive}
     except OSError:
-        return False
+        return {}
 
 
 def beat_trouble(answer: Json, job_id: str | None) -> tuple[str, bool]:
@@ -1377,25 +1360,11 @@ def beat_trouble(answer: Json, job_id: str | None) -> tuple[str, bool]:
     """
     job = job_of(answer, job_id)
     errors = [str(error) for error in as_list(job.get("errors"))]
-    serious = [error for error in errors if "vm_heartbeat_message" not in error]
-    words = printable("; ".join(serious))[:200]
-    if job.get("gone") is True:
-        return words or "the VM is gone", True
-    if not serious and (errors or answer.get("success") is True):
+    serious = "; ".join(error for error in errors if "vm_heartbeat_message" not in error)
+    gone = job.get("gone") is True
+    if not gone and not serious and (errors or answer.get("success") is True):
         return "", False
-    return words or "Plato did not accept the heartbeat", False
-
-
-def next_beat_delay(interval: float, failures: int, elapsed: float, silence: float) -> float:
-    """Seconds from now to the next beat: the rest of the interval, or a retry that comes no later than it.
-
-    silence: seconds since the last good beat. Retries stay dense while the VM may live, so that an API which
-    answers for 15 seconds in any 120 is met; after that, the interval is enough.
-    """
-    regular = max(0.0, interval - elapsed)
-    if not failures or (failures > len(BEAT_RETRY_SECONDS) and silence > BEAT_URGENT_SECONDS):
-        return regular
-    return min(regular, BEAT_RETRY_SECONDS[min(failures, len(BEAT_RETRY_SECONDS)) - 1])
+    return printable(serious)[:200] or "Plato did not accept the heartbeat", gone
 
 
 class Heartbeat:
@@ -1403,8 +1372,10 @@ class Heartbeat:
 
     It holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
     facts: session_id, pid, interval, beats, started, last_ok and last_error_at (seconds since 1970),
-    last_error, failures (in a row), ended (why, once it has): when the VM is gone (looked at twice), when the
-    record no longer names its session, when its log is taken away, or after an hour without one good beat.
+    last_error, failures (in a row), gone (whether the last answer said so), ended (why, once it has).
+    It ends when the VM is gone (looked at twice), when the record no longer names its session, when its log
+    is taken away, or after an hour without one good beat. The clock of that and of the pauses is one that
+    nobody sets.
     """
 
     def __init__(self, task: Json) -> None:
@@ -1418,60 +1389,68 @@ class Heartbeat:
             "interval": settings.heartbeat_seconds,
             "failures": 0,
             "beats": 0,
+            "gone": False,
         }
-        self._gone_before = False
-        self.last_ok = uptime()
+        self.last_ok = time.monotonic()
         self.log = heartbeat_path(settings.home, task["session_id"])
         self._file = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
-    def write(self, **facts: Any) -> None:
+    def begin(self) -> bool:
+        """Take the lock, unless another heartbeat has it; whether this one is to beat."""
+        # Who only looks at the lock has it for a moment.
+        taken = poll(lambda: "" if take_lock(self._file) else "it is taken", 2.0, 0.02)
+        if not taken:
+            self.write()
+        return not taken
+
+    def write(self) -> None:
         import json
 
-        self.facts.update(facts)
         text = json.dumps(self.facts).encode() + b"\n"
-        with contextlib.suppress(OSError):  # a full disk must not end the heartbeat
-            os.pwrite(self._file, text, 0)
-            os.ftruncate(self._file, len(text))
+        os.pwrite(self._file, text, 0)
+        os.ftruncate(self._file, len(text))
 
     def run(self) -> None:
-        """Take the lock, unless another heartbeat has it, and beat until there is a reason to end."""
-        # Who only looks at the lock has it for a moment.
-        if poll(lambda: "" if take_lock(self._file) else "it is taken", 2.0, 0.02):
-            return
-        self.write()
-        while True:
-            began = uptime()
-            ending = self.reason_to_end() or self.beat()
-            if ending:
-                self.write(ended=ending)
-                return
-            now = uptime()
-            elapsed, silence, failures = now - began, now - self.last_ok, self.facts["failures"]
-            sleep_until(now + next_beat_delay(self.facts["interval"], failures, elapsed, silence))
+        """Beat until there is a reason to end: in the rhythm, or soon again while the VM may still live.
+
+        Such retries are dense enough to meet an API that answers for 15 seconds in any 120.
+        """
+        while not self.facts.get("ended"):
+            began = time.monotonic()
+            self.facts["ended"] = self.reason_to_end() or self.beat() or None
+            with contextlib.suppress(OSError):  # a full disk must not end the heartbeat
+                self.write()
+            now = time.monotonic()
+            pause = max(0.0, began + self.facts["interval"] - now)
+            if self.facts["failures"] and now - self.last_ok <= BEAT_URGENT_SECONDS:
+                pause = min(pause, BEAT_RETRY_SECONDS)
+            if not self.facts["ended"]:
+                time.sleep(pause)
 
     def beat(self) -> str:
-        """One beat and its place in the log; returns why the heartbeat must end, or ""."""
+        """One beat and what is so now; returns why the heartbeat must end, or ""."""
+        facts = self.facts
         try:
             answer = self.api.heartbeat(self.task["session_id"])
             trouble, gone = beat_trouble(answer, self.task["job_id"])
         except SandboxError as error:
             trouble, gone = error.message, isinstance(error, NoSandboxError)
         self.api.hang_up()
+        was_gone, facts["gone"] = facts["gone"], gone
         if not trouble:
-            self._gone_before, self.last_ok = False, uptime()
-            self.write(last_ok=time.time(), failures=0, beats=self.facts["beats"] + 1)
+            self.last_ok = time.monotonic()
+            facts.update(last_ok=time.time(), failures=0, beats=facts["beats"] + 1)
             return ""
-        self.write(last_error=trouble, last_error_at=time.time(), failures=self.facts["failures"] + 1)
-        if gone and self._gone_before:
+        facts.update(last_error=trouble, last_error_at=time.time(), failures=facts["failures"] + 1)
+        if gone and was_gone:
             return VM_IS_GONE
-        self._gone_before = gone
-        return "no good beat for an hour" if uptime() - self.last_ok > BEAT_SILENCE_LIMIT_SECONDS else ""
+        silence = time.monotonic() - self.last_ok
+        return "no good beat for an hour" if silence > BEAT_SILENCE_LIMIT_SECONDS else ""
 
     def reason_to_end(self) -> str:
         """Why this heartbeat is not wanted any more, or "". A record that cannot be read is no reason."""
         try:
-            if not os.path.samestat(os.stat(self.log), os.fstat(self._file)):
-                return "its log was taken away"
+            os.stat(self.log)
             text = text_of_others(self.task["record"])
         except (FileNotFoundError, NotADirectoryError):
             return "its log or record was removed"
@@ -1480,17 +1459,6 @@ class Heartbeat:
         ended = re.search(r'"stopped_at": *\d', text)  # in another client's
         named = self.task["session_id"] in text or "session_id" not in text
         return "its record names another sandbox, or none" if ended or not named else ""
-
-
-def uptime() -> float:
-    """Seconds on a clock that nobody sets, and that goes on while the computer sleeps."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def sleep_until(moment: float) -> None:
-    """Sleep until an `uptime`, in slices: the clock of a sleep stands still while the computer sleeps."""
-    while (left := moment - uptime()) > 0:
-        time.sleep(min(left, WAKE_SECONDS))
 
 
 def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Reporter) -> int:
@@ -1503,29 +1471,21 @@ def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Repo
     import subprocess
 
     session_id = state["session_id"]
-    path = heartbeat_path(settings.home, session_id)
     task = {"settings": vars(settings), "session_id": session_id, "job_id": state.get("job_id")}
     task["record"] = record
     command = own_command("heartbeat-child", session_id)  # see is_heartbeat
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    child = launch(command, reporter, cwd="/", start_new_session=True, **options)
-
-    def begun() -> bool:
-        return heartbeat_facts(path).get("pid") == child.pid
-
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    child: Any = launch(command, reporter, cwd="/", **options)
     try:
         feed_child(child, lambda stdin: stdin.write(json.dumps(task).encode()))
-        poll(
-            lambda: "" if begun() or child.poll() is not None else "it has not begun",
-            HEARTBEAT_START_SECONDS,
-            0.01,
-        )
-    finally:
-        if not begun():  # also when a signal came: nobody would know of it
-            child.kill()
-            child.wait()
-    facts = heartbeat_facts(path)
-    if facts.get("session_id") != session_id or not heartbeat_alive(path):
+        with child.stdout:
+            child.stdout.read()  # which ends when it has begun, or has ended
+    except BaseException:
+        child.kill()  # nobody would know of it
+        child.wait()
+        raise
+    facts = heartbeat_facts(settings.home, session_id)
+    if facts.get("session_id") != session_id or not facts["alive"]:
         raise SandboxError(
             "The heartbeat could not be started.", hint=f"Check that {shown_path(settings.home)} is writable."
         )
@@ -1533,37 +1493,37 @@ def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Repo
     return int(facts["pid"])
 
 
-def heartbeat_health(settings: Settings, state: Json, now: float) -> Json:
+def heartbeat_health(settings: Settings, state: Json) -> Json:
     """What is known of a sandbox's heartbeat, for `status`.
 
     state: ok, degraded (alive, but the last good beat is long ago), ending (that of another client, which
     ends at the time in its slot), dead, or expired (ended with the VM);
     pid; last_ok and last_error_at as ISO 8601 or None; last_error; failures in a row.
     """
-    path = heartbeat_path(settings.home, state.get("session_id") or "")
-    facts = heartbeat_facts(path)
+    now, session_id = time.time(), state.get("session_id") or ""
+    facts = heartbeat_facts(settings.home, session_id)
+    pid, failures = facts.get("pid") or state.get("heartbeat_pid"), facts.get("failures", 0)
     word = "expired" if facts.get("ended") == VM_IS_GONE else "dead"
-    if heartbeat_alive(path):
+    if facts.get("alive"):
         limit = UNHEALTHY_BEATS * facts.get("interval", 0) + BEAT_SECONDS
         since = facts.get("last_ok") or facts.get("started", 0)
         word = "ok" if now - since <= limit else "degraded"
-    elif not facts and is_heartbeat(state.get("heartbeat_pid"), state.get("session_id")):
+    elif not facts and is_heartbeat(pid, session_id):
         word = "ending" if (state.get("expires_at") or "z") < utc_text(now + LEASE_SECONDS) else "ok"
-    times = {key: utc_text(facts[key]) if key in facts else None for key in ("last_ok", "last_error_at")}
     return {
         "state": word,
-        "pid": facts.get("pid") or state.get("heartbeat_pid"),
-        "last_error": facts.get("last_error") if facts.get("failures") or word != "ok" else None,
-        **times,
-        "failures": facts.get("failures", 0),
+        "pid": pid,
+        "last_error": facts.get("last_error") if failures or word != "ok" else None,
+        **{key: utc_text(facts[key]) if key in facts else None for key in ("last_ok", "last_error_at")},
+        "failures": failures,
         "ended": facts.get("ended"),
     }
 
 
-def is_heartbeat(pid: Any, session_id: str | None) -> bool:
+def is_heartbeat(pid: Any, session_id: str) -> bool:
     """Whether a process is a heartbeat of this very session: its command line, ours too, says so."""
     command = command_of(pid) if isinstance(pid, int) and session_id else ""
-    return "heartbeat" in command and str(session_id) in command
+    return "heartbeat" in command and session_id in command
 
 
 def stop_heartbeat(settings: Settings, state: Json) -> bool:
@@ -1574,15 +1534,13 @@ def stop_heartbeat(settings: Settings, state: Json) -> bool:
     import signal
 
     session_id = state["session_id"]
-    path = heartbeat_path(settings.home, session_id)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in (heartbeat_facts(path).get("pid"), state.get("heartbeat_pid")):
+    look = functools.partial(heartbeat_facts, settings.home, session_id)
+    for pid in (look().get("pid"), state.get("heartbeat_pid")):
+        for number in (signal.SIGTERM, signal.SIGCONT):  # a suspended one ends when it goes on
             if is_heartbeat(pid, session_id):
                 with contextlib.suppress(OSError):  # it has ended, or is not ours to end
                     _signal_heartbeat(pid, session_id, number)
-        if not poll(lambda: "it runs" if heartbeat_alive(path) else "", 3.0, 0.01):
-            return True
-    return False
+    return not poll(lambda: "it runs" if look().get("alive") else "", 3.0, 0.01)
 
 
 def _signal_heartbeat(pid: Any, session_id: str, number: int) -> None:
@@ -1607,8 +1565,9 @@ def run_child(arguments: Sequence[str]) -> int:
             import json
 
             heartbeat = Heartbeat(json.loads(sys.stdin.buffer.read()))
-            point_at_nothing(0)  # so that it holds nothing of its parent
-            heartbeat.run()
+            if heartbeat.begin():
+                point_at_nothing(0, 1)  # it holds nothing of its parent, which waits for that
+                heartbeat.run()
         else:
             gateway_stream(*arguments[1:])
         return 0
@@ -2718,67 +2677,62 @@ def load_state(directory: str) -> Json | None:
     """
     path = state_path(directory)
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        # What is no text becomes characters that YAML does not allow.
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return parse_state(file.read(), path)
     except FileNotFoundError:
         return load_slot(directory)
-    except UnicodeDecodeError:
-        raise damaged_state(path, "it is not text", "") from None
     except OSError as error:
-        message = f"{shown_path(path)} cannot be read: {reason(error)}. A VM may still be running."
-        raise StateError(message, hint=stop_by_id_hint("ID")) from None
-    return parse_state(text, path)
+        raise damaged_state(path, reason(error), "") from None
 
 
 def parse_state(text: str, path: str) -> Json:
     """The state in the text of a .sandbox.yaml, ours or that of `plato` 2.0.x; StateError if damaged."""
-    if not text.strip():
-        raise damaged_state(path, "it is empty", text)
     ours, whole = text.startswith(STATE_FIRST_LINE), text.rstrip("\n").endswith(STATE_LAST_LINE.rstrip("\n"))
     if not whole and (ours or not text.endswith("\n")):
         raise damaged_state(path, "its end is missing", text)
     try:
-        state = yaml_load(text, STATE_FILE)
+        state = as_dict(yaml_load(text, STATE_FILE))
     except YamlError as error:
         raise damaged_state(path, str(error), text) from None
-    if not isinstance(state, dict):
-        raise damaged_state(path, "it does not hold the fields of a sandbox", text)
-    if not state.get("starting") and not as_text(state.get("session_id")):
-        raise damaged_state(path, "it holds no session_id", text)
-    wrong = [key for key in _TEXT_KEYS if not isinstance(state.get(key), (str, type(None)))]
+    wrong = [key for key in _STATE_TEXTS if not isinstance(state.get(key, ""), (str, type(None)))]
+    if not state.get("session_id") and not state.get("starting"):
+        wrong.insert(0, "session_id")
+    elif not re.fullmatch(SERVICE_NAME, str(state.get("ssh_host") or "none")):  # nor an option of ssh
+        wrong.append("ssh_host")
     if wrong:
-        raise damaged_state(path, f"its {wrong[0]} is not a text", text)
-    if state.get("ssh_host") and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", state["ssh_host"]):
-        raise damaged_state(path, "its ssh_host is not the name of a host", text)
+        raise damaged_state(path, f"its {wrong[0]} is missing or cannot be used", text)
     state.pop("slot_path", None)  # nothing is written where such a file says
     return state
 
 
-_TEXT_KEYS = (
+_STATE_TEXTS = (
     *("session_id", "job_id", "public_url", "url", "mode", "service", "dataset", "base_url", "created_at"),
-    *("plato_config_path", "ssh_host", "ssh_config_path", "ssh_private_key_path", "expires_at"),
-    "directory",
+    *("plato_config_path", "ssh_host", "ssh_config_path", "ssh_private_key_path", "expires_at", "directory"),
 )
 
 
 def damaged_state(path: str, why: str, text: str) -> StateError:
     """The error for a record that cannot be trusted; its hint says how to stop the VM all the same."""
     found = re.search(r"^ *\"?session_id\"?: ['\"]?([A-Za-z0-9_-]+)['\"]?,?$\n", text, re.MULTILINE)
-    name = found[1] if found else "ID"
+    session_id = found[1] if found else "ID"
     return StateError(
-        f"{shown_path(path)} is damaged: {why}. Nothing was changed; a VM may still be running.",
-        hint=stop_by_id_hint(name),
+        f"{shown_path(path)} is damaged or cannot be read: {why}."
+        " Nothing was changed; a VM may still be running.",
+        hint=f"To stop the VM: {PROGRAM} stop --session-id {session_id}. Then remove the file.",
     )
-
-
-def stop_by_id_hint(session_id: str) -> str:
-    return f"To stop the VM: {PROGRAM} stop --session-id {session_id}. Then remove the file."
 
 
 # The fields of a slot that are texts, by their names here. No address and no command is taken from there.
 _SLOT_TEXTS = {
-    **{name: name for name in ("session_id", "job_id", "mode", "dataset", "artifact_id", "provider")},
-    **dict.fromkeys(("url", "public_url"), "public_url"),
+    "session_id": "session_id",
+    "job_id": "job_id",
+    "mode": "mode",
+    "dataset": "dataset",
+    "artifact_id": "artifact_id",
+    "provider": "provider",
+    "url": "public_url",
+    "public_url": "public_url",
     "service": "simulator_name",
     "plato_config_path": "plato_config_path",
     "ssh_private_key_path": "ssh_key_path",
@@ -2824,20 +2778,21 @@ def read_slot(path: str, directory: str) -> Json | None:
         raise damaged_state(path, reason(error), text) from None
     if slot.get("stopped_at") or not slot.get("session_id") or not slot.get("job_id"):
         return None  # a `start` of theirs has no more than its name yet
-    state: Json = {name: slot.get(theirs) or "" for name, theirs in _SLOT_TEXTS.items()}
-    for name, value in state.items():
-        if not isinstance(value, str) or not value.isprintable():
-            raise damaged_state(path, f"its {_SLOT_TEXTS[name]} is not a plain text", text)
+    state: Json = {}
+    for name, theirs in _SLOT_TEXTS.items():
+        state[name] = slot.get(theirs) or ""
+        if not isinstance(state[name], str) or not state[name].isprintable():
+            raise damaged_state(path, f"its {theirs} is not a plain text", text)
     for name in ("created_at", "expires_at"):
-        if type(slot.get(name)) in (int, float) and 0 <= slot[name] < 1e10:
-            state[name] = utc_text(slot[name])
+        with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):  # no time at all
+            state[name] = utc_text(float(slot.get(name)))  # type: ignore[arg-type]
     if state["plato_config_path"]:
         state["plato_config_path"] = os.path.join(directory, state["plato_config_path"])
     key = os.path.realpath(os.path.join(directory, state["ssh_private_key_path"]))
     is_theirs = os.path.dirname(key) == os.path.join(os.path.realpath(directory), ".plato")
     state["ssh_private_key_path"] = key if is_theirs and os.path.isfile(key) else None
-    state.update(heartbeat_pid=whole_number(slot.get("heartbeat_pid")), directory=directory, slot_path=path)
-    state["attached"] = bool(slot.get("attached"))
+    state.update(heartbeat_pid=whole_number(slot.get("heartbeat_pid")), attached=bool(slot.get("attached")))
+    state.update(directory=directory, slot_path=path)
     return {name: value for name, value in state.items() if value}
 
 
@@ -2880,58 +2835,36 @@ def changing(path: str) -> Iterator[None]:
 
 def write_whole(path: str, text: str, mode: int = 0o600) -> None:
     """Replace a file in one step: temporary file beside it, fsync, rename, fsync of the directory."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    remove_temporaries(path)
+    temporary = f"{path}.{os.urandom(8).hex()}.tmp"
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+        with open(handle, "wb") as file:
             os.fchmod(handle, mode)
-            file.write(text)
+            file.write(text.encode())
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(handle)
         os.replace(temporary, path)
-    except BaseException:
-        _unlink_quietly(temporary)
-        raise
+    finally:
+        with contextlib.suppress(OSError):  # it is gone, if all went well
+            os.unlink(temporary)
     _sync_directory(os.path.dirname(path))
 
 
-def remove_temporaries(path: str) -> None:
-    """Remove what `write_whole` left beside a path in processes that were killed, or in this one."""
-    import glob
-
-    for temporary in glob.glob(f"{glob.escape(path)}.*.tmp"):
-        pid = temporary.split(".")[-2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not command_of(pid)):
-            _unlink_quietly(temporary)
-
-
-def _unlink_quietly(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
-
-
-def remove_tree(path: str) -> None:
-    """Remove a directory of ours with all that is in it, if there is one."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        import shutil
-
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _sync_directory(path: str) -> None:
-    try:
+    with contextlib.suppress(OSError):  # some file systems cannot; what was done there is done
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some file systems cannot; the rename itself is done
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_matching(directory: str, pattern: str) -> None:
+    """Remove the files in a directory, if there is one, whose names fit a regular expression."""
+    for name in os.listdir(directory) if os.path.isdir(directory) else ():
+        if re.fullmatch(pattern, name):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, name))
 
 
 def make_home(home: str) -> None:
@@ -3002,61 +2935,46 @@ SSH_CIPHERS = (
 )
 KEY_SECONDS = 10.0
 SSH_FIRST_SECONDS = 30.0  # until a VM that was just connected answers
-SSH_PATIENCE_SECONDS = (2, 4, 8, 8, 8)  # of each attempt in them
+SSH_PATIENCE_SECONDS = (2, 4, 8, 16)  # of each attempt in them
 SOCKET_PATH_BYTES = 86  # of the 104 that some systems allow; ssh adds 17 while it makes one
-SSH_REFUSALS = 3
 SSH_ANSWER_SECONDS = 20.0
 VM_SECONDS = 120.0  # the longest wait for a script on the VM to end
-COMMAND_BYTES = 131_071  # Linux takes no longer argument, and the API's `execute` hands a command on as one
-PART_BYTES = 97_500  # of input, in a command as base64
+# Of input, in a command as base64: Linux takes no longer argument than 131,071 bytes, and the API's `execute`
+# hands a command on as one.
+PART_BYTES = 97_500
 PARTS_AT_ONCE = 16
 
 
-class SshFiles:
-    """The SSH files of one sandbox under PLATO_HOME. `~/.ssh` is never read or written."""
-
-    def __init__(self, home: str, session_id: str) -> None:
-        name = short_id(session_id)
-        path = os.path.join(home, f"ssh_{name}")
-        self.host = f"sandbox-{name}"
-        self.config = f"{path}.conf"
-        self.key = f"{path}_key"
-        self.public_key = f"{path}_key.pub"
-        self.socket = f"{path}.sock"
-        self.known_hosts = os.path.join(home, f"known_hosts_{name}")
-
-    def remove(self) -> None:
-        """Remove them. A connection that ssh keeps for later ones has ended with the VM."""
-        paths = (
-            self.config,
-            self.key,
-            self.public_key,
-            self.socket,
-            self.known_hosts,
-            f"{self.known_hosts}.old",
-        )
-        for path in paths:
-            _unlink_quietly(path)
-        remove_temporaries(self.config)
+def ssh_fields(home: str, session_id: str) -> Json:
+    """The fields of a state for SSH: what the host is called, and its files. `~/.ssh` is never touched."""
+    name = short_id(session_id)
+    path = os.path.join(home, f"ssh_{name}")
+    return {
+        "ssh_host": f"sandbox-{name}",
+        "ssh_config_path": f"{path}.conf",
+        "ssh_private_key_path": f"{path}_key",
+    }
 
 
-def make_key(files: SshFiles, reporter: Reporter) -> str:
+def remove_files_of(home: str, session_id: str) -> None:
+    """Remove what belongs to a sandbox under PLATO_HOME, also what ssh or a killed command left half made."""
+    remove_matching(home, rf"(ssh|known_hosts|heartbeat)_{short_id(session_id)}([._].*)?")
+
+
+def make_key(path: str, reporter: Reporter) -> str:
     """Make the key pair of a sandbox; returns the public key."""
-    for path in (files.key, files.public_key, files.known_hosts):  # links among them are not followed
-        _unlink_quietly(path)
-    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", files.host, "-f", files.key]
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", PROGRAM, "-f", path]
     outcome = run_program(command, reporter, seconds=KEY_SECONDS)
     if outcome.code:
-        why = last_words(outcome.stderr) or "no reason was given"
-        raise SandboxError(f"ssh-keygen could not make a key: {why}.")
-    return text_of_others(files.public_key).strip()
+        raise SandboxError(f"ssh-keygen could not make a key: {last_words(outcome.stderr)}.")
+    return text_of_others(f"{path}.pub").strip()
 
 
 def proxy_words(settings: Settings, job_id: str) -> list[str]:
-    """The ProxyCommand that makes this file the way to the VM, in three parts: how to run it for the gateway,
-    the VM's port, and the file of the CA, if there is one."""
-    command = own_command("gateway-stream", settings.gateway_host, str(settings.gateway_port))
-    parts = command, [f"{job_id}--22"], [settings.ca_file] if settings.ca_file else []
+    """The ProxyCommand that makes this file the way to the VM, and its last word if there is one: the CA."""
+    gateway = settings.gateway_host, str(settings.gateway_port)
+    command = own_command("gateway-stream", *gateway, f"{job_id}--22")
+    parts = command, [settings.ca_file] if settings.ca_file else []
     return [shell_words(part).replace("%", "%%") for part in parts]
 
 
@@ -3066,10 +2984,10 @@ Host {host}
     HostName {host}
     HostKeyAlias {host}
     User {user}
-    IdentityFile {key}
+    IdentityFile "{key}"
     IdentitiesOnly yes
     PreferredAuthentications publickey
-    UserKnownHostsFile {known_hosts}
+    UserKnownHostsFile "{home}/known_hosts_{name}"
     GlobalKnownHostsFile /dev/null
     StrictHostKeyChecking accept-new
     UpdateHostKeys no
@@ -3085,62 +3003,59 @@ Host {host}
 """
 
 
-def ssh_config_text(settings: Settings, files: SshFiles, job_id: str, user: str) -> str:
+def ssh_config_text(settings: Settings, state: Json, user: str) -> str:
     """The config for `ssh -F`: one host, its own key and known hosts, and this file as the way there.
 
     Later connections use the first, which is kept for a while. SandboxError where a path cannot stand in it.
     """
+    name = short_id(state["session_id"])
+    home = settings.home.replace("%", "%%")
+    socket = f"{home}/ssh_{name}.sock"
     fields = {
-        "host": files.host,
+        "host": state["ssh_host"],
+        "name": name,
         "user": user,
-        "key": ssh_quoted(files.key),
-        "known_hosts": ssh_quoted(files.known_hosts),
+        "key": state["ssh_private_key_path"].replace("%", "%%"),
+        "home": home,
         "ciphers": SSH_CIPHERS,
-        "socket": ssh_quoted(files.socket) if len(files.socket.encode()) <= SOCKET_PATH_BYTES else "none",
-        "way": " ".join(proxy_words(settings, job_id)).rstrip(),
+        "socket": f'"{socket}"' if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES else "none",
+        "way": " ".join(proxy_words(settings, state["job_id"])).rstrip(),
     }
-    if re.search(r"[\n\r\0]", "".join(fields.values())):  # what follows it would be an option
+    # After a line break, an option could follow.
+    odd = re.search(r"[\n\r\0\ud800-\udfff]", "".join(fields.values()))
+    if odd or re.search(r'["\\]|\$\{', fields["key"] + home):
         raise SandboxError(
-            "An SSH config cannot be written, as a path or the job id in it holds a line break.",
-            hint="Move PLATO_HOME, this file or Python to a path without one.",
+            "An SSH config cannot be written: PLATO_HOME, this file, Python or the job id holds a line break"
+            " or another character that it cannot carry.",
+            hint=f"Move them to a path without one; PLATO_HOME is {shown_path(settings.home)}.",
         )
     return SSH_CONFIG.format(**fields)
 
 
-def ssh_quoted(path: str) -> str:
-    """A path as a value of ssh_config; SandboxError for one that its syntax cannot carry."""
-    if re.search(r'["\\]|\$\{', path) or not path.isprintable():
-        raise SandboxError(
-            f"The path {shown_path(path)} holds a character that an SSH config cannot carry.",
-            hint="Set PLATO_HOME to a directory with a simpler name.",
-        )
-    return '"' + path.replace("%", "%%") + '"'
-
-
-def write_ssh_config(settings: Settings, files: SshFiles, job_id: str, user: str) -> None:
+def write_ssh_config(settings: Settings, state: Json, user: str) -> None:
+    path = state["ssh_config_path"]
     try:
-        write_whole(files.config, ssh_config_text(settings, files, job_id, user))
+        write_whole(path, ssh_config_text(settings, state, user))
     except OSError as error:
-        raise SandboxError(f"{shown_path(files.config)} cannot be written: {reason(error)}.") from None
+        raise SandboxError(f"{shown_path(path)} cannot be written: {reason(error)}.") from None
 
 
 def repair_ssh_config(state: Json, settings: Settings) -> None:
     """Have the way to the gateway in an SSH config of ours right: this file, Python or the gateway may have
     moved. For another client's sandbox, the config is written here."""
     path, job_id = state.get("ssh_config_path"), state.get("job_id")
-    files = SshFiles(settings.home, state.get("session_id") or "")
-    if not job_id or not job_id.isprintable() or path != files.config:
+    ours = ssh_fields(settings.home, state.get("session_id") or "")["ssh_config_path"]
+    if not job_id or not job_id.isprintable() or path != ours:
         return
     if "slot_path" in state:
         make_home(settings.home)
-        files.key = state["ssh_private_key_path"]
-        write_ssh_config(settings, files, job_id, "plato" if state.get("provider") == "qemu" else "root")
+        write_ssh_config(settings, state, "plato" if state.get("provider") == "qemu" else "root")
         return
-    command, target, authority = proxy_words(settings, job_id)
+    command, authority = proxy_words(settings, job_id)
     with contextlib.suppress(OSError):
         written = text_of_others(path)
-        way = rf"(?m)(?<=^    ProxyCommand ).*gateway-stream .*{re.escape(target)} ?(.*)$"
-        text = re.sub(way, lambda found: f"{command} {target} {authority or found[1]}".rstrip(), written)
+        way = r"(?m)(?<=^    ProxyCommand ).*gateway-stream .*--22'?(?: |$)(.*)$"
+        text = re.sub(way, lambda found: f"{command} {authority or found[1]}".rstrip(), written)
         if text != written:
             write_whole(path, text)
 
@@ -3150,25 +3065,25 @@ def ssh_command(state: Json, *, shown: bool) -> str | None:
     config, host = state.get("ssh_config_path"), state.get("ssh_host")
     if not config or not host:
         return None
-    short = shown_path(config)
-    if shown and short.startswith("~/") and shell_words([short[2:]]) == short[2:]:
-        return f"ssh -F {short} {shell_words([host])}"
-    return shell_words(["ssh", "-F", config, host])
+    command = shell_words(["ssh", "-F", os.path.expanduser(config), host])
+    # A path that needs quotes begins with one, and stays: there, ~ would be none.
+    return command.replace("ssh -F " + os.path.expanduser("~/"), "ssh -F ~/") if shown else command
 
 
-def trusted_ssh_config(state: Json, settings: Settings) -> str:
-    """The SSH config of a sandbox; SandboxError for one that lies where no client writes them.
+def ssh_words(sandbox: Sandbox, *options: str) -> list[str]:
+    """The command that logs in to the VM; SandboxError for a config that lies where no client writes them.
 
     Such a file can name commands to run here, and the record may have come with somebody's repository.
     """
-    path = os.path.normpath(os.path.expanduser(str(state["ssh_config_path"])))
-    if os.path.dirname(path) != settings.home:
+    state, home = sandbox.state, sandbox.settings.home
+    path = os.path.normpath(os.path.expanduser(state["ssh_config_path"]))
+    if os.path.dirname(path) != home:
         raise SandboxError(
             f"{STATE_FILE} names {shown_path(path)} as its SSH config, which is not in"
-            f" {shown_path(settings.home)}, so it was not used.",
+            f" {shown_path(home)}, so it was not used.",
             hint="Set PLATO_HOME to where it is if it is yours; start the sandbox anew if not.",
         )
-    return path
+    return ["ssh", "-T", "-F", path, "-o", "BatchMode=yes", *options, state["ssh_host"]]
 
 
 def wait_for_ssh(sandbox: Sandbox) -> None:
@@ -3177,18 +3092,11 @@ def wait_for_ssh(sandbox: Sandbox) -> None:
     The gateway may not know a VM that was just connected: for seconds, a connection opens and stays silent
     for ever. So the first attempts are short.
     """
-    config, host = trusted_ssh_config(sandbox.state, sandbox.settings), sandbox.state["ssh_host"]
-    refusals = 0
     for patience in SSH_PATIENCE_SECONDS:
-        began = time.monotonic()
-        options = ["-S", "none", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={patience}"]
-        command = ["ssh", "-T", "-F", config, *options, host, "exit"]
-        outcome = run_program(command, sandbox.reporter, seconds=SSH_FIRST_SECONDS + 10.0)
+        command = ssh_words(sandbox, "-S", "none", "-o", f"ConnectTimeout={patience}")
+        outcome = run_program([*command, "exit"], sandbox.reporter, seconds=SSH_FIRST_SECONDS + 10.0)
         if not outcome.code:
             return
-        refusals += time.monotonic() - began < 1.0  # no silence: waiting longer would change little
-        if refusals == SSH_REFUSALS:
-            break
         time.sleep(1.0)
     raise ssh_broken(outcome.stderr)
 
@@ -3259,12 +3167,9 @@ class Vm:
         not at all. What a login shell prints goes before a word that nothing else holds."""
         import secrets
 
-        state = self.sandbox.state
         word, body = secrets.token_hex(16), f"{{\n{script}\n}}".encode()
         there = f'printf %s {word}; c=$(head -c {len(body)}); eval "$c"'
-        config = trusted_ssh_config(state, self.sandbox.settings)
-        command = ["ssh", "-T", "-F", config, "-o", "BatchMode=yes", state["ssh_host"]]
-        command.append(shell_words(["exec", "sh", "-c", there]))
+        command = [*ssh_words(self.sandbox), shell_words(["exec", "sh", "-c", there])]
 
         def fed(stdin: Any) -> None:
             stdin.write(body)
@@ -3287,7 +3192,7 @@ class Vm:
                 feed(content)
             size = content.seek(0, os.SEEK_END)
             place = f"/var/tmp/plato-sandbox-{secrets.token_hex(12)}"  # noqa: S108  (nobody else can know it)
-            if size <= PART_BYTES and len(script.encode()) + size * 4 // 3 <= COMMAND_BYTES - 1000:
+            if len(script.encode()) + size <= PART_BYTES:
                 data = f"printf %s '{_encoded(content, 0)}' | base64 -d"
             else:
                 self._send_parts(content, size, place)
@@ -3418,6 +3323,9 @@ REFUSED_TARGETS = (
 )
 
 
+Stamps = dict[bytes, bytes]  # by path; of a manifest, only the first letters
+
+
 # Ignore rules: git's syntax and semantics (gitignore(5), and git's wildmatch where that is silent)
 
 _GLOB = re.compile(
@@ -3449,12 +3357,12 @@ def _glob_part(found: re.Match[bytes]) -> bytes:
     if kind != "set":
         return _GLOB_PARTS.get(kind) or re.escape(found[kind])
     negated = found["set"][:1] in (b"!", b"^")
-    inside = re.sub(rb"\[:(\w*):\]|\\?([^-]|(?<=\\)-)", _set_member, found["set"][negated:], flags=re.DOTALL)
+    inside = re.sub(
+        rb"(?s)\[:(\w*):\]|\\?([^-]|(?<=\\)-)",
+        lambda member: re.escape(member[2] or b"") or _GLOB_CLASSES.get(member[1], b"z-a"),  # no expression
+        found["set"][negated:],
+    )
     return rb"(?![\x2f\0])[" + b"^" * negated + inside + b"]"
-
-
-def _set_member(found: re.Match[bytes]) -> bytes:
-    return re.escape(found[2]) if found[2] else _GLOB_CLASSES.get(found[1], b"z-a")  # which is no expression
 
 
 def ignore_expression(pattern: bytes, name: bytes) -> bytes:
@@ -3464,14 +3372,11 @@ def ignore_expression(pattern: bytes, name: bytes) -> bytes:
     A star takes the first place where what stands before the next star fits, once and for all: the next star
     makes up for the rest. So the time stays in proportion, however many stars there are.
     """
-    import itertools
-
     plain = re.split(rb"[*?\[\\]", pattern, maxsplit=1)[0] if b"/" in pattern else b""
     text = re.escape(plain) + _GLOB.sub(_glob_part, pattern[len(plain) :])
-    groups = (name + b"%d" % number for number in itertools.count())
 
     def settled(found: re.Match[bytes]) -> bytes:
-        group = next(groups)
+        group = name + b"%d" % found.start()
         return rb"(?=(?P<%s>[^/\0]*?%s))(?P=%s)" % (group, found[1], group)
 
     return re.sub(rb"\n([^\n/]*)(?=\n)", settled, text).replace(_STAR, rb"[^/\0]*")
@@ -3488,12 +3393,17 @@ class IgnoreFile:
         alternatives: list[bytes] = []
         for line in text.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
             pattern = re.sub(rb"(?<!\\)((?:\\\\)*) +$", rb"\1", re.sub(rb"\r$|\0.*", b"", line))
-            if pattern.startswith(b"#"):
-                continue
             negated = pattern.startswith(b"!")
+            wanted = pattern[negated:].removesuffix(b"/")
+            if not wanted or pattern.startswith(b"#"):
+                continue
             name = b"%s%d" % (b"kept" if negated else b"ignored", len(alternatives))
+            expression = ignore_expression(wanted.removeprefix(b"/"), name + b"_")
+            # What they match is the `/` of a directory, the name, NUL, and the path.
+            form = rb"(?P<%s>/%s[^\0]*\0%s)" if b"/" in wanted else rb"(?P<%s>/%s%s\0.*)"
             try:
-                alternatives += _alternatives(pattern[negated:], name)
+                re.compile(expression)
+                alternatives.append(form % (name, b"" if pattern.endswith(b"/") else b"?", expression))
             except re.error:
                 self.odd_patterns.append(pattern)
         self._match = re.compile(b"|".join(reversed(alternatives)) or b"(?!)", re.DOTALL).fullmatch
@@ -3502,18 +3412,6 @@ class IgnoreFile:
         """Whether a path, relative to the file's directory, is ignored; None when no pattern matches."""
         found = self._match(b"/" * is_directory + path.rpartition(b"/")[2] + b"\0" + path)
         return None if found is None else (found.lastgroup or "").startswith("ignored")
-
-
-def _alternatives(pattern: bytes, name: bytes) -> list[bytes]:
-    """What matches `/` of a directory, the name, NUL, and the path; re.error for what is no pattern."""
-    wanted = pattern.removesuffix(b"/")
-    if not wanted:
-        return []
-    directories = b"?" * (wanted == pattern)
-    expression = ignore_expression(wanted.removeprefix(b"/"), name + b"_")
-    re.compile(expression)
-    form = rb"(?P<%s>/%s[^\0]*\0%s)" if b"/" in wanted else rb"(?P<%s>/%s%s\0.*)"
-    return [form % (name, directories, expression)]
 
 
 # The local tree
@@ -3528,27 +3426,27 @@ class LocalTree:
 
     def __init__(self, root: bytes, *, gitignore: bool = False, also: Sequence[bytes] = ()) -> None:
         self.root = root
-        self.stamps: dict[bytes, bytes] = {}
+        self.stamps: Stamps = {}
         self.skipped: dict[bytes, str] = {}
         self.odd_patterns: list[bytes] = []
-        self._names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
+        names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
         # The ignore files of each directory that has some, the most important one first.
         self._rules = {b"": [IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))]}
         waiting = [b""]
         while waiting:
-            waiting += self._scan(waiting.pop())
+            waiting += self._scan(waiting.pop(), names)
         if gitignore and also:
             for path, stamp in LocalTree(root).stamps.items():
                 if any(name in lineage(path) or path in lineage(name) for name in also):
                     self.stamps[path] = stamp
 
-    def _scan(self, directory: bytes) -> list[bytes]:
-        """Take up what a directory holds; the directories in it to go into."""
+    def _scan(self, directory: bytes, names: Sequence[bytes]) -> list[bytes]:
+        """Take up what a directory holds; the directories in it to go into. names: of ignore files."""
         below = []
         prefix = directory + b"/" if directory else b""
         with reading(self.location(directory)):
             entries = {entry.name: entry for entry in os.scandir(self.location(directory))}
-            for name in self._names:
+            for name in names:
                 if name in entries and entries[name].is_file():
                     with open(entries[name].path, "rb") as file:
                         rules = IgnoreFile(file.read())
@@ -3590,7 +3488,7 @@ class LocalTree:
             one in self.skipped or self.ignores(one, one != path or is_directory) for one in lineage(path)
         )
 
-    def leave_out_private_keys(self, remote: Mapping[bytes, bytes]) -> None:
+    def leave_out_private_keys(self, remote: Stamps) -> None:
         """What differs there and turns out to be one is not sent. SandboxError for what cannot be read."""
         for path, stamp in list(self.stamps.items()):
             if stamp[:1] == b"f" and remote.get(path) != stamp:
@@ -3655,17 +3553,18 @@ class SyncPlan:
     directories around all that changes; manifest: what is vouched for from now on, kinds by path.
     """
 
-    def __init__(
-        self, tree: LocalTree, remote: Mapping[bytes, bytes], manifest: Mapping[bytes, bytes], force: bool
-    ) -> None:
+    def __init__(self, tree: LocalTree, remote: Stamps, manifest: Stamps, force: bool) -> None:
         local = tree.stamps
         self.send = sorted(path for path, stamp in local.items() if remote.get(path) != stamp)
         self.files = [path for path in self.send if local[path][:1] != b"d"]
-        gone = (manifest.keys() & remote.keys()) - local.keys()
-        kept = {path for path in gone if tree.keeps_away(path, manifest[path] == b"d")}
-        vouched = {path: stamp[:1] for path, stamp in local.items()}
-        self.manifest = {**vouched, **{path: manifest[path] for path in kept}}
-        going = {path for path in gone - kept if remote[path][:1] == manifest[path]}
+        self.manifest = {path: stamp[:1] for path, stamp in local.items()}
+        going = set()
+        for path in (manifest.keys() & remote.keys()) - local.keys():
+            kind = manifest[path]
+            if tree.keeps_away(path, kind == b"d"):
+                self.manifest[path] = kind
+            elif remote[path][:1] == kind:
+                going.add(path)
         lost, files = (sum(manifest[path] != b"d" for path in paths) for paths in (going, manifest))
         if lost >= EMPTIED_FILES and lost * 2 > files and not force:
             raise SandboxError(
@@ -3704,7 +3603,7 @@ def size_text(count: int) -> str:
     return f"{count / 1e3:,.1f} kB" if count < 999_950 else f"{count / 1e6:,.1f} MB"
 
 
-def parse_look(answer: bytes) -> tuple[str, dict[bytes, bytes], dict[bytes, bytes]]:
+def parse_look(answer: bytes) -> tuple[str, Stamps, Stamps]:
     """What `_LOOK` prints: the name of the last sync, the kinds of what it left there, and stamps, by path.
 
     The stamp of a directory that was not entered is "x".
@@ -3748,7 +3647,7 @@ def tar_pieces(tree: LocalTree, plan: SyncPlan) -> Iterator[bytes]:
         kind, rest = tree.stamps[path].split(b" ", 1)
         name = b"tree/" + path
         if kind == b"d":
-            yield tar_entry(b"5", rest, 0, path=name + b"/")
+            yield tar_entry(b"5", rest, 0, path=name)
         elif kind == b"l":
             yield tar_entry(b"2", b"777", 0, path=name, linkpath=rest)
         else:
@@ -3762,13 +3661,9 @@ def tar_pieces(tree: LocalTree, plan: SyncPlan) -> Iterator[bytes]:
                 yield bytes(-size % 512)
     manifest = [kind + path for path, kind in sorted(plan.manifest.items())]
     for name, paths in ((b"meta/remove", plan.remove), (b"meta/manifest", manifest)):
-        data = nul_ended(paths)
+        data = b"\0".join([*paths, b""])
         yield tar_entry(b"0", b"644", len(data), path=name) + data + bytes(-len(data) % 512)
     yield bytes(1024)
-
-
-def nul_ended(fields: Iterable[bytes]) -> bytes:
-    return b"".join(field + b"\0" for field in fields)
 
 
 def tar_entry(kind: bytes, mode: bytes, size: int, **records: bytes) -> bytes:
@@ -3944,15 +3839,12 @@ class Syncer:
         self.dry_run = dry_run
         self.force = force
         self.timeout = timeout
-        self._via = via
         self._warn_once = functools.cache(self.reporter.warn)
-        values = assigned(
-            target=self.target,
-            source=hashed(os.path.relpath(self.root, sandbox.directory)),
-            patience=int(timeout * PATIENCE_SHARE),
-        )
-        self.head = values + _SHELL_HEAD
-        self.vm = Vm(sandbox, via)
+        source = hashed(os.path.relpath(self.root, sandbox.directory))
+        patience = int(timeout * PATIENCE_SHARE)
+        self.head = assigned(target=self.target, source=source, patience=patience) + _SHELL_HEAD
+        self.connect = functools.partial(Vm, sandbox, via)
+        self.vm = self.connect()
 
     def run(self) -> Json:
         """Sync once; what was done, as `Sandbox.sync` tells it. Again when another sync came between, or a
@@ -3962,20 +3854,19 @@ class Syncer:
         for left in reversed(range(SYNC_TRIES)):
             try:
                 unsteady = self._sync(report)
+                if not unsteady:
+                    break
             except OvertakenError:
                 if not left:
                     raise
-                continue
-            if not unsteady:
-                break
-        else:
+        if unsteady:
             names = listed_paths(unsteady)
             self.reporter.warn(f"{names}: still changing while read, so the VM may have half of a change.")
-        seconds = round(time.monotonic() - began, 3)
-        return {**report, "seconds": seconds, "via": self.vm.via, "remote_path": self.target}
+        report.update(via=self.vm.via, remote_path=self.target, seconds=round(time.monotonic() - began, 3))
+        return report
 
     def _sync(self, report: Json) -> list[bytes]:
-        """Bring the VM up to date, and add to a report; the files that changed meanwhile."""
+        """Bring the VM up to date, and add to a report; the files that changed while they were read."""
         tree = self.tree = self.scan()
         stamps = tree.stamps
         if not stamps and not self.force:
@@ -3986,11 +3877,9 @@ class Syncer:
         self.reporter.step("Looking at the VM", self.timeout)
         # Directories of excluded names are not entered there, unless something here has that name.
         inside = {name for path in stamps for name in path.split(b"/")}
-        closed = [
-            name.decode() for name in EXCLUDED_DIRECTORIES if name not in inside and tree.ignores(name, True)
-        ]
-        script = assigned(refused=REFUSED_TARGETS, closed=" ".join(closed)) + _LOOK
-        look = self.vm.run(self.head + script, None, self.timeout)
+        closed = [name for name in EXCLUDED_DIRECTORIES if name not in inside and tree.ignores(name, True)]
+        values = assigned(refused=REFUSED_TARGETS, closed=b" ".join(closed).decode())
+        look = self.vm.run(self.head + values + _LOOK, None, self.timeout)
         generation, manifest, remote = parse_look(look)
         tree.leave_out_private_keys(remote)
         skipped = sorted(tree.skipped.items())
@@ -4008,12 +3897,12 @@ class Syncer:
             return []
         if not plan.send and not plan.remove and plan.manifest == manifest:
             return []
-        sizes = [int(stamps[path].split(b" ")[2]) for path in plan.files if stamps[path][:1] == b"f"]
-        sending = f"Sending {counted(len(plan.files), 'file')}, {size_text(sum(sizes))}"
+        size = sum(int(stamps[path].split(b" ")[2]) for path in plan.files if stamps[path][:1] == b"f")
+        sending = f"Sending {counted(len(plan.files), 'file')}, {size_text(size)}"
         self.reporter.step(sending if plan.send else "Removing what is gone here")
         packed, unsteady = self._send(plan, generation)
         report["archive_bytes"] += packed
-        report["bytes"] += sum(sizes)
+        report["bytes"] += size
         report["sent"] += len(plan.files) - len(unsteady)
         report["removed"] += sum(remote[path][:1] != b"d" for path in plan.remove)
         return unsteady
@@ -4060,40 +3949,39 @@ class Syncer:
         total = {"syncs": 0, "sent": 0, "removed": 0, "bytes": 0, "archive_bytes": 0}
         began = time.monotonic()
         report: Json = {}
+        synced: Stamps = {}
+        current: Stamps = {}
         trouble = ""
         try:
             while True:
                 try:
-                    seen = self.scan().stamps
-                    report = self.run()
-                    trouble = ""
-                    if report["sent"] or report["removed"] or not total["syncs"]:
-                        total = {key: value + report.get(key, 1) for key, value in total.items()}
-                        told(report)
-                    self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
-                    self._wait_for_change(seen)
+                    self.sandbox.check_still_there()
+                    looked = time.monotonic()
+                    previous, current = current, self.scan().stamps
+                    pause = max(
+                        WATCH_QUIET_SECONDS, 3 * (time.monotonic() - looked)
+                    )  # longer for a large tree
+                    # What has changed is sent once it is still for a moment.
+                    if not report or synced != current == previous:
+                        report = self.run()
+                        synced, trouble = current, ""
+                        if report["sent"] or report["removed"] or not total["syncs"]:
+                            total = {key: value + report.get(key, 1) for key, value in total.items()}
+                            told(report)
+                        self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
                 except SandboxError as error:
                     if not report or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
                         raise
+                    pause = WATCH_RETRY_SECONDS
                     if error.message != trouble:
                         trouble = error.message
-                        self.reporter.warn(f"{trouble} Trying again every {WATCH_RETRY_SECONDS:g} s.")
-                    time.sleep(WATCH_RETRY_SECONDS)
-                    self.sandbox.check_still_there()
-                    self.vm = Vm(self.sandbox, self._via)
+                        self.reporter.warn(f"{trouble} Trying again every {pause:g} s.")
+                    self.vm = self.connect()
+                time.sleep(pause)
         except Interrupted as interruption:
             if interruption.number != signal.SIGINT or not report:
                 raise
         return {**report, **total, "seconds": round(time.monotonic() - began, 3)}
-
-    def _wait_for_change(self, seen: dict[bytes, bytes]) -> None:
-        """Return when the tree is another one and still for a moment. A large one is looked at less often."""
-        current = previous = seen
-        while current == seen or current != previous:
-            self.sandbox.check_still_there()
-            began = time.monotonic()
-            previous, current = current, self.scan().stamps
-            time.sleep(max(WATCH_QUIET_SECONDS, 3 * (time.monotonic() - began)))
 
 
 def normal_target(text: str) -> str:
@@ -4102,7 +3990,7 @@ def normal_target(text: str) -> str:
     is_plain = text.isprintable() and text.startswith("/") and ".." not in text.split("/")
     if not is_plain or path in REFUSED_TARGETS.split() or path.endswith("/" + SYNC_STATE):
         raise UsageError(
-            f"{printable(text)!r} cannot be the remote path: it must be absolute, without '..', and no"
+            f"{text!r} cannot be the remote path: it must be absolute, without '..', and no"
             " directory that the VM itself needs.",
             hint=f"Choose a directory of its own: --remote-path {SYNC_ROOT}/NAME",
         )
@@ -4161,10 +4049,10 @@ def plan_services(config: Config) -> list[Json]:
     return planned
 
 
-def named_files(dataset: Json) -> list[bytes]:
-    """The files and directories that a dataset names, relative to its config."""
+def named_files(dataset: Json, services: Sequence[Json]) -> list[bytes]:
+    """The files and directories that a dataset and its planned services name, relative to its config."""
     found: list[Any] = [as_dict(dataset.get("metadata")).get("flows_path")]
-    found += [service.get("file") or COMPOSE_FILE for service in as_dict(dataset.get("services")).values()]
+    found += [service["file"] for service in services]
     for listener in as_dict(dataset.get("listeners")).values():
         found += [listener.get("seed_data_path"), *as_list(listener.get("seed_data_paths"))]
     return [os.fsencode(os.path.normpath(path)) for path in filter(as_text, found)]
@@ -4173,8 +4061,13 @@ def named_files(dataset: Json) -> list[bytes]:
 # Gitea
 
 
-def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
-    """The clone URL and the default branch of the repository of a service's simulator, made if need be."""
+def find_repository(api: PlatoApi, service: str) -> list[str]:
+    """Gitea's user name and password, and the clone URL and the default branch of the repository of a
+    service's simulator, which is made if need be. ApiError for what git must not be given."""
+    answer = api.gitea_credentials()
+    words = [as_text(answer.get(name)) or "" for name in ("username", "password")]
+    if "" in words or re.search("[\n\r\0]", "".join(words)):
+        raise ApiError("Plato's answer holds no usable username and password for Gitea.")
     listed = map(as_dict, api.gitea_simulators())
     simulators = {str(entry.get("name")).lower(): entry for entry in listed}
     found = simulators.get(service.lower())
@@ -4185,33 +4078,18 @@ def find_repository(api: PlatoApi, service: str) -> tuple[str, str]:
             f" Without Gitea: {PROGRAM} start-services --via sync",
         )
     identifier = str(found.get("id"))
-    try:
-        make = api.gitea_repository if found.get("has_repo") else api.create_gitea_repository
-        repository = make(identifier)
-    except ApiError as error:
-        if error.status != 409:  # another one has just made it, or our own first try
-            raise
-        repository = api.gitea_repository(identifier)
-    url = plain_clone_url(as_text(repository.get("clone_url")) or "", api.settings)
-    return url, as_text(repository.get("default_branch")) or "main"
-
-
-def plain_clone_url(url: str, settings: Settings) -> str:
-    """A clone URL without user and password; ApiError for one that git must not be given."""
-    parts = re.fullmatch(r"(https?://)(?:[^/]*@)?([^/@\s]+(?:/\S*)?)", url)
-    plainly = settings.base_url.startswith("http:")
-    if parts is None or not url.isprintable() or not (plainly or url.startswith("https:")):
-        raise ApiError(f"Plato names no usable clone URL for the repository ({printable(url)[:100]!r}).")
-    return parts[1] + parts[2]
-
-
-def gitea_credentials(api: PlatoApi) -> tuple[str, str]:
-    """The user name and the password for Gitea."""
-    answer = api.gitea_credentials()
-    username, password = as_text(answer.get("username")), as_text(answer.get("password"))
-    if not username or not password or re.search("[\n\r\0]", username + password):
-        raise ApiError("Plato's answer holds no usable username and password for Gitea.")
-    return username, password
+    if not found.get("has_repo"):
+        try:
+            api.create_gitea_repository(identifier)
+        except ApiError as error:
+            if error.status != 409:  # another one has just made it, or our own first try
+                raise
+    repository = api.gitea_repository(identifier)
+    url = re.sub("(?<=//)[^/]*@", "", as_text(repository.get("clone_url")) or "", count=1)
+    scheme = "https?" if api.settings.base_url.startswith("http:") else "https"
+    if not re.fullmatch(scheme + r"://[^/@\s]+(/\S*)?", url) or not url.isprintable():
+        raise ApiError(f"Plato names no usable clone URL for the repository ({url[:100]!r}).")
+    return [*words, url, as_text(repository.get("default_branch")) or "main"]
 
 
 # Commits the files that are named on its standard input, after the credentials, and pushes them; says the
@@ -4232,7 +4110,8 @@ g() { git --git-dir="$repo" --work-tree="$target" -c safe.directory='*' -c core.
   -c core.autocrlf=false -c core.fileMode=true -c core.protectNTFS=false -c gc.auto=0 -c push.gpgSign=false \
   -c user.name=plato-sandbox -c user.email=plato-sandbox@localhost "$@"; }
 from_gitea() { (export GITEA_USERNAME GITEA_PASSWORD; g "$@"); }
-broken() { fail 74 "$words"; }
+explain() { printf '%s\n%s\n' "$words" "$2" >&2; fail "$1" "$3"; }  # the code, what happened, what to do
+broken() { explain 83 'git on the VM failed' 'Run the command again; --via sync does without Gitea.'; }
 [ -d "$repo" ] || words=$(git -c init.defaultBranch=main init -q --template= . 2>&1) || broken
 export GIT_INDEX_FILE="$repo/index.$id"
 trap 'rm -f "$GIT_INDEX_FILE" "$GIT_INDEX_FILE.lock"; own "$repo"' EXIT
@@ -4264,14 +4143,19 @@ END
 about() { printf '%s\n' "$words" | grep -qiE "$1"; }
 for pause in 0.5 1 -; do
   attempt && break
-  if about 'authentication failed|error: 40[13]|could not read (username|password)'; then fail 80 "$words"
-  elif about 'cannot lock ref|failed to update ref|fetch first|non-fast-forward|stale info'; then kind=73
-    words="Something else pushed to the branch meanwhile: $words"
-  elif about 'error: 413|too large|exceeds|remote rejected|hook declined'; then fail 81 "$words"
+  if about 'authentication failed|error: 40[13]|could not read (username|password)'; then
+    explain 80 'Gitea refused the credentials that Plato gave for it' \
+      'Ask the owner of the Plato organization for access; --via sync needs none.'
+  elif about 'cannot lock ref|failed to update ref|fetch first|non-fast-forward|stale info'; then
+    give_up() { fail 73 "Something else pushed to the branch meanwhile: $words"; }
+  elif about 'error: 413|too large|exceeds|remote rejected|hook declined'; then
+    explain 81 'Gitea did not take the files' \
+      'Keep large files out with .platoignore, or bring the code over with --via sync.'
   elif about 'rpc failed|error: (429|5[0-9][0-9])|early eof|hung up|disconnect|resolve|connect|timed out' ||
-    about 'ssl|tls|certificate|recv failure|empty reply|transfer closed|bad pack|incomplete'; then kind=82
-  else kind=74; fi
-  [ "$pause" != - ] || fail "$kind" "$words"
+    about 'ssl|tls|certificate|recv failure|empty reply|transfer closed|bad pack|incomplete'; then
+    give_up() { explain 82 'git could not talk to Gitea' 'Run the command again a little later.'; }
+  else give_up() { broken; }; fi
+  [ "$pause" != - ] || give_up
   sleep "$pause"
 done
 words=$({ g config remote.origin.url "$url" && g config core.bare false &&
@@ -4280,36 +4164,18 @@ words=$({ g config remote.origin.url "$url" && g config core.bare false &&
   mv -f -- "$GIT_INDEX_FILE" "$repo/index"; } 2>&1) || broken
 echo "$commit $parent"
 """
-# Why it failed, by its exit code: the kind of error, what happened, what to do.
-_PUSH_TROUBLES: dict[int, tuple[Callable[..., SandboxError], str, str]] = {
-    74: (SandboxError, "git on the VM failed", "Run the command again; --via sync does without Gitea."),
-    80: (
-        AuthenticationError,
-        "Gitea refused the credentials that Plato gave for it",
-        "Ask the owner of the Plato organization for access; --via sync needs none.",
-    ),
-    81: (
-        SandboxError,
-        "Gitea did not take the files",
-        "Keep large files out with .platoignore, or bring the code over with --via sync.",
-    ),
-    82: (
-        NetworkError,
-        "git could not talk to Gitea",
-        "Run the command again a little later.",
-    ),
-}
 
 
-def check_push(outcome: Outcome, password: str) -> None:
-    """Raise what a failed push means, without the password, which a server may repeat."""
+def check_push(outcome: Outcome, password: str) -> bytes:
+    """What a push printed; else what its failure means, without the password, which a server may repeat."""
     said = outcome.stderr
     for form in (password, quoted(password), password.encode().decode("latin-1")):  # as git guesses
         said = said.replace(form.encode(), b"***")
-    if outcome.code in _PUSH_TROUBLES:
-        kind, words, hint = _PUSH_TROUBLES[outcome.code]
-        raise kind(f"{words}: {last_words(said).rstrip('.')}.", hint=hint)
-    check_script(Outcome(outcome.code, b"", said))
+    if outcome.code in range(80, 84):
+        words, what, hint = map(last_words, (b"\n\n" + said.rstrip()).rsplit(b"\n", 2))
+        kind: Any = {80: AuthenticationError, 82: NetworkError}.get(outcome.code, SandboxError)
+        raise kind(f"{what}: {words.rstrip('.')}.", hint=hint)
+    return check_script(Outcome(outcome.code, outcome.stdout, said))
 
 
 # Docker Compose on the VM
@@ -4432,12 +4298,12 @@ def start_services(
         sandbox,
         os.path.dirname(config.path),
         gitignore=git and gitignore,
-        also=named_files(config.content),
+        also=named_files(config.content, services),
         force=git,  # what is gone is in Gitea's history
         via="ssh" if git else "auto",
     )
     steps: list[Json] = []
-    pushed: Json = dict.fromkeys(("branch", "commit", "repository"))
+    report: Json = {"via": via, "path": syncer.target, "branch": None, "commit": None, "repository": None}
     began = time.monotonic()
 
     @contextlib.contextmanager
@@ -4455,21 +4321,19 @@ def start_services(
 
     if git:
         with step("repository", "Finding the repository"):
-            credentials = gitea_credentials(sandbox.api)
-            url, default = find_repository(sandbox.api, sandbox.state["service"])
+            username, password, url, default = find_repository(sandbox.api, sandbox.state["service"])
     with step("sync", "Syncing the code"):
         done = syncer.run()
     if git:
         files = [path for path, stamp in syncer.tree.stamps.items() if stamp[:1] != b"d"]
         branch = f"workspace-{short_id(sandbox.state['session_id'])}"
         values = assigned(url=url, branch=branch, default=default, id=secrets.token_hex(12))
-        words = "".join(f"{value}\n" for value in credentials).encode() + nul_ended(files)
+        words = f"{username}\n{password}\n".encode() + b"\0".join([*files, b""])
         with step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS):
             script = syncer.head + values + _OWNER + _PUSH
             outcome = syncer.vm.outcome(script, lambda file: file.write(words), GIT_SECONDS)
-            check_push(outcome, credentials[1])
-        commit, _, parent = outcome.stdout.decode().strip().partition(" ")
-        pushed.update(branch=branch, commit=commit, repository=url, pushed=commit != parent)
+            commit, _, parent = check_push(outcome, password).decode().strip().partition(" ")
+        report.update(branch=branch, commit=commit, repository=url, pushed=commit != parent)
     options = ["--build"] * build + ["--force-recreate"] * force_recreate
     started = []
     for service in services:
@@ -4477,15 +4341,9 @@ def start_services(
         with step(name, f"Starting {name} ({file})", timeout):
             containers = bring_up(syncer, service, options, timeout)
         started.append({"name": name, "type": "docker-compose", "file": file, "containers": containers})
-    return {
-        "via": via,
-        "path": syncer.target,
-        **pushed,
-        "changed": done["sent"] + done["removed"],
-        "services": started,
-        "steps": steps,
-        "seconds": round(time.monotonic() - began, 3),
-    }
+    seconds = round(time.monotonic() - began, 3)
+    report.update(changed=done["sent"] + done["removed"], services=started, steps=steps, seconds=seconds)
+    return report
 
 
 def bring_up(syncer: Syncer, service: Json, options: Sequence[str], timeout: float) -> list[Json]:
@@ -4493,12 +4351,18 @@ def bring_up(syncer: Syncer, service: Json, options: Sequence[str], timeout: flo
     import secrets
 
     file, vm = service["file"], syncer.vm
-    values = assigned(file=file, key=hashed(file), id=secrets.token_hex(12))
-    values += assigned(up_seconds=int(timeout), healthy_seconds=service["seconds"])
+    values = assigned(
+        file=file,
+        key=hashed(file),
+        id=secrets.token_hex(12),
+        up_seconds=int(timeout),
+        healthy_seconds=service["seconds"],
+    )
     head = syncer.head + values + _COMPOSE_HEAD
+    look = head + _LOOK_AT.replace("REQUIRED", shell_words(service["required"]))
     try:
         vm.run(head + _UP.replace("OPTIONS", shell_words(options)))
-        return wait_for_containers(vm, head + _LOOK_AT.replace("REQUIRED", shell_words(service["required"])))
+        return wait_for_containers(vm, look)
     except Interrupted:
         try:
             vm.run(head + _STOP_UP)
@@ -4509,13 +4373,15 @@ def bring_up(syncer: Syncer, service: Json, options: Sequence[str], timeout: flo
 
 def wait_for_containers(vm: Vm, look: str) -> list[Json]:
     """Look again and again until the containers are healthy; they."""
+    import itertools
+
     while True:
         answer = vm.run(look).decode("utf-8", "replace")
         verdict, words, *lines = [printable(line) for line in f"{answer}\n".split("\n")]
         vm.sandbox.reporter.detail(words)
         if verdict == "up":
-            parts = [[word or None for word in line.split(" ")] for line in lines if line.count(" ") == 3]
-            return [dict(zip(("name", "service", "state", "health"), part)) for part in parts]
+            names = ("name", "service", "state", "health")
+            return [dict(itertools.zip_longest(names, line.split())) for line in lines if line]
         if verdict != "wait":
             kind = TimedOutError if verdict == "late" else SandboxError
             words += "".join(f"\n  {line[:300]}" for line in lines if line)
@@ -4928,9 +4794,7 @@ class FlowRun:
         self.screenshots = os.path.dirname(known.path or state_path(sandbox.directory)) + "/screenshots"
         self.output = output
         os.makedirs(self.output, exist_ok=True)
-        for name in os.listdir(self.output):  # of an earlier run
-            if re.fullmatch(r"flow-\d+-.*-(step-\d+\.jpeg|trace\.zip)", name):
-                os.unlink(os.path.join(self.output, name))
+        remove_matching(self.output, r"flow-\d+-.*-(step-\d+\.jpeg|trace\.zip)")  # of an earlier run
 
     def run(self, launch: Json, seconds: float, told: FlowListener) -> None:
         """Run the flows, as long as there is time, and tell of each step that ended, and of the end.
@@ -4938,6 +4802,7 @@ class FlowRun:
         launch: how the browser is started. Whatever ends this ends the browser too.
         """
         import asyncio
+        import shutil
         import tempfile
 
         self.seconds = seconds
@@ -4956,7 +4821,7 @@ class FlowRun:
             try:
                 thread.wait(FLOW_LOOK_SECONDS)
             finally:
-                remove_tree(self._folder)
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _serve(self, work: Any) -> None:
         """Wait for work until it ends, or is not wanted any more."""
@@ -5004,7 +4869,7 @@ class FlowRun:
         logging.getLogger("playwright").disabled = True  # a traceback for each answer of a page that has gone
         self.expect = type(expect)()
         # Neither the driver nor the browser, which runs pages that nobody here wrote, has a use for the key.
-        secrets = {name: os.environ.pop(name) for name in os.environ.keys() - child_environment(os.environ)}
+        secrets = {name: os.environ.pop(name) for name in os.environ.keys() - child_environment()}
         try:
             try:
                 self._playwright = await async_playwright().start()
@@ -6465,8 +6330,7 @@ class Sandbox:
                 hint="Use `plato sandbox`, which attached it to that session.",
             )
         if "slot_path" in state and "ssh_private_key_path" in state:  # their config could run anything here
-            files = SshFiles(self.settings.home, state["session_id"])
-            state.update(ssh_host=files.host, ssh_config_path=files.config)
+            state = {**ssh_fields(self.settings.home, state["session_id"]), **state}
         if not self.state:
             self._tell_of_copy(state)
         self.state = state
@@ -6540,7 +6404,7 @@ class Sandbox:
         state = self.load()
         repair_ssh_config(state, self.settings)
         report: Json = {**state, "ssh_command": ssh_command(state, shown=False)}
-        report["heartbeat"] = heartbeat_health(self.settings, state, time.time())
+        report["heartbeat"] = heartbeat_health(self.settings, state)
         report.update(vm_status="unknown", vm_status_reason=None, vm_running=False, error=None)
         try:
             report.update(self._vm_status() if state.get("session_id") else self._unfinished_start())
@@ -6613,7 +6477,7 @@ class Sandbox:
 
         It is left to a `start` or `stop` that is at work here.
         """
-        health = heartbeat_health(self.settings, self.state, time.time())
+        health = heartbeat_health(self.settings, self.state)
         if health["state"] == "degraded":
             why = f": {health['last_error']}" if health["last_error"] else ""
             since = health["last_ok"] or "its start"
@@ -7029,7 +6893,8 @@ class Sandbox:
         already_gone = True
         try:
             with locked(self.directory):
-                remove_temporaries(state_path(self.directory))
+                # Left by commands that were killed, as nobody else writes now.
+                remove_matching(self.directory, r"\.sandbox\.yaml\..*\.tmp")
                 if target:
                     self._load_if_about(target)
                 else:
@@ -7075,11 +6940,9 @@ class Sandbox:
 
     def _clean_up(self, session_id: str) -> None:
         """Remove what belongs to a session that is certainly closed: heartbeat, SSH files, .sandbox.yaml."""
-        home, state = self.settings.home, {**self.state, "session_id": session_id}
-        if not stop_heartbeat(self.settings, state):
+        if not stop_heartbeat(self.settings, {**self.state, "session_id": session_id}):
             self.reporter.warn("The heartbeat could not be ended; it ends by itself within two beats.")
-        SshFiles(home, session_id).remove()
-        _unlink_quietly(heartbeat_path(home, session_id))
+        remove_files_of(self.settings.home, session_id)
         if self.state.get("session_id") == session_id:  # last: what a killed `stop` leaves is still on record
             if "slot_path" in self.state:
                 update_slot(self.state, stopped_at=time.time())
@@ -7287,8 +7150,10 @@ def start_vm(
     the record stays.
     """
     with locked(sandbox.directory), SignalGuard(sandbox.reporter) as guard:
-        make_home(sandbox.settings.home)
-        ssh_config_text(sandbox.settings, SshFiles(sandbox.settings.home, "x"), "x", "x")  # refuses odd paths
+        home = sandbox.settings.home
+        make_home(home)
+        state = {**ssh_fields(home, "x"), "session_id": "x", "job_id": "x"}
+        ssh_config_text(sandbox.settings, state, "x")  # refuses odd paths
         end_what_is_here(sandbox, replace)
         cache_bytecode()
         try:
@@ -7382,9 +7247,10 @@ def record_vm(sandbox: Sandbox, answer: Json) -> None:
 
 def bring_up_vm(sandbox: Sandbox, patience: float, reset: bool) -> None:
     """Heartbeat first; then wait for the VM; then network, reset and SSH."""
-    reporter = sandbox.reporter
+    reporter, home, session_id = sandbox.reporter, sandbox.settings.home, sandbox.state["session_id"]
+    remove_files_of(home, session_id)  # whoever put them there: no link among them is followed
     sandbox.spawn_heartbeat()
-    files = SshFiles(sandbox.settings.home, sandbox.state["session_id"])
+    files = ssh_fields(home, session_id)
     public_key = ""
     missing = [name for name in ("ssh", "ssh-keygen") if find_program(name) is None]
     if missing:
@@ -7393,7 +7259,9 @@ def bring_up_vm(sandbox: Sandbox, patience: float, reset: bool) -> None:
             " Install the OpenSSH client and start again to have it."
         )
     else:
-        making = Aside(lambda: make_key(files, reporter))  # so that no signal comes while it is started
+        making = Aside(
+            lambda: make_key(files["ssh_private_key_path"], reporter)
+        )  # so that no signal comes while it is started
         try:
             public_key = making.result()
         finally:
@@ -7465,9 +7333,7 @@ def wait_for_ready(sandbox: Sandbox, patience: float) -> str | None:
     return as_text(job.get("provider"))
 
 
-def set_up_ssh(
-    sandbox: Sandbox, files: SshFiles, public_key: str, provider: str | None, connected: bool
-) -> bool:
+def set_up_ssh(sandbox: Sandbox, files: Json, public_key: str, provider: str | None, connected: bool) -> bool:
     """Install the key on the VM, write the config and record it; whether that is done."""
     state = sandbox.state
     if provider is None:
@@ -7482,9 +7348,8 @@ def set_up_ssh(
             raise
         sandbox.reporter.warn(error.message)
         return False
-    write_ssh_config(sandbox.settings, files, state["job_id"], user)
-    paths = {"ssh_config_path": files.config, "ssh_private_key_path": files.key}
-    sandbox.save(ssh_host=files.host, **paths)
+    write_ssh_config(sandbox.settings, {**state, **files}, user)
+    sandbox.save(**files)
     return True
 
 
@@ -7994,7 +7859,7 @@ def open_browser(url: str, output: Output) -> None:
     screen = mac or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if program and screen:
         quiet = subprocess.DEVNULL
-        launch([program, url], output, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+        launch([program, url], output, stdin=quiet, stdout=quiet, stderr=quiet)
 
 
 # A command. run: called with a Sandbox and the options that were given, returns the report, which is the

@@ -166,9 +166,8 @@ def fuzz_config(data: bytes) -> None:
     try:
         config = product.load_config("/nowhere/plato-config.yml", "base")
         json.dumps(config.for_worker(), allow_nan=False)
-        product.named_files(config.content)
         product._plan_from_config(config)
-        product.plan_services(config)
+        product.named_files(config.content, product.plan_services(config))
     except product.SandboxError as error:
         harmless(error.message)
     try:
@@ -234,7 +233,12 @@ class Answering:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name in ("job_flows", "artifact_flows"):
             return lambda *_, **__: self.answer
-        return lambda *_, **__: self.checked(list if name == "gitea_simulators" else dict)
+        listed = isinstance(self.answer, list)
+        if name == "gitea_simulators":
+            return lambda: self.answer if listed else [{"name": "taskboard", **self.checked(dict)}]
+        if name == "gitea_credentials" and listed:
+            return lambda: {"username": "u", "password": "p"}
+        return lambda *_, **__: self.checked(dict)
 
 
 def fuzz_answers(data: bytes) -> None:
@@ -267,8 +271,6 @@ def fuzz_answers(data: bytes) -> None:
         lambda: product.execute(sandbox.api, sandbox.state, "true", 1.0),
         lambda: told_lines(product.flow_lines(product.listed_flows(product.fetch_flows(sandbox)))),
         lambda: product.find_repository(sandbox.api, "taskboard"),
-        lambda: product.gitea_credentials(sandbox.api),
-        lambda: product.plain_clone_url(str(value), sandbox.settings),
     ):
         try:
             work()

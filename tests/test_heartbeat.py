@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -425,6 +424,7 @@ def test_record_stays_small(tmp_path: Path) -> None:
     heartbeat = heartbeat_in_process(tmp_path, [GOOD, trouble] * 3000)
     for _ in range(6000):
         assert heartbeat.beat() == ""
+        heartbeat.write()
     data = Path(heartbeat.log).read_bytes()
     assert len(data) < 6_000
     assert json.loads(data)["beats"] == 3000
@@ -506,79 +506,71 @@ def test_what_any_answer_means(answer: dict[str, Any]) -> None:
     assert len(trouble) <= 200
 
 
-DELAYS = {  # interval, failures, elapsed, seconds since the last good beat -> seconds
-    "regular": ((30, 0, 0.25, 0), 29.75),
-    "regular after a slow beat": ((5, 0, 7, 0), 0),
-    "first failure": ((30, 1, 0, 30), 1),
-    "second": ((30, 2, 0, 31), 2),
-    "third": ((30, 3, 0, 33), 3),
-    "then as often": ((30, 40, 0, 140), 3),
-    "until the VM must have ended": ((30, 41, 0, 151), 30),
-    "first failures after a sleep": ((30, 2, 0, 9999), 2),
-    "never later than the regular one": ((3, 3, 0.5, 6), 2.5),
-    "no later for a failure that took long": ((30, 4, 28, 60), 2),
-}
-
-
-@pytest.mark.parametrize(("arguments", "delay"), DELAYS.values(), ids=DELAYS)
-def test_next_beat_delay(arguments: tuple[float, int, float, float], delay: float) -> None:
-    assert product.next_beat_delay(*arguments) == delay
-
-
-@given(
-    interval=st.floats(0.1, 3600),
-    failures=st.integers(0, 10_000),
-    elapsed=st.floats(0, 1e6),
-    silence=st.floats(0, 1e6),
-)
-def test_next_beat_is_never_later_than_the_regular_one(
-    interval: float, failures: int, elapsed: float, silence: float
-) -> None:
-    delay = product.next_beat_delay(interval, failures, elapsed, silence)
-    assert 0 <= delay <= max(0.0, interval - elapsed)
-    assert failures or delay == max(0.0, interval - elapsed)
-
-
 class Watch:
-    """The clock of a computer that may sleep, and a `sleep` that only moves it."""
+    """A clock that only `sleep` moves, and what it slept."""
 
-    CLOCK_MONOTONIC = 1
-
-    def __init__(self, asleep_at: float = -1.0) -> None:
+    def __init__(self) -> None:
         self.now = 50.0
-        self.slept = 0.0
-        self.asleep_at = asleep_at
+        self.slept: list[float] = []
 
-    def clock_gettime(self, _: int) -> float:
+    def monotonic(self) -> float:
         return self.now
 
+    time = monotonic
+
     def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.slept += seconds
+        self.slept.append(seconds)
         self.now += seconds
-        if 0 <= self.asleep_at <= self.slept:
-            self.asleep_at = -1.0
-            self.now += 7200.0
+
+
+def test_the_rhythm_of_beats_and_of_retries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Regular after a good one, soon after a failure while the VM may live, and never later than regular."""
+    watch = Watch()
+    monkeypatch.setattr(product, "time", watch)
+    away = [product.NetworkError("away", sent=False)] * 80
+    heartbeat = heartbeat_in_process(tmp_path, [GOOD, GOOD, *away, GOOD, GONE_ANSWER, GONE_ANSWER])
+    monkeypatch.setattr(heartbeat, "reason_to_end", lambda: "")
+    heartbeat.run()
+    regular, soon = heartbeat.facts["interval"], product.BEAT_RETRY_SECONDS
+    assert heartbeat.facts["ended"] == "the VM is gone"
+    assert heartbeat.facts["beats"] == 3
+    urgent = [pause for pause in watch.slept[2:82] if pause == soon]
+    assert watch.slept[:2] == [regular] * 2
+    assert watch.slept[2 : 2 + len(urgent)] == urgent, "dense while the VM may still live"
+    assert 120 < regular + soon * len(urgent) < 180
+    assert set(watch.slept[2 + len(urgent) : 82]) == {regular}
+    assert watch.slept[82:] == [regular, soon]
 
 
 @pytest.mark.parametrize(
-    ("watch", "longest"), [(Watch(), 30.0), (Watch(3.0), 15.0)], ids=["awake", "asleep for two hours"]
+    ("interval", "taken", "pause"), [(1.5, 0.0, 1.5), (30.0, 29.0, 1.0), (5.0, 9.0, 0.0)]
 )
-def test_sleep_until(monkeypatch: pytest.MonkeyPatch, watch: Watch, longest: float) -> None:
+def test_a_retry_is_never_later_than_the_regular_beat(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interval: float, taken: float, pause: float
+) -> None:
+    watch = Watch()
     monkeypatch.setattr(product, "time", watch)
-    product.sleep_until(watch.now + 30.0)
-    assert watch.slept == pytest.approx(longest)
+    heartbeat = heartbeat_in_process(tmp_path, [GONE_ANSWER, GONE_ANSWER])
+    heartbeat.facts["interval"] = interval
+
+    def slow() -> str:
+        watch.now += taken
+        return ""
+
+    monkeypatch.setattr(heartbeat, "reason_to_end", slow)
+    heartbeat.run()
+    assert watch.slept == [pause]
 
 
 def test_record_of_a_dead_heartbeat_is_not_alive(tmp_path: Path) -> None:
     settings = product.Settings(home=str(tmp_path))
-    path = Path(product.heartbeat_path(str(tmp_path), ""))
+    path = Path(product.heartbeat_path(str(tmp_path), "s"))
     path.write_text(json.dumps({"pid": os.getpid()}) + "\n")
     with path.open() as log:
         assert product.take_lock(log.fileno())
-        assert product.heartbeat_alive(str(path))
-    assert not product.heartbeat_alive(str(path))
-    assert product.heartbeat_health(settings, {}, time.time())["state"] == "dead"
+        assert product.heartbeat_facts(str(tmp_path), "s")["alive"]
+    assert not product.heartbeat_facts(str(tmp_path), "s")["alive"]
+    assert product.heartbeat_health(settings, {"session_id": "s"})["state"] == "dead"
 
 
 def test_product_of_these_tests_is_the_one_that_runs() -> None:
