@@ -1343,7 +1343,7 @@ def heartbeat_path(home: str, session_id: str) -> str:
 
 
 def heartbeat_facts(home: str, session_id: str) -> Json:
-    """What a heartbeat wrote last (see `Heartbeat`), and `alive`: whether one has the lock; {} if none did."""
+    """What a heartbeat wrote last (see `Heartbeat`), and `alive`: whether it has the lock; {} without one."""
     try:
         with open(heartbeat_path(home, session_id), encoding="utf-8", errors="replace") as file:
             alive = not take_lock(file.fileno(), shared=True)
@@ -4528,30 +4528,6 @@ def rules_text(entries: Sequence[Any]) -> str:
     return "\n".join([f"{RULES_KEY}:", *yaml_items("  ", entries)])
 
 
-class AuditTable:
-    """The audit table of a `db` listener, and how to reach it from the VM.
-
-    login: the database's host, port, user, password and name, as drivers call them, and further options.
-    """
-
-    def __init__(self, name: str, listener: Json) -> None:
-        usual_port, usual_user = (3306, "root") if listener["db_type"] == "mysql" else (5432, "postgres")
-        self.name = name
-        self.kind: str = listener["db_type"]
-        self.database: str = listener["db_database"]
-        self.login: Json = {
-            "host": listener.get("db_host") or "127.0.0.1",
-            "port": whole_number(listener.get("db_port")) or usual_port,
-            "user": listener.get("db_user") or usual_user,
-            "password": listener.get("db_password") or "",
-            "database": self.database,
-        }
-        schema: str = listener.get("db_schema") or listener.get("schema_name") or "public"
-        self.schema = {"mysql": self.database, "sqlite": "main"}.get(self.kind, schema)
-        self.table = listener.get("audit_table_name") or "audit_log"
-        self.rules = as_list(listener.get(RULES_KEY))
-
-
 # ----------------------------------------------------------------------------------------------------------
 # flow: where the flows are, what must not be read, the steps in a browser, and the report
 # ----------------------------------------------------------------------------------------------------------
@@ -4582,14 +4558,6 @@ INSTALLED_BROWSERS = (
 
 
 # Where the flows are
-
-
-def local_flows_path(sandbox: Sandbox) -> str | None:
-    """The flows file that the local config names for the sandbox's dataset; None without one."""
-    beside = [os.path.join(sandbox.directory, name) for name in CONFIG_NAMES]
-    recorded = sandbox.state.get("plato_config_path") or ""
-    config = next(filter(os.path.isfile, [recorded, *beside]), None)
-    return config and flows_file(load_config(config, sandbox.state.get("dataset")))
 
 
 def fetch_flows(sandbox: Sandbox) -> FlowSet:
@@ -5607,23 +5575,40 @@ class DatabaseError(SandboxError):
 class Database:
     """The database of a `db` listener as it is reached from here; every look is a process of its own.
 
-    tunnel: the way to it, None for a direct one; sandbox: whose VM has the file of SQLite, None for one here.
+    kind: its db_type; login: its host, port, user, password and name, as drivers call them, and further
+    options; tunnel: the way to it, None for a direct one; sandbox: whose VM has the file of SQLite, None for
+    one here; rules: those that stand in the listener.
     """
 
-    def __init__(
-        self, listener: AuditTable, tunnel: Tunnel | None = None, sandbox: Sandbox | None = None
-    ) -> None:
-        self.listener = listener
-        self.tunnel = tunnel
+    def __init__(self, name: str, listener: Json, sandbox: Sandbox | None = None, **options: str) -> None:
+        usual_port, usual_user = (3306, "root") if listener["db_type"] == "mysql" else (5432, "postgres")
+        self.name = name
+        self.kind: str = listener["db_type"]
+        self.file = database = listener["db_database"]
+        self.login: Json = {
+            "host": listener.get("db_host") or "127.0.0.1",
+            "port": whole_number(listener.get("db_port")) or usual_port,
+            "user": listener.get("db_user") or usual_user,
+            "password": listener.get("db_password") or "",
+            "database": database,
+            **options,
+        }
+        schema: str = listener.get("db_schema") or listener.get("schema_name") or "public"
+        self.schema = {"mysql": database, "sqlite": "main"}.get(self.kind, schema)
+        self.audit_table = listener.get("audit_table_name") or "audit_log"
+        self.rules = as_list(listener.get(RULES_KEY))
         self.sandbox = sandbox
+        self.tunnel: Tunnel | None = None
+        if sandbox and self.kind in AUDIT_DRIVERS:
+            self.tunnel = Tunnel(sandbox.settings, f"{sandbox.state['job_id']}--{self.login['port']}")
 
     def tables(self) -> Json:
         """The rows of _COLUMNS, by the names that rules have for tables; without what the worker fills."""
         found: Json = {}
-        for row in self.query(_COLUMNS.get(self.listener.kind)):
-            name = f"{row[0]}.{row[1]}".removeprefix(f"{self.listener.schema}.")
+        for row in self.query(_COLUMNS.get(self.kind)):
+            name = f"{row[0]}.{row[1]}".removeprefix(f"{self.schema}.")
             found.setdefault(name, []).append(row)
-        found.pop(self.listener.table, None)
+        found.pop(self.audit_table, None)
         return found
 
     def examples(self, columns: Sequence[Any]) -> Json:
@@ -5635,9 +5620,8 @@ class Database:
         """The rows of a statement, which can read only. DatabaseError, NetworkError, TimedOutError."""
         import json
 
-        at = self.listener
-        login = dict(at.login)
-        asked = [at.kind, login, statement, AUDIT_QUERY_SECONDS, sys.path]
+        login = dict(self.login)
+        asked = [self.kind, login, statement, AUDIT_QUERY_SECONDS, sys.path]
         words = ["-I", "-c", _READER]
 
         def feed(stdin: Any) -> None:
@@ -5645,8 +5629,8 @@ class Database:
 
         if self.tunnel:
             login.update(host="127.0.0.1", port=self.tunnel.port)
-        if at.kind == "sqlite" and self.sandbox:
-            login["database"] = os.path.join(default_target(self.sandbox.state), at.database)
+        if self.kind == "sqlite" and self.sandbox:
+            login["database"] = os.path.join(default_target(self.sandbox.state), self.file)
             script = shell_words(["python3", *words])
             outcome = Vm(self.sandbox, "ssh").outcome(script, feed, AUDIT_LOOK_SECONDS)
         else:
@@ -5661,7 +5645,7 @@ class Database:
             )
         if outcome.code == 3 and self.tunnel:
             self.tunnel.connect().close()  # if it is the gateway, it says so
-            said = f"it does not answer on port {at.login['port']} of the VM"
+            said = f"it does not answer on port {self.login['port']} of the VM"
         raise DatabaseError(f"The database could not be read: {said}.", hint=hint)
 
 
@@ -5744,7 +5728,7 @@ class Tunnel:
 # What a visitor of the page has before them
 
 
-# What a page shows: databases; `read_changes` gives the mutations that Plato tells now, by listener, or {}
+# What a page shows: databases; `read_changes` gives the mutations that Plato tells now of a listener, or None
 # without a sandbox; config: whose rules are edited, in the file at its path if it has one; url: of the
 # application.
 AuditPlan = collections.namedtuple(  # noqa: PYI024  (`typing` is not imported)
@@ -5764,8 +5748,8 @@ class Visit:
     def __init__(self, plan: AuditPlan, database: Database, _visitor: str) -> None:
         self.plan = plan
         self.database = database
-        self.name, self.schema = database.listener.name, database.listener.schema
-        self.saved = database.listener.rules  # where no file has others
+        self.name, self.schema = database.name, database.schema
+        self.saved = database.rules  # where no file has others
         self.ticks: set[Tick] = set()
         self.drawn = self.base = self.ticks
         self.turn = 0
@@ -5774,14 +5758,14 @@ class Visit:
 
     def look(self) -> None:
         """Read everything anew; choices that were made stay, on top of what the file has now."""
-        changes = Aside(self.plan.read_changes)
+        changes = Aside(lambda: self.plan.read_changes(self.name))
         self.troubles: dict[str, SandboxError] = {}
         self.examples = functools.lru_cache(None)(lambda name: self.database.examples(self.tables[name]))
         self.tables: Json = self._try("tables", self.database.tables) or {}
         self.text: str | None = self._try("config", self._read_rules)
-        found = self._try("changes", changes.result) or {}
-        self.known = self.name in found
-        self.changes = Changes(found.get(self.name, []), self.schema)
+        found = self._try("changes", changes.result)
+        self.known = found is not None
+        self.changes = Changes(found or [], self.schema)
         self.recorded = False
         before, self.base = self.base, {tick for entry in self.saved for tick in ticks_of(entry, self.schema)}
         self.choose((self.base - (before - self.ticks)) | (self.ticks - before))
@@ -5836,8 +5820,8 @@ class Visit:
             happened = changes_between(earlier or [], self.changes.mutations, key_of)
             self.changes, self.recorded, self.recording = Changes(happened, self.schema), True, None
 
-    def grid(self, only_changed: bool, words: str) -> tuple[list[Tick], list[Json]]:
-        """A row for each table and one for each column, what changed most first, after what they stand for.
+    def grid(self, only_changed: bool, words: str) -> dict[Tick, Json]:
+        """A row for each table and one for each column, what changed most first.
 
         only_changed: no others, but for those with a rule; words: only those with a name that has them in it.
         """
@@ -5849,15 +5833,9 @@ class Visit:
             kinds.update(((table, column[2]), column[3]) for column in columns)
         for place in sorted({*happened, *self.drawn}):
             kinds.setdefault(place, "not in the database" if self.tables else "")
-        places = [
-            place
-            for place in kinds
-            if (place in happened or place in self.drawn or not only_changed)
-            and any(words in name.lower() for name in place)
-        ]
-        places.sort(key=lambda at: (-counts[at[0], WHOLE], at[0], at[1] != WHOLE, -counts[at]))
-        return places, [
-            {
+        places = sorted(kinds, key=lambda at: (-counts[at[0], WHOLE], at[0], at[1] != WHOLE, -counts[at]))
+        return {
+            place: {
                 "Ignore": place in self.drawn,
                 "Table": printable(place[0]),
                 "Column": printable(place[1]) or "(whole table)",
@@ -5866,7 +5844,9 @@ class Visit:
                 "Type": kinds[place],
             }
             for place in places
-        ]
+            if (place in happened or place in self.drawn or not only_changed)
+            and any(words in name.lower() for name in place)
+        }
 
 
 _visit = functools.lru_cache(None)(Visit)
@@ -5948,13 +5928,13 @@ def show_audit_page(plan: AuditPlan) -> None:
     st.title("Ignore rules")
     number, every = 0, plan.databases
     if len(every) > 1:
-        names = [_markdown(database.listener.name) for database in every]
+        names = [_markdown(database.name) for database in every]
         number = st.radio("Listener", range(len(names)), 0, names.__getitem__, horizontal=True)
     database = every[number]
     with st.spinner("Looking at the database and at what changed ..."):
         visit = _visit(plan, database, token)
     place = f"{config.service} · dataset {config.dataset} · " if config.path else ""
-    place += f"database {os.path.basename(database.listener.database)}"
+    place += f"database {os.path.basename(database.file)}"
     st.caption(_markdown(f"{place} · {counted(len(visit.tables), 'table')}"))
     _show_controls(st, visit)
     numbers = st.container()  # they are of what is ticked in the grid
@@ -6014,24 +5994,24 @@ def _show_grid(st: Any, visit: Visit) -> None:
     key = repr((visit.name, visit.turn, only, words))
     if key not in st.session_state:  # it was not drawn in the last run
         visit.drawn = visit.ticks
-    places, rows = visit.grid(only and not words, words)
+    rows = visit.grid(only and not words, words)
     if rows:
         ticked = st.data_editor(
-            rows,
+            list(rows.values()),
             key=key,
             hide_index=True,
             height=min(460, 38 + 35 * len(rows)),
-            disabled=list(rows[0])[1:],
+            disabled=["Table", "Column", "Changes", "What happened", "Type"],
             column_config=_AUDIT_COLUMNS,
         )
-        chosen = {place for place, row in zip(places, ticked) if row["Ignore"]}
-        visit.ticks = visit.drawn - set(places) | chosen
+        chosen = {place for place, row in zip(rows, ticked) if row["Ignore"]}
+        visit.ticks = visit.drawn - rows.keys() | chosen
     else:
         st.caption("Nothing here has such a name." if words else "There are no tables.")
     with st.container(horizontal=True, vertical_alignment="bottom"):
         more, label = visit.changes.noise(visit.ticks), "Ignore all that remains"
         if words:
-            more = {place for place in places if words in place[1].lower()} - visit.ticks
+            more = {place for place in rows if words in place[1].lower()} - visit.ticks
             label = f"Ignore {counted(len(more), 'column')}"
         if more:
             st.button(label, on_click=visit.choose, args=(visit.ticks | more,))
@@ -6513,28 +6493,30 @@ class Sandbox:
 
         stored: where there is none, that of the artifact that the VM was started from will do.
         """
-        recorded = as_text(self.state.get("plato_config_path"))
-        chosen = dataset or as_text(self.state.get("dataset"))
-        if path is None and recorded and os.path.isfile(recorded):
-            path = recorded
-        try:
-            path = path or find_config(self.directory)
-        except ConfigError as missing:
-            if not stored or self.state.get("mode") != "artifact":
-                raise
-            return self._stored_config(chosen or DEFAULT_DATASET, missing)
-        config = load_config(os.path.abspath(path), chosen)
+        path = path or self._config_path()
+        chosen = dataset or self.state.get("dataset")
+        if path is None and stored and self.state.get("mode") == "artifact":
+            return self._stored_config(chosen or DEFAULT_DATASET)
+        config = load_config(os.path.abspath(path or find_config(self.directory)), chosen)
         for warning in config.warnings:
             self.reporter.warn(warning)
         return config
 
-    def _stored_config(self, dataset: str, missing: ConfigError) -> Config:
-        """The dataset that Plato stores with the VM's artifact; `missing` when it has none."""
+    def _config_path(self) -> str | None:
+        """The config that the sandbox was started from, or that of its directory; None without one."""
+        beside = [os.path.join(self.directory, name) for name in CONFIG_NAMES]
+        return next(filter(os.path.isfile, [self.state.get("plato_config_path") or "", *beside]), None)
+
+    def _stored_config(self, dataset: str) -> Config:
+        """The dataset that Plato stores with the VM's artifact; ConfigError when it has none."""
         try:
             content = self.api.job_config(self.state["job_id"])
         except ApiError as error:
-            raise missing if error.status == 404 else error from None
-        service = as_text(self.state.get("service")) or "simulator"
+            if error.status != 404:
+                raise
+            find_config(self.directory)  # which says that there is none
+            raise
+        service = self.state.get("service") or "simulator"
         text = yaml_dump({"service": service, "datasets": {dataset: content}})
         return parse_config(text, "The config that Plato stores with the artifact", "", dataset)
 
@@ -6591,7 +6573,7 @@ class Sandbox:
         """
         with self.in_use() as state:
             config = self._config(config_path, dataset)
-            chosen = service or as_text(state.get("service")) or config.service
+            chosen = service or state.get("service") or config.service
             self.reporter.step("Starting the worker", SETUP_SECONDS)
             answer = self.api.start_worker(state["job_id"], chosen, config.dataset, config.for_worker())
             self._record(plato_config_path=config.path, dataset=config.dataset)
@@ -6759,7 +6741,9 @@ class Sandbox:
         """
         if load_state(self.directory):
             self.load()
-        path = None if source == "api" else local_flows_path(self)
+        path = None if source == "api" else self._config_path()
+        if path is not None:
+            path = flows_file(load_config(path, self.state.get("dataset")))
         if path is not None:
             known = parse_flows(read_config(path), shown_path(from_here(path)), path)
         elif source == "local":
@@ -6964,29 +6948,27 @@ def plan_audit(
     listener: only the one of this name. direct: at db_host from here, not through the gateway; a sandbox is
     not needed then. url: this database and no sandbox. Any SandboxError; the gateway is tried.
     """
-    if url is not None:
-        return _plan_audit_of_url(sandbox, url, dataset, listener)
     state: Json = {}
-    try:
-        state = sandbox._load_for_use()
-    except NoSandboxError:
-        if not direct:
-            raise
-    config = sandbox._config(None, dataset, stored=bool(state))
-    repair_ssh_config(state, sandbox.settings)
-    databases = []
-    for name, fields in _audit_listeners(config, listener).items():
-        at, tunnel = AuditTable(name, fields), None
-        if state and not direct and at.kind in AUDIT_DRIVERS:
-            tunnel = Tunnel(sandbox.settings, f"{state['job_id']}--{at.login['port']}")
+    if url is not None:
+        config, databases = _database_of_url(sandbox, url, dataset, listener)
+    else:
+        try:
+            state = sandbox._load_for_use()
+        except NoSandboxError:
+            if not direct:
+                raise
+        config = sandbox._config(None, dataset, stored=bool(state))
+        repair_ssh_config(state, sandbox.settings)
+        through = sandbox if state and not direct else None
+        listeners = _audit_listeners(config, listener).items()
+        databases = [Database(name, fields, through) for name, fields in listeners]
+        for tunnel in filter(None, (database.tunnel for database in databases)):
             tunnel.connect().close()
-        databases.append(Database(at, tunnel, sandbox if state and not direct else None))
-    names = [database.listener.name for database in databases]
     return AuditPlan(
         tuple(databases),
-        functools.partial(audit_changes, sandbox.directory, names) if state else dict,
+        functools.partial(audit_changes, sandbox.directory) if state else lambda name: None,
         config,
-        as_text(state.get("url")),
+        state.get("url"),
     )
 
 
@@ -7006,39 +6988,37 @@ def _audit_listeners(config: Config, wanted: str | None) -> dict[str, Json]:
     return {name: part for name, part in found.items() if wanted in (None, name)}
 
 
-def _plan_audit_of_url(sandbox: Sandbox, url: str, dataset: str | None, listener: str | None) -> AuditPlan:
-    """A database by its address. Its rules are those of the only `db` listener here, or of the one named."""
+def _database_of_url(
+    sandbox: Sandbox, url: str, dataset: str | None, listener: str | None
+) -> tuple[Config, list[Database]]:
+    """A database by its address, and the config, if there is one, whose only `db` listener, or the named one,
+    has the rules."""
     fields, options = database_url(url, os.environ)
     if re.search("://[^/@]*:[^/@]", url):
         sandbox.reporter.warn(
             "Others on this machine can see the password in --database-url;"
             " leave it out, and set PGPASSWORD or MYSQL_PWD instead."
         )
-    config, name = Config("", "", DEFAULT_DATASET, {}, []), "database"
-    if listener or any(os.path.exists(os.path.join(sandbox.directory, name)) for name in CONFIG_NAMES):
-        config = load_config(find_config(sandbox.directory), dataset)
-        name, *others = _audit_listeners(config, listener)
-        if others:
-            raise UsageError(
-                "The config has several `db` listeners; name the one whose database this is.",
-                hint=f"--listener {' or --listener '.join([name, *others])}",
-            )
-        own = _audit_listeners(config, name)[name]
-        fields = {**fields, **{key: own[key] for key in ("audit_table_name", "db_schema") if key in own}}
-    at = AuditTable(name, fields)
-    at.login.update(options)
-    return AuditPlan((Database(at),), dict, config, None)
+    if not listener and not any(os.path.exists(os.path.join(sandbox.directory, at)) for at in CONFIG_NAMES):
+        return Config("", "", DEFAULT_DATASET, {}, []), [Database("database", fields, None, **options)]
+    config = load_config(find_config(sandbox.directory), dataset)
+    own = _audit_listeners(config, listener)
+    name, *others = own
+    if others:
+        raise UsageError(
+            "The config has several `db` listeners; name the one whose database this is.",
+            hint=f"--listener {' or --listener '.join(own)}",
+        )
+    fields.update({key: own[name][key] for key in ("audit_table_name", "db_schema") if key in own[name]})
+    return config, [Database(name, fields, None, **options)]
 
 
-def audit_changes(directory: str, names: Sequence[str]) -> dict[str, list[Mutation]]:
-    """What `state` tells now, by listener; all of it for each where Plato does not tell them apart."""
+def audit_changes(directory: str, listener: str) -> list[Mutation]:
+    """What `state` tells now of a listener; all of it where Plato does not tell listeners apart."""
     sandbox = Sandbox(directory)
-    job = job_of(sandbox.read_state(), sandbox.state.get("job_id"))
-    content = as_dict(job.get("state"))
-    parts = {name: as_dict(content.get(name)).get("mutations") for name in names}
-    if len(names) == 1 or not all(isinstance(part, list) for part in parts.values()):
-        return {name: mutations_of(content) for name in names}
-    return {name: mutations_of({"mutations": part}) for name, part in parts.items()}
+    content = as_dict(job_of(sandbox.read_state(), sandbox.state.get("job_id")).get("state"))
+    told = as_dict(content.get(listener)).get("mutations")
+    return mutations_of({"mutations": told} if isinstance(told, list) else content)
 
 
 def artifact_credentials(metadata: Json) -> Json | None:
@@ -7423,6 +7403,7 @@ class Output(Reporter):
         """A line of the result: a text, or (label, value, style, more) for `  Label:       value more`.
 
         The value is coloured on a terminal; without one, there is no line. style and more may be left out.
+        label: None for a value at the margin.
         """
         self.finish()
         if isinstance(line, str):
@@ -7430,14 +7411,8 @@ class Output(Reporter):
         elif line[1] not in (None, ""):
             label, value, style, more = (*line, "", "")[:4]
             head = f"{self.safe(label)}:" if label else ""
-            self.stdout.write(f"  {head:<13}{self._coloured(value, style)}{self.safe(more)}\n")
-
-    def outcome(self, word: str, text: str, style: str) -> None:
-        """`  word    text` as a line of the result, in place of the step under way."""
-        self.finish(told=False)
-        padding = " " * (7 - len(word))
-        self.stdout.write(f"  {self._coloured(word, style)}{padding} {self.safe(text)}\n")
-        self.stdout.flush()
+            width = 0 if label is None else 13
+            self.stdout.write(f"  {head:<{width}}{self._coloured(value, style)}{self.safe(more)}\n")
 
     def _coloured(self, text: object, style: str) -> str:
         colour = _COLOURS.get(style) if self._colour else None
@@ -7779,8 +7754,9 @@ def show_flow_progress(output: Output, result: Json, step: Json | None) -> None:
     else:
         tries = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
         words = f"{step['number'] or ' ':>2} {step_words(step)} ({step['seconds']:.2f} s{tries})"
-        good = step["status"] == "passed"
-        output.outcome("ok" if good else "FAILED", words, "good" if good else "bad")
+        verdict = (None, "ok", "good") if step["status"] == "passed" else (None, "FAILED", "bad")
+        output.result((*verdict, " " * (8 - len(verdict[1])) + words))
+        output.stdout.flush()
 
 
 def flow_end_lines(result: Json) -> Iterator[Line]:
@@ -7842,7 +7818,7 @@ def show_audit_address(port: int, plan: AuditPlan, output: Output) -> None:
     """Where the page is; from here on, errors are told in words only, as the one document is written."""
     url = f"http://127.0.0.1:{port}"
     if output.json:
-        names = [database.listener.name for database in plan.databases]
+        names = [database.name for database in plan.databases]
         output.document({"url": url, "port": port, "listeners": names, "config": plan.config.path or None})
         output.json = False
     else:
@@ -8143,9 +8119,7 @@ def command_word(arguments: Sequence[str]) -> str | None:
         elif word in COMMANDS:
             return word
         elif not word.startswith("-"):
-            meant = closest(word, COMMANDS)
-            hint = f"Did you mean `{meant}`?" if meant else f"The commands are: {', '.join(COMMANDS)}."
-            raise UsageError(f"There is no command {word!r}.", hint=hint)
+            raise UsageError(f"There is no command {word!r}; {_meant(word, COMMANDS)}")
     return None
 
 

@@ -18,7 +18,6 @@ from test_simulator import Service, free_port, postgresql_programs, unprivileged
 
 import plato_sandbox
 from plato_sandbox import (
-    AuditTable,
     Database,
     DatabaseError,
     UsageError,
@@ -161,7 +160,7 @@ class Server:
             connection.close()
 
     def reader(self, **changes: Any) -> Database:
-        return Database(AuditTable("main", {**self.fields, **changes}))
+        return Database("main", {**self.fields, **changes})
 
 
 NUMBERS = iter(range(1000))
@@ -253,11 +252,11 @@ def test_every_look_is_a_connection_of_its_own(server: Server) -> None:
     """Nothing of a broken one is left over, and none stays open."""
     server.run("CREATE TABLE notes (a int)")
     reader = server.reader()
-    there = reader.listener.login.pop("port")
-    reader.listener.login["port"] = 1
+    there = reader.login.pop("port")
+    reader.login["port"] = 1
     with pytest.raises(DatabaseError):
         reader.tables()
-    reader.listener.login["port"] = there
+    reader.login["port"] = there
     assert set(reader.tables()) == {"notes"}
     count = {
         "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()",
@@ -382,7 +381,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def sqlite(path: Path | str) -> Database:
-    return Database(AuditTable("file", {"db_type": "sqlite", "db_database": str(path)}))
+    return Database("file", {"db_type": "sqlite", "db_database": str(path)})
 
 
 def test_a_file_of_sqlite(file: Path) -> None:
@@ -451,7 +450,7 @@ def test_addresses_that_make_no_sense(url: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mongodb", "redis", "clickhouse"])
 def test_kinds_that_cannot_be_read_are_named(kind: str) -> None:
-    reader = Database(AuditTable("cache", {"db_type": kind, "db_database": "x"}))
+    reader = Database("cache", {"db_type": kind, "db_database": "x"})
     with pytest.raises(DatabaseError, match=kind):
         reader.tables()
 

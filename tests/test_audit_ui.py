@@ -29,7 +29,7 @@ from test_local_worker import AS_PLATO, has_namespaces, has_postgresql
 from test_simulator import Browser as Person
 from test_simulator import address, start_app
 
-from plato_sandbox import AuditTable, Database, DatabaseError, NetworkError, Sandbox, Tunnel
+from plato_sandbox import Database, DatabaseError, NetworkError, Sandbox, Tunnel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -630,9 +630,13 @@ def alter_password(scene: Scene, old: str, new: str) -> None:
     assert made.code == 0, made
 
 
-def scene_listener(scene: Scene) -> AuditTable:
+def reader_of(scene: Scene, **changes: str) -> Database:
+    """audit-ui's way to the database; changes: in the record of the sandbox."""
     config = yaml.safe_load(scene.config.read_text())
-    return AuditTable("db", config["datasets"]["base"]["listeners"]["db"])
+    sandbox = Sandbox(str(scene.desk.work), settings=scene.settings)
+    sandbox.load()
+    sandbox.state.update(changes)
+    return Database("db", config["datasets"]["base"]["listeners"]["db"], sandbox)
 
 
 # Tunnels and SQLite on the VM
@@ -641,7 +645,7 @@ def scene_listener(scene: Scene) -> AuditTable:
 # Python's ssl leaves the socket of a connection that is reset before its handshake to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_tunnel_says_why_it_cannot_open(scene: Scene) -> None:
-    reader = Database(scene_listener(scene), scene.tunnel)
+    reader = reader_of(scene)
     scene.plato.fault("gateway_down", times=-1)
     try:
         with pytest.raises(NetworkError, match=re.escape(scene.settings.gateway_host)):
@@ -649,14 +653,13 @@ def test_a_tunnel_says_why_it_cannot_open(scene: Scene) -> None:
     finally:
         scene.plato.clear_faults()
     assert len(reader.tables()) == 5
-    gone = Tunnel(scene.settings, "no-such-job--5432")
     with pytest.raises(NetworkError, match="no-such-job"):
-        Database(scene_listener(scene), gone).tables()
+        reader_of(scene, job_id="no-such-job").tables()
 
 
 def test_a_tunnel_carries_many_connections_and_ends_with_them(scene: Scene) -> None:
     scene.desk.hang_up()
-    reader = Database(scene_listener(scene), scene.tunnel)
+    reader = reader_of(scene)
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(len(reader.tables()))) for _ in range(8)]
     for thread in threads:
@@ -668,7 +671,7 @@ def test_a_tunnel_carries_many_connections_and_ends_with_them(scene: Scene) -> N
 
 
 def test_a_connection_that_is_cut_is_an_error_and_not_a_wait(scene: Scene) -> None:
-    reader = Database(scene_listener(scene), scene.tunnel)
+    reader = reader_of(scene)
     scene.plato.fault("gateway_reset", after_bytes=1500, times=1)
     try:
         with pytest.raises(DatabaseError, match="closed"):
@@ -693,12 +696,10 @@ def test_a_file_of_sqlite_on_the_vm(desk: Desk) -> None:
     sandbox = Sandbox(str(desk.work), settings=desk.settings)
     sandbox.load()
     for path in ("/home/plato/worktree/myapp/it is.db", "it is.db"):
-        listener = AuditTable("file", {"db_type": "sqlite", "db_database": path})
-        reader = Database(listener, sandbox=sandbox)
+        reader = Database("file", {"db_type": "sqlite", "db_database": path}, sandbox)
         ((name, table),) = reader.tables().items()
         assert name == "odd itname"
         assert [row[2:5] for row in table] == [["id", "INTEGER", "1"], ["a", "TEXT", None]]
         assert reader.examples(table) == {"id": ("3",), "a": ("x",)}
-    listener = AuditTable("file", {"db_type": "sqlite", "db_database": "/no.db"})
     with pytest.raises(DatabaseError, match=r"there is no file /no\.db"):
-        Database(listener, sandbox=sandbox).tables()
+        Database("file", {"db_type": "sqlite", "db_database": "/no.db"}, sandbox).tables()

@@ -434,8 +434,7 @@ if case:
     product.Transport._attempt = met
 if sys.argv[1:2] == ["the-state-of-audit-ui"]:
     try:
-        changes = product.audit_changes(os.getcwd(), ["db"])
-        print(json.dumps({{name: [one.raw for one in found] for name, found in changes.items()}}))
+        print(json.dumps({{"db": [one.raw for one in product.audit_changes(os.getcwd(), "db")]}}))
     except product.SandboxError as error:
         told = {{"code": error.code, "message": error.message, "hint": error.hint}}
         print(json.dumps({{"error": {{**told, "exit_code": error.exit_code}}}}))
