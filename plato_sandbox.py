@@ -1457,8 +1457,10 @@ class Heartbeat:
         except OSError:
             return ""
         ended = re.search(r'"stopped_at": *\d', text)  # in another client's
-        named = self.task["session_id"] in text or "session_id" not in text
-        return "its record names another sandbox, or none" if ended or not named else ""
+        another = re.search(r"session_id\W+[\w-]+[^\w-]", text)  # all of it, in a file that may be cut off
+        if ended or (another and self.task["session_id"] not in text):
+            return "its record names another sandbox, or none"
+        return ""
 
 
 def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Reporter) -> int:
@@ -1479,17 +1481,20 @@ def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Repo
     try:
         feed_child(child, lambda stdin: stdin.write(json.dumps(task).encode()))
         with child.stdout:
-            child.stdout.read()  # which ends when it has begun, or has ended
+            child.stdout.read()  # which ends when it has begun, or is about to end
     except BaseException:
         child.kill()  # nobody would know of it
         child.wait()
         raise
     facts = heartbeat_facts(settings.home, session_id)
+    if facts.get("pid") == child.pid:
+        child.returncode = 0  # it lives on by itself: nobody waits for it
+    else:
+        child.wait()
     if facts.get("session_id") != session_id or not facts["alive"]:
         raise SandboxError(
             "The heartbeat could not be started.", hint=f"Check that {shown_path(settings.home)} is writable."
         )
-    child.returncode = 0  # it lives on by itself: nobody waits for it
     return int(facts["pid"])
 
 

@@ -194,6 +194,7 @@ def names(table: Any) -> list[str]:
     return [row[2] for row in table]
 
 
+@pytest.mark.sampled
 def test_odd_names(server: Server) -> None:
     """Names that would end a quotation are tables and columns like all others."""
     # Names in MariaDB have no characters beyond the first 65,536.
@@ -210,6 +211,7 @@ def test_odd_names(server: Server) -> None:
         assert server.reader().examples(found[name]) == {"id": ("1", "2"), name: ("it's", None)}
 
 
+@pytest.mark.sampled
 def test_long_values_are_cut_off_where_they_are(server: Server) -> None:
     server.run("CREATE TABLE notes (a text)", "INSERT INTO notes VALUES (repeat('x', 60000))")
     reader = server.reader()
@@ -231,6 +233,7 @@ def test_a_statement_that_takes_too_long_is_stopped(server: Server, monkeypatch:
         server.reader().query(slow)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -305,6 +305,7 @@ def test_line_ends_and_a_missing_last_one_stay() -> None:
     assert edited("\ufeff" + last, ["a", "b"]) == "\ufeff" + last + "\n          - b"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name",
     ["user's", 'say "hi"', "tab\u20acle \U0001f600", "back\\slash", "a, b", "[x]", "yes", "12", "2024-01-01",
@@ -437,6 +438,7 @@ def documents(draw: Any) -> str:
     return text.replace("\n", "\r\n") if draw(st.booleans()) else text
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(documents(), CHOICES, st.booleans())
 def test_any_edit_of_any_document(text: str, chosen: set[tuple[str, str]], more: bool) -> None:

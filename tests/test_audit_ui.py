@@ -159,6 +159,7 @@ def test_json_is_one_document_at_the_start(desk: Desk) -> None:
     nothing_serves(desk, document["port"])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_nothing_is_left_however_it_ends(desk: Desk, number: int) -> None:
     serving = Serving(desk, "--direct")
@@ -183,6 +184,7 @@ def test_it_ends_on_a_terminal_in_the_middle_of_a_look(desk: Desk) -> None:
     eventually(lambda: not audit_processes(desk))
 
 
+@pytest.mark.long
 def test_a_port_in_use_leads_to_the_next_one(desk: Desk) -> None:
     first = Serving(desk, "--direct")
     second = Serving(desk, "--direct", "--port", str(first.port))
@@ -282,6 +284,7 @@ def test_a_database_url_needs_neither_sandbox_nor_config(desk: Desk) -> None:
     assert result.code == 2
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("url", "words"),
     [
@@ -300,6 +303,7 @@ def test_an_address_that_leads_nowhere_is_told_before_the_page_opens(
     assert words in error["message"]
 
 
+@pytest.mark.long
 def test_a_database_url_goes_with_the_rules_of_the_config_that_is_here(desk: Desk) -> None:
     address_of_it = ("--database-url", empty_database(desk.work / "data.db"))
     process = desk.begin(*SERVE, "--json", *address_of_it)
@@ -497,6 +501,7 @@ def serving(scene: Scene) -> Iterator[Serving]:
     assert trapped == []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_login_is_noise_after_two_clicks(
     scene: Scene, person: Person, serving: Serving, open_page: Callable[[str], Page]
@@ -599,6 +604,7 @@ def test_troubles_are_told_on_the_page(scene: Scene, open_page: Callable[[str], 
     serving.end()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_no_password_is_anywhere_but_in_the_config(scene: Scene, open_page: Callable[[str], Page]) -> None:
     word = "taskboard-word-of-its-own"
@@ -643,6 +649,7 @@ def reader_of(scene: Scene, **changes: str) -> Database:
 
 
 # Python's ssl leaves the socket of a connection that is reset before its handshake to the garbage collector.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_tunnel_says_why_it_cannot_open(scene: Scene) -> None:
     reader = reader_of(scene)
@@ -657,6 +664,7 @@ def test_a_tunnel_says_why_it_cannot_open(scene: Scene) -> None:
         reader_of(scene, job_id="no-such-job").tables()
 
 
+@pytest.mark.long
 def test_a_tunnel_carries_many_connections_and_ends_with_them(scene: Scene) -> None:
     scene.desk.hang_up()
     reader = reader_of(scene)
@@ -670,6 +678,7 @@ def test_a_tunnel_carries_many_connections_and_ends_with_them(scene: Scene) -> N
     eventually(lambda: scene.plato.gateway()["open"] == 0)
 
 
+@pytest.mark.long
 def test_a_connection_that_is_cut_is_an_error_and_not_a_wait(scene: Scene) -> None:
     reader = reader_of(scene)
     scene.plato.fault("gateway_reset", after_bytes=1500, times=1)
@@ -681,6 +690,7 @@ def test_a_connection_that_is_cut_is_an_error_and_not_a_wait(scene: Scene) -> No
     assert len(reader.tables()) == 5
 
 
+@pytest.mark.long
 def test_a_file_of_sqlite_on_the_vm(desk: Desk) -> None:
     """Read by the VM's own Python over SSH: an absolute path, and one in the worktree."""
     part("ssh", "openssh-client")

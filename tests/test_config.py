@@ -117,6 +117,7 @@ WRONG: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("marked", "named"), WRONG.values(), ids=WRONG)
 def test_every_problem_is_told_with_its_place(
     visitor: Desk, shared_plato: LocalPlato, marked: str, named: str
@@ -198,6 +199,7 @@ def forbidden(path: Path) -> None:
 UNREADABLE = [directory, dangling_link, not_text, sixteen_bits, *([forbidden] if os.geteuid() else [])]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("make", UNREADABLE, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", ["plato-config.yml", "plato-config.yaml"])
 def test_a_config_that_cannot_be_read(visitor: Desk, shared_plato: LocalPlato, make: Any, name: str) -> None:
@@ -290,6 +292,7 @@ SENT: dict[str, str] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("text", SENT.values(), ids=SENT)
 def test_the_dataset_is_sent_as_written(visitor: Desk, shared_plato: LocalPlato, text: str) -> None:
     write_config(visitor, text)
@@ -310,6 +313,7 @@ def test_the_dataset_is_sent_as_written(visitor: Desk, shared_plato: LocalPlato,
     visitor.good("stop")
 
 
+@pytest.mark.long
 def test_the_example_is_sent_as_written(visitor: Desk, shared_plato: LocalPlato) -> None:
     visitor.good("start", "-c", "-d", "empty")
     visitor.good("start-worker")

@@ -99,6 +99,7 @@ def recover(desk: Desk, plato: LocalPlato) -> None:
     assert all(view["closed"] for view in plato.sessions() if view["session_id"] == session)
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @killers
 @shards
@@ -123,6 +124,7 @@ def test_start(
     tally("crash points", count)
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @killers
 @shards
@@ -180,6 +182,7 @@ def files(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @killers
 @shards
@@ -223,6 +226,7 @@ def test_sync(
     tally("crash points", count)
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @killers
 @shards
@@ -277,6 +281,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @killers
 @pytest.mark.parametrize("name", OTHERS)
@@ -300,6 +305,7 @@ def test_others(
     tally("crash points", count)
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @killers
 def test_snapshot(
@@ -337,6 +343,7 @@ exit $code
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @pytest.mark.parametrize("remainder", range(3))
 def test_start_on_a_full_disk(

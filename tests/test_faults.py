@@ -810,6 +810,7 @@ def table(
     table.end()
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_every_request_meets_every_fault(
@@ -904,6 +905,7 @@ def wrong_with_a_beat(desk: Desk, plato: LocalPlato, fault: Fault) -> list[str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_heartbeat_meets_every_fault(

@@ -222,6 +222,7 @@ def test_a_number_that_yaml_reads_otherwise_is_warned_of(nobody: Desk) -> None:
     assert "YAML reads 0600 as 384; quotes keep it as it is" in result.err
 
 
+@pytest.mark.long
 def test_flows_of_other_simulators_parse(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Those that ship in a wheel of the SDK's first generation, read as they are."""
     wheel = download_wheel(tmp_path_factory)
@@ -573,6 +574,7 @@ def run_all(place: Path, flows: dict[str, list[dict[str, Any]]]) -> tuple[Result
     return result, {told["name"]: told for told in result.document["flows"]}, desk
 
 
+@pytest.mark.long
 def test_every_step_passes(tmp_path: Path) -> None:
     browser()
     result, told, desk = run_all(tmp_path / "desk", PASSING)
@@ -593,6 +595,7 @@ def test_every_step_passes(tmp_path: Path) -> None:
     assert browsers_of(desk) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", [0, 1])
 def test_every_step_fails_with_its_reason(tmp_path: Path, part: int) -> None:
     browser()
@@ -635,6 +638,7 @@ def test_every_step_fails_with_its_reason(tmp_path: Path, part: int) -> None:
     assert browsers_of(desk) == []
 
 
+@pytest.mark.long
 def test_server_goes_away(nobody: Desk, site: Site) -> None:
     write_flows(nobody, flow("login", step("navigate", url="/gone"), step("wait", duration=1)))
     result = nobody.run("flow", "--base-url", site.url, "--json")
@@ -644,6 +648,7 @@ def test_server_goes_away(nobody: Desk, site: Site) -> None:
     assert re.match("(empty response|connection (refused|reset|closed)) at", failure["seen"])
 
 
+@pytest.mark.long
 def test_services_that_are_not_up(nobody: Desk, site: Site) -> None:
     write_flows(nobody, flow("login", step("click", selector="#go", **FAST)))
     result = nobody.run("flow", "--base-url", f"{site.url}/unavailable", "--json")
@@ -696,6 +701,7 @@ Flow broken failed: 0 of 2 steps passed in .*
     }
 
 
+@pytest.mark.long
 def test_report_stands_alone(nobody: Desk, site: Site) -> None:
     """One page: a picture of every step, all that is known of the failure, nothing loaded from elsewhere."""
     name = "<b>& 'name'"
@@ -751,6 +757,7 @@ print(json.dumps(found))
     return value
 
 
+@pytest.mark.long
 def test_alerts_and_errors_of_the_page_are_told(nobody: Desk, site: Site) -> None:
     write_flows(
         nobody,
@@ -787,6 +794,7 @@ def secret_flow(selector: str, *more: dict[str, Any], value: str = SECRET) -> di
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("selector", ["#pin", "#shown-password"], ids=["by its type", "by its selector"])
 def test_password_is_nowhere(nobody: Desk, site: Site, selector: str) -> None:
     """Not in what is printed, nor in any file, nor inside the trace; however it is spelt there."""
@@ -815,6 +823,7 @@ def test_password_is_nowhere(nobody: Desk, site: Site, selector: str) -> None:
     assert any(SECRET[:6] in body for body in site.posted)
 
 
+@pytest.mark.long
 def test_password_that_is_a_plain_word(nobody: Desk, site: Site) -> None:
     """Hidden where it stands as a value; other words stay as they are, and the trace is kept."""
     places = ("#shown-password", "#pin")
@@ -938,6 +947,7 @@ def test_without_playwright(nobody: Desk, tmp_path: Path) -> None:
     assert not list((nobody.work / "test-results").glob("*.html"))
 
 
+@pytest.mark.long
 def test_without_a_browser(nobody: Desk, tmp_path: Path) -> None:
     browser()
     write_flows(nobody, flow("login", step("wait", duration=1)))
@@ -950,6 +960,7 @@ def test_without_a_browser(nobody: Desk, tmp_path: Path) -> None:
     assert browsers_of(nobody) == []
 
 
+@pytest.mark.long
 def test_browser_of_the_environment(nobody: Desk, site: Site, tmp_path: Path) -> None:
     mark = tmp_path / "used"
     own = tmp_path / "my browser"
@@ -989,6 +1000,7 @@ def test_slow_simulators_have_the_time_that_the_sdk_gives_them(nobody: Desk, sit
     assert nobody.good("flow", "--base-url", site.url, "--json").document["passed"]
 
 
+@pytest.mark.long
 def test_time_for_the_whole_is_over(nobody: Desk, site: Site) -> None:
     write_flows(nobody, flow("login", step("wait", duration=1), step("wait", duration=600000)))
     result = nobody.run("flow", "--timeout", "9", "--base-url", site.url, "--json")
@@ -1004,6 +1016,7 @@ def test_time_for_the_whole_is_over(nobody: Desk, site: Site) -> None:
 ENDLESS = flow("login", step("navigate", url="/second"), step("wait", duration=600000))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "group"),
     [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True)],
@@ -1026,6 +1039,7 @@ def test_interruption_leaves_nothing(
     assert list(temporary.glob("pl*")) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("moment", ["playwright", "launch", "context"])
 def test_interruption_while_the_browser_opens(nobody: Desk, site: Site, moment: str) -> None:
     """A Ctrl-C in the terminal, so that everything gets it, at a moment chosen in the middle of the start."""
@@ -1047,6 +1061,7 @@ def test_interruption_while_the_browser_opens(nobody: Desk, site: Site, moment: 
     eventually(lambda: browsers_of(nobody) == [])
 
 
+@pytest.mark.long
 def test_second_interruption_ends_it_at_once(nobody: Desk, site: Site) -> None:
     write_flows(nobody, ENDLESS)
     slow = (
@@ -1063,6 +1078,7 @@ def test_second_interruption_ends_it_at_once(nobody: Desk, site: Site) -> None:
     eventually(lambda: browsers_of(nobody) == [])
 
 
+@pytest.mark.long
 def test_kill_of_the_command_leaves_nothing(nobody: Desk, site: Site, temporary: Path) -> None:
     """Nothing of ours can run any more: the driver ends the browser. Only its trace is left, for nobody."""
     write_flows(nobody, ENDLESS)
@@ -1074,6 +1090,7 @@ def test_kill_of_the_command_leaves_nothing(nobody: Desk, site: Site, temporary:
     assert [path.stat().st_mode & 0o777 for path in temporary.glob("plato-*")] == [0o700]
 
 
+@pytest.mark.long
 def test_closed_output_ends_the_browser(nobody: Desk, site: Site) -> None:
     write_flows(nobody, flow("login", step("verify_url", url=site.url), step("wait", duration=1)))
     reading, writing = os.pipe()
@@ -1088,6 +1105,7 @@ def test_closed_output_ends_the_browser(nobody: Desk, site: Site) -> None:
     eventually(lambda: browsers_of(nobody) == [])
 
 
+@pytest.mark.long
 def test_browser_that_is_killed(nobody: Desk, site: Site) -> None:
     write_flows(nobody, ENDLESS)
     process = nobody.begin("flow", "--base-url", site.url, "--json")
@@ -1103,6 +1121,7 @@ def test_browser_that_is_killed(nobody: Desk, site: Site) -> None:
     eventually(lambda: browsers_of(nobody) == [])
 
 
+@pytest.mark.long
 def test_keep_open_until_ctrl_c(nobody: Desk, site: Site, tmp_path: Path) -> None:
     """The result is that of the flow; Ctrl-C is how a person says that they have seen enough."""
     write_flows(nobody, flow("login", step("verify_url", url=site.url)))
@@ -1181,6 +1200,7 @@ def test_flow_of_a_sandbox(desk: Desk, plato: LocalPlato) -> None:
     assert browsers_of(desk) == []
 
 
+@pytest.mark.long
 def test_flows_of_plato_with_problems(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", "--blank", "--service", "myapp")
     body = [{"name": "login", "steps": [{"type": "clik"}, {"type": "click"}]}]
@@ -1191,6 +1211,7 @@ def test_flows_of_plato_with_problems(desk: Desk, plato: LocalPlato) -> None:
     assert "`flows.login.steps.2.selector` is missing" in result.error["message"]
 
 
+@pytest.mark.long
 def test_flows_of_an_artifact(desk: Desk, plato: LocalPlato) -> None:
     """A server without flows of jobs is asked for those of the artifact, in each shape that they may have."""
     desk.good("start", "--blank", "--service", "myapp")
@@ -1220,6 +1241,7 @@ def test_flows_of_an_artifact(desk: Desk, plato: LocalPlato) -> None:
         assert listed["source"] == "api"
 
 
+@pytest.mark.long
 def test_vm_that_is_gone(desk: Desk, plato: LocalPlato) -> None:
     browser()
     desk.good("start", "--from-config", environment={"PLATO_HEARTBEAT_INTERVAL_SECONDS": "3600"})
@@ -1235,6 +1257,7 @@ def mutation(table: str, action: str) -> dict[str, Any]:
     return {"table_name": table, "action": action, "row": {"id": 1}}
 
 
+@pytest.mark.long
 def test_verify_no_mutations(desk: Desk, plato: LocalPlato) -> None:
     """Only what the flow itself adds counts."""
     browser()
@@ -1267,6 +1290,7 @@ def test_verify_no_mutations(desk: Desk, plato: LocalPlato) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_flows_of_the_example_simulator(nobody: Desk, app: str) -> None:  # noqa: F811
     """A real application: its flows pass, and its wrong password fails at the step that says so."""
     browser()
@@ -1288,6 +1312,7 @@ def test_flows_of_the_example_simulator(nobody: Desk, app: str) -> None:  # noqa
     assert "not-the-password" not in text
 
 
+@pytest.mark.long
 def test_python_program(nobody: Desk, site: Site) -> None:
     """The method, also inside of a running event loop."""
     write_flows(

@@ -27,6 +27,7 @@ SOAK_SECONDS = 60
 HANG_SECONDS = 30  # a single execution that takes so long never ends, for all that anybody knows
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @pytest.mark.timeout(SOAK_SECONDS + 120)
 @pytest.mark.parametrize("target", sorted(fuzz.TARGETS))
@@ -147,6 +148,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
+@pytest.mark.sampled
 @pytest.mark.usefixtures("as_before")
 @pytest.mark.parametrize("target", FORMS)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -157,6 +159,7 @@ def test_a_form_with_something_else_in_it(target: str, data: st.DataObject) -> N
     fuzz.TARGETS[target](before.get(target, b"") + text)
 
 
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_listing_with_something_else_in_it(data: st.DataObject) -> None:

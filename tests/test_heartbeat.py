@@ -90,6 +90,7 @@ def test_only_the_interpreter_that_runs_is_needed(desk: Desk, plato: LocalPlato,
     assert is_running(pid)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("text", "seconds"), [("0.1", 0.1), ("2", 2.0), ("", 15.0)])
 def test_interval_comes_from_the_environment(desk: Desk, text: str, seconds: float) -> None:
     desk.environment["PLATO_HEARTBEAT_INTERVAL_SECONDS"] = text
@@ -97,6 +98,7 @@ def test_interval_comes_from_the_environment(desk: Desk, text: str, seconds: flo
     assert desk.heartbeat_record()["interval"] == seconds
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("text", ["0", "-1", "0.09", "3601", "nan", "inf", "often", "1,5"])
 def test_interval_that_makes_no_sense_creates_nothing(desk: Desk, plato: LocalPlato, text: str) -> None:
     refused = desk.run(*BLANK, environment={"PLATO_HEARTBEAT_INTERVAL_SECONDS": text})
@@ -108,6 +110,7 @@ def test_interval_that_makes_no_sense_creates_nothing(desk: Desk, plato: LocalPl
 # -- how long it lives --
 
 
+@pytest.mark.long
 def test_vm_outlives_its_terminal(desk: Desk, plato: LocalPlato) -> None:
     """Started on a terminal that is then closed, it lives past many limits, until the child is killed."""
     process, master = desk.begin_on_terminal(*BLANK)
@@ -157,6 +160,7 @@ FAILURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 def test_failed_beat_is_recorded_and_retried_before_the_next_regular_one(
     desk: Desk, plato: LocalPlato, failure: dict[str, Any]
@@ -183,6 +187,7 @@ SILENCES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("silence", SILENCES.values(), ids=SILENCES)
 def test_silent_api_does_not_kill_it(desk: Desk, plato: LocalPlato, silence: dict[str, Any]) -> None:
     desk.tune(BEAT_SECONDS=0.5)
@@ -193,6 +198,7 @@ def test_silent_api_does_not_kill_it(desk: Desk, plato: LocalPlato, silence: dic
     assert is_running(pid)
 
 
+@pytest.mark.long
 def test_unreachable_api_does_not_kill_it(desk: Desk, plato: LocalPlato) -> None:
     pid = start(desk)
     wait_for_beats(plato, 1)
@@ -211,6 +217,7 @@ GONE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gone", GONE.values(), ids=GONE)
 def test_gone_is_believed_only_after_a_second_look(
     desk: Desk, plato: LocalPlato, gone: dict[str, Any]
@@ -224,6 +231,7 @@ def test_gone_is_believed_only_after_a_second_look(
     assert desk.heartbeat_record()["ended"] == "the VM is gone"
 
 
+@pytest.mark.long
 def test_vm_that_ended_ends_it(desk: Desk, plato: LocalPlato) -> None:
     pid = start(desk)
     wait_for_beats(plato, 1)
@@ -234,6 +242,7 @@ def test_vm_that_ended_ends_it(desk: Desk, plato: LocalPlato) -> None:
     assert status.document["heartbeat"]["state"] == "expired"
 
 
+@pytest.mark.long
 def test_session_closed_elsewhere_ends_it(desk: Desk, plato: LocalPlato, tmp_path: Path) -> None:
     pid = start(desk)
     state = desk.state
@@ -283,6 +292,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_state_does_not_end_it(
     fast: Desk, plato: LocalPlato, damage: Callable[[bytes], bytes]
@@ -321,6 +331,7 @@ def test_suspended_and_continued(desk: Desk, plato: LocalPlato) -> None:
     assert len(living(plato)) == 1
 
 
+@pytest.mark.long
 def test_first_line_of_the_record_is_always_whole(fast: Desk, plato: LocalPlato) -> None:
     start(fast)
     [path] = fast.plato_home.glob("heartbeat_*.log")

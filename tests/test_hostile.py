@@ -286,6 +286,7 @@ def answer(plato: LocalPlato, desk: Desk, answers: Answers) -> None:
         plato.fault("status", path=path, status=status, body=text, times=-1)
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @pytest.mark.parametrize(("answers", "words"), ANSWERS.values(), ids=ANSWERS)
 def test_text_of_the_server(
@@ -324,6 +325,7 @@ SLOT_TEXTS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.soak
 def test_text_of_another_clients_record(sandbox: tuple[Desk, LocalPlato], shown: Shower) -> None:
     desk, _ = sandbox
@@ -357,6 +359,7 @@ def write_config(desk: Desk, config: Any) -> None:
     (desk.work / "plato-config.yml").write_text(json.dumps(config))
 
 
+@pytest.mark.long
 @pytest.mark.soak
 def test_text_of_the_config(sandbox: tuple[Desk, LocalPlato], shown: Shower) -> None:
     desk, plato = sandbox
@@ -487,6 +490,7 @@ logs*) cat nasty;;
 esac"""
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("config", "up", "containers", "say"),
@@ -512,6 +516,7 @@ def test_text_of_containers(
         shown(desk, "start-services", say=say)
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "programs",
@@ -548,6 +553,7 @@ def test_conflicts_on_the_vm_with_nasty_names(sandbox: tuple[Desk, LocalPlato], 
     )
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "script",
@@ -620,6 +626,7 @@ def test_text_of_pages_and_names_of_flows(sandbox: tuple[Desk, LocalPlato]) -> N
 OUTSIDE = ("../out", "/tmp/out", "a/../../out", "..", "", ".", "a\0b", "a/../..")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("way", ["api", "local"])
 def test_names_of_pictures_stay_in_their_folder(
@@ -681,6 +688,7 @@ def canaries(desk: Desk, plato: LocalPlato) -> list[Path]:
     return [path for home in homes for path in home.rglob("*CANARY*") if path.name == "CANARY"]
 
 
+@pytest.mark.sampled
 @pytest.mark.soak
 @pytest.mark.parametrize("way", ["api", "ssh"])
 def test_remote_paths_and_services_are_only_words(
@@ -734,6 +742,7 @@ def test_names_of_services_and_compose_files_are_only_words(
     tally("hostile words", len(words))
 
 
+@pytest.mark.long
 @pytest.mark.soak
 def test_answers_about_gitea_are_only_words(
     sandbox: tuple[Desk, LocalPlato], tally: Callable[[str, int], None], soaking: bool
@@ -757,6 +766,7 @@ def test_answers_about_gitea_are_only_words(
     assert canaries(desk, plato) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("word", [word for word in HOSTILE_WORDS if word != "~root"])
 def test_datasets_and_services_of_the_command_line_are_only_words(
     sandbox: tuple[Desk, LocalPlato], word: str
@@ -782,6 +792,7 @@ EVIL_CONFIG = (
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("words", USES_OF_SSH, ids=" ".join)
 def test_a_record_cannot_name_an_ssh_config_of_its_own(
     sandbox: tuple[Desk, LocalPlato], words: list[str]
@@ -799,6 +810,7 @@ def test_a_record_cannot_name_an_ssh_config_of_its_own(
         assert desk.good("status", "--json").document["vm_running"] is True
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("words", USES_OF_SSH, ids=" ".join)
 def test_a_record_cannot_name_options_as_a_host(sandbox: tuple[Desk, LocalPlato], words: list[str]) -> None:
     desk, plato = sandbox
@@ -921,6 +933,7 @@ def test_the_record_as_a_link(desk: Desk) -> None:
     assert not desk.state_file.is_symlink()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["link", "missing", "closed"])
 def test_a_temporary_directory_of_another_kind(
     sandbox: tuple[Desk, LocalPlato], tmp_path: Path, kind: str

@@ -188,6 +188,7 @@ IGNORE_FILES = st.dictionaries(
 )
 
 
+@pytest.mark.long
 @settings(
     max_examples=120,
     deadline=None,
@@ -235,6 +236,7 @@ CASES: dict[str, tuple[bytes, list[str], list[str]]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("text", "ignored", "kept"), CASES.values(), ids=CASES)
 def test_case(repository: Path, text: bytes, ignored: list[str], kept: list[str]) -> None:
     tree = dict.fromkeys([*ignored, *kept], b"")

@@ -71,6 +71,7 @@ def named_command(desk: Desk, text: str) -> list[str]:
 # -- one signal, at every request --
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", SIGNALS.values(), ids=SIGNALS)
 @pytest.mark.parametrize("step", AFTER_MAKE.values(), ids=AFTER_MAKE)
 def test_signal_while_start_waits(
@@ -86,6 +87,7 @@ def test_signal_while_start_waits(
     nothing_left(desk, plato)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", SIGNALS.values(), ids=SIGNALS)
 def test_signal_while_make_is_answered_is_obeyed_after_it(
     desk: Desk, plato: LocalPlato, number: signal.Signals
@@ -155,6 +157,7 @@ FAILURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 def test_close_that_fails_after_a_signal_leaves_the_record(
     desk: Desk, plato: LocalPlato, failure: dict[str, Any]
@@ -172,6 +175,7 @@ def test_close_that_fails_after_a_signal_leaves_the_record(
     nothing_left(desk, plato)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", SIGNALS.values(), ids=SIGNALS)
 def test_stop_that_is_interrupted_loses_nothing(
     desk: Desk, plato: LocalPlato, number: signal.Signals
@@ -252,6 +256,7 @@ def test_killed_before_make_was_answered(desk: Desk, plato: LocalPlato) -> None:
     unknown_start_is_understood(desk, plato)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("step", AFTER_MAKE.values(), ids=AFTER_MAKE)
 def test_killed_while_start_waits(desk: Desk, plato: LocalPlato, step: tuple[str, str, bool]) -> None:
     hold(plato, *step)
@@ -306,6 +311,7 @@ def section_lines(product: Path, first: str, last: str) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remainder", range(4))
 def test_signal_at_any_line_of_start(
     new_desk: Callable[..., Desk], plato: LocalPlato, remainder: int
@@ -332,6 +338,7 @@ def test_signal_at_any_line_of_start(
     desk.good("stop")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", range(1, 130, 8))
 def test_second_signal_at_any_line_of_the_cleanup(desk: Desk, plato: LocalPlato, number: int) -> None:
     """The first SIGTERM comes when the VM is to be reset, the second at some line of closing it."""
@@ -373,17 +380,18 @@ def test_key_that_is_still_being_made_does_not_come_later(desk: Desk, plato: Loc
 
 
 SIGNAL_TO_HEARTBEATS_PARENT = """
-import os, runpy, signal, subprocess, sys
+import io, os, runpy, signal, subprocess, sys
 
-real = subprocess.Popen
+class Reader(io.BufferedReader):
+    def read(self, *words):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().read(*words)
 
-class Popen(real):
-    def poll(self):
-        if "heartbeat-child" in self.args:
-            subprocess.Popen = real
-            Popen.poll = real.poll
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().poll()
+class Popen(subprocess.Popen):
+    def __init__(self, args, **options):
+        super().__init__(args, **options)
+        if "heartbeat-child" in args:
+            self.stdout = Reader(self.stdout.detach())
 
 subprocess.Popen = Popen
 sys.argv = sys.argv[1:]

@@ -127,6 +127,7 @@ def programs(plato: LocalPlato, job_id: str) -> set[str]:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_engine_starts_when_it_is_used(docker: None, visitors: Closing) -> None:
     session_id, job_id = visitors.start()
     assert visitors.output(session_id, "stat -c '%U %G %a' /run/docker.sock") == "root plato 660\n"
@@ -139,6 +140,7 @@ def test_an_engine_starts_when_it_is_used(docker: None, visitors: Closing) -> No
     assert visitors.output(session_id, "docker info --format '{{.Name}}'") == f"vm-{job_id[:8]}\n"
 
 
+@pytest.mark.long
 def test_both_users_have_it_over_ssh_and_by_execute(docker: None, visitors: Closing, ssh_place: Path) -> None:
     session_id, job_id = visitors.connect()
     user = SshUser(visitors.plato, job_id, ssh_place)
@@ -155,6 +157,7 @@ def test_both_users_have_it_over_ssh_and_by_execute(docker: None, visitors: Clos
     assert visitors.output(session_id, "cat /home/plato/worktree/made") == "x\n"
 
 
+@pytest.mark.long
 def test_images_are_made_once(
     docker: None,
     new_plato: Callable[..., LocalPlato],
@@ -176,6 +179,7 @@ def test_images_are_made_once(
     assert sorted(path.name for path in Path(place).parent.iterdir()) == sorted([Path(place).name, "lock"])
 
 
+@pytest.mark.long
 def test_compose_builds_runs_and_becomes_healthy(compose: None, visitors: Closing) -> None:
     session_id, job_id = visitors.connect(TASKBOARD)
     visitors.output(session_id, f"mkdir app; cd app; printf %s {shlex.quote(HEALTHY)} > docker-compose.yml")
@@ -191,6 +195,7 @@ def test_compose_builds_runs_and_becomes_healthy(compose: None, visitors: Closin
         assert tunnel.receive_all().endswith(b"\r\n\r\npage\n")
 
 
+@pytest.mark.long
 def test_vms_share_no_container_network_or_change_of_an_image(docker: None, visitors: Closing) -> None:
     first, second = (visitors.start()[0] for _ in range(2))
     before = Path("/proc/net/dev").read_text().count(":")
@@ -218,6 +223,7 @@ def test_an_engine_that_ended_starts_again(docker: None, visitors: Closing) -> N
     assert visitors.output(session_id, f"until {names} | grep one; do sleep 0.1; done") == "one\n"
 
 
+@pytest.mark.long
 def test_an_engine_that_cannot_run_refuses_its_clients(docker: None, visitors: Closing) -> None:
     session_id, _ = visitors.start()
     visitors.output(session_id, "mkdir /run/docker.pid")
@@ -244,6 +250,7 @@ def remains(job_id: str) -> list[str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", ["close", "lifetime", "killed VM", "stop", "kill"])
 def test_nothing_of_an_engine_is_left(docker: None, plato: LocalPlato, ending: str) -> None:
     mounts, devices = Path("/proc/self/mounts").read_text(), Path("/proc/net/dev").read_text().count(":")
@@ -270,6 +277,7 @@ def test_nothing_of_an_engine_is_left(docker: None, plato: LocalPlato, ending: s
         eventually(lambda: not Path(machine["directory"]).exists())
 
 
+@pytest.mark.long
 def test_vms_without_an_engine_or_without_docker(new_plato: Callable[..., LocalPlato]) -> None:
     part("docker", "docker.io")
     for wish, code, words in (
@@ -378,6 +386,7 @@ SEEN = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isolation", ["auto", "paths"])
 def test_a_vm_of_a_snapshot_has_its_files(new_plato: Callable[..., LocalPlato], isolation: str) -> None:
     client = Closing(new_plato(isolation=isolation))
@@ -392,6 +401,7 @@ def test_a_vm_of_a_snapshot_has_its_files(new_plato: Callable[..., LocalPlato], 
     assert client.output(third, LOOK).splitlines() == SEEN
 
 
+@pytest.mark.long
 def test_what_of_a_vm_lasts(plato: LocalPlato) -> None:
     client = Closing(plato)
     session_id, _ = client.start()
@@ -576,6 +586,7 @@ WRONG_CONFIGS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("text", WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
 def test_a_config_that_is_not_one_dataset_is_not_found_again(visitors: Closing, text: str) -> None:
     session_id, _ = visitors.start()
@@ -614,6 +625,7 @@ def test_a_prefetch_is_taken(visitors: Closing, new_plato: Callable[..., LocalPl
     visitors.call("POST", path, {"artifact_id": 5}, status=422)
 
 
+@pytest.mark.long
 def test_a_version_is_found_with_its_dataset(plato: LocalPlato) -> None:
     client = Closing(plato)
     session_id, _ = client.start()
@@ -676,6 +688,7 @@ def test_stored_flows_that_are_no_yaml(visitors: Closing) -> None:
     assert "flows" in visitors.call("GET", f"/api/v2/jobs/{job_id}/flows", status=500)["detail"]
 
 
+@pytest.mark.long
 def test_an_artifact_is_being_uploaded_for_a_while(new_plato: Callable[..., LocalPlato]) -> None:
     plato = new_plato(upload_seconds=60, speed=0.001)
     client = Closing(plato)
@@ -763,6 +776,7 @@ os.kill(pid, 9)
 """
 
 
+@pytest.mark.long
 def test_a_vm_that_ends_during_its_snapshot(plato: LocalPlato) -> None:
     client = Closing(plato)
     session_id, _ = client.start()

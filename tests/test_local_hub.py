@@ -184,6 +184,7 @@ def test_a_wrong_simulator_is_refused_by_the_admin_interface(plato: LocalPlato) 
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_push_and_clone(git: Git, plato: LocalPlato) -> None:
     url = git.url("taskboard")
     assert git.run("clone", "-q", url, "empty").code == 0
@@ -199,6 +200,7 @@ def test_push_and_clone(git: Git, plato: LocalPlato) -> None:
     assert fetches[-1]["sent"] > 3 << 20
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("version", ["0", "1", "2"])
 def test_every_protocol_version(git: Git, version: str) -> None:
     url = git.url("taskboard")
@@ -209,6 +211,7 @@ def test_every_protocol_version(git: Git, version: str) -> None:
     assert (git.place / "copy/a").read_bytes() == b"1"
 
 
+@pytest.mark.long
 def test_a_compressed_request(git: Git, plato: LocalPlato) -> None:
     """Git compresses what it has to say of many commits, here of a history that the server does not know."""
     url = git.url("taskboard")
@@ -262,6 +265,7 @@ def test_a_big_push_is_not_held_in_memory(git: Git, plato: LocalPlato) -> None:
     assert peak < 80 << 10  # KB
 
 
+@pytest.mark.long
 def test_over_https(new_plato: Callable[..., LocalPlato], tmp_path: Path) -> None:
     plato = new_plato(hub_scheme="https")
     git = Git(plato, tmp_path / "git")
@@ -298,6 +302,7 @@ def test_credentials_are_asked_for(git: Git) -> None:
     assert "Authentication failed" in refused.err
 
 
+@pytest.mark.long
 def test_what_is_not_ours_and_what_is_not_there(git: Git, plato: LocalPlato) -> None:
     theirs = plato.add_simulator("theirs", has_repo=True, owner="others", access="none", listed=False)
     shown = plato.add_simulator("shown", has_repo=True, access="read")
@@ -323,6 +328,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("words", "limits"), LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize("post_buffer", [1 << 20, 8 << 20], ids=["chunked", "at once"])
 def test_limits(git: Git, plato: LocalPlato, words: str, limits: dict[str, int], post_buffer: int) -> None:
@@ -375,6 +381,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("action", "fault", "words"), FAULTS.values(), ids=FAULTS)
 def test_faults(git: Git, plato: LocalPlato, action: str, fault: dict[str, Any], words: str) -> None:
     url = git.url("taskboard")
@@ -395,6 +402,7 @@ def test_faults(git: Git, plato: LocalPlato, action: str, fault: dict[str, Any],
     assert any(one["fault"] == fault["effect"] for one in plato.requests())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("effect", ["latency", "drip"])
 def test_a_slow_answer_is_whole(git: Git, plato: LocalPlato, effect: str) -> None:
     url = git.url("taskboard")
@@ -439,6 +447,7 @@ def askpass(git: Git) -> str:
     return STORE.format(words=base64.b64encode(text.encode()).decode()) + "export GIT_ASKPASS=~/askpass; "
 
 
+@pytest.mark.long
 def test_the_same_address_in_every_vm(git: Git, plato: LocalPlato) -> None:
     url = git.url("taskboard")
     git.work({"a": os.urandom(2 << 20)})
@@ -466,6 +475,7 @@ def used(plato: LocalPlato) -> tuple[int, int]:
     return len(list((process / "fd").iterdir())), len(list((process / "task").iterdir()))
 
 
+@pytest.mark.long
 def test_vms_leave_nothing_behind(git: Git, plato: LocalPlato) -> None:
     url = git.url("taskboard")
     git.client.call("GET", f"{GITEA}/simulators")

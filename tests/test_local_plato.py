@@ -261,6 +261,7 @@ def shared_client(certificates: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield Client(plato)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("method", "path", "body", "problems"), BAD_REQUESTS)
 def test_wrong_requests_are_refused_with_every_problem(
     shared_client: Client, method: str, path: str, body: Any, problems: set[tuple[str, str]]
@@ -270,6 +271,7 @@ def test_wrong_requests_are_refused_with_every_problem(
     assert all(item["msg"] and "input" in item for item in detail)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [
@@ -390,6 +392,7 @@ def test_a_session_from_make_to_close(new_plato: Callable[..., LocalPlato]) -> N
         client.call(method, f"{path}/{name}", body, status=410)
 
 
+@pytest.mark.long
 def test_environments_of_all_kinds_in_one_session(client: Client) -> None:
     answer = client.make(
         {"type": "simulator", "simulator": "espocrm", "tag": "prod-latest"},
@@ -433,6 +436,7 @@ def test_what_does_not_exist_fails_inside_the_answer(
     assert words in entry["error"]
 
 
+@pytest.mark.long
 def test_a_vm_that_fails_to_boot_and_one_that_never_gets_ready(plato: LocalPlato, client: Client) -> None:
     plato.fault("boot_failure", reason="no capacity in this region")
     failed = client.make()
@@ -494,6 +498,7 @@ def test_vms_die_without_heartbeats(plato: LocalPlato, client: Client) -> None:
     assert client.details(session_id)["status"] == "failed"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("fields", "seconds", "status"),
     [
@@ -515,6 +520,7 @@ def test_lifetimes(
     assert client.details(session_id)["status"] == status
 
 
+@pytest.mark.long
 def test_speed_multiplies_time(new_plato: Callable[..., LocalPlato]) -> None:
     plato = new_plato(speed=1000, boot_seconds=300, heartbeat_seconds=1000)
     session_id, _ = Client(plato).start()
@@ -529,6 +535,7 @@ def test_a_vm_that_is_killed_from_outside_is_a_failed_job(plato: LocalPlato, cli
     assert "unexpectedly" in client.details(session_id)["status_reason"]
 
 
+@pytest.mark.long
 def test_lists_logs_and_info(client: Client) -> None:
     sessions = [client.start()[0] for _ in range(3)]
     client.call("POST", f"{SESSIONS}/{sessions[0]}/close")
@@ -565,6 +572,7 @@ def test_execute_is_a_fresh_root_shell(client: Client) -> None:
     assert client.output(session_id, "pwd") == "/root\n"
 
 
+@pytest.mark.long
 def test_execute_ends_the_whole_group_at_its_timeout(plato: LocalPlato, client: Client) -> None:
     session_id, _ = client.start()
     result = client.execute(session_id, "echo begun; sleep 1000 & sleep 1000", timeout=1)
@@ -585,6 +593,7 @@ def test_a_command_has_the_length_of_one_argument(client: Client) -> None:
     assert "too long" in result["stderr"]
 
 
+@pytest.mark.long
 def test_a_vm_has_its_own_world_and_cannot_harm_the_host(
     plato: LocalPlato, client: Client, tmp_path: Path
 ) -> None:
@@ -610,6 +619,7 @@ def test_a_vm_has_its_own_world_and_cannot_harm_the_host(
     assert is_running(plato.information["pid"])
 
 
+@pytest.mark.long
 def test_a_hundred_commands_at_once(client: Client) -> None:
     session_id, _ = client.start()
     with ThreadPoolExecutor(20) as pool:
@@ -653,6 +663,7 @@ class SshUser:
         return subprocess.run(command, input=data, capture_output=True, timeout=60, check=False)
 
 
+@pytest.mark.long
 def test_ssh_for_both_users(plato: LocalPlato, client: Client, ssh_place: Path) -> None:
     session_id, job_id = client.connect()
     user = SshUser(plato, job_id, ssh_place)
@@ -676,6 +687,7 @@ def test_ssh_for_both_users(plato: LocalPlato, client: Client, ssh_place: Path) 
     assert user.run("root@vm", "true").returncode == 255
 
 
+@pytest.mark.long
 def test_ssh_carries_terminals_files_and_ports(plato: LocalPlato, client: Client, ssh_place: Path) -> None:
     session_id, job_id = client.connect()
     user = SshUser(plato, job_id, ssh_place)
@@ -699,6 +711,7 @@ def test_keys_that_are_none_are_refused(client: Client) -> None:
         assert answer["results"][job_id]["error"]
 
 
+@pytest.mark.long
 def test_what_old_clients_call(new_plato: Callable[..., LocalPlato], ssh_place: Path) -> None:
     plato = new_plato(old_clients=True)
     client = Client(plato)
@@ -805,6 +818,7 @@ class Tunnel:
             parts.append(data)
 
 
+@pytest.mark.long
 def test_the_gateway_carries_bytes_and_ends_of_both_directions(plato: LocalPlato, client: Client) -> None:
     session_id, job_id = client.connect()
     client.serve_in_vm(session_id, DIGEST_SERVER, 7000)
@@ -857,6 +871,7 @@ def test_the_gateway_does_not_wait_for_what_it_has_read_already() -> None:
     carrying.join()
 
 
+@pytest.mark.long
 def test_the_gateway_carries_on_after_the_vm_has_ended_its_direction(
     plato: LocalPlato, client: Client
 ) -> None:
@@ -871,6 +886,7 @@ def test_the_gateway_carries_on_after_the_vm_has_ended_its_direction(
         assert client.output(session_id, wait) == "still here"
 
 
+@pytest.mark.long
 def test_two_hundred_connections_at_once(plato: LocalPlato, client: Client) -> None:
     session_id, job_id = client.connect()
     client.serve_in_vm(session_id, DIGEST_SERVER, 7000)
@@ -887,6 +903,7 @@ def test_two_hundred_connections_at_once(plato: LocalPlato, client: Client) -> N
     eventually(lambda: plato.gateway()["open"] == 0)
 
 
+@pytest.mark.long
 def test_names_that_lead_nowhere_are_refused(plato: LocalPlato, client: Client) -> None:
     session_id, job_id = client.connect()
     for name in (
@@ -912,6 +929,7 @@ def test_names_that_lead_nowhere_are_refused(plato: LocalPlato, client: Client) 
         context.wrap_socket(plain, server_hostname=f"{other}--22.localhost")
 
 
+@pytest.mark.long
 def test_an_open_connection_ends_with_its_vm(plato: LocalPlato, client: Client) -> None:
     session_id, job_id = client.connect()
     with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
@@ -925,6 +943,7 @@ def test_an_open_connection_ends_with_its_vm(plato: LocalPlato, client: Client) 
     eventually(lambda: plato.gateway()["open"] == 0)
 
 
+@pytest.mark.long
 def test_gateway_faults(plato: LocalPlato, client: Client) -> None:
     session_id, job_id = client.connect()
     client.serve_in_vm(session_id, SOURCE_SERVER % (1 << 20), 7001)
@@ -937,6 +956,7 @@ def test_gateway_faults(plato: LocalPlato, client: Client) -> None:
     assert [entry["error"] for entry in plato.gateway()["connections"]][:1] == ["the gateway is down (fault)"]
 
 
+@pytest.mark.long
 def test_the_gateway_reaches_no_port_before_the_network(
     new_plato: Callable[..., LocalPlato], ssh_place: Path
 ) -> None:
@@ -975,6 +995,7 @@ def test_the_gateway_reaches_no_port_before_the_network(
     eventually(lambda: plato.gateway()["open"] == 0)
 
 
+@pytest.mark.long
 def test_a_silent_connection_ends_with_its_vm(plato: LocalPlato, client: Client) -> None:
     session_id, job_id = client.start()
     with Tunnel(plato, f"{job_id}--22.localhost") as tunnel:
@@ -984,6 +1005,7 @@ def test_a_silent_connection_ends_with_its_vm(plato: LocalPlato, client: Client)
     eventually(lambda: plato.gateway()["open"] == 0)
 
 
+@pytest.mark.long
 def test_a_vm_that_was_never_connected_can_be_a_closed_door(new_plato: Callable[..., LocalPlato]) -> None:
     plato = new_plato(unconnected="closed", gateway_seconds=1000)
     client = Client(plato)
@@ -995,6 +1017,7 @@ def test_a_vm_that_was_never_connected_can_be_a_closed_door(new_plato: Callable[
         assert tunnel.is_silent()
 
 
+@pytest.mark.long
 def test_every_vm_needs_its_own_network(plato: LocalPlato, client: Client) -> None:
     session_id, _ = client.connect()
     (made,) = client.call("POST", f"{SESSIONS}/{session_id}/snapshot", {})["results"].values()
@@ -1008,6 +1031,7 @@ def test_every_vm_needs_its_own_network(plato: LocalPlato, client: Client) -> No
         assert tunnel.pump(lambda: tunnel.tls.read(8)).startswith(b"SSH-2.0-")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", ["in time", "closed"])
 def test_a_network_that_takes_its_time(new_plato: Callable[..., LocalPlato], ending: str) -> None:
     plato = new_plato(connect_seconds=1000)
@@ -1031,6 +1055,7 @@ def test_a_network_that_takes_its_time(new_plato: Callable[..., LocalPlato], end
     assert client.call("POST", path)["success"], "at once, as it is connected"
 
 
+@pytest.mark.long
 def test_a_network_that_fails(plato: LocalPlato, client: Client) -> None:
     session_id, job_id = client.start()
     body = {"detail": "WireGuard could not be installed"}
@@ -1056,6 +1081,7 @@ def test_commands_and_keys_can_need_the_network_too(new_plato: Callable[..., Loc
     assert client.call("POST", f"{SESSIONS}/{session_id}/add_ssh_key", key)["success"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("status", [200, 500])
 def test_a_reset_without_a_worker(new_plato: Callable[..., LocalPlato], status: int) -> None:
     client = Client(new_plato(reset_without_worker=status))
@@ -1083,6 +1109,7 @@ def fetch(url: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
+@pytest.mark.long
 def test_public_addresses_lead_to_the_application(client: Client) -> None:
     session_id, job_id = client.start({**BLANK, "sim_config": {"app_port": 3210}})
     path = f"{SESSIONS}/{session_id}/public_url"
@@ -1109,6 +1136,7 @@ def test_public_addresses_lead_to_the_application(client: Client) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_faults_of_answers(plato: LocalPlato, client: Client) -> None:
     plato.fault(
         "status", path=SESSIONS, status=429, headers={"Retry-After": "7"}, body={"detail": "slow down"}
@@ -1139,6 +1167,7 @@ def test_faults_of_answers(plato: LocalPlato, client: Client) -> None:
     assert client.send("GET", SESSIONS).status == 200
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("effect", "acted", "body_read"),
     [("reset_before_body", False, False), ("reset_before_acting", False, True), ("lost_answer", True, True)],
@@ -1155,6 +1184,7 @@ def test_faults_of_connections(
     assert bool(plato.sessions()) == acted
 
 
+@pytest.mark.long
 def test_a_hanging_answer_ends_with_the_client(plato: LocalPlato) -> None:
     plato.fault("hang", times=-1)
     connection = http.client.HTTPConnection("127.0.0.1", plato.information["port"], timeout=0.3)
@@ -1198,6 +1228,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
     command(directory, "down")
 
 
+@pytest.mark.long
 def test_ten_at_once_start_one_server(home: Path) -> None:
     with ThreadPoolExecutor(10) as pool:
         done = list(pool.map(lambda _: command(home, "up", "--json"), range(10)))
@@ -1207,6 +1238,7 @@ def test_ten_at_once_start_one_server(home: Path) -> None:
     assert sorted(value["started"] for value in values) == [False] * 9 + [True]
 
 
+@pytest.mark.long
 def test_the_commands(home: Path, tmp_path: Path) -> None:
     stopped = command(home, "status", "--json")
     assert (stopped.returncode, json.loads(stopped.stdout)["running"]) == (3, False)
@@ -1245,6 +1277,7 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     assert not home.exists()
 
 
+@pytest.mark.long
 def test_ports_and_key_outlive_the_server(home: Path) -> None:
     first = json.loads(command(home, "env", "--json").stdout)
     command(home, "down")
@@ -1266,6 +1299,7 @@ def processes_of(plato: LocalPlato) -> list[int]:
     return pids
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ending", ["stop", "kill"])
 def test_nothing_is_left_when_the_server_ends(plato: LocalPlato, client: Client, ending: str) -> None:
     mounts = Path("/proc/self/mounts").read_text()
@@ -1281,6 +1315,7 @@ def test_nothing_is_left_when_the_server_ends(plato: LocalPlato, client: Client,
         assert not list((plato.home / "vms").glob("*"))
 
 
+@pytest.mark.long
 def test_a_killed_server_can_be_started_again(plato: LocalPlato, client: Client) -> None:
     session_id, _ = client.start()
     plato.kill()
@@ -1290,6 +1325,7 @@ def test_a_killed_server_can_be_started_again(plato: LocalPlato, client: Client)
     assert client.start()
 
 
+@pytest.mark.long
 def test_a_second_server_on_the_same_directory_is_refused(plato: LocalPlato) -> None:
     second = command(plato.home, "serve")
     assert second.returncode == 1
@@ -1297,6 +1333,7 @@ def test_a_second_server_on_the_same_directory_is_refused(plato: LocalPlato) -> 
     assert len(second.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_an_idle_server_stops_but_not_under_a_living_vm(new_plato: Callable[..., LocalPlato]) -> None:
     plato = new_plato(idle_minutes=0.005)
     client = Client(plato)
@@ -1330,6 +1367,7 @@ def test_web_pages_cannot_use_the_admin_interface(shared_client: Client) -> None
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_without_namespaces_paths_are_rewritten(new_plato: Callable[..., LocalPlato]) -> None:
     plato = new_plato(isolation="paths")
     assert any("without namespaces" in warning for warning in plato.information["warnings"])
@@ -1368,6 +1406,7 @@ def ordinary_user() -> Iterator[tuple[list[str], Path]]:
     remove_tree(directory)
 
 
+@pytest.mark.long
 def test_an_ordinary_user_has_the_same(ordinary_user: tuple[list[str], Path], ssh_place: Path) -> None:
     prefix, directory = ordinary_user
     line = [*prefix, "/usr/bin/python3", str(COMMAND), "--home", str(directory / "home")]
@@ -1399,6 +1438,7 @@ def test_an_ordinary_user_has_the_same(ordinary_user: tuple[list[str], Path], ss
     assert not (directory / "home").exists()
 
 
+@pytest.mark.long
 def test_a_user_that_the_host_gets_later_does_not_matter(tmp_path: Path, ssh_place: Path) -> None:
     """`useradd` puts new account files in the place of the old ones, which takes mounts over them away."""
     if os.geteuid() != 0:

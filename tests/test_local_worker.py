@@ -280,6 +280,7 @@ def task(number: int, title: str | None, seen: int = 0) -> dict[str, Any]:
     return {"id": number, "title": title, "seen": seen}
 
 
+@pytest.mark.long
 def test_every_change_of_a_row(engine: Engine) -> None:
     engine.begin(TASKS)
     assert engine.house.state() == {"db": {"mutations": [], "audit_log_count": 0}, "mutations": []}
@@ -303,6 +304,7 @@ def test_every_change_of_a_row(engine: Engine) -> None:
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+\+00:00", text) for text in times)
 
 
+@pytest.mark.long
 def test_changes_of_one_row_are_merged(engine: Engine) -> None:
     engine.begin(TASKS)
     engine.sql(
@@ -318,6 +320,7 @@ def test_changes_of_one_row_are_merged(engine: Engine) -> None:
     assert len(engine.house.changes(merged=False)) == 8
 
 
+@pytest.mark.long
 def test_ignore_rules(engine: Engine) -> None:
     rules = ["visits", {"table": "tasks", "columns": ["seen"]}]
     engine.begin(TASKS, audit_ignore_tables=rules)
@@ -333,6 +336,7 @@ def test_ignore_rules(engine: Engine) -> None:
     ]
 
 
+@pytest.mark.long
 def test_odd_names(engine: Engine) -> None:
     mark = "`" if engine.kind == "mysql" else '"'
     table, column = "we'ird `\"; $(id)é", "co'l umn\\\"`"
@@ -349,6 +353,7 @@ def test_odd_names(engine: Engine) -> None:
     assert engine.house.changes() == []
 
 
+@pytest.mark.long
 def test_tables_and_columns_that_come_later(engine: Engine) -> None:
     engine.begin(TASKS)
     engine.sql("CREATE TABLE later (id integer PRIMARY KEY); ALTER TABLE tasks ADD COLUMN due varchar(9)")
@@ -360,6 +365,7 @@ def test_tables_and_columns_that_come_later(engine: Engine) -> None:
     ]
 
 
+@pytest.mark.long
 def test_rows_without_a_primary_key(engine: Engine) -> None:
     engine.begin("CREATE TABLE notes (a integer); INSERT INTO notes VALUES (1); INSERT INTO notes VALUES (1)")
     engine.sql(
@@ -374,6 +380,7 @@ def test_rows_without_a_primary_key(engine: Engine) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_reset(engine: Engine) -> None:
     engine.begin(TASKS + "; CREATE VIEW open_tasks AS SELECT id FROM tasks")
     for _ in range(2):
@@ -398,6 +405,7 @@ def test_reset(engine: Engine) -> None:
     assert engine.house.changes() == [("UPDATE", "tasks", task(1, "one"), task(1, "after"))]
 
 
+@pytest.mark.long
 def test_reset_brings_back_a_dropped_table(engine: Engine) -> None:
     engine.begin(TASKS)
     engine.sql("DROP TABLE tasks")
@@ -406,6 +414,7 @@ def test_reset_brings_back_a_dropped_table(engine: Engine) -> None:
     assert engine.house.changes() == [("INSERT", "tasks", None, task(3, "three"))]
 
 
+@pytest.mark.long
 def test_generated_keys_go_back(engine: Engine) -> None:
     words = {
         "postgresql": "id serial PRIMARY KEY",
@@ -419,6 +428,7 @@ def test_generated_keys_go_back(engine: Engine) -> None:
         engine.house.reset()
 
 
+@pytest.mark.long
 def test_cleanup_keeps_the_rows(engine: Engine) -> None:
     engine.begin(TASKS)
     engine.sql("DELETE FROM tasks WHERE id = 1")
@@ -430,6 +440,7 @@ def test_cleanup_keeps_the_rows(engine: Engine) -> None:
     assert engine.sql("SELECT id FROM tasks ORDER BY id").split() == ["1", "2"]
 
 
+@pytest.mark.long
 def test_a_worker_started_again_begins_anew(engine: Engine) -> None:
     engine.begin(TASKS)
     engine.sql("DELETE FROM tasks WHERE id = 1")
@@ -445,6 +456,7 @@ def test_a_worker_started_again_begins_anew(engine: Engine) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_truncate(postgresql: PostgreSql) -> None:
     postgresql.begin(
         TASKS + "; CREATE TABLE parts (task integer REFERENCES tasks); INSERT INTO parts VALUES (1)"
@@ -460,6 +472,7 @@ def test_truncate(postgresql: PostgreSql) -> None:
     assert postgresql.sql("SELECT count(*) FROM tasks, parts") == "2\n"
 
 
+@pytest.mark.long
 def test_partitions(postgresql: PostgreSql) -> None:
     postgresql.begin(
         "CREATE TABLE logs (id integer, day integer, PRIMARY KEY (id, day)) PARTITION BY RANGE (day);"
@@ -479,6 +492,7 @@ def test_partitions(postgresql: PostgreSql) -> None:
     assert postgresql.sql("SELECT * FROM logs") == "1|1\n"
 
 
+@pytest.mark.long
 def test_all_that_a_schema_holds_goes_back(postgresql: PostgreSql) -> None:
     postgresql.begin(
         'CREATE SCHEMA "od d"; SET search_path = "od d";'
@@ -503,6 +517,7 @@ def test_all_that_a_schema_holds_goes_back(postgresql: PostgreSql) -> None:
     assert postgresql.house.state()["mutations"] == []
 
 
+@pytest.mark.long
 def test_another_user_of_the_database_is_recorded_too(postgresql: PostgreSql) -> None:
     user = f"app_{postgresql.name}"
     postgresql.begin(
@@ -512,6 +527,7 @@ def test_another_user_of_the_database_is_recorded_too(postgresql: PostgreSql) ->
     assert postgresql.house.changes() == [("UPDATE", "tasks", task(1, "one"), task(1, "x"))]
 
 
+@pytest.mark.long
 def test_extensions_survive_a_reset(postgresql: PostgreSql) -> None:
     has = postgresql.sql("SELECT count(*) FROM pg_available_extensions WHERE name = 'citext'")
     if has != "1\n":
@@ -525,6 +541,7 @@ def test_extensions_survive_a_reset(postgresql: PostgreSql) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_table_in_the_place_of_the_audit_table(postgresql: PostgreSql) -> None:
     postgresql.sql("CREATE TABLE audit_log (id integer)")
     postgresql.house.start_worker({"db": postgresql.listener}, wait=False)
@@ -537,6 +554,7 @@ def test_a_table_in_the_place_of_the_audit_table(postgresql: PostgreSql) -> None
     assert postgresql.house.changes() == [("DELETE", "audit_log", {"id": 1}, None)]
 
 
+@pytest.mark.long
 def test_the_example(postgresql: PostgreSql) -> None:
     """The listener of the example's own plato-config.yml, with its schema and its data."""
     listener = yaml.safe_load((SIMULATOR / "plato-config.yml").read_text())["datasets"]["base"]["listeners"][
@@ -562,6 +580,7 @@ def test_the_example(postgresql: PostgreSql) -> None:
     assert postgresql.sql("SELECT count(*) FROM tasks", "taskboard") != "0\n"
 
 
+@pytest.mark.long
 def test_types_of_mariadb(mariadb_server: House) -> None:
     engine = MariaDb(mariadb_server)
     engine.begin(
@@ -592,6 +611,7 @@ def test_types_of_mariadb(mariadb_server: House) -> None:
     }
 
 
+@pytest.mark.long
 def test_types_of_sqlite(house: House) -> None:
     engine = Sqlite(house)
     columns = ", ".join(f"c{number}" for number in range(150))
@@ -614,6 +634,7 @@ def test_types_of_sqlite(house: House) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_it_comes_up_when_its_time_has_come(new_plato: Callable[..., LocalPlato]) -> None:
     house = House(new_plato(worker_seconds=100))
     sqlite = Sqlite(house)
@@ -634,6 +655,7 @@ def test_it_comes_up_when_its_time_has_come(new_plato: Callable[..., LocalPlato]
     assert house.changes() == []
 
 
+@pytest.mark.long
 def test_it_waits_for_the_database(house: House) -> None:
     path = f"/home/plato/late-{house.new_name()}.db"
     house.start_worker({"db": {"type": "db", "db_type": "sqlite", "db_database": path}}, wait=False)
@@ -643,6 +665,7 @@ def test_it_waits_for_the_database(house: House) -> None:
     assert house.changes() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["postgresql", "mysql"])
 def test_a_server_that_does_not_answer(house: House, kind: str) -> None:
     listener = {"type": "db", "db_type": kind, "db_database": "a", "db_port": 9, "db_password": "canary-word"}
@@ -654,6 +677,7 @@ def test_a_server_that_does_not_answer(house: House, kind: str) -> None:
     assert "canary-word" not in said
 
 
+@pytest.mark.long
 def test_scripted_failures(plato: LocalPlato) -> None:
     house = House(plato)
     sqlite = Sqlite(house)
@@ -719,6 +743,7 @@ def test_what_start_worker_refuses(new_plato: Callable[..., LocalPlato]) -> None
     client.call("POST", f"/api/v1/env/{made['session_id']}/cleanup", status=404)
 
 
+@pytest.mark.long
 def test_only_what_came_after_a_cursor(house: House) -> None:
     sqlite = Sqlite(house)
     sqlite.begin("CREATE TABLE a (id integer PRIMARY KEY)")
@@ -732,6 +757,7 @@ def test_only_what_came_after_a_cursor(house: House) -> None:
     house.client.call("GET", f"{path}?since=x", status=400)
 
 
+@pytest.mark.long
 def test_no_password_in_any_command(house: House, postgresql: PostgreSql, mariadb_server: House) -> None:
     """A process of the VM looks at every command line for as long as the worker works."""
     watch = (
@@ -771,6 +797,7 @@ def artifact_of(house: House, **body: Any) -> str:
     return artifact_id
 
 
+@pytest.mark.long
 def test_an_artifact_without_its_dataset_knows_no_listeners(plato: LocalPlato) -> None:
     """Whatever the worker of its VM knew: only what the snapshot stores is there again."""
     house = House(plato)
@@ -784,6 +811,7 @@ def test_an_artifact_without_its_dataset_knows_no_listeners(plato: LocalPlato) -
         assert state == {"success": False, "state": {"error": "The worker is not started"}}
 
 
+@pytest.mark.long
 def test_an_artifact_keeps_the_worker(plato: LocalPlato) -> None:
     """Its databases, audit tables included, come with the files; the baseline is what it starts with."""
     house = House(plato)
@@ -802,6 +830,7 @@ def test_an_artifact_keeps_the_worker(plato: LocalPlato) -> None:
     assert sqlite.sql("SELECT id FROM tasks").split() == ["2"]
 
 
+@pytest.mark.long
 def test_a_worker_ends_with_its_vm(plato: LocalPlato) -> None:
     def one_life() -> None:
         house = House(plato)
@@ -823,6 +852,7 @@ def test_a_worker_ends_with_its_vm(plato: LocalPlato) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 3)), max_size=30))
 def test_merged_changes_are_the_difference(steps: list[tuple[int, int, int]]) -> None:
     """Whatever happens to the rows of a table, merging tells how the end differs from the beginning."""

@@ -19,6 +19,7 @@ MODES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 def test_start_status_ssh_stop(desk: Desk, plato: LocalPlato, options: list[str]) -> None:
     started = desk.good("start", *options)
@@ -40,6 +41,7 @@ def test_start_status_ssh_stop(desk: Desk, plato: LocalPlato, options: list[str]
     assert plato.unknown_fields() == []
 
 
+@pytest.mark.long
 def test_vm_outlives_its_terminal_and_dies_without_heartbeats(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", "--blank", "--service", "myapp")
     plato.wait_for_request("POST", "/heartbeat", count=3)

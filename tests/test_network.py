@@ -37,6 +37,7 @@ def impatient(desk: Desk) -> None:
     desk.tune(SSH_PATIENCE_SECONDS=(2,), SSH_ANSWER_SECONDS=2.0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", [BLANK[1:], ["-c"], ["-s", "espocrm"]], ids=["blank", "config", "simulator"])
 def test_the_network_is_connected_once_before_what_uses_it(
     desk: Desk, plato: LocalPlato, mode: list[str]
@@ -50,6 +51,7 @@ def test_the_network_is_connected_once_before_what_uses_it(
     assert [body["username"] for body in sent(plato, "/add_ssh_key")] == ["root"]
 
 
+@pytest.mark.long
 def test_start_ends_when_ssh_answers(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk]
 ) -> None:
@@ -60,6 +62,7 @@ def test_start_ends_when_ssh_answers(
     assert desk.ssh("id -un", "-o", "ConnectTimeout=5").out == "root\n"
 
 
+@pytest.mark.long
 def test_start_says_that_ssh_does_not_answer_yet(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk]
 ) -> None:
@@ -87,6 +90,7 @@ REFUSALS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unconnected", ["silent", "closed"])
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 def test_a_network_that_cannot_be_connected_is_a_warning(
@@ -113,6 +117,7 @@ def test_a_network_that_cannot_be_connected_is_a_warning(
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_where_everything_needs_the_network(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk]
 ) -> None:
@@ -183,6 +188,7 @@ def test_a_vm_that_ends_while_its_network_is_connected(
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", [200, 500])
 def test_a_reset_without_a_worker_is_a_warning(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk], status: int
@@ -207,6 +213,7 @@ def test_the_provider_is_asked_for_where_ready_does_not_tell(desk: Desk, plato: 
     assert [body["username"] for body in sent(plato, "/add_ssh_key")] == ["plato"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", ["ssh", "api"])
 def test_what_root_brings_belongs_to_plato(visitor: Desk, via: str) -> None:
     """SSH logs in as root; what lies below plato's home belongs to plato all the same."""

@@ -78,6 +78,7 @@ def screen_lines(text: str) -> list[str]:
     return [re.split(r"\r\x1b\[K", line)[-1].rstrip("\r") for line in text.replace("\r\n", "\n").split("\n")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("columns", [80, 40, 20])
 def test_progress_is_redrawn_within_its_line(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk], columns: int
@@ -102,6 +103,7 @@ def test_progress_is_redrawn_within_its_line(
     assert all(re.fullmatch(r".*: [0-9.]+ s", line) for line in stays[:-1])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("columns", [80, 40])
 def test_progress_on_the_screen_of_a_real_terminal(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk], tmp_path: Path, columns: int
@@ -150,6 +152,7 @@ COLOUR_CASES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("environment", "colours"), COLOUR_CASES.values(), ids=COLOUR_CASES)
 def test_colours(sandbox: tuple[Desk, LocalPlato], environment: dict[str, str], colours: bool) -> None:
     desk, _ = sandbox
@@ -161,6 +164,7 @@ def test_colours(sandbox: tuple[Desk, LocalPlato], environment: dict[str, str], 
         assert "\x1b" not in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_each_stream_is_judged_by_itself(sandbox: tuple[Desk, LocalPlato], stream: str) -> None:
     desk, _ = sandbox
@@ -204,6 +208,7 @@ def test_no_terminal_no_escapes_and_few_lines(desk: Desk) -> None:
     assert 1 <= len(result.err.splitlines()) <= allowed
 
 
+@pytest.mark.long
 def test_progress_lines_keep_their_distance(
     new_plato: Callable[..., LocalPlato], new_desk: Callable[..., Desk]
 ) -> None:
@@ -220,6 +225,7 @@ def test_progress_lines_keep_their_distance(
     assert any(re.fullmatch(boot, line) for line in lines)
 
 
+@pytest.mark.long
 def test_quiet_says_nothing(desk: Desk) -> None:
     assert desk.good(*QUIET_START, "--quiet").err == ""
     assert desk.good("status", "-q").err == ""
@@ -238,6 +244,7 @@ def test_verbose_tells_requests_and_children(desk: Desk) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_json_of_every_command(desk: Desk) -> None:
     started = desk.good(*BLANK, "--json").document
     assert started["session_id"] == desk.state["session_id"]
@@ -268,6 +275,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("words", "code", "name"), FAILURES.values(), ids=FAILURES)
 def test_json_of_every_failure(desk: Desk, words: list[str], code: int, name: str) -> None:
     result = desk.run(*words, "--json")
@@ -282,6 +290,7 @@ def test_json_of_every_failure(desk: Desk, words: list[str], code: int, name: st
         assert human.err.rpartition("Creating the VM ...\n")[2].startswith("Error: ")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("environment", "code"),
     [
@@ -301,6 +310,7 @@ def test_json_of_a_wrong_environment(desk: Desk, environment: dict[str, str], co
     assert desk.leftovers() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("word", ["-bj", "-jb", "-bqj"])
 def test_json_among_other_short_options(desk: Desk, word: str) -> None:
     assert desk.good("start", word, "--service", "myapp").document["session_id"]
@@ -334,6 +344,7 @@ HELP = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("command", HELP)
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_of_every_command(desk: Desk, command: str, option: str) -> None:
@@ -374,6 +385,7 @@ def assert_harmless(text: str) -> None:
     assert not any(line.startswith("forged: line") for line in text.splitlines())
 
 
+@pytest.mark.long
 def test_escapes_in_answers(sandbox: tuple[Desk, LocalPlato]) -> None:
     desk, plato = sandbox
     for status, body in (
@@ -395,6 +407,7 @@ def test_escapes_in_answers(sandbox: tuple[Desk, LocalPlato]) -> None:
                 json.loads(result.out)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("path", ["*/make", "*/wait_for_ready", "*/reset", "*/public_url", "*/add_ssh_key"])
 def test_escapes_in_answers_to_start(desk: Desk, plato: LocalPlato, path: str) -> None:
     body = {"session_id": "5e551011", "envs": [{"success": False, "error": ESCAPES}], "success": False}
@@ -445,6 +458,7 @@ def test_escapes_in_names_and_arguments(desk: Desk) -> None:
 FOREIGN = "gr\u00fc\u00dfe \u6f22\u5b57 \U0001f600"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8", "utf-16", "cp1252:strict"])
 def test_streams_of_other_encodings(sandbox: tuple[Desk, LocalPlato], encoding: str) -> None:
     desk, plato = sandbox
@@ -464,6 +478,7 @@ def test_streams_of_other_encodings(sandbox: tuple[Desk, LocalPlato], encoding: 
             assert "gr" in text.partition("  Reason:      ")[2]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("locale", ["C", "POSIX", "en_US.ISO-8859-1"])
 def test_other_locales(desk: Desk, locale: str) -> None:
     place = desk.work / "gr\u00fc\u00dfe"
@@ -521,6 +536,7 @@ def test_failure_that_nobody_reads_keeps_its_exit_code(desk: Desk) -> None:
     assert run_into_closed_pipe(desk, ["status", "--json"], "stderr").returncode == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_start_and_stop_that_nobody_reads(desk: Desk, plato: LocalPlato, stream: str) -> None:
     """The VM is there, recorded and kept alive, whoever reads."""
@@ -534,6 +550,7 @@ def test_start_and_stop_that_nobody_reads(desk: Desk, plato: LocalPlato, stream:
     assert desk.leftovers() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_streams(desk: Desk, plato: LocalPlato, redirection: str) -> None:
     def run(*words: str) -> tuple[int, str, str]:
@@ -604,6 +621,7 @@ def files_with(word: str, *directories: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.long
 def test_key_is_nowhere(desk: Desk, plato: LocalPlato) -> None:
     key = desk.environment["PLATO_API_KEY"]
     assert len(key) >= 12

@@ -43,6 +43,7 @@ LOST: dict[str, dict[str, Any]] = {  # after these nobody knows whether there is
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", LOST.values(), ids=LOST)
 def test_make_without_a_usable_answer_is_not_repeated(
     desk: Desk, plato: LocalPlato, fault: dict[str, Any]
@@ -60,6 +61,7 @@ def test_make_without_a_usable_answer_is_not_repeated(
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_start_goes_ahead_after_an_unknown_outcome(desk: Desk, plato: LocalPlato) -> None:
     plato.fault("lost_answer", path="*/make")
     assert desk.run(*BLANK).code == 7
@@ -70,6 +72,7 @@ def test_start_goes_ahead_after_an_unknown_outcome(desk: Desk, plato: LocalPlato
     assert living(plato) == [desk.state["job_id"]]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("status", [400, 409, 422, 429, 500, 503])
 def test_make_that_is_refused_is_not_repeated(desk: Desk, plato: LocalPlato, status: int) -> None:
     plato.fault("status", path="*/make", status=status, headers={"Retry-After": "0"})
@@ -104,6 +107,7 @@ REPEATABLE = {  # a part of the path of each, and what `start` does when it neve
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("method", "path"), REPEATABLE.values(), ids=REPEATABLE)
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_repeatable_requests_are_repeated(
@@ -115,6 +119,7 @@ def test_repeatable_requests_are_repeated(
     desk.good("stop")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("effect", ["lost_answer", "reset_before_acting"])
 def test_lost_answers_of_repeatable_requests(desk: Desk, plato: LocalPlato, effect: str) -> None:
     for path in ("/reset", "/connect_network", "/add_ssh_key", "/close"):
@@ -124,6 +129,7 @@ def test_lost_answers_of_repeatable_requests(desk: Desk, plato: LocalPlato, effe
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_retries_are_bounded(desk: Desk, plato: LocalPlato) -> None:
     method, path = "POST", "/add_ssh_key"
     plato.fault("status", method=method, path=f"*{path}", status=503, times=-1)
@@ -134,6 +140,7 @@ def test_retries_are_bounded(desk: Desk, plato: LocalPlato) -> None:
     nothing_left(desk, plato)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("status", [400, 404, 409, 422])
 def test_a_refusal_is_not_repeated(desk: Desk, plato: LocalPlato, status: int) -> None:
     plato.fault("status", path="*/add_ssh_key", status=status, times=-1)
@@ -142,6 +149,7 @@ def test_a_refusal_is_not_repeated(desk: Desk, plato: LocalPlato, status: int) -
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_retry_after_is_honoured(desk: Desk, plato: LocalPlato) -> None:
     plato.fault("status", path="*/reset", status=429, headers={"Retry-After": "3"})
     desk.good("start", "--from-config")
@@ -149,6 +157,7 @@ def test_retry_after_is_honoured(desk: Desk, plato: LocalPlato) -> None:
     assert second["time"] - first["time"] >= 3
 
 
+@pytest.mark.long
 def test_retry_after_beyond_the_window_is_not_waited_for(desk: Desk, plato: LocalPlato) -> None:
     plato.fault("status", path="*/add_ssh_key", status=429, headers={"Retry-After": "3600"})
     failed = desk.run("start", "--from-config", "--json")
@@ -161,6 +170,7 @@ def test_retry_after_beyond_the_window_is_not_waited_for(desk: Desk, plato: Loca
 # -- several commands at once --
 
 
+@pytest.mark.long
 def test_twenty_starts_in_one_directory_create_one_vm(desk: Desk, plato: LocalPlato) -> None:
     results = [ending(process) for process in [desk.begin(*BLANK, "--json") for _ in range(20)]]
     winners = [result for result in results if result.code == 0]
@@ -178,6 +188,7 @@ def test_twenty_starts_in_one_directory_create_one_vm(desk: Desk, plato: LocalPl
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_twenty_starts_in_twenty_directories(desk: Desk, plato: LocalPlato) -> None:
     """They share one PLATO_HOME; every VM is reached by SSH and is its own."""
     directories = [desk.place / f"simulator {number}" for number in range(20)]
@@ -218,6 +229,7 @@ def under_way(desk: Desk, plato: LocalPlato) -> Callable[[str, str], subprocess.
     return begin
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", ["/make", "/wait_for_ready", "/reset"])
 @pytest.mark.parametrize("command", ["stop", "start"])
 def test_second_command_during_start_names_the_first(
@@ -237,6 +249,7 @@ def test_second_command_during_start_names_the_first(
     assert process.poll() is None
 
 
+@pytest.mark.long
 def test_status_during_make_says_that_start_is_at_work(
     desk: Desk, under_way: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
@@ -246,6 +259,7 @@ def test_status_during_make_says_that_start_is_at_work(
     assert "cut off" not in status.out + status.err
 
 
+@pytest.mark.long
 def test_status_during_start_shows_the_vm(
     desk: Desk, under_way: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
@@ -255,6 +269,7 @@ def test_status_during_start_shows_the_vm(
     assert f"  Heartbeat:   running (PID: {desk.state['heartbeat_pid']})\n" in status.out
 
 
+@pytest.mark.long
 def test_two_stops(
     desk: Desk, plato: LocalPlato, under_way: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
@@ -283,6 +298,7 @@ def test_session_closed_from_elsewhere_during_start(
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [("reset",), ("sync", "source", "--via", "api"), ("clear-audit",)])
 def test_use_after_the_vm_has_ended(desk: Desk, plato: LocalPlato, words: tuple[str, ...]) -> None:
     """Plato answers such a request, with "not running": what it means is asked, and said."""
@@ -296,6 +312,7 @@ def test_use_after_the_vm_has_ended(desk: Desk, plato: LocalPlato, words: tuple[
     assert "The VM is gone" in result.error["message"]
 
 
+@pytest.mark.long
 def test_copied_directory(desk: Desk, plato: LocalPlato) -> None:
     """The copy names the same sandbox: stopping it there is seen here, and nothing else is touched."""
     desk.good(*BLANK)
@@ -315,6 +332,7 @@ def test_copied_directory(desk: Desk, plato: LocalPlato) -> None:
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_moved_directory(desk: Desk, plato: LocalPlato) -> None:
     """What has moved is no copy, nor what is reached by another path; `stop` works there."""
     desk.good(*BLANK)
@@ -328,6 +346,7 @@ def test_moved_directory(desk: Desk, plato: LocalPlato) -> None:
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_many_share_one_home(desk: Desk, plato: LocalPlato) -> None:
     """Stopping one sandbox leaves the files and the heartbeat of the other alone."""
     other = desk.place / "other"
@@ -352,6 +371,7 @@ def test_start_replace_during_start(
     assert len(plato.requests("POST", "/make")) == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("moment", ["/make", "/wait_for_ready"])
 @pytest.mark.parametrize("words", [("reset",), ("state",), ("sync", "--dry-run"), ("snapshot",)])
 def test_use_during_start(
@@ -364,6 +384,7 @@ def test_use_during_start(
     assert f"`start` (PID {process.pid})" in result.error["message"]
 
 
+@pytest.mark.long
 def test_stop_during_sync(desk: Desk, plato: LocalPlato) -> None:
     """`stop` does not wait for a `sync`; that one ends, says why, and leaves nothing."""
     desk.good("start", "--from-config")
@@ -379,6 +400,7 @@ def test_stop_during_sync(desk: Desk, plato: LocalPlato) -> None:
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_stop_during_sync_that_watches(desk: Desk, plato: LocalPlato) -> None:
     part("sshd", "openssh-server")
     desk.good("start", "--from-config")
@@ -395,6 +417,7 @@ def test_stop_during_sync_that_watches(desk: Desk, plato: LocalPlato) -> None:
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 def test_stop_while_a_watch_waits_to_try_again(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", "--from-config")
     (desk.work / "source").mkdir()
@@ -424,6 +447,7 @@ AT_ONCE: list[tuple[str, ...]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(4))
@@ -478,6 +502,7 @@ def rewrite_record(desk: Desk, **changes: Any) -> None:
         file.truncate()
 
 
+@pytest.mark.long
 def test_reused_pid_in_the_record_of_a_dead_heartbeat(
     desk: Desk, plato: LocalPlato, innocent: subprocess.Popen[bytes]
 ) -> None:
@@ -506,6 +531,7 @@ def test_another_pid_in_the_record_of_a_live_heartbeat(
     nothing_left(desk, plato)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pid", [0, -1, 1, 2**31 - 1, 2**70, "7", None, True])
 def test_odd_pids_in_the_record_and_the_state(desk: Desk, plato: LocalPlato, pid: Any) -> None:
     """Not even a pid that means "every process" to kill(2) does any harm."""

@@ -85,6 +85,7 @@ def test_try_it_without_an_account(newcomer: Newcomer) -> None:
     assert not (newcomer.clone / "tests" / "simulator" / ".sandbox.yaml").exists()
 
 
+@pytest.mark.long
 def test_hints_name_the_command_that_the_newcomer_typed(newcomer: Newcomer) -> None:
     stopped = newcomer.type("python3 tests/local_plato.py run stop -w tests/simulator")
     assert stopped.code == 3
@@ -99,6 +100,7 @@ def test_exit_codes_are_those_of_the_file(newcomer: Newcomer) -> None:
         assert re.search(rf"(?:^|\s){code} ", told), code
 
 
+@pytest.mark.long
 def test_every_option_in_the_readme_exists(newcomer: Newcomer) -> None:
     told = "".join(newcomer.type(f"python3 plato_sandbox.py {name} --help").out for name in COMMANDS)
     named = set(re.findall(r"`(--[a-z-]+)", README)) - {"--all", "--purge"}

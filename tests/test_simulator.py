@@ -406,6 +406,7 @@ def member(browser: Browser) -> Browser:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_board_needs_a_login(browser: Browser) -> None:
     page = browser.open("/")
     assert (page.status, page.path) == (200, "/login")
@@ -413,6 +414,7 @@ def test_the_board_needs_a_login(browser: Browser) -> None:
     assert not page.document.select("#board")
 
 
+@pytest.mark.long
 def test_login_shows_the_board(browser: Browser) -> None:
     page = browser.log_in()
     assert (page.status, page.path) == (200, "/board")
@@ -421,10 +423,12 @@ def test_login_shows_the_board(browser: Browser) -> None:
     assert browser.open("/login").path == "/board"
 
 
+@pytest.mark.long
 def test_the_email_is_found_in_any_case(browser: Browser) -> None:
     assert browser.log_in(" Sam@Example.COM ").document.one("#current-user").text() == "Sam Porter"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("email", "password"),
     [
@@ -444,6 +448,7 @@ def test_wrong_credentials(browser: Browser, email: str, password: str) -> None:
     assert browser.open("/board").path == "/login"
 
 
+@pytest.mark.long
 def test_a_login_leaves_its_traces(browser: Browser, database: Database) -> None:
     user = "SELECT login_count, coalesce(last_login_at, '-infinity') FROM users WHERE id = 2"
     sessions = "SELECT count(*) FROM sessions WHERE user_id = 2"
@@ -487,6 +492,7 @@ def test_logout_ends_the_session_in_the_database_too(member: Browser, app: str) 
     assert thief.open("/board").path == "/login"
 
 
+@pytest.mark.long
 def test_an_old_session_has_ended(member: Browser, database: Database) -> None:
     database.rows("UPDATE sessions SET created_at = now() - interval '15 days'")
     assert member.open("/board").path == "/login"
@@ -503,6 +509,7 @@ def test_secrets_are_stored_as_hashes(member: Browser, database: Database) -> No
     assert all(re.fullmatch(r"[0-9a-f]{64}", row[0]) and row[0] not in str(cookie.value) for row in stored)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("token", [None, "", "guessed", "gu\u00e9ssed"])
 def test_a_form_without_the_browsers_token_changes_nothing(
     member: Browser, database: Database, token: str | None
@@ -519,6 +526,7 @@ def test_a_form_without_the_browsers_token_changes_nothing(
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_task_is_added_done_reopened_and_deleted(member: Browser, database: Database) -> None:
     title = 'Ask "Tom & <b>Ana</b>" about it — soon'
     page = member.add_task(title, project=3)
@@ -545,6 +553,7 @@ def test_a_task_is_added_done_reopened_and_deleted(member: Browser, database: Da
     assert log == [("added",), ("finished",), ("reopened",), ("deleted",)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("title", "problem"),
     [("", "A task needs a title."), (" \0 ", "A task needs a title."), ("x" * 201, "200 characters at most")],
@@ -566,6 +575,7 @@ def test_the_longest_title_fits(member: Browser) -> None:
     member.press(member.task("ü" * 200).one(".delete"))
 
 
+@pytest.mark.long
 def test_a_task_that_is_gone(member: Browser, database: Database) -> None:
     member.add_task("Short-lived")
     button = member.task("Short-lived").one(".delete")
@@ -577,6 +587,7 @@ def test_a_task_that_is_gone(member: Browser, database: Database) -> None:
     assert database.value("SELECT count(*) FROM activity") == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("project", ["4", "99999999999999999999"])
 def test_a_project_that_does_not_exist(member: Browser, project: str) -> None:
     token = member.page.document.one("#project-1 form.add").one("[name='csrf_token']").attributes["value"]
@@ -584,6 +595,7 @@ def test_a_project_that_does_not_exist(member: Browser, project: str) -> None:
     assert page.status == 404
 
 
+@pytest.mark.long
 def test_the_activity_names_the_newest_first(member: Browser) -> None:
     for number in range(8):
         member.add_task(f"An earlier one, {number}")
@@ -651,6 +663,7 @@ def test_seeds_can_be_loaded_again(database: Database) -> None:
     assert before[0][:2] == (2, 3)
 
 
+@pytest.mark.long
 def test_the_empty_dataset_has_users_and_no_projects() -> None:
     for database in running_database("users"):
         assert database.rows("SELECT email FROM users ORDER BY id") == [(EMAIL,), ("sam@example.com",)]
@@ -662,6 +675,7 @@ def test_the_empty_dataset_has_users_and_no_projects() -> None:
             service.stop()
 
 
+@pytest.mark.long
 def test_a_first_start_that_was_interrupted_begins_anew() -> None:
     postgresql_programs()
     with tempfile.TemporaryDirectory(prefix="taskboard-") as name:
@@ -771,6 +785,7 @@ class FlowRunner:
             self.element(step)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "failing_step"), [("login", None), ("wrong_password", 5), ("add_task", None)]
 )
@@ -778,6 +793,7 @@ def test_flow(browser: Browser, name: str, failing_step: int | None) -> None:
     assert FlowRunner(browser).run(flow_named(name)["steps"]) == failing_step
 
 
+@pytest.mark.long
 def test_the_wrong_password_flow_fails_where_it_says(browser: Browser) -> None:
     flow = flow_named("wrong_password")
     assert FlowRunner(browser).run(flow["steps"]) == 5
@@ -786,6 +802,7 @@ def test_the_wrong_password_flow_fails_where_it_says(browser: Browser) -> None:
     assert shown in flow["description"]
 
 
+@pytest.mark.long
 def test_the_add_task_flow_adds_its_task(browser: Browser, database: Database) -> None:
     flow = flow_named("add_task")
     (title,) = [step["value"] for step in flow["steps"] if "name='title'" in step.get("selector", "")]
@@ -950,6 +967,7 @@ class TestDataset:
             exposed = [int(text) for instruction, text in instructions if instruction == "EXPOSE"]
             assert exposed == [container for _host, container in published_ports(service)]
 
+    @pytest.mark.long
     def test_the_variables_log_in(self, dataset: dict[str, Any], browser: Browser) -> None:
         variables = {item["name"]: item["value"] for item in dataset["metadata"]["variables"]}
         assert browser.log_in(variables["username"], variables["wrong_password"]).path == "/login"

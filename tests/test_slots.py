@@ -198,6 +198,7 @@ def test_the_user_of_a_qemu_vm(slot: Slot, desk: Desk) -> None:
     assert desk.good("stop")
 
 
+@pytest.mark.long
 def test_sync_and_the_other_commands(slot: Slot, desk: Desk, plato: LocalPlato) -> None:
     files = slot.files()
     document = desk.good("sync", "--json").document
@@ -271,6 +272,7 @@ def test_the_slot_was_taken_for_another_sandbox_meanwhile(slot: Slot, desk: Desk
     assert json.loads(out)["artifact_id"]
 
 
+@pytest.mark.long
 def test_start_goes_ahead_when_theirs_is_gone(slot: Slot, desk: Desk, plato: LocalPlato) -> None:
     desk.good("sync")
     slot.client.call("POST", f"{SESSIONS}/{slot.session_id}/close")
@@ -303,6 +305,7 @@ def test_a_vm_in_a_session_with_others_is_left_to_them(slot: Slot, desk: Desk, p
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_current_one_of_several(desk: Desk, plato: LocalPlato) -> None:
     first, second = Slot(desk, plato, "first"), Slot(desk, plato, "second")
     assert first.status()["session_id"] == second.session_id
@@ -395,6 +398,7 @@ def test_theirs_is_enough_while_it_lives(
     assert heartbeats(desk) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seconds", [-60.0, 60.0], ids=["past", "soon"])
 def test_a_lease_that_ends(
     slot: Slot,
@@ -417,6 +421,7 @@ def test_a_lease_that_ends(
     assert heartbeats(desk) == [ours]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["stopped", "removed", "reused"])
 def test_ours_ends_with_their_slot(slot: Slot, desk: Desk, plato: LocalPlato, how: str) -> None:
     fields = slot.fields
@@ -451,6 +456,7 @@ def test_stop_ends_ours(slot: Slot, desk: Desk, plato: LocalPlato) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("how", ["missing", "absolute", "above", "link", "link to .plato", "text"])
 def test_a_key_that_is_not_theirs(slot: Slot, desk: Desk, how: str) -> None:
     """Without a key that lies in .plato itself, the sandbox has no SSH; the API does."""
@@ -495,6 +501,7 @@ def assert_damaged(desk: Desk, *words: str) -> dict[str, Any]:
     return refused.error
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("content", NONSENSE.values(), ids=NONSENSE)
 def test_a_slot_of_nonsense(visitor: Desk, content: bytes) -> None:
     path = visitor.work / ".plato" / "sandboxes" / "x.json"
@@ -529,6 +536,7 @@ WRONG: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.long
 def test_texts_that_are_none(slot: Slot, desk: Desk, plato: LocalPlato) -> None:
     good = slot.fields
     for fields in WRONG:
@@ -542,6 +550,7 @@ def test_texts_that_are_none(slot: Slot, desk: Desk, plato: LocalPlato) -> None:
     assert living(plato) == [slot.job_id]
 
 
+@pytest.mark.long
 def test_numbers_that_are_none(slot: Slot, desk: Desk) -> None:
     odd: Any
     for odd in (float("nan"), float("inf"), -1, 10**400, "1", [], {}, True, 1e-300, 0.5):
@@ -550,6 +559,7 @@ def test_numbers_that_are_none(slot: Slot, desk: Desk) -> None:
     desk.good("stop")
 
 
+@pytest.mark.long
 def test_a_slot_of_another_kind(slot: Slot, desk: Desk) -> None:
     outside = desk.place / "outside.json"
     slot.path.rename(outside)
@@ -583,6 +593,7 @@ def test_a_pointer_of_another_kind(slot: Slot, desk: Desk) -> None:
         assert slot.status()["session_id"] == slot.session_id
 
 
+@pytest.mark.long
 def test_nothing_of_theirs_is_run_or_believed(slot: Slot, desk: Desk, plato: LocalPlato) -> None:
     """No other address gets the key, and no config or command of theirs is used."""
     canary = desk.work / "CANARY"
@@ -830,6 +841,7 @@ def shells() -> list[str]:
     return [path for path in map(shutil.which, ("bash", "zsh", "dash")) if path]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
 @pytest.mark.parametrize("where", ["work", "home"])
 def test_the_hint_takes_the_key_from_a_dotenv(visitor: Desk, line: str, where: str) -> None:

@@ -169,6 +169,7 @@ def held(pid: int) -> tuple[int, int]:
     return private, len(os.listdir(f"/proc/{pid}/fd"))
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(4))

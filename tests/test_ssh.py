@@ -55,6 +55,7 @@ def effective(desk: Desk, host: str, config: str | None = None) -> dict[str, str
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
 def test_modes_of_the_files(desk: Desk, mask: int) -> None:
     desk.good(*BLANK, command=["sh", "-c", f'umask {mask:o}; exec "$@"', "sh", *desk.command(*BLANK)])
@@ -270,6 +271,7 @@ def test_a_home_too_deep_for_a_socket_is_no_obstacle(desk: Desk) -> None:
     assert not ssh_processes(desk)
 
 
+@pytest.mark.long
 def test_next_sandbox_has_other_host_keys_and_no_trouble(desk: Desk) -> None:
     for _ in range(2):
         desk.good(*BLANK, "--replace")
@@ -293,6 +295,7 @@ ODD_NAMES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_plato_home_at_an_odd_place(desk: Desk, name: str) -> None:
     desk.environment["PLATO_HOME"] = str(desk.place / name / ".plato")
@@ -304,6 +307,7 @@ def test_plato_home_at_an_odd_place(desk: Desk, name: str) -> None:
     assert desk.leftovers() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*ODD_NAMES, 'say "hi"', "back\\slash"])
 def test_file_and_interpreter_at_an_odd_place(desk: Desk, plato: LocalPlato, name: str) -> None:
     place = desk.place / name
@@ -343,6 +347,7 @@ def test_file_in_a_directory_with_a_line_break(desk: Desk, plato: LocalPlato) ->
     assert plato.requests() == []
 
 
+@pytest.mark.long
 def test_status_repairs_the_config_after_a_move(desk: Desk) -> None:
     first, second = desk.place / "a tool.py", desk.place / "the tool.py"
     shutil.copy(PRODUCT, first)
@@ -358,6 +363,7 @@ def test_status_repairs_the_config_after_a_move(desk: Desk) -> None:
     assert desk.ssh("echo there").out == "there\n"
 
 
+@pytest.mark.long
 def test_status_repairs_the_config_after_the_interpreter_moved(desk: Desk) -> None:
     python = desk.place / "old-python"
     python.symlink_to(sys.executable)
@@ -368,6 +374,7 @@ def test_status_repairs_the_config_after_the_interpreter_moved(desk: Desk) -> No
     assert desk.ssh("echo there").out == "there\n"
 
 
+@pytest.mark.long
 def test_status_repairs_the_config_after_the_gateway_moved(desk: Desk, plato: LocalPlato) -> None:
     desk.good(*BLANK, environment={"PLATO_GATEWAY_PORT": "9"})
     assert desk.ssh("true").code == 255
@@ -376,6 +383,7 @@ def test_status_repairs_the_config_after_the_gateway_moved(desk: Desk, plato: Lo
     assert desk.ssh("echo there").out == "there\n"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -420,6 +428,7 @@ def test_gateway_hangs_up(sandbox: Desk, standing: tuple[Desk, LocalPlato]) -> N
     assert sandbox.ssh("echo there").out == "there\n"
 
 
+@pytest.mark.long
 def test_gateway_breaks_off_midway(sandbox: Desk, standing: tuple[Desk, LocalPlato]) -> None:
     sandbox.hang_up()
     standing[1].fault("gateway_reset", after_bytes=100_000, times=1)
@@ -427,6 +436,7 @@ def test_gateway_breaks_off_midway(sandbox: Desk, standing: tuple[Desk, LocalPla
     assert sandbox.ssh("echo there").out == "there\n"
 
 
+@pytest.mark.long
 def test_gateway_with_a_certificate_of_another_ca(desk: Desk, plato: LocalPlato, tmp_path: Path) -> None:
     part("openssl", "openssl")
     with LocalPlato(tmp_path / "stranger") as stranger:
@@ -506,12 +516,14 @@ def assert_no_injection(desk: Desk, plato: LocalPlato) -> None:
     assert list(desk.place.rglob("CANARY*")) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("job_id", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_job_id(desk: Desk, plato: LocalPlato, job_id: str) -> None:
     play_along(plato, "5e551011-aaaa", job_id)
     assert_no_injection(desk, plato)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "session_id", [*HOSTILE, "../../../x", "/etc/x", "a/../../b"], ids=range(len(HOSTILE) + 3)
 )
@@ -523,6 +535,7 @@ def test_hostile_session_id(desk: Desk, plato: LocalPlato, session_id: str) -> N
     assert [path for path in after if path != desk.plato_home] == before
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("words", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_words_for_people(
     new_desk: Callable[..., Desk], standing: tuple[Desk, LocalPlato], words: str

@@ -162,6 +162,7 @@ MODES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arguments", "environment", "fields"), MODES.values(), ids=MODES)
 def test_mode_reaches_the_api(
     visitor: Desk,
@@ -184,6 +185,7 @@ def test_mode_reaches_the_api(
     assert visitor.leftovers() == []
 
 
+@pytest.mark.long
 def test_simulator_with_an_artifact_uuid(visitor: Desk, shared_plato: LocalPlato) -> None:
     visitor.good("start", "-s", "espocrm:staging")
     session_id = visitor.state["session_id"]
@@ -226,6 +228,7 @@ def test_no_reset(visitor: Desk, shared_plato: LocalPlato) -> None:
 # The working directory and the output
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["plain", "with some spaces", "-dash", "quo'te", "ünï→", "tab\there"])
 @pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
 def test_working_directory(visitor: Desk, name: str, absolute: bool) -> None:
@@ -254,6 +257,7 @@ def test_hints_name_the_working_directory(visitor: Desk) -> None:
     assert list((visitor.work / "my simulator").iterdir()) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("flags", [["--json"], ["-j"], ["-qj"], ["-jq"]], ids=" ".join)
 def test_json_is_one_document(visitor: Desk, flags: list[str]) -> None:
     document = visitor.good("start", *BLANK, *flags).document
@@ -364,6 +368,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arguments", "named"), USAGE.values(), ids=USAGE)
 def test_usage_errors(visitor: Desk, shared_plato: LocalPlato, arguments: list[str], named: str) -> None:
     before = len(shared_plato.requests())
@@ -414,6 +419,7 @@ ENVIRONMENT: dict[str, tuple[dict[str, str], int, str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("variables", "code", "named"), ENVIRONMENT.values(), ids=ENVIRONMENT)
 def test_a_wrong_environment(
     visitor: Desk, shared_plato: LocalPlato, variables: dict[str, str], code: int, named: str
@@ -450,6 +456,7 @@ def test_the_key_may_have_white_space_around_it(visitor: Desk) -> None:
     visitor.good("stop")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("suffix", ["/", "/api", "/api/"])
 def test_the_base_url_may_end_in_api(visitor: Desk, suffix: str) -> None:
     visitor.good("start", *BLANK, environment={BASE_URL: visitor.environment[BASE_URL] + suffix})
@@ -495,6 +502,7 @@ def test_a_live_sandbox_is_a_conflict(desk: Desk, plato: LocalPlato) -> None:
     assert is_running(desk.state["heartbeat_pid"])
 
 
+@pytest.mark.long
 def test_replace_stops_first_and_then_creates(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", *BLANK)
     old = desk.state
@@ -523,6 +531,7 @@ def test_replace_with_options_that_are_wrong_keeps_the_old_one(desk: Desk, plato
     assert living(plato) == [desk.state["job_id"]]
 
 
+@pytest.mark.long
 def test_replace_that_cannot_close_creates_nothing(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", *BLANK)
     before = desk.state_file.read_bytes()
@@ -545,6 +554,7 @@ def test_a_recorded_sandbox_that_is_gone_makes_way(desk: Desk, plato: LocalPlato
     assert not list(desk.plato_home.glob(f"*{old['session_id'].split('-')[0]}*"))
 
 
+@pytest.mark.long
 def test_a_record_stands_while_the_api_is_unreachable(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", *BLANK)
     before = desk.state_file.read_bytes()
@@ -579,6 +589,7 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arguments", "named"), UNKNOWN.values(), ids=UNKNOWN)
 def test_what_plato_does_not_know(desk: Desk, plato: LocalPlato, arguments: list[str], named: str) -> None:
     result = desk.run("start", *arguments, "--json")
@@ -638,6 +649,7 @@ AFTER_MAKE: dict[str, tuple[dict[str, Any], str, int]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("fault", "told", "code"), AFTER_MAKE.values(), ids=AFTER_MAKE)
 def test_a_failure_after_make_is_undone(
     desk: Desk, plato: LocalPlato, fault: dict[str, Any], told: str, code: int
@@ -690,6 +702,7 @@ def programs_without(desk: Desk, *missing: str) -> dict[str, str]:
     return {"PATH": str(programs)}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("missing", [["ssh"], ["ssh-keygen"], ["ssh", "ssh-keygen"]], ids=" and ".join)
 @pytest.mark.parametrize("mode", [BLANK, ["-c"]], ids=["blank", "config"])
 def test_without_openssh(
@@ -876,6 +889,7 @@ def test_start_through_a_symbolic_link(visitor: Desk) -> None:
     assert visitor.leftovers() == []
 
 
+@pytest.mark.long
 def test_unknown_fields_are_never_sent(desk: Desk, plato: LocalPlato) -> None:
     for arguments in (["-c"], ["-s", "espocrm"], ["-a", "art_abc123"], BLANK):
         desk.good("start", *arguments, "--replace")

@@ -96,6 +96,7 @@ def as_sdk_file(desk: Desk, **changes: Any) -> dict[str, Any]:
 # What is in it
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arguments", "keys"), KEYS.values(), ids=KEYS)
 def test_keys_of_the_record(visitor: Desk, arguments: list[str], keys: set[str]) -> None:
     visitor.good("start", *arguments)
@@ -238,6 +239,7 @@ DAMAGED: dict[str, bytes] = {
 COMMANDS = (["status"], ["stop"], ["start", *BLANK], ["start", *BLANK, "--replace"])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_record_is_refused_and_kept(
     visitor: Desk, shared_plato: LocalPlato, content: bytes
@@ -289,6 +291,7 @@ def test_an_unreadable_record_is_refused(visitor: Desk, shared_plato: LocalPlato
     assert len(shared_plato.requests()) == before
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("content", [DAMAGED["empty"], DAMAGED["zeros"], DAMAGED["cut in the middle"]])
 def test_the_vm_of_a_damaged_record_is_stopped_by_its_id(
     desk: Desk, plato: LocalPlato, content: bytes
@@ -507,6 +510,7 @@ def test_status_while_start_waits_for_its_answer(desk: Desk, plato: LocalPlato) 
 # The id on the command line
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("given", ["", "  "], ids=["empty", "blank"])
 def test_stop_with_an_empty_id_changes_nothing(desk: Desk, plato: LocalPlato, given: str) -> None:
     desk.good("start", *BLANK)

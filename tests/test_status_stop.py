@@ -92,6 +92,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arguments", "fields"), SHOWN.values(), ids=SHOWN)
 def test_status_shows_every_line(visitor: Desk, arguments: list[str], fields: dict[str, str]) -> None:
     visitor.good("start", *arguments)
@@ -118,6 +119,7 @@ def test_status_shows_every_line(visitor: Desk, arguments: list[str], fields: di
     visitor.good("stop")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arguments", [arguments for arguments, _ in SHOWN.values()], ids=SHOWN)
 def test_status_as_json(visitor: Desk, arguments: list[str]) -> None:
     visitor.good("start", *arguments)
@@ -157,6 +159,7 @@ def test_no_such_directory(visitor: Desk, command: str, place: str) -> None:
     assert place in result.error["message"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("command", ["status", "stop"])
 def test_no_key(started: Desk, command: str) -> None:
     before = started.state_file.read_bytes()
@@ -206,6 +209,7 @@ GONE: dict[str, tuple[Callable[[Desk, LocalPlato], None], str, str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("happen", "word", "why"), GONE.values(), ids=GONE)
 def test_status_of_a_vm_that_is_gone(
     started: Desk, plato: LocalPlato, happen: Callable[[Desk, LocalPlato], None], word: str, why: str
@@ -232,6 +236,7 @@ def test_status_of_a_vm_that_is_gone(
     assert started.state_file.read_bytes() == before
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("happen", "word", "why"), GONE.values(), ids=GONE)
 def test_stop_of_a_vm_that_is_gone(
     started: Desk, plato: LocalPlato, happen: Callable[[Desk, LocalPlato], None], word: str, why: str
@@ -264,6 +269,7 @@ TROUBLE: dict[str, tuple[dict[str, Any], int, str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("fault", "code", "named"), TROUBLE.values(), ids=TROUBLE)
 def test_status_shows_what_is_known(
     started: Desk, plato: LocalPlato, fault: dict[str, Any], code: int, named: str
@@ -288,6 +294,7 @@ def test_status_shows_what_is_known(
     assert started.state_file.read_bytes() == before
 
 
+@pytest.mark.long
 def test_status_without_a_server(started: Desk, plato: LocalPlato) -> None:
     started.tune(RETRY_SECONDS=())
     plato.kill()
@@ -297,11 +304,13 @@ def test_status_without_a_server(started: Desk, plato: LocalPlato) -> None:
     assert started.run("status", "--json").error["code"] == "network"
 
 
+@pytest.mark.long
 def test_status_outlasts_a_hiccup(started: Desk, plato: LocalPlato) -> None:
     plato.fault("status", method="GET", path="*/sessions/*", status=503, times=2)
     assert "  VM Status:   running\n" in started.good("status").out
 
 
+@pytest.mark.long
 def test_status_waits_for_a_slow_answer(started: Desk, plato: LocalPlato) -> None:
     plato.fault("latency", method="GET", path="*/sessions/*", seconds=1.5)
     assert "  VM Status:   running\n" in started.good("status").out
@@ -325,6 +334,7 @@ SHAPES: dict[str, tuple[dict[str, Any], str, bool, int]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("body", "word", "running", "code"), SHAPES.values(), ids=SHAPES)
 def test_status_of_other_servers(
     started: Desk, plato: LocalPlato, body: dict[str, Any], word: str, running: bool, code: int
@@ -349,6 +359,7 @@ def test_status_of_a_dead_heartbeat(started: Desk) -> None:
     assert (health["state"], health["pid"]) == ("dead", pid)
 
 
+@pytest.mark.long
 def test_status_of_failing_beats(started: Desk, plato: LocalPlato) -> None:
     plato.fault("status", path="*/heartbeat", status=500, body={"detail": "no room"}, times=-1)
     eventually(lambda: started.heartbeat_record()["failures"] >= 2)
@@ -363,6 +374,7 @@ def test_status_of_failing_beats(started: Desk, plato: LocalPlato) -> None:
     assert started.good("status", "--json").document["heartbeat"]["last_error"] is None
 
 
+@pytest.mark.long
 def test_status_of_a_heartbeat_that_beats_no_more(started: Desk) -> None:
     pid = started.state["heartbeat_pid"]
     os.kill(pid, signal.SIGSTOP)
@@ -382,6 +394,7 @@ def test_status_of_a_heartbeat_that_beats_no_more(started: Desk) -> None:
     eventually(lambda: not is_running(pid))
 
 
+@pytest.mark.long
 def test_status_of_a_heartbeat_that_ended_with_its_vm(started: Desk, plato: LocalPlato) -> None:
     pid = started.state["heartbeat_pid"]
     closed_elsewhere(started, plato)
@@ -391,6 +404,7 @@ def test_status_of_a_heartbeat_that_ended_with_its_vm(started: Desk, plato: Loca
     assert started.run("status", "--json").document["heartbeat"]["state"] == "expired"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("content", [b"", b"\0" * 300, b"[1]\n", b"{\n", b"\xff\xfe\n", b'{"pid": "x"}\n'])
 def test_status_with_a_damaged_heartbeat_record(started: Desk, content: bytes) -> None:
     end_heartbeat_of(started)
@@ -431,6 +445,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("fault", "code"), REFUSED.values(), ids=REFUSED)
 def test_a_close_that_fails_loses_nothing(
     started: Desk, plato: LocalPlato, fault: dict[str, Any], code: int
@@ -508,6 +523,7 @@ def test_stop_without_any_files_of_plato_home(started: Desk, plato: LocalPlato) 
     eventually(lambda: not is_running(pid))
 
 
+@pytest.mark.long
 def test_stop_keeps_what_belongs_to_other_sandboxes(visitor: Desk, shared_plato: LocalPlato) -> None:
     other = visitor.place / "other"
     other.mkdir()
@@ -528,6 +544,7 @@ def test_stop_keeps_what_belongs_to_other_sandboxes(visitor: Desk, shared_plato:
 # stop --session-id
 
 
+@pytest.mark.long
 def test_stop_by_id_from_another_directory(started: Desk, plato: LocalPlato) -> None:
     state = started.state
     elsewhere = started.place / "elsewhere"
@@ -580,6 +597,7 @@ def test_stop_by_id_leaves_another_sandbox_of_this_directory(started: Desk, plat
     assert not is_running(there["heartbeat_pid"])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("session_id", ["nonesuch", "../../x", "a b/c?d#e", "%2e%2e", "é", "-x"])
 def test_stop_by_an_id_that_plato_does_not_know(visitor: Desk, session_id: str) -> None:
     result: Result = visitor.good("stop", f"--session-id={session_id}", "--json")
@@ -589,6 +607,7 @@ def test_stop_by_an_id_that_plato_does_not_know(visitor: Desk, session_id: str) 
 # stop: nobody else is harmed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("record", ["removed", "naming it too"])
 def test_an_innocent_process_survives(started: Desk, process: Any, record: str) -> None:
     end_heartbeat_of(started)
@@ -606,6 +625,7 @@ def test_an_innocent_process_survives(started: Desk, process: Any, record: str) 
     assert started.leftovers() == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("words", ["heartbeat of another session", "{session_id}"])
 def test_a_process_that_only_resembles_a_heartbeat_survives(started: Desk, process: Any, words: str) -> None:
     end_heartbeat_of(started)
@@ -618,6 +638,7 @@ def test_a_process_that_only_resembles_a_heartbeat_survives(started: Desk, proce
     assert innocent.poll() is None
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pid", [0, 1, -1, NO_SUCH_PID, 2**40, "text", True, 1.5])
 def test_any_pid_in_the_record(started: Desk, pid: Any) -> None:
     end_heartbeat_of(started)
@@ -643,6 +664,7 @@ def test_the_heartbeat_of_another_client_is_ended(started: Desk, plato: LocalPla
     assert started.leftovers() == []
 
 
+@pytest.mark.long
 def test_files_that_the_record_names_elsewhere_are_kept(started: Desk) -> None:
     secrets = started.home / ".ssh"
     secrets.mkdir()

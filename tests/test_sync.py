@@ -316,6 +316,7 @@ def closing() -> Iterator[Callable[[Sandbox], Sandbox]]:
         sandbox.api.hang_up()
 
 
+@pytest.mark.long
 @PROPERTY
 @given(rounds=ROUNDS)
 @example(rounds=[([("write", b"a/b", b"1", 0o644)], [], "ssh"), ([("write", b"a", b"1", 0o600)], [], "api")])
@@ -394,6 +395,7 @@ def test_tree_is_what_the_plan_says(
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("via", WAYS)
 def test_only_what_changed_travels(vm: Vm, source: Path, target: str, via: str) -> None:
     write_tree(source, {f"d{number}/f{number}": str(number) for number in range(30)})
@@ -419,6 +421,7 @@ def test_defaults_are_those_of_the_specification(vm: Vm) -> None:
     assert set(read_tree(place)) == {b"app", b"app/main.py", b".env", b"plato-config.yml"}
 
 
+@pytest.mark.long
 def test_nothing_changed_takes_one_request(own_vm: Vm, source: Path, target: str) -> None:
     write_tree(source, {"a": "1"})
     good_sync(own_vm, source, target, "--via", "api")
@@ -443,6 +446,7 @@ def test_commands_stay_below_the_limit_of_one_argument(own_vm: Vm, source: Path,
     assert read_tree(own_vm.place(target)) == read_tree(source)
 
 
+@pytest.mark.long
 def test_equal_trees_give_equal_archives(own_vm: Vm, tmp_path: Path) -> None:
     parts = []
     for name in ("one", "two"):
@@ -458,6 +462,7 @@ def test_equal_trees_give_equal_archives(own_vm: Vm, tmp_path: Path) -> None:
     assert parts[0] == parts[1]
 
 
+@pytest.mark.long
 def test_what_a_slow_connection_carries_is_compressed(own_vm: Vm, source: Path, target: str) -> None:
     (source / "text").write_bytes(b"".join(b"line %d\n" % number for number in range(600_000)))
     own_vm.plato.fault("latency", method="POST", path="*/execute", seconds=0.3, times=-1)
@@ -476,6 +481,7 @@ def test_modification_times_are_exact(vm: Vm, source: Path, target: str) -> None
     assert good_sync(vm, source, target)["sent"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", WAYS)
 def test_what_the_vm_made_stays_and_what_was_synced_goes(vm: Vm, source: Path, target: str, via: str) -> None:
     write_tree(source, {"old/a": "1", "old/b": "2", "keep": "3", "both/mine": "4"})
@@ -508,6 +514,7 @@ def test_a_taken_back_exclusion_is_followed_and_forgotten(vm: Vm, source: Path, 
     assert b"venv" not in read_tree(vm.place(target))
 
 
+@pytest.mark.long
 def test_progress_tells_bytes_on_a_terminal(own_vm: Vm, source: Path, target: str) -> None:
     for number in range(30):
         (source / str(number)).write_bytes(os.urandom(100_000))
@@ -607,6 +614,7 @@ def test_what_never_leaves(vm: Vm, source: Path, target: str) -> None:
     assert set(read_tree(vm.place(target))) == {b"deep", b"public.pem", b".platoignore", b"inside"}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("via", WAYS)
 def test_a_synced_file_that_becomes_a_private_key(vm: Vm, source: Path, target: str, via: str) -> None:
     """The old one stays on the VM, and goes when the local one goes."""
@@ -725,6 +733,7 @@ def test_service_names_from_the_state_file(vm: Vm, tmp_path: Path, name: str) ->
         assert not (vm.place(home) / "owned").exists()
 
 
+@pytest.mark.long
 def test_no_sandbox_and_a_gone_one(own_vm: Vm, tmp_path: Path, source: Path, target: str) -> None:
     (tmp_path / "empty").mkdir()
     assert own_vm.desk.run("sync", directory=tmp_path / "empty").code == 3
@@ -736,6 +745,7 @@ def test_no_sandbox_and_a_gone_one(own_vm: Vm, tmp_path: Path, source: Path, tar
     assert sync(own_vm, source, target).code == 3
 
 
+@pytest.mark.long
 def test_a_dead_heartbeat_is_revived(own_vm: Vm, source: Path, target: str) -> None:
     write_tree(source, {"a": "1"})
     old = own_vm.desk.state["heartbeat_pid"]
@@ -748,6 +758,7 @@ def test_a_dead_heartbeat_is_revived(own_vm: Vm, source: Path, target: str) -> N
     assert own_vm.desk.run("status", "--json").document["heartbeat"]["state"] == "ok"
 
 
+@pytest.mark.long
 def test_missing_tools_are_named(own_vm: Vm, source: Path, target: str) -> None:
     write_tree(source, {"a": "1"})
     inside(own_vm, "mount", "--bind", "/dev/null", own_vm.execute("command -v xargs").strip())
@@ -781,6 +792,7 @@ def prepare_change(vm: Vm, source: Path, target: str) -> Change:
 LASTING = ["status", "reset_before_body", "reset_before_acting", "lost_answer", "truncate", "html"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("effect", LASTING)
 def test_lasting_faults_at_every_request(own_vm: Vm, source: Path, target: str, effect: str) -> None:
     """From the nth request on nothing works, for every n."""
@@ -802,6 +814,7 @@ def test_lasting_faults_at_every_request(own_vm: Vm, source: Path, target: str, 
     assert not list(place.parent.glob(".plato-sync/*/new.*"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("effect", ["status", "reset_before_acting", "lost_answer"])
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 6])
 def test_a_passing_fault_does_not_show(own_vm: Vm, source: Path, target: str, effect: str, nth: int) -> None:
@@ -811,6 +824,7 @@ def test_a_passing_fault_does_not_show(own_vm: Vm, source: Path, target: str, ef
     assert read_tree(own_vm.place(target)) == change.new
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [0, 3000, 20_000, 100_000, 250_000, 310_000])
 def test_ssh_breaks(own_vm: Vm, source: Path, target: str, after: int) -> None:
     change = prepare_change(own_vm, source, target)
@@ -823,6 +837,7 @@ def test_ssh_breaks(own_vm: Vm, source: Path, target: str, after: int) -> None:
     assert read_tree(own_vm.place(target)) == change.new
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [None, 3000, 100_000], ids=["at once", "early", "late"])
 def test_auto_goes_on_through_the_api(own_vm: Vm, source: Path, target: str, after: Optional[int]) -> None:
     change = prepare_change(own_vm, source, target)
@@ -838,6 +853,7 @@ def test_auto_goes_on_through_the_api(own_vm: Vm, source: Path, target: str, aft
     assert read_tree(own_vm.place(target)) == change.new
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", ["ssh", "auto"])
 def test_connection_that_was_kept_breaks(own_vm: Vm, source: Path, target: str, via: str) -> None:
     """What ssh kept open is cut: the next `sync` makes a new connection."""
@@ -849,6 +865,7 @@ def test_connection_that_was_kept_breaks(own_vm: Vm, source: Path, target: str, 
     assert read_tree(own_vm.place(target)) == change.new
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_killed_client_leaves_only_staging(own_vm: Vm, source: Path, target: str, count: int) -> None:
     change = prepare_change(own_vm, source, target)
@@ -865,6 +882,7 @@ def test_killed_client_leaves_only_staging(own_vm: Vm, source: Path, target: str
     assert not list(own_vm.place(target).parent.glob(".plato-sync/*/new.*"))
 
 
+@pytest.mark.long
 def test_an_interrupted_sync_says_so(own_vm: Vm, source: Path, target: str) -> None:
     change = prepare_change(own_vm, source, target)
     already = len(own_vm.plato.requests("POST", "/execute"))
@@ -890,6 +908,7 @@ def inside(vm: Vm, *command: str) -> None:
         pytest.skip(f"this host does not let a test mount in a VM: {done.stderr}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", WAYS)
 @pytest.mark.parametrize("where", ["parent", "target"])
 def test_full_disk(vm: Vm, source: Path, target: str, via: str, where: str) -> None:
@@ -916,6 +935,7 @@ def test_full_disk(vm: Vm, source: Path, target: str, via: str, where: str) -> N
     assert vm.execute(f"cat {target}/a") == "11"
 
 
+@pytest.mark.long
 def test_no_room_for_what_goes_through_the_api(own_vm: Vm, source: Path, target: str) -> None:
     inside(own_vm, "mount", "-t", "tmpfs", "-o", "size=1m,mode=1777", "tmpfs", "/var/tmp")
     (source / "noise").write_bytes(os.urandom(3_000_000))
@@ -928,6 +948,7 @@ def test_no_room_for_what_goes_through_the_api(own_vm: Vm, source: Path, target:
     assert "left" not in own_vm.execute("ls -A /var/tmp")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("via", WAYS)
 def test_read_only_directory_on_the_vm(vm: Vm, source: Path, target: str, via: str) -> None:
     write_tree(source, {"a": "1", "ro/b": "2"})
@@ -949,6 +970,7 @@ def test_read_only_directory_on_the_vm(vm: Vm, source: Path, target: str, via: s
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_two_syncs_of_one_sandbox_take_turns(own_vm: Vm, source: Path, target: str) -> None:
     write_tree(source, {"a": "1"})
     own_vm.plato.fault("latency", method="POST", path="*/execute", seconds=0.3, times=-1)
@@ -958,6 +980,7 @@ def test_two_syncs_of_one_sandbox_take_turns(own_vm: Vm, source: Path, target: s
     assert sorted(document.get("sent", -1) for document in documents) == [0, 0, 1], documents
 
 
+@pytest.mark.long
 def test_two_first_syncs_that_make_a_directory_at_the_same_moment(
     own_vm: Vm, source: Path, target: str
 ) -> None:
@@ -978,6 +1001,7 @@ def test_two_first_syncs_that_make_a_directory_at_the_same_moment(
     assert good_sync(own_vm, source, target, "--via", "api")["sent"] == 1
 
 
+@pytest.mark.long
 def test_a_sync_that_does_not_end_holds_up_no_other(own_vm: Vm, source: Path, target: str) -> None:
     write_tree(source, {"a": "1"})
     own_vm.plato.fault("hang", method="POST", path="*/execute", times=-1)
@@ -986,6 +1010,7 @@ def test_a_sync_that_does_not_end_holds_up_no_other(own_vm: Vm, source: Path, ta
     assert good_sync(own_vm, source, target, "--via", "ssh")["sent"] == 1
 
 
+@pytest.mark.long
 def test_two_hosts_sync_different_trees_to_one_target(own_vm: Vm, tmp_path: Path, target: str) -> None:
     """They do not know of each other, so the VM tells them apart: neither undoes what the other one did."""
     processes = []
@@ -1003,6 +1028,7 @@ def test_two_hosts_sync_different_trees_to_one_target(own_vm: Vm, tmp_path: Path
     assert len(files) == 15
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", WAYS)
 def test_the_vm_waits_for_another_sync_and_says_so(own_vm: Vm, source: Path, target: str, via: str) -> None:
     write_tree(source, {"a": "1"})
@@ -1020,6 +1046,7 @@ def test_the_vm_waits_for_another_sync_and_says_so(own_vm: Vm, source: Path, tar
     assert (own_vm.place(target) / "a").read_text() == "2"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", WAYS)
 def test_without_flock_a_directory_is_the_lock(own_vm: Vm, source: Path, target: str, via: str) -> None:
     flock = own_vm.execute("command -v flock || true").strip()
@@ -1110,6 +1137,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("via", WAYS)
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_file_that_changes_while_it_is_read(vm: Vm, source: Path, target: str, via: str, kind: str) -> None:
@@ -1151,6 +1179,7 @@ def content(path: Path) -> Optional[str]:
         return None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("via", WAYS)
 def test_watch(own_vm: Vm, source: Path, target: str, via: str) -> None:
     place = own_vm.place(target)
@@ -1199,6 +1228,7 @@ def test_watch_interrupted_before_its_first_sync(own_vm: Vm, source: Path, targe
     assert json.loads(out)["error"]["code"] == "interrupted"
 
 
+@pytest.mark.long
 def test_watch_interrupted_after_a_conflict(own_vm: Vm, source: Path, target: str) -> None:
     write_tree(source, {"x/a": "1"})
     process = own_vm.desk.begin("sync", str(source), "--remote-path", target, "--watch")
@@ -1216,6 +1246,7 @@ def test_watch_interrupted_after_a_conflict(own_vm: Vm, source: Path, target: st
     assert "Watched 1 sync: " in out
 
 
+@pytest.mark.long
 def test_watch_survives_its_own_bad_moments(own_vm: Vm, source: Path, target: str) -> None:
     """What cannot be synced at the moment is told, and the next change is tried again."""
     place = own_vm.place(target)

@@ -87,6 +87,7 @@ def gateway_desk(desk: Desk) -> str:
     return f"{desk.state['job_id']}--22.{GATEWAY}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("make", "word"), BAD.values(), ids=BAD)
 def test_a_gateway_that_cannot_be_trusted(
     desk: Desk,
@@ -136,6 +137,7 @@ def test_a_sync_goes_on_through_the_api(
         assert relay.received == b""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "word"),
     [pytest.param(*case, id=name, marks=LONG if name in LATER else ()) for name, case in BAD.items()],
@@ -232,6 +234,7 @@ def test_a_ca_that_only_newer_pythons_refuse(desk: Desk, plato: LocalPlato, tmp_
     assert desk.leftovers() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("user", ["", f"{PROXY_USER}@"], ids=["open", "with a password"])
 def test_sync_and_the_tunnel_go_through_the_proxy(
     distant: tuple[Desk, LocalPlato, dict[str, int]],  # noqa: F811
@@ -282,6 +285,7 @@ def test_a_heartbeat_through_a_proxy_that_changes_its_mind(
         desk.good("stop")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("excluded", ["gateway.plato.test", ".plato.test", "plato.test:443"])
 def test_no_proxy_for_the_gateway(
     distant: tuple[Desk, LocalPlato, dict[str, int]],  # noqa: F811

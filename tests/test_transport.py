@@ -318,11 +318,13 @@ def test_refused(away: Desk) -> None:
     assert f"127.0.0.1:{port}" in assert_unreachable(away, f"http://127.0.0.1:{port}")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 70 + ".invalid"])
 def test_name_that_nobody_knows(away: Desk, host: str) -> None:
     assert host in assert_unreachable(away, f"https://{host}")
 
 
+@pytest.mark.long
 def test_connection_is_never_accepted(away: Desk) -> None:
     with listener(backlog=0) as server, contextlib.ExitStack() as stack:
         for _ in range(4):  # the queue is full: the next connections are left without an answer
@@ -333,11 +335,13 @@ def test_connection_is_never_accepted(away: Desk) -> None:
     assert "timed out" in message
 
 
+@pytest.mark.long
 def test_server_accepts_and_says_nothing_over_tls(away: Desk) -> None:
     with listener() as server:
         assert "localhost" in assert_unreachable(away, f"https://localhost:{port_of(server)}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fault", [{"effect": "hang"}, {"effect": "drip", "seconds": 60}], ids=["hang", "drip"]
 )
@@ -374,6 +378,7 @@ WRONG_BODIES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("fault", "words"), WRONG_BODIES.values(), ids=WRONG_BODIES)
 def test_body_that_is_no_answer(sandbox: tuple[Desk, LocalPlato], fault: dict[str, Any], words: str) -> None:
     desk, plato = sandbox
@@ -397,6 +402,7 @@ WRONG_SHAPES: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("body", WRONG_SHAPES.values(), ids=WRONG_SHAPES)
 def test_details_of_another_shape_are_no_crash(sandbox: tuple[Desk, LocalPlato], body: Any) -> None:
     desk, plato = sandbox
@@ -464,6 +470,7 @@ STATUSES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", STATUSES.values(), ids=STATUSES)
 def test_statuses(sandbox: tuple[Desk, LocalPlato], case: Case) -> None:
     desk, plato = sandbox
@@ -536,6 +543,7 @@ def elsewhere() -> Iterator[Recorder]:
         thread.join()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("status", [301, 307])
 def test_redirect_to_another_host_is_not_followed(
     sandbox: tuple[Desk, LocalPlato], elsewhere: Recorder, status: int
@@ -566,6 +574,7 @@ STEP_FAULTS: dict[str, tuple[dict[str, Any], int]] = {
 PATIENT = {"html", "reset"}  # while the VM boots, these are waited out
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", STEP_FAULTS)
 @pytest.mark.parametrize("step", STEPS)
 def test_start_fails_and_leaves_nothing(desk: Desk, plato: LocalPlato, step: str, name: str) -> None:
@@ -593,6 +602,7 @@ def test_start_waits_out_a_short_trouble_of_every_step(desk: Desk, plato: LocalP
     assert living(plato) == [desk.state["job_id"]]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "fault",
     [
@@ -729,6 +739,7 @@ def over_tls(relay: Relay, authorities: Path, host: str = "localhost") -> dict[s
     return {"PLATO_BASE_URL": f"https://{host}:{relay.port}", "SSL_CERT_FILE": str(authorities)}
 
 
+@pytest.mark.long
 def test_tls_with_a_company_ca(desk: Desk, plato: LocalPlato, authority: trustme.CA) -> None:
     """Start, heartbeat, SSH and stop; the CA file is named by a relative path."""
     certificate = authority.issue_cert("localhost", "127.0.0.1")
@@ -858,6 +869,7 @@ def distant(
         desk.clear()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("credentials", [None, CREDENTIALS], ids=["open", "with a password"])
 def test_everything_goes_through_the_proxy(
     distant: tuple[Desk, LocalPlato, dict[str, int]], credentials: str | None
@@ -949,6 +961,7 @@ def test_proxy_for_an_ipv6_address(away: Desk) -> None:
         assert set(proxy.requests) == {"CONNECT [2001:db8::1]:8443"}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "proxy",
     [
@@ -982,6 +995,7 @@ def test_no_proxy_is_honoured(distant: tuple[Desk, LocalPlato, dict[str, int]]) 
     assert plato.requests() == []
 
 
+@pytest.mark.long
 def test_loopback_never_goes_to_a_proxy(desk: Desk) -> None:
     desk.environment["HTTPS_PROXY"] = f"http://127.0.0.1:{free_port()}"
     desk.good(*BLANK)

@@ -73,6 +73,7 @@ def test_json_is_the_answer_with_a_summary_beside_it(started: Desk, plato: Local
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("state", "count"),
     [
@@ -126,6 +127,7 @@ def test_many_mutations_are_not_all_shown(started: Desk, plato: LocalPlato) -> N
     assert "25 more" in result.out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("state", "words"),
     [
@@ -155,6 +157,7 @@ def test_an_unsuccessful_state_without_words_is_not_taken_for_clean(started: Des
     assert started.run("state").code == 9
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("status", [404, 410])
 @pytest.mark.parametrize("command", ["state", "reset"])
 def test_a_session_that_is_gone(started: Desk, plato: LocalPlato, command: str, status: int) -> None:
@@ -165,6 +168,7 @@ def test_a_session_that_is_gone(started: Desk, plato: LocalPlato, command: str, 
     assert started.state_file.exists()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "command", ["state", "reset", "snapshot", "clear-audit", "start-worker", "start-services"]
 )
@@ -211,6 +215,7 @@ def test_service_dataset_and_config_can_be_named(started: Desk, plato: LocalPlat
     assert started.state["dataset"] == "empty"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -312,6 +317,7 @@ def test_older_servers_answer_without_success(started: Desk, plato: LocalPlato) 
     assert "art_1" in started.good("snapshot").out
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arguments", "mode", "carried"),
     [
@@ -419,6 +425,7 @@ def with_metadata(desk: Desk, line: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_the_logins_of_a_snapshot(desk: Desk, plato: LocalPlato) -> None:
     with_metadata(desk, "name: A")
     desk.good("start", "-c")
@@ -432,6 +439,7 @@ def test_the_logins_of_a_snapshot(desk: Desk, plato: LocalPlato) -> None:
         assert SECRET not in told.out + told.err
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "line",
     [
@@ -469,6 +477,7 @@ def test_a_snapshot_that_fails_says_why(started: Desk, plato: LocalPlato) -> Non
     assert "artifact_id" not in started.state
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("effect", ["lost_answer", "truncate", "html"])
 def test_a_snapshot_whose_answer_is_lost_is_not_sent_again(
     started: Desk, plato: LocalPlato, effect: str
@@ -510,6 +519,7 @@ def test_an_artifact_that_does_not_get_ready(started: Desk, plato: LocalPlato) -
     assert started.state["artifact_id"] == "a"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("command", "path"),
     [("state", "/state"), ("reset", "/reset"), ("snapshot", "/snapshot"), ("clear-audit", "/cleanup")],

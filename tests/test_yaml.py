@@ -104,6 +104,7 @@ yes|Yes|YES|no|on|Off|true|False|y|n|~|null|Null|nULL|=x|0|-0|+12|-12|012|-017|0
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("scalar", SCALARS.strip().replace("\n", "|").replace("|-|", "|").split("|"))
 def test_plain_scalars_resolve_as_in_pyyaml(scalar: str) -> None:
     for text in (scalar, f"- {scalar}", f"k: {scalar}  # c", f"{scalar}: v", f"{scalar}\n  more"):
@@ -151,6 +152,7 @@ DOCUMENTS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in DOCUMENTS.items()])
 def test_documents_load_as_in_pyyaml(text: str) -> None:
     for variant in (text, text.replace("\n", "\r\n")):
@@ -245,6 +247,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("text", "line", "column", "words"), [pytest.param(*row, id=name) for name, *row in ERRORS]
 )
@@ -342,6 +345,7 @@ WELL_FORMED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", HOSTILE)
 def test_long_hostile_text_ends(name: str) -> None:
     """Quadratic work would take hours here; the suite's time limit is the judge."""
@@ -471,6 +475,7 @@ PIECES = [
 documents = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 
 
+@pytest.mark.long
 @settings(max_examples=250, deadline=None)
 @given(values, options)
 def test_what_pyyaml_writes_loads_equal(value: Any, chosen: dict[str, Any]) -> None:
@@ -481,6 +486,7 @@ def test_what_pyyaml_writes_loads_equal(value: Any, chosen: dict[str, Any]) -> N
         check(text)
 
 
+@pytest.mark.long
 @settings(max_examples=4000, deadline=None)
 @given(documents)
 def test_any_text_agrees_with_pyyaml_or_is_refused(text: str) -> None:
@@ -491,6 +497,7 @@ def test_any_text_agrees_with_pyyaml_or_is_refused(text: str) -> None:
 # Writing
 
 
+@pytest.mark.long
 @settings(max_examples=400, deadline=None)
 @given(st.dictionaries(keys, values, max_size=4) | values)
 def test_what_is_written_reads_back_here_and_in_pyyaml(value: Any) -> None:
