@@ -160,7 +160,8 @@ SHORTEST_SECRET = 4  # hiding what is shorter would make nonsense of other words
 
 BEAT_SECONDS = 10.0
 BEAT_RETRY_SECONDS = 2.0  # while the VM may still live
-BEAT_URGENT_SECONDS = 150.0  # the server ends a VM 120 seconds after its last beat
+VM_SILENCE_SECONDS = 120.0  # so long after its last beat the server ends a VM
+BEAT_URGENT_SECONDS = VM_SILENCE_SECONDS + 30.0
 BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
 LEASE_SECONDS = 900.0  # another client's heartbeat that ends sooner by itself is not relied on
 UNHEALTHY_BEATS = 4  # a last good beat older than this many intervals is worth a warning
@@ -6304,10 +6305,13 @@ class Sandbox:
         """Read .sandbox.yaml into `state`. NoSandboxError without one, ConflictError for another Plato's."""
         state = load_state(self.directory)
         if state is None:
-            raise NoSandboxError(
-                f"There is no sandbox in {shown_path(self.directory)}.",
-                hint=f"Start one: {PROGRAM} start --from-config (or --simulator, --artifact-id, --blank)",
-            )
+            hint = f"Start one: {PROGRAM} start --from-config (or --simulator, --artifact-id, --blank)"
+            above = os.path.dirname(self.directory)
+            while not os.path.lexists(state_path(above)) and above != os.path.dirname(above):
+                above = os.path.dirname(above)
+            if os.path.lexists(state_path(above)):
+                hint = f"There is one in {shown_path(above)}; go there, or name it with -w DIR."
+            raise NoSandboxError(f"There is no sandbox in {shown_path(self.directory)}.", hint=hint)
         self._check_base_url(state)
         if state.get("attached"):
             raise ConflictError(
@@ -6363,7 +6367,7 @@ class Sandbox:
                 session_id = self.state["session_id"]
                 if self.load().get("session_id") == session_id:
                     self.save(**changes)
-        except (ConflictError, NoSandboxError) as error:
+        except (ConflictError, NoSandboxError, StateError) as error:
             self.reporter.warn(f"{STATE_FILE} was not updated: {error.message}")
 
     def check_still_there(self) -> None:
@@ -6680,6 +6684,7 @@ class Sandbox:
                 checkpoint.update(self._config_for_snapshot())
             self.reporter.step("Creating the snapshot", SNAPSHOT_SECONDS)
             artifact_id = self._take_snapshot(state, checkpoint)
+            self.reporter.note(f"The artifact is {artifact_id}.")  # whatever comes between
             self._record(artifact_id=artifact_id)
             with contextlib.suppress(SandboxError):  # VMs start from it without that, too
                 self.api.prefetch(artifact_id)
@@ -6924,6 +6929,13 @@ class Sandbox:
                     )
         except NoSandboxError:
             already_gone = True
+            home = self.settings.home
+            kept = [ssh_fields(home, session_id)["ssh_config_path"], heartbeat_path(home, session_id)]
+            if not self.state and not any(map(os.path.lexists, kept)):
+                raise NoSandboxError(
+                    f"Plato knows no session {session_id!r}, and nothing of it is here; nothing was stopped.",
+                    hint=f"`{PROGRAM} status` in the directory of the sandbox shows its id.",
+                ) from None
         self._clean_up(session_id)
         return already_gone
 
@@ -7610,8 +7622,12 @@ def status_lines(report: Json) -> Iterator[Line]:
         yield "Heartbeat", "stopped", "bad", f" (PID: {pid} not found)"
     else:
         yield "Heartbeat", "never started", "bad"
+    silence = now - seconds_of(health["last_ok"]) if health["last_ok"] else 0.0
     if health["last_ok"]:
-        yield "Last beat", f"{duration_text(now - seconds_of(health['last_ok']))} ago"
+        yield "Last beat", f"{duration_text(silence)} ago"
+    if health["state"] == "dead" and report["vm_running"]:
+        left = duration_text(int(VM_SILENCE_SECONDS - silence))
+        yield f"The VM ends in about {left}; what uses it, such as `{PROGRAM} state`, revives the heartbeat."
     yield "Ended", health["ended"], "bad"
     at = health["last_error_at"]
     ago = f" ({duration_text(now - seconds_of(at))} ago)" if at else ""
@@ -7647,6 +7663,8 @@ def sync_lines(report: Json) -> Iterator[Line]:
     if "send" in report:
         for word in ("remove", "send"):
             yield from (f"{word} {path}" for path in report[word])
+        if not report["send"] and not report["remove"]:
+            yield f"Nothing to do: {report['remote_path']} has all of it."
         return
     files = counted(report["sent"], "file")
     done = f"{files} sent, {report['removed']} removed, {report['unchanged']} unchanged"
@@ -8124,7 +8142,9 @@ def command_word(arguments: Sequence[str]) -> str | None:
         elif word in COMMANDS:
             return word
         elif not word.startswith("-"):
-            raise UsageError(f"There is no command {word!r}; {_meant(word, COMMANDS)}")
+            command = next(filter(COMMANDS.__contains__, words), None)
+            meant = f"did you mean `{PROGRAM} {command}`?" if command else _meant(word, COMMANDS)
+            raise UsageError(f"There is no command {word!r}; {meant}")
     return None
 
 

@@ -275,6 +275,12 @@ FAILURES = {
 }
 
 
+def test_the_habit_of_another_client(desk: Desk) -> None:
+    result = desk.run("sandbox", "-w", "x", "status")
+    assert result.code == 2
+    assert re.search(r"did you mean `\S.* status`\?", result.err)
+
+
 @pytest.mark.sampled
 @pytest.mark.parametrize(("words", "code", "name"), FAILURES.values(), ids=FAILURES)
 def test_json_of_every_failure(desk: Desk, words: list[str], code: int, name: str) -> None:

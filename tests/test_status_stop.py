@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 import yaml
 from conftest import Desk, Result, eventually, is_running, living
 
+import plato_sandbox as product
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from localplato import LocalPlato
 
@@ -355,6 +358,9 @@ def test_status_of_a_dead_heartbeat(started: Desk) -> None:
     assert "  VM Status:   running\n" in status.out
     assert f"  Heartbeat:   stopped (PID: {pid} not found)\n" in status.out
     assert "  Last beat:   " in status.out
+    assert re.search(
+        r"The VM ends in about (1 min \d+|\d+) s; what uses it, such as `.* state`, revives", status.out
+    )
     health = started.good("status", "--json").document["heartbeat"]
     assert (health["state"], health["pid"]) == ("dead", pid)
 
@@ -600,8 +606,24 @@ def test_stop_by_id_leaves_another_sandbox_of_this_directory(started: Desk, plat
 @pytest.mark.sampled
 @pytest.mark.parametrize("session_id", ["nonesuch", "../../x", "a b/c?d#e", "%2e%2e", "é", "-x"])
 def test_stop_by_an_id_that_plato_does_not_know(visitor: Desk, session_id: str) -> None:
-    result: Result = visitor.good("stop", f"--session-id={session_id}", "--json")
+    """A typing error must not pass for a VM that was stopped; what is left here of one that is gone goes."""
+    result: Result = visitor.run("stop", f"--session-id={session_id}", "--json")
+    assert result.code == 3
+    assert "nothing was stopped" in result.error["message"]
+    log = Path(product.heartbeat_path(str(visitor.plato_home), session_id))
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("{}\n")
+    result = visitor.good("stop", f"--session-id={session_id}", "--json")
     assert result.document == {"stopped": True, "session_id": session_id, "already_gone": True}
+    assert not log.exists()
+
+
+def test_a_directory_below_that_of_a_sandbox(started: Desk) -> None:
+    below = started.work / "src" / "deep"
+    below.mkdir(parents=True)
+    result = started.run("status", directory=below)
+    assert result.code == 3
+    assert f"There is one in {started.work}" in result.err
 
 
 # stop: nobody else is harmed

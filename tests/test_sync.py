@@ -492,6 +492,8 @@ def test_what_the_vm_made_stays_and_what_was_synced_goes(vm: Vm, source: Path, t
     dry = good_sync(vm, source, target, "--via", via, "--dry-run")
     assert dry["remove"] == ["both/mine", "old/", "old/a", "old/b"]
     assert good_sync(vm, source, target, "--via", via)["removed"] == 3
+    again = vm.desk.good("sync", str(source), "--remote-path", target, "--via", via, "--dry-run")
+    assert again.out == f"Nothing to do: {target} has all of it.\n"
     assert set(read_tree(vm.place(target))) == {
         *(b"keep", b"both", b"both/theirs", b"made", b"made/by", b"made/by/vm"),
     }

@@ -6,6 +6,7 @@ The real worker, with real databases, is in test_story.py; here the answers are 
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -502,6 +503,14 @@ def test_waiting_for_an_artifact(started: Desk, plato: LocalPlato) -> None:
     assert started.good("snapshot", "--wait", "--json").document == {"artifact_id": "a", "status": "ready"}
 
 
+def test_an_artifact_whose_id_cannot_be_recorded_is_told(started: Desk, plato: LocalPlato) -> None:
+    plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(started, artifact_id="a"))
+    command = ["sh", "-c", 'ulimit -f 0; exec "$@"', "-", sys.executable, *started.words("snapshot")]
+    result = started.good(command=command)
+    assert "Artifact ID: a" in result.out
+    assert ".sandbox.yaml was not updated" in result.err
+
+
 def test_an_artifact_that_fails(started: Desk, plato: LocalPlato) -> None:
     plato.fault("status", path="*/snapshot", status=200, body=snapshot_answer(started, artifact_id="a"))
     plato.fault("status", path="*/artifacts/a", status=200, body=artifact_answer("failed"))
@@ -516,6 +525,7 @@ def test_an_artifact_that_does_not_get_ready(started: Desk, plato: LocalPlato) -
     plato.fault("status", path="*/artifacts/a", status=200, body=artifact_answer("creating"), times=-1)
     result = started.run("snapshot", "--wait", "--wait-timeout", "1")
     assert result.code == 7
+    assert "The artifact is a.\n" in result.err
     assert started.state["artifact_id"] == "a"
 
 
