@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Callable
@@ -348,8 +347,8 @@ def fuzz_state(data: bytes) -> None:
     try:
         state = product.parse_state(text.decode("utf-8", "replace"), "/nowhere/.sandbox.yaml")
         told_lines(product.sandbox_lines(state))
-        files = product.SshFiles(settings.home, state.get("session_id") or "")
-        assert all(os.path.dirname(path) == settings.home for path in vars(files).values() if "/" in path)
+        files = product.ssh_fields(settings.home, str(state.get("session_id") or ""))
+        assert all(os.path.dirname(path) in (settings.home, "") for path in files.values())
         told_lines([product.ssh_command(state, shown=True) or ""])
         product.repair_ssh_config(state, settings)
         product.is_heartbeat(state.get("heartbeat_pid"), state.get("session_id"))
@@ -362,9 +361,9 @@ def fuzz_state(data: bytes) -> None:
     if isinstance(truth, dict):
         texts = {key: truth.get(key) for key in ("session_id", "last_error", "ended")}
         kept = {key: value for key, value in texts.items() if isinstance(value, str)}
-        product.heartbeat_facts = lambda path: kept
-        health = product.heartbeat_health(settings, state, time.time())
-        told_lines(product.status_lines({**state, "heartbeat": health}))
+        product.heartbeat_facts = lambda *_: kept
+        health = product.heartbeat_health(settings, state)
+        told_lines(product.status_lines({**state, "heartbeat": health, "vm_running": True}))
 
 
 def fuzz_slot(data: bytes) -> None:
@@ -375,18 +374,18 @@ def fuzz_slot(data: bytes) -> None:
         state = product.read_slot(path, "/nowhere")
         if state is None:
             return
-        files = product.SshFiles(settings.home, state["session_id"])
-        product.ssh_config_text(settings, files, state["job_id"], "root")
+        files = product.ssh_fields(settings.home, state["session_id"])
+        product.ssh_config_text(settings, {**state, **files}, "root")
         product.default_target(state)
     except product.SandboxError as error:
         harmless(error.message)
         return
-    assert all(os.path.dirname(path) == settings.home for path in vars(files).values() if "/" in path)
+    assert all(os.path.dirname(path) in (settings.home, "") for path in files.values())
     assert "ssh_private_key_path" not in state
     json.dumps(state, allow_nan=False).encode()
     told_lines(product.sandbox_lines(state))
-    health = product.heartbeat_health(settings, state, time.time())
-    told_lines(product.status_lines({**state, "heartbeat": health}))
+    health = product.heartbeat_health(settings, state)
+    told_lines(product.status_lines({**state, "heartbeat": health, "vm_running": True}))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
