@@ -3968,7 +3968,7 @@ class Syncer:
                         WATCH_QUIET_SECONDS, 3 * (time.monotonic() - looked)
                     )  # longer for a large tree
                     # What has changed is sent once it is still for a moment.
-                    if not report or synced != current == previous:
+                    if not report or trouble or synced != current == previous:
                         report = self.run()
                         synced, trouble = current, ""
                         if report["sent"] or report["removed"] or not total["syncs"]:
@@ -4091,7 +4091,7 @@ def find_repository(api: PlatoApi, service: str) -> list[str]:
             if error.status != 409:  # another one has just made it, or our own first try
                 raise
     repository = api.gitea_repository(identifier)
-    url = re.sub("(?<=//)[^/]*@", "", as_text(repository.get("clone_url")) or "", count=1)
+    url = re.sub("^(https?://)[^/]*@", r"\1", as_text(repository.get("clone_url")) or "")
     scheme = "https?" if api.settings.base_url.startswith("http:") else "https"
     if not re.fullmatch(scheme + r"://[^/@\s]+(/\S*)?", url) or not url.isprintable():
         raise ApiError(f"Plato names no usable clone URL for the repository ({url[:100]!r}).")
@@ -4961,7 +4961,7 @@ class FlowRun:
             "click": element.click,
             "fill": lambda: element.fill(str(at["value"])),
             "wait": lambda: page.wait_for_timeout(step.duration),
-            "wait_for_url": lambda: expect(page).to_have_url(pattern),
+            "wait_for_url": lambda: self.at_address(expect(page), pattern),
             "check_element": lambda: expect(element).to_be_attached(attached=is_there),
             "element_exists": expect(element).to_be_attached,
             "element_visible": expect(element).to_be_visible,
@@ -4969,7 +4969,7 @@ class FlowRun:
             "element_count": lambda: expect(found).to_have_count(whole_number(what)),
             "page_title": lambda: expect(page).to_have_title(pattern),
             "verify_text": lambda: page.wait_for_function(_PAGE_HAS_TEXT, arg=[what, is_there], polling=100),
-            "verify_url": lambda: expect(page).to_have_url(pattern),
+            "verify_url": lambda: self.at_address(expect(page), pattern),
             "verify_no_errors": lambda: self.no_errors(at.get("error_selectors") or ERROR_SELECTORS),
             "screenshot": lambda: self.screenshot(what, at.get("full_page")),
             "switch_page": lambda: self.switch_page(int(what)),
@@ -5002,6 +5002,13 @@ class FlowRun:
         await (dialog.accept() if dialog.type == "beforeunload" else dialog.dismiss())
 
     # Steps that are more than one call of Playwright
+
+    async def at_address(self, expected: Any, pattern: re.Pattern[str]) -> None:
+        """Wait for an address. The browser knows it even of a page that is too busy to be looked at."""
+        try:
+            await expected.to_have_url(pattern)
+        except AssertionError:
+            raise AssertionError(f"the address is {self.page.url}") from None
 
     async def element_text(self, expected: Any, values: Json) -> None:
         """The text of an element, as it stands in the page or as a person sees it."""
@@ -7485,7 +7492,7 @@ class Output(Reporter):
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self._say(text)
+            self._say(printable(text))
 
     def warn(self, text: str) -> None:
         self._say(f"Warning: {self.told(text)}")

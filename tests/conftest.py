@@ -256,6 +256,7 @@ class Desk:
     def ssh(self, command: str, *options: str) -> Result:
         """Run a command on the VM through the real OpenSSH client and the config that `start` wrote."""
         state = self.state
+        part("sshd", "openssh-server")  # the VM's
         words = [
             part("ssh", "openssh-client"),
             "-F",

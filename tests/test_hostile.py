@@ -766,6 +766,20 @@ def test_answers_about_gitea_are_only_words(
     assert canaries(desk, plato) == []
 
 
+def test_only_a_user_is_taken_from_the_clone_url(sandbox: tuple[Desk, LocalPlato]) -> None:
+    desk, plato = sandbox
+    part("git", "git")
+    repository = {"has_repo": True, "clone_url": "http://me@127.0.0.1:1/a//b@c/d.git"}
+    answers: Answers = {
+        f"{GITEA}/credentials": CREDENTIALS,
+        f"{GITEA}/simulators": LISTED,
+        f"{GITEA}/simulators/*/repo": repository,
+    }
+    answer(plato, desk, answers)
+    result = desk.run("start-services", "--json")
+    assert "http://127.0.0.1:1/a//b@c/d.git" in result.error["message"], result
+
+
 @pytest.mark.sampled
 @pytest.mark.parametrize("word", [word for word in HOSTILE_WORDS if word != "~root"])
 def test_datasets_and_services_of_the_command_line_are_only_words(

@@ -390,7 +390,7 @@ def test_usage_errors_without_json(visitor: Desk, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(("word", "meant"), [("strat", "start"), ("stauts", "status"), ("sotp", "stop")])
 def test_a_misspelt_command_is_understood(visitor: Desk, word: str, meant: str) -> None:
-    assert f"`{meant}`" in visitor.run(word, "--json").error["hint"]
+    assert f"{meant}`?" in visitor.run(word, "--json").error["message"]
 
 
 # What the environment says wrongly: (variables, exit code, what the message names)

@@ -1231,6 +1231,34 @@ def test_watch_interrupted_before_its_first_sync(own_vm: Vm, source: Path, targe
 
 
 @pytest.mark.long
+def test_watch_when_an_answer_is_lost_and_the_change_taken_back(
+    own_vm: Vm, source: Path, target: str
+) -> None:
+    """What a sync did whose answer never came is not taken for what is here."""
+    place, plato = own_vm.place(target), own_vm.plato
+    write_tree(source, {"a": "1"})
+    before = (source / "a").stat()
+    process = own_vm.desk.begin("sync", str(source), "--remote-path", target, "--watch", "--via", "api")
+    eventually(lambda: content(place / "a") == "1")
+    write_tree(source, {"b": "1"})
+    count = len(plato.requests("POST", "/execute"))
+    eventually(lambda: content(place / "b") == "1")
+    count = len(plato.requests("POST", "/execute")) - count
+    plato.fault("lost_answer", method="POST", path="*/execute", nth=count, times=-1)
+    write_tree(source, {"a": "2"})
+    eventually(lambda: content(place / "a") == "2")
+    stderr = process.stderr
+    assert stderr is not None
+    assert any("Trying again" in line for line in iter(stderr.readline, ""))
+    write_tree(source, {"a": "1"})
+    os.utime(source / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+    plato.clear_faults()
+    eventually(lambda: content(place / "a") == "1")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+
+
+@pytest.mark.long
 def test_watch_interrupted_after_a_conflict(own_vm: Vm, source: Path, target: str) -> None:
     write_tree(source, {"x/a": "1"})
     process = own_vm.desk.begin("sync", str(source), "--remote-path", target, "--watch")
