@@ -769,7 +769,7 @@ def test_answers_about_gitea_are_only_words(
 def test_only_a_user_is_taken_from_the_clone_url(sandbox: tuple[Desk, LocalPlato]) -> None:
     desk, plato = sandbox
     part("git", "git")
-    repository = {"has_repo": True, "clone_url": "http://me@127.0.0.1:1/a//b@c/d.git"}
+    repository = {"has_repo": True, "clone_url": "http://127.0.0.1:1/a//b@c/d.git"}
     answers: Answers = {
         f"{GITEA}/credentials": CREDENTIALS,
         f"{GITEA}/simulators": LISTED,
