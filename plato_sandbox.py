@@ -80,8 +80,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any, NoReturn, Optional, TextIO, Union
 
-    Line = Union[str, tuple[Any, ...]]
-
+    Lines = Iterator[Union[str, tuple[Any, ...]]]
     Json = dict[str, Any]
     Feed = Optional[Callable[[Any], object]]
     FlowListener = Callable[[Json, Json | None], None]
@@ -136,9 +135,6 @@ DEFAULT_READY_SECONDS = 300
 DEFAULT_LIFETIME_SECONDS = 8 * 3600  # a working day; a forgotten VM ends by itself
 
 SERVICE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-CPUS_RANGE = (1, 8)
-MEMORY_RANGE_MB = (512, 16384)
-DISK_RANGE_MB = (1024, 204800)
 
 WEEK_SECONDS = 7 * 86400
 REQUEST_SECONDS = 30.0
@@ -325,6 +321,19 @@ def reason(error: BaseException) -> str:
     return printable(str(text)).rstrip(".")
 
 
+@contextlib.contextmanager
+def explained(
+    failure: str, hint: str | None = None, kind: type[SandboxError] = SandboxError
+) -> Iterator[None]:
+    """What the system refuses in the block becomes an error that says what could not be done, and why."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # nobody reads the output any more; `main` knows what to do
+    except (OSError, ValueError) as error:
+        raise kind(f"{failure}: {reason(error)}.", hint=hint) from None
+
+
 def printable(text: str) -> str:
     """Text from outside made harmless for a terminal: control characters become visible escapes."""
     if text.isprintable():
@@ -491,13 +500,8 @@ def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subpro
     import subprocess
 
     reporter.trace("run: " + shell_words(command))
-    try:
+    with explained(f"{command[0]} could not be run", "Check that it is installed and that PATH finds it."):
         return subprocess.Popen(command, env=child_environment(), start_new_session=True, **options)
-    except OSError as error:
-        raise SandboxError(
-            f"{command[0]} could not be run: {reason(error)}.",
-            hint="Check that it is installed and that PATH finds it.",
-        ) from None
 
 
 def point_at_nothing(*descriptors: int) -> None:
@@ -562,13 +566,10 @@ def own_file() -> str:
     return os.path.abspath(__file__)
 
 
-def invocation(program: str, environment: Mapping[str, str]) -> str:
+def invocation(program: str) -> str:
     """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
-    if environment.get("PLATO_SANDBOX_COMMAND"):
-        return environment["PLATO_SANDBOX_COMMAND"]
-    if program.endswith(".py"):
-        return shell_words(["python3", program])
-    return shell_words([os.path.basename(program) or PROGRAM])
+    named = ["python3", program] if program.endswith(".py") else [os.path.basename(program) or PROGRAM]
+    return os.environ.get("PLATO_SANDBOX_COMMAND") or shell_words(named)
 
 
 def command_of(pid: int | str) -> str:
@@ -598,10 +599,18 @@ def take_lock(handle: int, *, shared: bool = False) -> bool:
 
 
 def poll(look: Callable[[], str], seconds: float, pause: float, reporter: Reporter | None = None) -> str:
-    """Look until there is no trouble (""), with pauses, at most so long; the last trouble."""
+    """Look until there is no trouble (""), with pauses, at most so long; the last trouble.
+
+    An answer that is none, or an error of the API that may pass, is such a trouble.
+    """
     deadline = time.monotonic() + seconds
     while True:
-        trouble = look()
+        try:
+            trouble = look()
+        except ApiError as error:
+            if error.status and not error.may_pass:
+                raise
+            trouble = error.message.rstrip(".")
         left = deadline - time.monotonic()
         if not trouble or left <= 0:
             return trouble
@@ -826,13 +835,10 @@ def tls_context(ca_file: str | None) -> ssl.SSLContext:
     """The TLS context of this process: verification on, the CAs of that file or those of the system."""
     import ssl
 
-    try:
+    failure = f"The CA certificates in {shown_path(ca_file or '')} cannot be used"
+    hint = "SSL_CERT_FILE must name a file of certificates in PEM form, or not be set."
+    with explained(failure, hint, UsageError):
         context = ssl.create_default_context(cafile=ca_file)
-    except OSError as error:
-        raise UsageError(
-            f"The CA certificates in {shown_path(ca_file or '')} cannot be used: {reason(error)}.",
-            hint="SSL_CERT_FILE must name a file of certificates in PEM form, or not be set.",
-        ) from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
 
@@ -912,7 +918,7 @@ class Transport:
         headers = {
             "X-API-Key": self.settings.require_key(),
             "Content-Type": "application/json",
-            "User-Agent": f"{PROGRAM}/{__version__}",
+            "User-Agent": f"plato-sandbox/{__version__}",
         }
         payload = None if body is None else json.dumps(body, allow_nan=False).encode()
         host, secured = self.base.hostname or "", self.base.scheme == "https"
@@ -963,7 +969,7 @@ class Transport:
 def gone_error(why: str | None) -> NoSandboxError:
     return NoSandboxError(
         f"The VM is gone{': ' + why if why else ''}.",
-        hint=f"Remove what is left of it with `{PROGRAM} stop`, then start a new one.",
+        hint="Remove what is left of it with `plato-sandbox stop`, then start a new one.",
     )
 
 
@@ -1031,6 +1037,14 @@ def as_text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def dict_in(value: Any, key: str) -> Json:
+    return as_dict(as_dict(value).get(key))
+
+
+def text_in(value: Any, key: str) -> str | None:
+    return as_text(as_dict(value).get(key))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # api: one thin method per endpoint; no printing, no decisions
 # ----------------------------------------------------------------------------------------------------------
@@ -1038,10 +1052,6 @@ def as_text(value: Any) -> str | None:
 
 class PlatoApi(Transport):
     """The endpoints that this tool uses. Answers are plain dicts; what is missing in them is missing."""
-
-    def another(self) -> PlatoApi:
-        """The same with a connection of its own, for another thread."""
-        return PlatoApi(self.settings, self.reporter)
 
     def make_session(self, environment: Json, lifetime: int | None) -> Json:
         """POST /api/v2/sessions/make: a session of one job. Sent once, whatever happens.
@@ -1215,7 +1225,7 @@ class PlatoApi(Transport):
 
 def job_of(answer: Json, job_id: str | None) -> Json:
     """The entry of one job in the `results` of an answer; {} when it has none. Sessions here have one job."""
-    results = as_dict(answer.get("results"))
+    results = dict_in(answer, "results")
     only = next(iter(results.values())) if len(results) == 1 else None
     return as_dict(results.get(str(job_id), only))
 
@@ -1223,18 +1233,18 @@ def job_of(answer: Json, job_id: str | None) -> Json:
 def refusal(answer: Json, job_id: str | None) -> str:
     """Why an answer says that something was not done; "" when it was."""
     job = job_of(answer, job_id)
-    told = as_dict(answer.get("results")).get(str(job_id))
+    told = dict_in(answer, "results").get(str(job_id))
     if False not in (answer.get("success"), told, job.get("success")):
         return ""
-    words = [as_text(part.get(key)) for part in (job, answer) for key in ("error", "message")]
+    words = [text_in(part, key) for part in (job, answer) for key in ("error", "message")]
     return next(filter(None, words), "no reason was given").rstrip(".")
 
 
-def check_success(answer: Json, job_id: str | None, failure: str, hint: str | None = None) -> None:
+def check_success(answer: Json, job_id: str | None, failure: str) -> None:
     """SandboxError "FAILURE: why" when an answer says that something was not done."""
     why = refusal(answer, job_id)
     if why:
-        raise SandboxError(f"{failure}: {why}.", hint=hint)
+        raise SandboxError(f"{failure}: {why}.")
 
 
 def vm_status(details: Json, job_id: str | None) -> tuple[str | None, str | None]:
@@ -1242,9 +1252,9 @@ def vm_status(details: Json, job_id: str | None) -> tuple[str | None, str | None
     jobs = [as_dict(job) for job in as_list(details.get("jobs")) or as_list(details.get("envs"))]
     jobs.sort(key=lambda job: job_id not in (job.get("job_id"), job.get("public_id")))
     for entry in (*jobs[:1], details):
-        status = as_text(entry.get("status"))
+        status = text_in(entry, "status")
         if status:
-            return status, as_text(entry.get("status_reason")) or as_text(entry.get("error"))
+            return status, text_in(entry, "status_reason") or text_in(entry, "error")
     return None, None
 
 
@@ -1265,7 +1275,7 @@ def gateway_stream(host: str, port: str, target: str, ca_file: str | None = None
     try:
         stream = secure(connect(host, int(port), deadline), f"{target}.{host}", deadline, ca_file)
     except NetworkError as error:
-        tool = invocation(own_file(), os.environ)
+        tool = invocation(own_file())
         error.hint = error.hint or f"If the VM has ended, `{tool} status` in its directory says so."
         raise
     if silent:
@@ -1330,13 +1340,11 @@ def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
 def short_id(session_id: str) -> str:
     """The <id> in the names of SSH files and hosts: the first part of the session id, safe as a name.
 
-    Session ids are UUIDs today. The first part of another kind of id is used only where it looks random
-    ("abc123-def456"), else the whole id: "session-1" and "session-2" must not share their files.
+    Session ids are UUIDs today. Of another kind it is the whole id: "session-1" and "session-2" must not
+    share their files.
     """
     safe = re.sub(r"[^A-Za-z0-9-]", "", session_id).strip("-")
-    first = safe.split("-", 1)[0]
-    random = re.fullmatch(r"[0-9a-f]{8}|(?=.*\d)[0-9a-f]{6,}", first, re.IGNORECASE)
-    return (first if random else safe)[:64] or "unknown"
+    return re.sub(r"(?i)^([0-9a-f]{8})-.*", r"\1", safe)[:64] or "unknown"
 
 
 def heartbeat_path(home: str, session_id: str) -> str:
@@ -2159,20 +2167,17 @@ def yaml_dump(value: Any) -> str:
     try:
         if not isinstance(value, dict) or not value:
             return yaml_inline(value) + "\n"
-        return "".join(f"{yaml_inline(key)}: {yaml_inline(part, '?')}\n" for key, part in value.items())
+        return "".join(f"{yaml_inline(key)}: {yaml_inline(part)}\n" for key, part in value.items())
     except RecursionError:
         raise SandboxError("What is nested so deep cannot be written as YAML.") from None
 
 
-def yaml_inline(value: Any, more: str = "") -> str:
-    """A value on one line, as people write it: name, "odd, name", [a, b], {table: a, columns: [b]}.
-
-    more: further characters of text that needs no quotes where it will stand.
-    """
+def yaml_inline(value: Any) -> str:
+    """A value on one line, as people write it: name, "odd, name", [a, b], {table: a, columns: [b]}."""
     import json
 
     if isinstance(value, str):
-        plain = re.fullmatch(rf"[A-Za-z_/][A-Za-z0-9_./:=&$@+{more}-]*(?<!:)", value)
+        plain = re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./:=&$@+-]*(?<!:)", value)
         if plain and value not in _YAML_WORDS:
             return value
         return '"' + printable(value.replace("\\", "\\\\").replace('"', '\\"')) + '"'
@@ -2245,9 +2250,9 @@ def whole_number(value: Any) -> int | None:
 _SCHEMAS = """
 dataset:
   compute:
-    cpus: %d..%d
-    memory: %d..%d
-    disk: %d..%d
+    cpus: 1..8
+    memory: 512..16384
+    disk: 1024..204800
     app_port: 0..65535
     plato_messaging_port: 0..65535
   metadata:
@@ -2348,8 +2353,7 @@ _KINDS: dict[str, Any] = {
 @functools.cache
 def schemas() -> Json:
     """Of a dataset and of a flow."""
-    text = _SCHEMAS % (*CPUS_RANGE, *MEMORY_RANGE_MB, *DISK_RANGE_MB)
-    return yaml_load(text)  # type: ignore[no-any-return]
+    return yaml_load(_SCHEMAS)  # type: ignore[no-any-return]
 
 
 def _fields(values: Mapping[str, Any], schema: Json) -> Json:
@@ -2476,23 +2480,16 @@ class Config:
 
 
 def find_config(directory: str) -> str:
-    """The path of the plato-config.yml (or .yaml) in a directory; ConfigError when there is none."""
-    for name in CONFIG_NAMES:
-        path = os.path.join(directory, name)
-        if os.path.lexists(path):
-            return path
-    raise ConfigError(
-        f"There is no {CONFIG_NAMES[0]} in {shown_path(directory)}.",
-        hint="Go to the simulator's directory or name it with -w DIR; --blank starts a VM without a config.",
-    )
+    """The path of the plato-config.yml (or .yaml) in a directory, whether there is one or not."""
+    paths = [os.path.join(directory, name) for name in CONFIG_NAMES]
+    return next(filter(os.path.lexists, paths), paths[0])
 
 
 def read_config(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{shown_path(path)} cannot be read: {reason(error)}.") from None
+    failure = f"{shown_path(path)} cannot be read"
+    hint = "Go to the simulator's directory or name it with -w DIR; --blank starts a VM without a config."
+    with explained(failure, hint, ConfigError), open(path, encoding="utf-8", newline="") as file:
+        return file.read()
 
 
 def load_config(path: str, dataset: str | None) -> Config:
@@ -2725,7 +2722,7 @@ def damaged_state(path: str, why: str, text: str) -> StateError:
     return StateError(
         f"{shown_path(path)} is damaged or cannot be read: {why}."
         " Nothing was changed; a VM may still be running.",
-        hint=f"To stop the VM: {PROGRAM} stop --session-id {session_id}. Then remove the file.",
+        hint=f"To stop the VM: plato-sandbox stop --session-id {session_id}. Then remove the file.",
     )
 
 
@@ -2760,8 +2757,11 @@ def load_slot(directory: str) -> Json | None:
     name = pinned
     with contextlib.suppress(OSError):
         name = pinned or text_of_others(os.path.join(place, "current")).strip()
-    slots = {os.path.basename(path)[: -len(".json")]: read_slot(path, directory) for path in paths}
-    live = {slot: state for slot, state in slots.items() if state}
+    live: dict[str, Json] = {}
+    for path in paths:
+        state = read_slot(path, directory)
+        if state:
+            live[os.path.basename(path).removesuffix(".json")] = state
     if name in live or pinned:
         return live.get(name)
     if len(live) > 1:
@@ -2827,16 +2827,10 @@ def remove_state(directory: str) -> None:
         _sync_directory(directory)
 
 
-@contextlib.contextmanager
-def changing(path: str) -> Iterator[None]:
+def changing(path: str) -> contextlib.AbstractContextManager[None]:
     """StateError when a record cannot be written or removed."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise StateError(
-            f"{shown_path(path)} cannot be changed: {reason(error)}.",
-            hint="The directory must be writable: the only record of the VM is kept there.",
-        ) from None
+    hint = "The directory must be writable: the only record of the VM is kept there."
+    return explained(f"{shown_path(path)} cannot be changed", hint, StateError)
 
 
 def write_whole(path: str, text: str, mode: int = 0o600) -> None:
@@ -2859,10 +2853,8 @@ def write_whole(path: str, text: str, mode: int = 0o600) -> None:
 def _sync_directory(path: str) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot; what was done there is done
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def remove_matching(directory: str, pattern: str) -> None:
@@ -2881,7 +2873,9 @@ def make_home(home: str) -> None:
     """
     import stat
 
-    try:
+    failure = f"{shown_path(home)} cannot be used for SSH files and heartbeat records"
+    hint = "Make it a directory that only you can write to, or set PLATO_HOME to another one."
+    with explained(failure, hint):
         os.makedirs(home, mode=0o700, exist_ok=True)
         if home == os.path.expanduser("~/.plato") and os.stat(home).st_uid == os.getuid():
             os.chmod(home, 0o700)
@@ -2889,11 +2883,6 @@ def make_home(home: str) -> None:
             raise PermissionError("it is not writable")
         if os.stat(home).st_mode & stat.S_IWOTH:
             raise PermissionError("everyone can write to it, so an SSH config in it could be anyone's")
-    except OSError as error:
-        raise SandboxError(
-            f"{shown_path(home)} cannot be used for SSH files and heartbeat records: {reason(error)}.",
-            hint="Make it a directory that only you can write to, or set PLATO_HOME to another one.",
-        ) from None
 
 
 @contextlib.contextmanager
@@ -2902,10 +2891,8 @@ def locked(directory: str, *, shared: bool = False) -> Iterator[None]:
 
     ConflictError, naming the holder, when another command has it. shared: not against others that only look.
     """
-    try:
+    with explained(f"{shown_path(directory)} cannot be opened"):
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise SandboxError(f"{shown_path(directory)} cannot be opened: {reason(error)}.") from None
     try:
         if not take_lock(handle, shared=shared):
             raise ConflictError(
@@ -2922,9 +2909,8 @@ def lock_holder(status: os.stat_result) -> str:
     with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as file:
         lock = re.search(rf"^\d+: FLOCK .* (\d+) \S+:{status.st_ino} ", file.read(), re.MULTILINE)
         if lock:
-            command = command_of(lock[1])
-            name = re.search(r"(?:\.pyw?|plato[_-]sandbox) (?:-\S+ )*([a-z][a-z-]+)", command)
-            return f"`{name[1]}` (PID {lock[1]})" if name else f"PID {lock[1]}"
+            name = re.search(r"(?:\.pyw?|plato[_-]sandbox) (?:-\S+ )*([a-z][a-z-]+)", command_of(lock[1]))
+            return f"{f'`{name[1]}`' if name else 'a program'} (PID {lock[1]})"
     return "a plato-sandbox command"
 
 
@@ -3040,10 +3026,8 @@ def ssh_config_text(settings: Settings, state: Json, user: str) -> str:
 
 def write_ssh_config(settings: Settings, state: Json, user: str) -> None:
     path = state["ssh_config_path"]
-    try:
+    with explained(f"{shown_path(path)} cannot be written"):
         write_whole(path, ssh_config_text(settings, state, user))
-    except OSError as error:
-        raise SandboxError(f"{shown_path(path)} cannot be written: {reason(error)}.") from None
 
 
 def repair_ssh_config(state: Json, settings: Settings) -> None:
@@ -3066,14 +3050,12 @@ def repair_ssh_config(state: Json, settings: Settings) -> None:
             write_whole(path, text)
 
 
-def ssh_command(state: Json, *, shown: bool) -> str | None:
-    """The command that opens a shell on the VM; with `shown`, for people: the home directory as ~."""
+def ssh_command(state: Json) -> str | None:
+    """The command that opens a shell on the VM."""
     config, host = state.get("ssh_config_path"), state.get("ssh_host")
     if not config or not host:
         return None
-    command = shell_words(["ssh", "-F", os.path.expanduser(config), host])
-    # A path that needs quotes begins with one, and stays: there, ~ would be none.
-    return command.replace("ssh -F " + os.path.expanduser("~/"), "ssh -F ~/") if shown else command
+    return shell_words(["ssh", "-F", os.path.expanduser(config), host])
 
 
 def ssh_words(sandbox: Sandbox, *options: str) -> list[str]:
@@ -3085,7 +3067,7 @@ def ssh_words(sandbox: Sandbox, *options: str) -> list[str]:
     path = os.path.normpath(os.path.expanduser(state["ssh_config_path"]))
     if os.path.dirname(path) != home:
         raise SandboxError(
-            f"{STATE_FILE} names {shown_path(path)} as its SSH config, which is not in"
+            f".sandbox.yaml names {shown_path(path)} as its SSH config, which is not in"
             f" {shown_path(home)}, so it was not used.",
             hint="Set PLATO_HOME to where it is if it is yours; start the sandbox anew if not.",
         )
@@ -3211,7 +3193,7 @@ class Vm:
         offsets = iter(range(0, max(size, 1), PART_BYTES))
 
         def send() -> None:
-            api = self.sandbox.api.another()
+            api = PlatoApi(self.sandbox.settings, self.sandbox.reporter)  # with a connection of its own
             for offset in offsets:
                 command = assigned(place=place, part=f"{offset:012d}", data=_encoded(content, offset))
                 check_script(execute(api, self.sandbox.state, command + TAKE_PART, VM_SECONDS))
@@ -3261,7 +3243,7 @@ def execute(api: PlatoApi, state: Json, command: str, seconds: float) -> Outcome
     if not result or not isinstance(code, int) or code < 0:
         raise ApiError(
             f"Plato could not run a command on the VM: {last_words(stderr) or 'no result came back'}.",
-            hint=f"See what it is doing: {PROGRAM} status",
+            hint="See what it is doing: plato-sandbox status",
         )
     return Outcome(code, stdout, stderr)
 
@@ -3279,7 +3261,7 @@ def ssh_broken(stderr: bytes) -> NetworkError:
     text = stderr.decode("utf-8", "replace").strip()
     told = re.search(r"^Error: (.*)\n?(.*)", text, re.MULTILINE)  # by the gateway stream, which knows more
     words, hint = told.groups() if told else (text.rpartition("\n")[2], "")
-    hint = hint or f"Run the command again; see what the VM is doing: {PROGRAM} status"
+    hint = hint or "Run the command again; see what the VM is doing: plato-sandbox status"
     return NetworkError(
         f"SSH to the VM does not work: {words.rstrip('.') or 'no reason was given'}.", hint=hint
     )
@@ -3435,7 +3417,7 @@ class LocalTree:
         self.stamps: Stamps = {}
         self.skipped: dict[bytes, str] = {}
         self.odd_patterns: list[bytes] = []
-        names = (b".gitignore", b".platoignore") if gitignore else (b".platoignore",)
+        names = [b".gitignore"] * gitignore + [b".platoignore"]
         # The ignore files of each directory that has some, the most important one first.
         self._rules = {b"": [IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))]}
         waiting = [b""]
@@ -4057,9 +4039,9 @@ def plan_services(config: Config) -> list[Json]:
 
 def named_files(dataset: Json, services: Sequence[Json]) -> list[bytes]:
     """The files and directories that a dataset and its planned services name, relative to its config."""
-    found: list[Any] = [as_dict(dataset.get("metadata")).get("flows_path")]
+    found: list[Any] = [dict_in(dataset, "metadata").get("flows_path")]
     found += [service["file"] for service in services]
-    for listener in as_dict(dataset.get("listeners")).values():
+    for listener in dict_in(dataset, "listeners").values():
         found += [listener.get("seed_data_path"), *as_list(listener.get("seed_data_paths"))]
     return [os.fsencode(os.path.normpath(path)) for path in filter(as_text, found)]
 
@@ -4071,7 +4053,7 @@ def find_repository(api: PlatoApi, service: str) -> list[str]:
     """Gitea's user name and password, and the clone URL and the default branch of the repository of a
     service's simulator, which is made if need be. ApiError for what git must not be given."""
     answer = api.gitea_credentials()
-    words = [as_text(answer.get(name)) or "" for name in ("username", "password")]
+    words = [text_in(answer, name) or "" for name in ("username", "password")]
     if "" in words or re.search("[\n\r\0]", "".join(words)):
         raise ApiError("Plato's answer holds no usable username and password for Gitea.")
     listed = map(as_dict, api.gitea_simulators())
@@ -4081,7 +4063,7 @@ def find_repository(api: PlatoApi, service: str) -> list[str]:
         raise SandboxError(
             f"Gitea lists no simulator {service!r} for this API key.",
             hint=f"It lists: {', '.join(sorted(simulators)) or 'none'}."
-            f" Without Gitea: {PROGRAM} start-services --via sync",
+            f" Without Gitea: plato-sandbox start-services --via sync",
         )
     identifier = str(found.get("id"))
     if not found.get("has_repo"):
@@ -4091,11 +4073,11 @@ def find_repository(api: PlatoApi, service: str) -> list[str]:
             if error.status != 409:  # another one has just made it, or our own first try
                 raise
     repository = api.gitea_repository(identifier)
-    url = re.sub("^(https?://)[^/]*@", r"\1", as_text(repository.get("clone_url")) or "")
+    url = re.sub("^(https?://)[^/]*@", r"\1", text_in(repository, "clone_url") or "")
     scheme = "https?" if api.settings.base_url.startswith("http:") else "https"
     if not re.fullmatch(scheme + r"://[^/@\s]+(/\S*)?", url) or not url.isprintable():
         raise ApiError(f"Plato names no usable clone URL for the repository ({url[:100]!r}).")
-    return [*words, url, as_text(repository.get("default_branch")) or "main"]
+    return [*words, url, text_in(repository, "default_branch") or "main"]
 
 
 # Commits the files that are named on its standard input, after the credentials, and pushes them; says the
@@ -4445,10 +4427,10 @@ class Mutation:
         row = self.after or self.before
         changed = self.columns if self.before and self.after else []
         if not changed:
-            return ", ".join(f"{name}={_value(value)}" for name, value in row.items())
-        key = f"id={_value(row['id'])}  " if "id" in row else ""
+            return ", ".join(f"{name}={excerpt(value_text(value))}" for name, value in row.items())
+        key = f"id={excerpt(value_text(row['id']))}  " if "id" in row else ""
         return key + ", ".join(
-            f"{name}: {_value(self.before.get(name))} -> {_value(self.after.get(name))}" for name in changed
+            f"{name}: {difference(self.before.get(name), self.after.get(name))}" for name in changed
         )
 
 
@@ -4462,9 +4444,19 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _value(value: Any) -> str:
-    text = value_text(value)
-    return printable(text if len(text) <= 60 else text[:57] + "...")
+def difference(before: Any, after: Any) -> str:
+    """Two values side by side; of long ones what stands around the place where they begin to differ."""
+    texts = [value_text(before), value_text(after)]
+    same = len(os.path.commonprefix(texts))  # noqa: RUF071  (it is meant to go by characters)
+    start = same - 15 if same > 45 else 0
+    return " -> ".join(excerpt(text, start) for text in texts)
+
+
+def excerpt(text: str, start: int = 0) -> str:
+    """So much of a text, from there on, as fits into a line with others."""
+    dots = "..."
+    end = start + 60
+    return printable(dots * (start > 0) + text[start:end] + dots * (len(text) > end))
 
 
 def mutations_of(content: Json) -> list[Mutation]:
@@ -4473,6 +4465,17 @@ def mutations_of(content: Json) -> list[Mutation]:
     if not isinstance(found, list):
         found = [entry for part in content.values() for entry in as_list(as_dict(part).get("mutations"))]
     return [Mutation(as_dict(entry)) for entry in found]
+
+
+def new_mutations(before: Sequence[Mutation], after: Sequence[Mutation]) -> list[Mutation]:
+    """Those that are told in the second look and were not in the first, so or as often."""
+    known = collections.Counter(repr(mutation.raw) for mutation in before)
+    found = []
+    for mutation in after:
+        known[repr(mutation.raw)] -= 1
+        if known[repr(mutation.raw)] < 0:
+            found.append(mutation)
+    return found
 
 
 def worker_trouble(job: Json) -> str:
@@ -4500,23 +4503,86 @@ def counts_text(counts: Json) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count and kind != "table")
 
 
-def ignore_rules(mutations: Sequence[Mutation]) -> list[Any]:
-    """The `audit_ignore_tables` entries that would ignore them: columns where only those changed."""
-    whole = ""  # in place of columns
-    tables: dict[str, set[str]] = {}
-    for mutation in mutations:
-        tables.setdefault(mutation.table, set()).update(mutation.columns or [whole])
-    return [
-        name if whole in columns else {"table": name, "columns": sorted(columns)}
-        for name, columns in sorted(tables.items())
-    ]
+# Ignore rules
+
+# `audit_ignore_tables` is a list of entries: the name of a table, or {table: NAME, columns: [..]} for UPDATEs
+# of nothing but those columns. The page works with ticks: pairs of a table and one of its columns, or WHOLE
+# for all of the table. A table goes by its name, or by schema.name where the schema is not the listener's.
+
+Tick = tuple[str, str]
+WHOLE = ""
+
+
+def ticks_of(entry: Any, schema: str) -> list[Tick]:
+    """What a rule ignores; [] for what is none."""
+    fields = {"table": entry} if isinstance(entry, str) else as_dict(entry)
+    table, columns = text_in(fields, "table"), fields.get("columns")
+    names = [WHOLE] if columns is None else as_list(columns)
+    return [(table.removeprefix(f"{schema}."), str(name)) for name in names if table]
+
+
+def entries_with(entries: Sequence[Any], ticks: set[Tick], schema: str) -> list[Any]:
+    """The rules that ignore exactly this: each table's as they are if they do, else one written anew."""
+    before = {tick for entry in entries for tick in ticks_of(entry, schema)}
+    wanted = {table: {column for name, column in ticks if name == table} for table, _ in before ^ ticks}
+    found: list[Any] = []
+    for entry in [*entries, *sorted(wanted.keys() - {table for table, _ in before})]:
+        table = next((table for table, _ in ticks_of(entry, schema)), "")  # which is none
+        if table not in wanted:
+            found.append(entry)
+        elif wanted[table]:
+            columns, wanted[table] = wanted[table], set()
+            # With whatever else is there.
+            fields = dict(entry) if isinstance(entry, dict) else {"table": entry}
+            fields.pop("columns", None)
+            if WHOLE not in columns:
+                fields["columns"] = sorted(columns)
+            found.append(fields if len(fields) > 1 else fields["table"])
+    return found
+
+
+class Changes:
+    """What happened to tables, counted, so that the effect of rules is known at once however much it was.
+
+    kinds: how often, by table, kind ("inserted", ..) and the ticks of the columns that an UPDATE changed;
+    of: the mutations themselves, by tick.
+    """
+
+    def __init__(self, mutations: Sequence[Mutation], schema: str) -> None:
+        self.mutations = mutations
+        self.kinds: collections.Counter[Any] = collections.Counter()
+        self.of: dict[Tick, list[Mutation]] = {}
+        for mutation in mutations:
+            table = table_of(mutation, schema)
+            columns = [(table, name) for name in mutation.columns]
+            self.kinds[table, mutation.kind, frozenset(columns)] += 1
+            for place in [(table, WHOLE), *columns]:
+                self.of.setdefault(place, []).append(mutation)
+
+    def remaining(self, ticks: set[Tick]) -> dict[Any, int]:
+        """The `kinds` that rules do not hide."""
+        return {
+            what: number
+            for what, number in self.kinds.items()
+            if (what[0], WHOLE) not in ticks and not set() < what[2] <= ticks
+        }
+
+    def noise(self, ticks: set[Tick]) -> set[Tick]:
+        """The ticks that would hide what remains: columns where an UPDATE changed only those."""
+        return {place for table, _, columns in self.remaining(ticks) for place in columns or [(table, WHOLE)]}
+
+
+def table_of(mutation: Mutation, schema: str) -> str:
+    """The name of a change's table, with its schema if that is another one."""
+    other = mutation.raw.get("schema") or mutation.raw.get("table_schema") or schema
+    return f"{other}.{mutation.table}".removeprefix(f"{schema}.")
 
 
 def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
     error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {mutation_words(mutations)}.")
     error.hint = "If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n" + rules_text(
-        ignore_rules(mutations)
+        entries_with([], Changes(mutations, "public").noise(set()), "public")
     )
     return error
 
@@ -4581,22 +4647,10 @@ def fetch_flows(sandbox: Sandbox) -> FlowSet:
     if not found:
         raise ConfigError(
             "Plato has no flows for this sandbox.",
-            hint=f"Name a flows file in {CONFIG_NAMES[0]} (`metadata.flows_path`) and use --local.",
+            hint="Name a flows file in plato-config.yml (`metadata.flows_path`) and use --local.",
         )
     text = found if isinstance(found, str) else yaml_dump({"flows": found})
     return parse_flows(text, "the flows that Plato has", None)
-
-
-# What a flow changed
-
-
-def new_mutations(before: Sequence[Json], after: Sequence[Json]) -> list[Json]:
-    """What is in the second list and not in the first, each as often as it is there more often."""
-    found = list(after)
-    for mutation in before:
-        if mutation in found:
-            found.remove(mutation)
-    return found
 
 
 # What must not be read
@@ -4700,11 +4754,6 @@ _STATE_OF_PAGE = """() => {
   return {url: `${location.protocol === "chrome-error:" ? entry.name : location.href}`,
     http_status: entry.responseStatus | 0 || null, text: `${text}`.slice(0, 4000)};
 }"""
-
-
-def step_words(step: Json) -> str:
-    """A step's own description, or what it does."""
-    return step["description"] or f"{step['type']} {step['target']}".rstrip()
 
 
 # What Playwright says of a failure, the most telling first: a line of its log, an error, its first line.
@@ -5275,86 +5324,6 @@ def flow_failed_error(failed: Sequence[Json]) -> FlowFailedError:
 # ----------------------------------------------------------------------------------------------------------
 # audit: ignore rules chosen by looking: what changed, the rules and their file, databases, the page
 # ----------------------------------------------------------------------------------------------------------
-# `audit_ignore_tables` is a list of entries: the name of a table, or {table: NAME, columns: [..]} for UPDATEs
-# of nothing but those columns. The page works with ticks: pairs of a table and one of its columns, or WHOLE
-# for all of the table. A table goes by its name, or by schema.name where the schema is not the listener's.
-
-Tick = tuple[str, str]
-WHOLE = ""
-
-
-def ticks_of(entry: Any, schema: str) -> list[Tick]:
-    """What a rule ignores; [] for what is none."""
-    fields = {"table": entry} if isinstance(entry, str) else as_dict(entry)
-    table, columns = as_text(fields.get("table")), fields.get("columns")
-    names = [WHOLE] if columns is None else as_list(columns)
-    return [(table.removeprefix(f"{schema}."), str(name)) for name in names if table]
-
-
-def entries_with(entries: Sequence[Any], ticks: set[Tick], schema: str) -> list[Any]:
-    """The rules that ignore exactly this: each table's as they are if they do, else one written anew."""
-    before = {tick for entry in entries for tick in ticks_of(entry, schema)}
-    wanted = {table: {column for name, column in ticks if name == table} for table, _ in before ^ ticks}
-    found: list[Any] = []
-    for entry in [*entries, *sorted(wanted.keys() - {table for table, _ in before})]:
-        table = next((table for table, _ in ticks_of(entry, schema)), "")  # which is none
-        if table not in wanted:
-            found.append(entry)
-        elif wanted[table]:
-            columns, wanted[table] = wanted[table], set()
-            # With whatever else is there.
-            fields = dict(entry) if isinstance(entry, dict) else {"table": entry}
-            fields.pop("columns", None)
-            if WHOLE not in columns:
-                fields["columns"] = sorted(columns)
-            found.append(fields if len(fields) > 1 else fields["table"])
-    return found
-
-
-class Changes:
-    """What happened to tables, counted, so that the effect of rules is known at once however much it was.
-
-    kinds: how often, by table, kind ("inserted", ..) and the ticks of the columns that an UPDATE changed;
-    of: the mutations themselves, by tick.
-    """
-
-    def __init__(self, mutations: Sequence[Mutation], schema: str) -> None:
-        self.mutations = mutations
-        self.kinds: collections.Counter[Any] = collections.Counter()
-        self.of: dict[Tick, list[Mutation]] = {}
-        for mutation in mutations:
-            table = table_of(mutation, schema)
-            columns = [(table, name) for name in mutation.columns]
-            self.kinds[table, mutation.kind, frozenset(columns)] += 1
-            for place in [(table, WHOLE), *columns]:
-                self.of.setdefault(place, []).append(mutation)
-
-    def remaining(self, ticks: set[Tick]) -> dict[Any, int]:
-        """The `kinds` that rules do not hide."""
-        return {
-            what: number
-            for what, number in self.kinds.items()
-            if (what[0], WHOLE) not in ticks and not set() < what[2] <= ticks
-        }
-
-    def noise(self, ticks: set[Tick]) -> set[Tick]:
-        """The ticks that would hide what remains: columns where an UPDATE changed only those."""
-        return {place for table, _, columns in self.remaining(ticks) for place in columns or [(table, WHOLE)]}
-
-
-def table_of(mutation: Mutation, schema: str) -> str:
-    """The name of a change's table, with its schema if that is another one."""
-    other = mutation.raw.get("schema") or mutation.raw.get("table_schema") or schema
-    return f"{other}.{mutation.table}".removeprefix(f"{schema}.")
-
-
-def difference(before: Any, after: Any) -> str:
-    """Two values side by side; of long ones what stands around the place where they begin to differ."""
-    texts = [value_text(before), value_text(after)]
-    same = len(os.path.commonprefix(texts))  # noqa: RUF071  (it is meant to go by characters)
-    start = same - 15 if same > 45 else 0
-    parts = (text[start : start + 60] + "…" * (len(text) > start + 60) for text in texts)
-    return printable(" → ".join("…" * (start > 0) + part for part in parts))
 
 
 def change_text(first: Mutation, column: str) -> str:
@@ -5362,21 +5331,6 @@ def change_text(first: Mutation, column: str) -> str:
     if column != WHOLE:
         return difference(first.before.get(column), first.after.get(column))
     return printable(f"{first.kind}: {first.told()}"[:300])
-
-
-def changes_between(
-    earlier: Sequence[Mutation], later: Sequence[Mutation], key_of: Callable[[Mutation], str]
-) -> list[Mutation]:
-    """What happened between two looks at the state, where all changes of a row are told as one."""
-    before, now = ({key_of(mutation): mutation for mutation in look} for look in (earlier, later))
-    found = [mutation for key, mutation in now.items() if key not in before]
-    for key, old in before.items():
-        row = now[key].after if key in now else old.before  # as at the last reset
-        if old.after != row:
-            raw = {**now.get(key, old).raw, "changed_columns": None, "changed_fields": None}
-            action = "UPDATE" if old.after and row else "INSERT" if row else "DELETE"
-            found.append(Mutation({**raw, "action": action, "before": old.after, "after": row}))
-    return found
 
 
 # The way into the file: the lines of one list change, and what comes out is proved by reading it again
@@ -5471,18 +5425,14 @@ def replace_text(path: str, old: str, new: str) -> None:
             "The config was changed by something else since it was read; nothing was written.",
             hint="Look again: your choice of rules is kept and put on top of what is there now.",
         )
-    try:
+    hint = "Copy the YAML, or make the file and its directory writable."
+    with explained("The config cannot be written", hint, ConfigError):
         status = os.stat(path)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "you may not write to it")
         write_whole(path, new, status.st_mode & 0o7777)
         if os.geteuid() == 0:
             os.chown(path, status.st_uid, status.st_gid)
-    except OSError as error:
-        raise ConfigError(
-            f"The config cannot be written: {reason(error)}.",
-            hint="Copy the YAML, or make the file and its directory writable.",
-        ) from None
 
 
 # Databases: read only, with a limit on every look
@@ -5493,23 +5443,20 @@ AUDIT_QUERY_SECONDS = 20
 AUDIT_LOOK_SECONDS = 60.0  # whatever happens: a VM can go without a word
 AUDIT_DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
 
-# Schema, table, column, type, what it is if it is of the primary key, and the table as statements name it.
+# Schema, table, column, type, and the table as statements name it.
 _COLUMNS = {
     "postgresql": """
-SELECT table_schema, table_name, column_name, data_type, i.indrelid, format('%I.%I', table_schema, table_name)
-FROM information_schema.columns JOIN pg_namespace n ON n.nspname = table_schema
-JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = table_name AND c.relkind IN ('r', 'p')
-LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND ordinal_position = ANY (i.indkey)
-WHERE table_schema NOT IN ('information_schema', 'pg_catalog')
+SELECT table_schema, table_name, column_name, data_type, format('%I.%I', table_schema, table_name)
+FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
+WHERE table_schema NOT IN ('information_schema', 'pg_catalog') AND table_type = 'BASE TABLE'
 ORDER BY table_schema, table_name, ordinal_position""",
     "mysql": """
-SELECT table_schema, table_name, column_name, column_type, nullif(column_key = 'PRI', 0),
-concat('`', replace(table_name, '`', '``'), '`')
+SELECT table_schema, table_name, column_name, column_type, concat('`', replace(table_name, '`', '``'), '`')
 FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
 WHERE table_schema = database() AND table_type <> 'VIEW'
 ORDER BY table_schema, table_name, ordinal_position""",
     "sqlite": """
-SELECT 'main', m.name, p.name, p.type, nullif(p.pk, 0), '"' || replace(m.name, '"', '""') || '"'
+SELECT 'main', m.name, p.name, p.type, '"' || replace(m.name, '"', '""') || '"'
 FROM sqlite_master m JOIN pragma_table_info(m.name) p
 WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite^_%' ESCAPE '^' ORDER BY m.name, p.cid""",
 }
@@ -5626,7 +5573,7 @@ class Database:
 
     def examples(self, columns: Sequence[Any]) -> Json:
         """A few values of each column of a table."""
-        rows = self.query(f"SELECT * FROM {columns[0][5]} LIMIT 20")  # noqa: S608  (quoted)
+        rows = self.query(f"SELECT * FROM {columns[0][4]} LIMIT 20")  # noqa: S608  (quoted)
         return dict(zip((column[2] for column in columns), zip(*rows)))
 
     def query(self, statement: str | None) -> list[Any]:
@@ -5653,9 +5600,7 @@ class Database:
             return as_list(json.loads(outcome.stdout))
         said, hint = last_words(outcome.stderr), None
         if outcome.code in (2, 3):
-            hint = (
-                f"Correct its address in the config or --database-url, or start it: {PROGRAM} start-services"
-            )
+            hint = "Correct its address (in the config, or --database-url), or: plato-sandbox start-services"
         if outcome.code == 3 and self.tunnel:
             self.tunnel.connect().close()  # if it is the gateway, it says so
             said = f"it does not answer on port {self.login['port']} of the VM"
@@ -5668,8 +5613,7 @@ def check_audit_packages() -> None:
 
     for name in ("streamlit", *AUDIT_DRIVERS.values()):
         if importlib.util.find_spec(name) is None:
-            install = [sys.executable, "-m", "pip", "install", "streamlit", "psycopg2-binary", "pymysql"]
-            command = shell_words(install)
+            command = f"{shell_words([sys.executable])} -m pip install streamlit psycopg2-binary pymysql"
             raise SandboxError(f"audit-ui needs {name}, which this Python does not have: {command}")
 
 
@@ -5795,7 +5739,7 @@ class Visit:
         """The text of the config, once the rules in it are `saved`."""
         config = self.plan.config
         if not config.path:
-            raise ConfigError(f"There is no {CONFIG_NAMES[0]} here to save to; copy the YAML instead.")
+            raise ConfigError("There is no plato-config.yml here to save to; copy the YAML instead.")
         text = read_config(config.path)
         listener = listener_node(text, os.path.basename(config.path), config.dataset, self.name)
         self.saved = as_list(listener.plain().get(RULES_KEY))
@@ -5818,19 +5762,12 @@ class Visit:
 
     def record(self) -> None:
         """Note what has changed so far, or show what happened since that was done."""
-
-        def key_of(mutation: Mutation) -> str:
-            """What tells a row from all others: its table, and its primary key, `id`, or the whole row."""
-            table, row = table_of(mutation, self.schema), mutation.before or mutation.after or mutation.raw
-            keys = [column[2] for column in self.tables.get(table, []) if column[4]] or ["id"]
-            return repr((table, [row[name] for name in keys if name in row] or row))
-
         earlier = self.recording
         self.look()
         if self.known and earlier is None:
             self.recording = self.changes.mutations
         elif self.known:
-            happened = changes_between(earlier or [], self.changes.mutations, key_of)
+            happened = new_mutations(earlier or [], self.changes.mutations)
             self.changes, self.recorded, self.recording = Changes(happened, self.schema), True, None
 
     def grid(self, only_changed: bool, words: str) -> dict[Tick, Json]:
@@ -6115,17 +6052,13 @@ def serve_page(draw: Callable[[], None], port: int, ready: Callable[[], None]) -
 
 
 def free_port(wanted: int | None) -> int:
-    """The wanted port of 127.0.0.1, or the next that is free after it; any free one if none is wanted."""
+    """The wanted port of 127.0.0.1, or any free one where that is taken or none is wanted."""
     import socket
 
-    first = wanted or 0  # which is any
-    for port in range(first, first + 50):
-        try:
-            with socket.create_server(("127.0.0.1", port)) as listener:
-                return int(listener.getsockname()[1])
-        except (OSError, OverflowError) as error:
-            why = reason(error)
-    raise SandboxError(f"No port could be opened for the page: {why}.", hint="Name another one with --port.")
+    for port in (wanted or 0, 0):
+        with contextlib.suppress(OSError, OverflowError), socket.create_server(("127.0.0.1", port)) as server:
+            return int(server.getsockname()[1])
+    raise SandboxError("No port of 127.0.0.1 could be opened for the page.")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6154,7 +6087,7 @@ def plan_start(
     if len(modes) != 1:
         raise UsageError(
             "Choose one mode, and only one: --from-config, --simulator, --artifact-id or --blank.",
-            hint=f"In a simulator's directory: {PROGRAM} start --from-config",
+            hint="In a simulator's directory: plato-sandbox start --from-config",
         )
     for option, value in {"dataset": dataset, "tag": tag, **options}.items():
         fitting = _OPTION_MODES.get(option, ("blank",))
@@ -6211,24 +6144,21 @@ def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -
     return {**environment, **which}, {**record, **which}, None
 
 
-VM_SIZES = {
-    "cpus": (DEFAULT_CPUS, *CPUS_RANGE),
-    "memory": (DEFAULT_MEMORY_MB, *MEMORY_RANGE_MB),
-    "disk": (DEFAULT_DISK_MB, *DISK_RANGE_MB),
-}
+VM_SIZES = {"cpus": DEFAULT_CPUS, "memory": DEFAULT_MEMORY_MB, "disk": DEFAULT_DISK_MB}
 
 
 def _plan_blank(service: str | None = None, **sizes: int | None) -> tuple[Json, Json, None]:
     if not service:
         raise UsageError(
-            "--blank needs --service NAME.", hint=f"For example: {PROGRAM} start --blank --service myapp"
+            "--blank needs --service NAME.", hint="For example: plato-sandbox start --blank --service myapp"
         )
     if not re.fullmatch(SERVICE_NAME, service):
         raise UsageError(f"--service is {service!r}; it may hold letters, digits, '.', '_' and '-' only.")
-    chosen = {}
-    for name, (default, low, high) in VM_SIZES.items():
-        size = sizes.get(name)
-        chosen[name] = int(number_in(f"--{name}", default if size is None else size, low, high))
+    chosen = {**VM_SIZES, **{name: size for name, size in sizes.items() if size is not None}}
+    for name, size in chosen.items():
+        wrong = _unlike(size, schemas()["dataset"]["compute"][name])
+        if wrong:
+            raise UsageError(f"--{name} is {size}; {wrong}.")
     environment = {"type": "resource", "simulator": service, "sim_config": chosen}
     return environment, {"mode": "blank", "service": service, **chosen}, None
 
@@ -6256,10 +6186,8 @@ class Sandbox:
     def __init__(
         self, directory: str = ".", *, settings: Settings | None = None, reporter: Reporter | None = None
     ) -> None:
-        try:
+        with explained("The current directory cannot be used", "Go to another one.", UsageError):
             self.directory = os.path.abspath(directory)
-        except FileNotFoundError:
-            raise UsageError("The current directory does not exist any more; go to another one.") from None
         if not os.path.isdir(self.directory):
             raise UsageError(f"{shown_path(self.directory)} is not a directory.")
         self.settings = settings or Settings.from_environment()
@@ -6293,9 +6221,16 @@ class Sandbox:
         sandbox.settings.require_key()
         for warning in config.warnings if config else ():
             sandbox.reporter.warn(warning)
-        how: Json = {"lifetime": lifetime, "patience": patience, "reset": reset, "replace": replace}
         try:
-            start_vm(sandbox, environment, record, **how)
+            start_vm(
+                sandbox,
+                environment,
+                record,
+                lifetime=lifetime,
+                patience=patience,
+                reset=reset,
+                replace=replace,
+            )
         finally:
             sandbox.api.hang_up()
         return sandbox
@@ -6312,12 +6247,13 @@ class Sandbox:
         """Read .sandbox.yaml into `state`. NoSandboxError without one, ConflictError for another Plato's."""
         state = load_state(self.directory)
         if state is None:
-            hint = f"Start one: {PROGRAM} start --from-config (or --simulator, --artifact-id, --blank)"
-            above = os.path.dirname(self.directory)
-            while not os.path.lexists(state_path(above)) and above != os.path.dirname(above):
+            hint = "Start one: plato-sandbox start --from-config (or --simulator, --artifact-id, --blank)"
+            above = self.directory
+            while above != "/":
                 above = os.path.dirname(above)
-            if os.path.lexists(state_path(above)):
-                hint = f"There is one in {shown_path(above)}; go there, or name it with -w DIR."
+                if os.path.lexists(state_path(above)):
+                    hint = f"There is one in {shown_path(above)}; go there, or name it with -w DIR."
+                    break
             raise NoSandboxError(f"There is no sandbox in {shown_path(self.directory)}.", hint=hint)
         self._check_base_url(state)
         if state.get("attached"):
@@ -6375,7 +6311,7 @@ class Sandbox:
                 if self.load().get("session_id") == session_id:
                     self.save(**changes)
         except (ConflictError, NoSandboxError, StateError) as error:
-            self.reporter.warn(f"{STATE_FILE} was not updated: {error.message}")
+            self.reporter.warn(f".sandbox.yaml was not updated: {error.message}")
 
     def check_still_there(self) -> None:
         """NoSandboxError when .sandbox.yaml does not name this sandbox any more; unreadable is no reason."""
@@ -6386,7 +6322,7 @@ class Sandbox:
         if state is None or state.get("session_id") != self.state.get("session_id"):
             raise NoSandboxError(
                 f"The sandbox of {shown_path(self.directory)} was stopped or replaced meanwhile.",
-                hint=f"See what is there now: {PROGRAM} status",
+                hint="See what is there now: plato-sandbox status",
             )
 
     # What the VM is doing
@@ -6399,7 +6335,7 @@ class Sandbox:
         """
         state = self.load()
         repair_ssh_config(state, self.settings)
-        report: Json = {**state, "ssh_command": ssh_command(state, shown=False)}
+        report: Json = {**state, "ssh_command": ssh_command(state)}
         report["heartbeat"] = heartbeat_health(self.settings, state)
         report.update(vm_status="unknown", vm_status_reason=None, vm_running=False, error=None)
         try:
@@ -6422,8 +6358,7 @@ class Sandbox:
         """A record without an id: its `start` waits for Plato's answer, or died before it."""
         try:
             with locked(self.directory, shared=True):
-                why = "`start` was cut off before Plato answered"
-                return {"vm_status_reason": why, "error": unfinished_start(self.state)}
+                return {"error": unfinished_start(self.state)}
         except ConflictError as error:
             return {"vm_status_reason": error.message}
 
@@ -6520,8 +6455,8 @@ class Sandbox:
 
     def _config_path(self) -> str | None:
         """The config that the sandbox was started from, or that of its directory; None without one."""
-        beside = [os.path.join(self.directory, name) for name in CONFIG_NAMES]
-        return next(filter(os.path.isfile, [self.state.get("plato_config_path") or "", *beside]), None)
+        paths = self.state.get("plato_config_path") or "", find_config(self.directory)
+        return next(filter(os.path.isfile, paths), None)
 
     def _stored_config(self, dataset: str) -> Config:
         """The dataset that Plato stores with the VM's artifact; ConfigError when it has none."""
@@ -6530,7 +6465,7 @@ class Sandbox:
         except ApiError as error:
             if error.status != 404:
                 raise
-            find_config(self.directory)  # which says that there is none
+            read_config(find_config(self.directory))  # which says that there is none
             raise
         service = self.state.get("service") or "simulator"
         text = yaml_dump({"service": service, "datasets": {dataset: content}})
@@ -6596,8 +6531,8 @@ class Sandbox:
             if wait:
                 self._wait_for_worker(wait_timeout)
         return {
-            "status": as_text(answer.get("status")) or "ok",
-            "correlation_id": as_text(answer.get("correlation_id")),
+            "status": text_in(answer, "status") or "ok",
+            "correlation_id": text_in(answer, "correlation_id"),
             "service": chosen,
             "dataset": config.dataset,
             "ready": True if wait else None,
@@ -6605,12 +6540,7 @@ class Sandbox:
 
     def _wait_for_worker(self, seconds: float) -> None:
         def trouble() -> str:
-            try:
-                answer = self.api.state(self.state["session_id"], window=0.0)
-            except ApiError as error:
-                if not error.may_pass:
-                    raise
-                return error.message.rstrip(".")
+            answer = self.api.state(self.state["session_id"], window=0.0)
             return worker_trouble(job_of(answer, self.state.get("job_id")))
 
         self.reporter.step("Waiting for the worker", seconds)
@@ -6618,7 +6548,7 @@ class Sandbox:
         if why:
             raise TimedOutError(
                 f"The worker was not up after {seconds:g} s: {why}.",
-                hint=f"It may still come up: {PROGRAM} state",
+                hint="It may still come up: plato-sandbox state",
             )
 
     def read_state(self, *, verify_no_mutations: bool = False) -> Json:
@@ -6634,7 +6564,7 @@ class Sandbox:
             if trouble:
                 raise WorkerNotUpError(
                     f"The Plato worker is not up, so nobody knows what changed: {trouble}.",
-                    hint=f"Start it: {PROGRAM} start-worker --wait",
+                    hint="Start it: plato-sandbox start-worker --wait",
                 )
         found = mutations_of(job["state"])
         error = mutations_found(found) if verify_no_mutations and found else None
@@ -6660,7 +6590,7 @@ class Sandbox:
                     raise
                 raise SandboxError(
                     "Plato knows of no simulator in this session, so it cannot empty its audit tables.",
-                    hint=f"`{PROGRAM} reset` puts the whole environment back to its initial state.",
+                    hint="`plato-sandbox reset` puts the whole environment back to its initial state.",
                 ) from None
             check_success(answer, None, "The audit tables could not be emptied")
         return {"cleared": True, "via": "api", "listeners": []}
@@ -6702,7 +6632,7 @@ class Sandbox:
     def _config_for_snapshot(self) -> Json:
         """What Plato stores of a config and gives back: one dataset with the file's own keys, no anchors."""
         config = self._config(None, None)
-        metadata = as_dict(config.content.get("metadata"))
+        metadata = dict_in(config.content, "metadata")
         flows = flows_file(config)
         text = read_config(flows) if flows else ""
         return {
@@ -6718,9 +6648,8 @@ class Sandbox:
         with sent_once("an artifact", "The sandbox runs on; take another snapshot if you need one."):
             given = {name: value for name, value in checkpoint.items() if value is not None}
             answer = self.api.snapshot(state["session_id"], given)
-            hint = "The sandbox runs on; try again."
-            check_success(answer, state.get("job_id"), "The snapshot could not be created", hint)
-            artifact_id = as_text(job_of(answer, state.get("job_id")).get("artifact_id"))
+            check_success(answer, state.get("job_id"), "The snapshot could not be created")
+            artifact_id = text_in(job_of(answer, state.get("job_id")), "artifact_id")
             if artifact_id is None:
                 raise ApiError("it names none.")
         return artifact_id
@@ -6728,9 +6657,9 @@ class Sandbox:
     def _wait_for_artifact(self, artifact_id: str, seconds: float) -> None:
         def status() -> str:
             try:
-                word = (as_text(self.api.artifact(artifact_id).get("status")) or "ready").lower()
+                word = (text_in(self.api.artifact(artifact_id), "status") or "ready").lower()
             except ApiError as error:
-                if not error.may_pass and error.status != 404:
+                if error.status != 404:
                     raise
                 word = "creating"
             if word == "failed":
@@ -6765,7 +6694,7 @@ class Sandbox:
             known = parse_flows(read_config(path), shown_path(from_here(path)), path)
         elif source == "local":
             raise ConfigError(
-                f"{shown_path(self.directory)} has no {CONFIG_NAMES[0]} with `metadata.flows_path`.",
+                f"{shown_path(self.directory)} has no plato-config.yml with `metadata.flows_path`.",
                 hint="Name the flows file there, or take the flows that Plato has: --api",
             )
         else:
@@ -6814,7 +6743,9 @@ class Sandbox:
 
         def finish() -> None:
             """Find out what was changed, and write the report."""
-            changed = new_mutations(before, self._mutations_now()) if verify_no_mutations else []
+            changed: list[Json] = []
+            if verify_no_mutations:
+                changed = [found.raw for found in new_mutations(before, self._mutations_now())]
             results = session.results
             content: Json = {
                 "passed": not changed and all(item["passed"] for item in results),
@@ -6830,21 +6761,16 @@ class Sandbox:
             report.update({**each_text(content, session.mask), "report": path})
             write_whole(path, report_page(report), 0o644)
 
+        failure = f"{shown_path(os.path.dirname(path))} cannot be written"
         try:
-            session = FlowRun(self, known, flows, address, os.path.dirname(path))
-            self.reporter.step("Opening the browser")
-            if keep_open:
-                session.stay = finish
-            session.run(launch, timeout, told)
-            if not keep_open:
-                finish()
-        except BrokenPipeError:
-            raise
-        except OSError as problem:
-            raise SandboxError(
-                f"{shown_path(os.path.dirname(path))} cannot be written: {reason(problem)}.",
-                hint="Name another directory for the report: --output DIR",
-            ) from None
+            with explained(failure, "Name another directory for the report: --output DIR"):
+                session = FlowRun(self, known, flows, address, os.path.dirname(path))
+                self.reporter.step("Opening the browser")
+                if keep_open:
+                    session.stay = finish
+                session.run(launch, timeout, told)
+                if not keep_open:
+                    finish()
         finally:
             self.api.hang_up()
         return {**report, "error": self._flow_error(session, report, begun_elsewhere=bool(base_url))}
@@ -6864,17 +6790,16 @@ class Sandbox:
             return flow_failed_error(failed)
         return mutations_found(list(map(Mutation, report["mutations"]))) if report["mutations"] else None
 
-    def _mutations_now(self) -> list[Json]:
+    def _mutations_now(self) -> list[Mutation]:
         self.reporter.step("Reading the mutations")
-        return [mutation.raw for mutation in mutations_in(self.read_state())]
+        return mutations_in(self.read_state())
 
     def find_address(self) -> Json:
         """public_url and url of the sandbox's page, recorded or, where `start` found none, from Plato."""
         state = self.state
-        public_url = state.get("public_url")
-        if not public_url:
-            answer = job_of(self.api.public_url(state["session_id"]), state.get("job_id"))
-            public_url = as_text(answer.get("url"))
+        public_url = state.get("public_url") or text_in(
+            job_of(self.api.public_url(state["session_id"]), state.get("job_id")), "url"
+        )
         if not public_url:
             raise SandboxError("Plato knows no public URL of this sandbox.")
         url = state.get("url") or with_router_target(public_url, state.get("service"))
@@ -6887,29 +6812,27 @@ class Sandbox:
 
         session_id: stop this session, from any directory. Returns stopped, session_id and already_gone.
         """
-        target = session_id and session_id.strip()
-        if target == "":
-            raise UsageError("--session-id is empty, so nothing was stopped.")
         self.settings.require_key()
         already_gone = True
         try:
             with locked(self.directory):
                 # Left by commands that were killed, as nobody else writes now.
                 remove_matching(self.directory, r"\.sandbox\.yaml\..*\.tmp")
-                if target:
-                    self._load_if_about(target)
+                if session_id is None:
+                    session_id = self.load().get("session_id")
                 else:
-                    target = self.load().get("session_id")
-                if target:
+                    session_id = session_id.strip()
+                    self._load_if_about(session_id)
+                if session_id is not None:
                     self.reporter.step("Stopping the VM")
-                    already_gone = self.end(target)
+                    already_gone = self.end(session_id)
                 else:  # a start that died before Plato answered
                     remove_state(self.directory)
                     words = unfinished_start(self.state).message
                     self.reporter.warn(f"{words} Its record was removed.")
         finally:
             self.api.hang_up()
-        return {"stopped": True, "session_id": target, "already_gone": already_gone}
+        return {"stopped": True, "session_id": session_id, "already_gone": already_gone}
 
     def _load_if_about(self, session_id: str) -> None:
         """Take up this directory's state if it is of that session; another or a damaged one is left alone."""
@@ -6932,7 +6855,7 @@ class Sandbox:
                 if (word or "").lower() not in TERMINAL_STATUSES:
                     raise ApiError(
                         f"Plato did not close the session: {why}.",
-                        hint=f"Everything was left as it is; run `{PROGRAM} stop` again.",
+                        hint="Everything was left as it is; run `plato-sandbox stop` again.",
                     )
         except NoSandboxError:
             already_gone = True
@@ -6941,7 +6864,7 @@ class Sandbox:
             if not self.state and not any(map(os.path.lexists, kept)):
                 raise NoSandboxError(
                     f"Plato knows no session {session_id!r}, and nothing of it is here; nothing was stopped.",
-                    hint=f"`{PROGRAM} status` in the directory of the sandbox shows its id.",
+                    hint="`plato-sandbox status` in the directory of the sandbox shows its id.",
                 ) from None
         self._clean_up(session_id)
         return already_gone
@@ -6998,7 +6921,7 @@ def plan_audit(
 
 def _audit_listeners(config: Config, wanted: str | None) -> dict[str, Json]:
     """The `db` listeners of a config, or the wanted one. CheckFailedError, UsageError."""
-    every = as_dict(config.content.get("listeners"))
+    every = dict_in(config.content, "listeners")
     found = {str(name): part for name, part in every.items() if part.get("type", "db") == "db"}
     if not found:
         raise CheckFailedError(
@@ -7023,7 +6946,7 @@ def _database_of_url(
             "Others on this machine can see the password in --database-url;"
             " leave it out, and set PGPASSWORD or MYSQL_PWD instead."
         )
-    if not listener and not any(os.path.exists(os.path.join(sandbox.directory, at)) for at in CONFIG_NAMES):
+    if not listener and not os.path.exists(find_config(sandbox.directory)):
         return Config("", "", DEFAULT_DATASET, {}, []), [Database("database", fields, None, **options)]
     config = load_config(find_config(sandbox.directory), dataset)
     own = _audit_listeners(config, listener)
@@ -7033,15 +6956,14 @@ def _database_of_url(
             "The config has several `db` listeners; name the one whose database this is.",
             hint=f"--listener {' or --listener '.join(own)}",
         )
-    fields.update({key: own[name][key] for key in ("audit_table_name", "db_schema") if key in own[name]})
-    return config, [Database(name, fields, None, **options)]
+    return config, [Database(name, {**own[name], **fields}, None, **options)]
 
 
 def audit_changes(directory: str, listener: str) -> list[Mutation]:
     """What `state` tells now of a listener; all of it where Plato does not tell listeners apart."""
     sandbox = Sandbox(directory)
-    content = as_dict(job_of(sandbox.read_state(), sandbox.state.get("job_id")).get("state"))
-    told = as_dict(content.get(listener)).get("mutations")
+    content = dict_in(job_of(sandbox.read_state(), sandbox.state.get("job_id")), "state")
+    told = dict_in(content, listener).get("mutations")
     return mutations_of({"mutations": told} if isinstance(told, list) else content)
 
 
@@ -7051,8 +6973,8 @@ def artifact_credentials(metadata: Json) -> Json | None:
     {"default_role": NAME, "roles": {NAME: [{"type": email|username|password|bearer, "text"}]}}; an empty list
     needs no login. None when none is declared. ConfigError for another shape, without any value.
     """
-    declared = as_dict(metadata.get("credentials"))
-    accounts, default = dict(as_dict(declared.get("roles"))), declared.get("default_role")
+    declared = dict_in(metadata, "credentials")
+    accounts, default = dict(dict_in(declared, "roles")), declared.get("default_role")
     older = declared.get("login") or declared.get("primary")
     if metadata.get("credentials") is None:
         older = _account_of_variables(as_list(metadata.get("variables")))
@@ -7096,8 +7018,8 @@ def _logins(account: Any) -> list[Json]:
         needed = texts.items() if account.get("kind") != "none" else ()
         account = [{"type": word, "text": text} for word, text in needed if text]
     for entry in account if isinstance(account, list) else [None]:
-        known = as_dict(entry).get("type") in ("email", "username", "password", "bearer")
-        if not known or not as_text(as_dict(entry).get("text")):
+        known = text_in(entry, "type") in ("email", "username", "password", "bearer")
+        if not known or not text_in(entry, "text"):
             raise ConfigError(
                 "metadata.credentials cannot be used: a role must be a list of entries"
                 " {type: email|username|password|bearer, text: TEXT}."
@@ -7107,8 +7029,7 @@ def _logins(account: Any) -> list[Json]:
 
 def mutations_in(report: Json) -> list[Mutation]:
     """The mutations in a SessionStateResponse."""
-    jobs = (as_dict(job) for job in as_dict(report.get("results")).values())
-    return [mutation for job in jobs for mutation in mutations_of(as_dict(job.get("state")))]
+    return mutations_of(dict_in(job_of(report, None), "state"))
 
 
 @contextlib.contextmanager
@@ -7131,7 +7052,7 @@ def unfinished_start(state: Json) -> NoSandboxError:
     return NoSandboxError(
         f"A `start` ({state.get('created_at', 'at an unknown time')}) was cut off before Plato answered it."
         f" {UNKNOWN_VM}",
-        hint=f"`{PROGRAM} stop` removes this record; `start` goes ahead in spite of it.",
+        hint="`plato-sandbox stop` removes this record; `start` goes ahead in spite of it.",
     )
 
 
@@ -7192,7 +7113,7 @@ def end_what_is_here(sandbox: Sandbox, replace: bool) -> None:
         if not isinstance(error, NoSandboxError):
             raise error or ConflictError(
                 f"There is a live sandbox here already (session {session_id}).",
-                hint=f"`{PROGRAM} stop` ends it; `start --replace` ends it and starts a new one.",
+                hint="`plato-sandbox stop` ends it; `start --replace` ends it and starts a new one.",
             )
         sandbox.reporter.note("The sandbox that was recorded here is gone; its files are removed.")
         if "slot_path" in state:
@@ -7223,7 +7144,7 @@ def create_vm(sandbox: Sandbox, environment: Json, record: Json, lifetime: int) 
     try:
         with sent_once("a VM", "Such a VM gets no heartbeat and is shut down after about two minutes."):
             answer = sandbox.api.make_session(environment, lifetime)
-            if not as_text(answer.get("session_id")):
+            if not text_in(answer, "session_id"):
                 raise ApiError("it names no session.")
     except Interrupted as error:
         error.message = f"Interrupted before Plato answered. {UNKNOWN_VM}"
@@ -7235,50 +7156,35 @@ def record_vm(sandbox: Sandbox, answer: Json) -> None:
     """Record what `make` tells of a VM: its ids, the service of an artifact, the sizes of a config."""
     sandbox.save(session_id=answer["session_id"])
     entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
-    job_id = as_text(entry.get("job_id"))
+    job_id = text_in(entry, "job_id")
     if entry.get("success") is False or job_id is None:
-        why = as_text(entry.get("error")) or "no reason was given"
+        why = text_in(entry, "error") or "no reason was given"
         raise SandboxError(
             f"Plato could not create the VM: {why.rstrip('.')}.",
-            hint="Check the simulator, tag, dataset or artifact id; nothing is left running.",
+            hint="Check the simulator, tag, dataset or artifact id.",
         )
-    sizes = as_dict(entry.get("effective_sim_config"))
+    sizes = dict_in(entry, "effective_sim_config")
     learned: Json = {name: whole_number(sizes.get(name)) for name in VM_SIZES}
     if sandbox.state["mode"] == "artifact":
-        learned = {"service": as_text(entry.get("simulator"))}
+        learned = {"service": text_in(entry, "simulator")}
     sandbox.save(job_id=job_id, **{**learned, **sandbox.state})
 
 
 def bring_up_vm(sandbox: Sandbox, patience: float, reset: bool) -> None:
     """Heartbeat first; then wait for the VM; then network, reset and SSH."""
-    reporter, home, session_id = sandbox.reporter, sandbox.settings.home, sandbox.state["session_id"]
-    remove_files_of(home, session_id)  # whoever put them there: no link among them is followed
+    reporter = sandbox.reporter
+    # Whoever put files of these names there: no link among them is followed.
+    remove_files_of(sandbox.settings.home, sandbox.state["session_id"])
     sandbox.spawn_heartbeat()
-    files = ssh_fields(home, session_id)
-    public_key = ""
-    missing = [name for name in ("ssh", "ssh-keygen") if find_program(name) is None]
-    if missing:
-        reporter.warn(
-            f"{' and '.join(missing)} cannot be found, so SSH to this sandbox is not set up."
-            " Install the OpenSSH client and start again to have it."
-        )
-    else:
-        making = Aside(
-            lambda: make_key(files["ssh_private_key_path"], reporter)
-        )  # so that no signal comes while it is started
-        try:
-            public_key = making.result()
-        finally:
-            making.wait()  # no file of it comes after those here are removed
     provider = wait_for_ready(sandbox, patience)
     reporter.step("Connecting the VM to the network", CONNECT_SECONDS)
-    consequence = "SSH and tunnels to the VM do not work; `sync` goes through the API."
-    connected = may_fail(sandbox, sandbox.connect_network, consequence)
+    no_ssh = "SSH and tunnels to the VM do not work; `sync` goes through the API."
+    connected = may_fail(sandbox, sandbox.connect_network, no_ssh)
     if reset:
         reporter.step("Resetting the environment", RESET_SECONDS)
         may_fail(sandbox, sandbox.reset_ready_vm, "The VM is as it booted.")
     reporter.step("Setting up SSH", SETUP_SECONDS)
-    ready = public_key and set_up_ssh(sandbox, files, public_key, provider, connected)
+    ready = may_fail(sandbox, lambda: set_up_ssh(sandbox, provider), no_ssh)
     may_fail(sandbox, lambda: sandbox.save(**sandbox.find_address()), "`flow` asks for it again.")
     if ready and connected:
         reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
@@ -7313,15 +7219,13 @@ def wait_for_ready(sandbox: Sandbox, patience: float) -> str | None:
         except NoSandboxError:
             raise NoSandboxError("The session ended while its VM was booting.") from None
         except ApiError as error:
-            if not (error.may_pass or error.status is None):
-                raise
             if error.status != 408:  # that is how some servers say that it is not ready yet
-                sandbox.reporter.note(f"{error.message} Still waiting.")
+                raise
             return "pending"
         job.update(job_of(answer, state["job_id"]))
-        word = as_text(job.get("status")) or "pending"
+        word = text_in(job, "status") or "pending"
         if answer.get("status") == "failed" or word.lower() in TERMINAL_STATUSES:
-            why = as_text(job.get("error")) or word
+            why = text_in(job, "error") or word
             raise SandboxError(
                 f"The VM could not be started: {why.rstrip('.')}.",
                 hint="Run `start` again; if it fails the same way, try other sizes or another artifact.",
@@ -7334,46 +7238,40 @@ def wait_for_ready(sandbox: Sandbox, patience: float) -> str | None:
             f"The VM was not ready after {patience:g} s.",
             hint="Run `start` again, with a longer --timeout if it needs one.",
         )
-    return as_text(job.get("provider"))
+    return text_in(job, "provider")
 
 
-def set_up_ssh(sandbox: Sandbox, files: Json, public_key: str, provider: str | None, connected: bool) -> bool:
-    """Install the key on the VM, write the config and record it; whether that is done."""
+def set_up_ssh(sandbox: Sandbox, provider: str | None) -> None:
+    """Make a key, install it on the VM, write the config and record them. Any SandboxError."""
     state = sandbox.state
+    files = ssh_fields(sandbox.settings.home, state["session_id"])
+    public_key = make_key(files["ssh_private_key_path"], sandbox.reporter)
     if provider is None:
         with contextlib.suppress(SandboxError):
-            provider = as_text(sandbox.api.job_info(state["job_id"]).get("provider"))
+            provider = text_in(sandbox.api.job_info(state["job_id"]), "provider")
     user = "plato" if provider == "qemu" else "root"
-    try:
-        answer = sandbox.api.add_ssh_key(state["session_id"], public_key, user)
-        check_success(answer, state["job_id"], "The SSH key could not be installed on the VM")
-    except SandboxError as error:
-        if connected or isinstance(error, NoSandboxError):
-            raise
-        sandbox.reporter.warn(error.message)
-        return False
+    answer = sandbox.api.add_ssh_key(state["session_id"], public_key, user)
+    check_success(answer, state["job_id"], "The SSH key could not be installed on the VM")
     write_ssh_config(sandbox.settings, {**state, **files}, user)
     sandbox.save(**files)
-    return True
 
 
 def undo_start(sandbox: Sandbox, error: BaseException) -> None:
     """Close the session after a failure. Where that fails too, the record stays and the hint names it."""
     sandbox.reporter.step("Closing the VM")
-    what = "The VM" if "job_id" in sandbox.state else "Its session"
     known = isinstance(error, (SandboxError, Interrupted))
     try:
         sandbox.end(sandbox.state["session_id"])
     except (SandboxError, Interrupted) as trouble:
         why = trouble.message if isinstance(trouble, SandboxError) else "interrupted again"
-        left = f"The VM could not be closed ({why.rstrip('.')}) and may still run: {PROGRAM} stop"
+        left = f"The VM could not be closed ({why.rstrip('.')}) and may still run: plato-sandbox stop"
         if known:
             error.hint = left  # type: ignore[attr-defined]
         else:
             sandbox.reporter.warn(left)
         return
     if known:
-        error.message = f"{error.message.rstrip()} {what} was closed again."  # type: ignore[attr-defined]
+        error.message += " Nothing is left running."  # type: ignore[attr-defined]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7418,12 +7316,12 @@ class Output(Reporter):
 
     def told(self, text: str) -> str:
         """Commands in a text as this user types them: the same program, the same directory."""
-        command = rf"\b{PROGRAM} ({'|'.join(sorted(self.commands, reverse=True))}|--help)\b"
+        command = rf"\bplato-sandbox ({'|'.join(sorted(self.commands, reverse=True))}|--help)\b"
         return re.sub(command, lambda found: printable(f"{self.program} {found[1]}{self.place}"), text)
 
     # Results
 
-    def result(self, line: str | tuple[Any, ...]) -> None:
+    def result(self, line: Any) -> None:
         """A line of the result: a text, or (label, value, style, more) for `  Label:       value more`.
 
         The value is coloured on a terminal; without one, there is no line. style and more may be left out.
@@ -7436,11 +7334,9 @@ class Output(Reporter):
             label, value, style, more = (*line, "", "")[:4]
             head = f"{self.safe(label)}:" if label else ""
             width = 0 if label is None else 13
-            self.stdout.write(f"  {head:<{width}}{self._coloured(value, style)}{self.safe(more)}\n")
-
-    def _coloured(self, text: object, style: str) -> str:
-        colour = _COLOURS.get(style) if self._colour else None
-        return f"{colour}{self.safe(text)}\033[0m" if colour else self.safe(text)
+            colour = _COLOURS.get(style) if self._colour else None
+            shown = f"{colour}{self.safe(value)}\033[0m" if colour else self.safe(value)
+            self.stdout.write(f"  {head:<{width}}{shown}{self.safe(more)}\n")
 
     def document(self, value: Json) -> None:
         """The one JSON document of --json, in ASCII."""
@@ -7545,13 +7441,14 @@ def fitting(words: str, clock: str, limit: str, columns: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A span of time for people, in its two largest units: 0.4 s, 12 s, 5 min, 3 min 5 s, 2 h 10 min."""
-    if seconds < 10 and seconds % 1:
-        return f"{max(0.0, seconds):.1f} s"
-    minutes, rest = divmod(max(0, int(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{count} {unit}" for count, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if count]
-    return " ".join(parts[:2]) or "0 s"
+    """A span of time for people: 0.4 s, 12 s, 3:05 min, 2:10 h."""
+    if seconds < 60:
+        return f"{round(max(0, seconds), 1 if seconds < 10 else None):g} s"
+    minutes, rest = divmod(int(seconds), 60)
+    unit = "min"
+    if minutes >= 60:
+        (minutes, rest), unit = divmod(minutes, 60), "h"
+    return f"{minutes}:{rest:02} {unit}"
 
 
 def forget_stream(stream: TextIO) -> None:
@@ -7572,29 +7469,31 @@ def terminal_columns(stream: TextIO) -> int:
 # ----------------------------------------------------------------------------------------------------------
 # commands: each is declared once: what it takes, what it runs, the lines that it shows
 # ----------------------------------------------------------------------------------------------------------
-# A Line of a result is a text, or the label, value, style and more of a field (see `Output.result`).
+# Lines of a result: each is a text, or the label, value, style and more of a field (see `Output.result`).
 
 
 def run_start(sandbox: Sandbox, **options: Any) -> Json:
     started = {"settings": sandbox.settings, "reporter": sandbox.reporter, **options}
     state = Sandbox.start(sandbox.directory, **started).state
-    return {**state, "ssh_command": ssh_command(state, shown=False)}
+    return {**state, "ssh_command": ssh_command(state)}
 
 
-def start_lines(report: Json) -> Iterator[Line]:
+def start_lines(report: Json) -> Lines:
     yield "Sandbox started successfully!"
     yield from sandbox_lines(report)
     yield "Heartbeat", f"running (PID: {report['heartbeat_pid']})", "good"
     yield ""
-    yield f"State saved to {STATE_FILE}"
+    yield "State saved to .sandbox.yaml"
 
 
-def sandbox_lines(report: Json) -> Iterator[Line]:
+def sandbox_lines(report: Json) -> Lines:
     """The lines that `start` and `status` share: where the VM is and how long it may live."""
     status = report.get("vm_status")
     unsure = status in ("unreachable", "unknown", "created", "queued")
     style = "good" if report.get("vm_running") else "warn" if unsure else "bad"
-    shown = {"url": report.get("public_url"), **report, "ssh": ssh_command(report, shown=True)}
+    # A path that needs quotes begins with one, and stays: there, ~ would be none.
+    ssh = (report["ssh_command"] or "").replace("ssh -F " + os.path.expanduser("~/"), "ssh -F ~/")
+    shown = {"url": report.get("public_url"), **report, "ssh": ssh}
     for label, key in _SANDBOX_FIELDS.items():
         yield label, shown.get(key), style if key.startswith("vm_") else ""
 
@@ -7617,7 +7516,7 @@ _SANDBOX_FIELDS = {
 }
 
 
-def status_lines(report: Json) -> Iterator[Line]:
+def status_lines(report: Json) -> Lines:
     """With the heartbeat's line of the specification, then its last good beat and its last error."""
     yield "Sandbox Status"
     yield from sandbox_lines(report)
@@ -7634,7 +7533,7 @@ def status_lines(report: Json) -> Iterator[Line]:
         yield "Last beat", f"{duration_text(silence)} ago"
     if health["state"] == "dead" and report["vm_running"]:
         left = duration_text(int(VM_SILENCE_SECONDS - silence))
-        yield f"The VM ends in about {left}; what uses it, such as `{PROGRAM} state`, revives the heartbeat."
+        yield f"The VM ends in about {left}; any use, such as `plato-sandbox state`, revives the heartbeat."
     yield "Ended", health["ended"], "bad"
     at = health["last_error_at"]
     ago = f" ({duration_text(now - seconds_of(at))} ago)" if at else ""
@@ -7643,20 +7542,18 @@ def status_lines(report: Json) -> Iterator[Line]:
 
 def seconds_of(text: str) -> float:
     """The time that `utc_text` wrote, as seconds since 1970."""
-    from datetime import datetime, timezone
+    import calendar
 
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S+00:00").replace(tzinfo=timezone.utc).timestamp()
+    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%S+00:00"))
 
 
-def stop_lines(report: Json) -> Iterator[Line]:
+def stop_lines(report: Json) -> Lines:
     gone = " It was gone already; what was left of it here is removed." if report["already_gone"] else ""
     yield f"Sandbox stopped successfully.{gone}"
 
 
 def run_sync(sandbox: Sandbox, path: str = ".", watch: bool = False, **options: Any) -> Json:
     output: Any = sandbox.reporter
-    if watch and options.get("dry_run"):
-        raise UsageError("--watch and --dry-run exclude each other.")
 
     def tell(report: Json) -> None:
         for line in sync_lines(report):
@@ -7665,7 +7562,7 @@ def run_sync(sandbox: Sandbox, path: str = ".", watch: bool = False, **options: 
     return sandbox.sync(path, watch=tell if watch else None, **options)
 
 
-def sync_lines(report: Json) -> Iterator[Line]:
+def sync_lines(report: Json) -> Lines:
     """What a sync did, or with --dry-run what it would do, or after --watch what all did together."""
     if "send" in report:
         for word in ("remove", "send"):
@@ -7683,7 +7580,7 @@ def sync_lines(report: Json) -> Iterator[Line]:
         yield f"Synced to {report['remote_path']}: {done} ({amount})."
 
 
-def services_lines(report: Json) -> Iterator[Line]:
+def services_lines(report: Json) -> Lines:
     yield "Services started successfully!"
     yield "Branch", report["branch"]
     if report["commit"]:
@@ -7698,17 +7595,17 @@ def services_lines(report: Json) -> Iterator[Line]:
     yield "Took", duration_text(report["seconds"]), "", f" ({steps})"
 
 
-def worker_lines(report: Json) -> Iterator[Line]:
+def worker_lines(report: Json) -> Lines:
     yield "Worker started successfully!" if report["ready"] else "The worker is starting."
     yield "Service", report["service"]
     yield "Dataset", report["dataset"]
     yield "Status", report["status"]
     if not report["ready"]:
         yield ""
-        yield f"It takes minutes to come up; see whether it has: {PROGRAM} state"
+        yield "It takes minutes to come up; see whether it has: plato-sandbox state"
 
 
-def state_lines(report: Json) -> Iterator[Line]:
+def state_lines(report: Json) -> Lines:
     """What changed: each table's counts, then the changes themselves."""
     yield "Environment State"
     mutations = mutations_in(report)
@@ -7726,7 +7623,7 @@ def state_lines(report: Json) -> Iterator[Line]:
         yield f"  ... and {len(mutations) - SHOWN_MUTATIONS} more; --json has all of them"
 
 
-def snapshot_lines(report: Json) -> Iterator[Line]:
+def snapshot_lines(report: Json) -> Lines:
     yield "Snapshot created successfully!"
     yield "Artifact ID", report["artifact_id"]
     if report["status"] != "ready":
@@ -7746,8 +7643,6 @@ def run_flow(
     source = "local" if local else "api" if api else None
     if list:
         return listed_flows(sandbox.flows(source))
-    if all and flow_name:
-        raise UsageError("--all and --flow-name exclude each other.")
     output: Any = sandbox.reporter
     told = functools.partial(show_flow_progress, output)
     return sandbox.flow(flow_name, told=told, every=all, source=source, **options)
@@ -7759,7 +7654,7 @@ def listed_flows(known: FlowSet) -> Json:
     return {"source": "local" if known.path else "api", "flows_path": known.path, "flows": flows}
 
 
-def flow_lines(report: Json) -> Iterator[Line]:
+def flow_lines(report: Json) -> Lines:
     if "report" not in report:  # of --list
         width = max((len(flow["name"]) for flow in report["flows"]), default=0)
         for flow in report["flows"]:
@@ -7783,13 +7678,14 @@ def show_flow_progress(output: Output, result: Json, step: Json | None) -> None:
         output.result(f"Flow {result['name']}{': ' if result['description'] else ''}{result['description']}")
     else:
         tries = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
-        words = f"{step['number'] or ' ':>2} {step_words(step)} ({step['seconds']:.2f} s{tries})"
+        what = step["description"] or f"{step['type']} {step['target']}".rstrip()
+        words = f"{step['number'] or ' ':>2} {what} ({step['seconds']:.2f} s{tries})"
         verdict = (None, "ok", "good") if step["status"] == "passed" else (None, "FAILED", "bad")
         output.result((*verdict, " " * (8 - len(verdict[1])) + words))
         output.stdout.flush()
 
 
-def flow_end_lines(result: Json) -> Iterator[Line]:
+def flow_end_lines(result: Json) -> Lines:
     """The verdict of a flow; after a failure, all that is known of it."""
     count = len(result["steps"]) - 1
     done = sum(step["status"] == "passed" for step in result["steps"][1:])
@@ -7801,7 +7697,7 @@ def flow_end_lines(result: Json) -> Iterator[Line]:
     yield "Trace", result["trace_command"]
 
 
-def failure_lines(failure: Json) -> Iterator[Line]:
+def failure_lines(failure: Json) -> Lines:
     yield "Place", failure["place"]
     yield "Expected", failure["expected"]
     yield "Seen", failure["seen"], "bad"
@@ -7906,12 +7802,12 @@ COMMANDS = {
     --replace            stop a live sandbox of this directory first
 
 modes (choose one):
-  {PROGRAM} start --from-config [--dataset base]
-  {PROGRAM} start --simulator espocrm[:prod-latest]
-  {PROGRAM} start --artifact-id ID
-  {PROGRAM} start --blank --service myapp [--cpus 4 --memory 2048]
+  plato-sandbox start --from-config [--dataset base]
+  plato-sandbox start --simulator espocrm[:prod-latest]
+  plato-sandbox start --artifact-id ID
+  plato-sandbox start --blank --service myapp [--cpus 4 --memory 2048]
 """,
-        f"If the sandbox runs all the same, this ends it: {PROGRAM} stop",
+        "If the sandbox runs all the same, this ends it: plato-sandbox stop",
     ),
     "stop": Command(
         "Stop and destroy the sandbox",
@@ -7929,10 +7825,10 @@ modes (choose one):
     [PATH]               what to sync (default: the working directory)
     --remote-path P      where to on the VM (default: {SYNC_ROOT}/<service>)
 -n, --dry-run            show what would be sent and removed, change nothing
+  | --watch              go on: send changes as they are made, until Ctrl-C
     --gitignore          honour .gitignore files too, not only .platoignore
 -f, --force              also when nearly everything would be removed or replaced
     --via auto|api|ssh   the way to the VM (default: auto)
-    --watch              go on: send changes as they are made, until Ctrl-C
 -t, --timeout SECONDS    the longest wait for one step on the VM (default: {SYNC_SECONDS:g})
 
 Only what differs is sent. What an earlier sync put on the VM and is gone here
@@ -7942,11 +7838,11 @@ is removed there; what the VM made stays. .platoignore files (in the syntax of
 {", ".join(name.decode() for name in EXCLUDED_PATTERNS[7:])}.
 
 examples:
-  {PROGRAM} sync                      this directory
-  {PROGRAM} sync ./src --dry-run      what would be done for another one
-  {PROGRAM} sync --watch              keep the VM up to date while you edit
+  plato-sandbox sync                      this directory
+  plato-sandbox sync ./src --dry-run      what would be done for another one
+  plato-sandbox sync --watch              keep the VM up to date while you edit
 """,
-        f"The tree on the VM is the old one or the new one; go on with: {PROGRAM} sync",
+        "The tree on the VM is the old one or the new one; go on with: plato-sandbox sync",
     ),
     "flow": Command(
         "Execute a test flow against the simulator",
@@ -7954,7 +7850,7 @@ examples:
         flow_lines,
         f"""\
 -f, --flow-name NAME...  flow to execute; may be given more than once (default: login)
-    --all                execute all flows, in the order of the file
+  | --all                execute all flows, in the order of the file
 -l, --list               show which flows there are
     --local              only the flows file of the local config
   | --api                only the flows that Plato has
@@ -7974,10 +7870,10 @@ password fields are hidden in all that is shown and written. A failed flow is
 exit code 8.
 
 examples:
-  {PROGRAM} flow                      the login flow
-  {PROGRAM} flow --list               which flows there are
-  {PROGRAM} flow -f checkout --headed --slowmo 500
-  {PROGRAM} flow --all --verify-no-mutations
+  plato-sandbox flow                      the login flow
+  plato-sandbox flow --list               which flows there are
+  plato-sandbox flow -f checkout --headed --slowmo 500
+  plato-sandbox flow --all --verify-no-mutations
 """,
     ),
     "start-services": Command(
@@ -7997,9 +7893,9 @@ plato-config.yml names it. The VM pushes it to a workspace branch in Gitea and
 becomes a clone of that; what services wrote beside it there stays.
 
 examples:
-  {PROGRAM} start-services                 with the sandbox's dataset
-  {PROGRAM} start-services --build         after a change to an image
-  {PROGRAM} start-services --via sync      for a key without a repository
+  plato-sandbox start-services                 with the sandbox's dataset
+  plato-sandbox start-services --build         after a change to an image
+  plato-sandbox start-services --via sync      for a key without a repository
 """,
     ),
     "start-worker": Command(
@@ -8045,10 +7941,10 @@ examples:
         "Choose ignore rules by looking at the databases, in the browser",
         run_audit_ui,
         tuple,
-        f"""\
+        """\
 -d, --dataset NAME       dataset of the config (default: the sandbox's)
     --listener NAME      only this `db` listener (default: all of them)
-    --port N             port of the page, or the next free one (default: any)
+    --port N             port of the page, or any that is free (default: any)
     --no-browser         do not open a browser, only print the address
     --direct             reach db_host from here, not through the gateway
     --database-url URL   this database, without a sandbox; the password may stay out
@@ -8058,21 +7954,21 @@ rules that are chosen there are saved to plato-config.yml. The databases are
 read only. Needs streamlit, psycopg2-binary and pymysql.
 
 examples:
-  {PROGRAM} audit-ui                       the databases of the dataset
-  {PROGRAM} audit-ui --no-browser --port 8600
-  {PROGRAM} audit-ui --database-url postgresql://user@host/database
+  plato-sandbox audit-ui                       the databases of the dataset
+  plato-sandbox audit-ui --no-browser --port 8600
+  plato-sandbox audit-ui --database-url postgresql://user@host/database
                                            with PGPASSWORD set
 """,
     ),
 }
 
-EXAMPLES = f"""\
+EXAMPLES = """\
 examples:
-  {PROGRAM} start --from-config       a VM for this directory's config
-  {PROGRAM} status --json             everything about it, for programs
-  {PROGRAM} sync                      bring the VM's files up to date
-  {PROGRAM} start-services            push the code, start Docker Compose
-  {PROGRAM} state --verify-no-mutations
+  plato-sandbox start --from-config       a VM for this directory's config
+  plato-sandbox status --json             everything about it, for programs
+  plato-sandbox sync                      bring the VM's files up to date
+  plato-sandbox start-services            push the code, start Docker Compose
+  plato-sandbox state --verify-no-mutations
 
 exit codes:
   0 done  1 failed  2 usage  3 no sandbox, or it is gone  4 authentication
@@ -8150,7 +8046,7 @@ def command_word(arguments: Sequence[str]) -> str | None:
             return word
         elif not word.startswith("-"):
             command = next(filter(COMMANDS.__contains__, words), None)
-            meant = f"did you mean `{PROGRAM} {command}`?" if command else _meant(word, COMMANDS)
+            meant = f"did you mean `plato-sandbox {command}`?" if command else _meant(word, COMMANDS)
             raise UsageError(f"There is no command {word!r}; {meant}")
     return None
 
@@ -8158,10 +8054,10 @@ def command_word(arguments: Sequence[str]) -> str | None:
 def unknown_word(word: str, command: str | None) -> UsageError:
     """The error for a word that the command does not take, with the option that was probably meant."""
     if command is None:
-        return UsageError(f"{word!r} needs a command before it.", hint=f"See {PROGRAM} --help")
+        return UsageError(f"{word!r} needs a command before it.", hint="See plato-sandbox --help")
     known = re.findall("--[a-z-]+", COMMANDS[command].text + COMMON_OPTIONS)
     meant = closest(word.partition("=")[0], known)
-    hint = f"Did you mean {meant}?" if meant else f"See {PROGRAM} {command} --help"
+    hint = f"Did you mean {meant}?" if meant else f"See plato-sandbox {command} --help"
     what = "option" if word.startswith("-") else "argument"
     return UsageError(f"`{command}` takes no {what} {word!r}.", hint=hint)
 
@@ -8183,7 +8079,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     output = Output(sys.stdout, sys.stderr, os.environ)
-    output.program, output.commands = invocation(sys.argv[0], os.environ), COMMANDS
+    output.program, output.commands = invocation(sys.argv[0]), COMMANDS
     # Asked before parsing, for the errors that parsing finds.
     output.json = any(re.fullmatch("--json|-[a-z]*j[a-z]*", word) for word in arguments)
     try:
@@ -8204,7 +8100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             output.trace(traceback.format_exc().rstrip())
-        words = f"This is a mistake in {PROGRAM} {__version__} ({type(error).__name__}: {error})."
+        words = f"This is a mistake in plato-sandbox {__version__} ({type(error).__name__}: {error})."
         mistake = SandboxError(words, hint="Please report it; --verbose shows where.")
         mistake.code = "internal"
         return fail(output, mistake)
@@ -8213,9 +8109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def unfit_host() -> str:
     """Why this tool cannot run here at all, in one sentence; "" where it can."""
     if os.name == "nt":
-        return f"{PROGRAM} runs on Linux, macOS and WSL, not on native Windows; use it inside WSL."
+        return "plato-sandbox runs on Linux, macOS and WSL, not on native Windows; use it inside WSL."
     if sys.version_info < (3, 9):  # noqa: UP036  (the file is copied to where no installer checks)
-        return f"{PROGRAM} needs Python 3.9 or newer; this is {sys.version.split()[0]}."
+        return f"plato-sandbox needs Python 3.9 or newer; this is {sys.version.split()[0]}."
     return ""
 
 
@@ -8295,7 +8191,7 @@ def flush_result() -> None:
         forget_stream(sys.stdout)
         raise SandboxError(
             f"The result could not be written to standard output: {reason(error)}.",
-            hint=f"What was asked for is done; `{PROGRAM} status` shows how things are.",
+            hint="What was asked for is done; `plato-sandbox status` shows how things are.",
         ) from None
 
 
@@ -8305,7 +8201,7 @@ def version_text() -> str:
 
     with open(own_file(), "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
-    return f"{PROGRAM} {__version__} ({digest[:12]})"
+    return f"plato-sandbox {__version__} ({digest[:12]})"
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def fuzz_flows(data: bytes) -> None:
     told_lines(product.flow_lines(product.listed_flows(known)))
     for flow in known.flows:
         for step in flow["steps"]:
-            harmless(product.printable(product.step_words(step.record)))
+            harmless(product.printable(step.record["target"]))
             product.report_step(step.record)
             if step.type == "fill":
                 product.looks_secret(step)
@@ -303,7 +303,7 @@ def fuzz_mutations(data: bytes) -> None:
     if not isinstance(value, dict):
         return
     found = product.mutations_of(value)
-    rules = product.ignore_rules(found)
+    rules = product.entries_with([], product.Changes(found, "public").noise(set()), "public")
     harmless(product.rules_text(rules))
     assert product.yaml_load(product.rules_text(rules))["audit_ignore_tables"] == rules
     told_lines(product.state_lines({"summary": product.summarize(found), "results": {JOB: {"state": value}}}))
@@ -317,7 +317,6 @@ def fuzz_mutations(data: bytes) -> None:
     for place, mutations in changes.of.items():
         harmless(product.change_text(mutations[0], place[1]))
     product.entries_with(entries, ticks | changes.noise(ticks), "public")
-    product.changes_between(found[:1], found, lambda one: one.table)
     product.new_mutations(found[:1], found)
 
 
@@ -346,10 +345,9 @@ def fuzz_state(data: bytes) -> None:
     settings = product.Settings(home="/nowhere")
     try:
         state = product.parse_state(text.decode("utf-8", "replace"), "/nowhere/.sandbox.yaml")
-        told_lines(product.sandbox_lines(state))
+        told_lines(product.sandbox_lines({**state, "ssh_command": product.ssh_command(state)}))
         files = product.ssh_fields(settings.home, str(state.get("session_id") or ""))
         assert all(os.path.dirname(path) in (settings.home, "") for path in files.values())
-        told_lines([product.ssh_command(state, shown=True) or ""])
         product.repair_ssh_config(state, settings)
         product.is_heartbeat(state.get("heartbeat_pid"), state.get("session_id"))
         product.unfinished_start(state)
@@ -363,7 +361,11 @@ def fuzz_state(data: bytes) -> None:
         kept = {key: value for key, value in texts.items() if isinstance(value, str)}
         product.heartbeat_facts = lambda *_: kept
         health = product.heartbeat_health(settings, state)
-        told_lines(product.status_lines({**state, "heartbeat": health, "vm_running": True}))
+        told_lines(
+            product.status_lines(
+                {**state, "ssh_command": product.ssh_command(state), "heartbeat": health, "vm_running": True}
+            )
+        )
 
 
 def fuzz_slot(data: bytes) -> None:
@@ -385,7 +387,11 @@ def fuzz_slot(data: bytes) -> None:
     json.dumps(state, allow_nan=False).encode()
     told_lines(product.sandbox_lines(state))
     health = product.heartbeat_health(settings, state)
-    told_lines(product.status_lines({**state, "heartbeat": health, "vm_running": True}))
+    told_lines(
+        product.status_lines(
+            {**state, "ssh_command": product.ssh_command(state), "heartbeat": health, "vm_running": True}
+        )
+    )
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

@@ -68,8 +68,8 @@ class Shelf(Database):
         self.looks: list[str] = []
         self.trouble: Exception | None = None
 
-    def put(self, name: str, columns: list[str], keys: Sequence[str] = ("id",)) -> None:
-        self.found[name] = [("public", name, column, "text", column in keys) for column in columns]
+    def put(self, name: str, columns: list[str]) -> None:
+        self.found[name] = [("public", name, column, "text") for column in columns]
 
     def look(self, what: str) -> None:
         self.looks.append(what)
@@ -216,8 +216,8 @@ def test_what_changed_is_there_at_once_by_table_and_column(stage: Stage) -> None
     assert list(grid(page).value["What happened"])[:4] == [
         "inserted: id=1, action=login",
         "updated: id=1  login_count: 0 -> 1, last: null -> now",
-        "0 → 1",
-        "null → now",
+        "0 -> 1",
+        "null -> now",
     ]
     assert (stage.database.looks, stage.reads) == (["tables"], 1)
 
@@ -334,19 +334,6 @@ def test_recording_shows_only_what_happened_meanwhile(stage: Stage) -> None:
     assert rows(page)[0] == ("tasks", WHOLE)
     click(page, "Look again")
     assert numbers(page) == ["3", "0", "3"]
-
-
-def test_a_row_is_recorded_by_its_real_key(stage: Stage) -> None:
-    """Its table has no `id`: another row of it is no later state of the first."""
-    stage.database.put("prices", ["country", "amount"], keys=["country"])
-    first = insert("prices", {"country": "de", "amount": 1})
-    stage.changes = [first]
-    page = click(stage.open(), "Record")
-    stage.changes = [insert("prices", {"country": "at", "amount": 1}), first]
-    assert "inserted: country=at, amount=1" in list(grid(click(page, "Stop")).value["What happened"])
-    page = click(click(page, "Look again"), "Record")
-    stage.changes = [*stage.changes[:1], insert("prices", {"country": "de", "amount": 2})]
-    assert rows(click(page, "Stop"))[:2] == [("prices", WHOLE), ("prices", "amount")]
 
 
 def test_a_recording_in_which_nothing_happened(stage: Stage) -> None:

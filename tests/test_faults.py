@@ -388,7 +388,7 @@ SCENES = (
         ("start", "--blank", "--service", "myapp"),
         kind="start",
         plain=6,
-        given=(given("status", "POST", "*/add_ssh_key", status=409),),
+        given=(given("status", "GET", "*/wait_for_ready", status=409),),
         only="*/close",
     ),
     Scene("start beside a sandbox", ("start", "--from-config"), kind="beside", plain=5, fields=2),

@@ -896,7 +896,7 @@ UNUSABLE = {
     "base url of a file": (["--base-url", "file:///etc/passwd"], "not the address of a page"),
     "both sources": (["--local", "--api"], "not allowed with"),
     "both windows": (["--headed", "--headless"], "not allowed with"),
-    "all and one": (["--all", "-f", "login"], "exclude each other"),
+    "all and one": (["--all", "-f", "login"], "not allowed with"),
     "name": (["-f", "logn"], "has no flow 'logn'"),
 }
 

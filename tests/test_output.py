@@ -136,7 +136,7 @@ def test_progress_on_the_screen_of_a_real_terminal(
 
 
 def test_message_of_an_error_does_not_run_into_the_progress(desk: Desk, plato: LocalPlato) -> None:
-    plato.fault("status", path="*/add_ssh_key", status=409, body={"detail": "no"}, times=-1)
+    plato.fault("status", path="*/wait_for_ready*", status=409, body={"detail": "no"}, times=-1)
     code, text, _ = on_terminal(desk, desk.command(*BLANK))
     assert code == 6
     lines = screen_lines(text)

@@ -131,22 +131,19 @@ def test_lost_answers_of_repeatable_requests(desk: Desk, plato: LocalPlato, effe
 
 @pytest.mark.long
 def test_retries_are_bounded(desk: Desk, plato: LocalPlato) -> None:
-    method, path = "POST", "/add_ssh_key"
-    plato.fault("status", method=method, path=f"*{path}", status=503, times=-1)
-    failed = desk.run("start", "--from-config", "--json")
-    assert failed.code == 6
-    assert "closed" in failed.error["message"]
-    assert 2 <= len(plato.requests(method, path)) <= 5
-    nothing_left(desk, plato)
+    desk.good("start", "--from-config", "--no-reset")
+    plato.fault("status", path="*/reset", status=503, times=-1)
+    assert desk.run("reset").code == 6
+    assert 2 <= len(plato.requests("POST", "/reset")) <= 5
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("status", [400, 404, 409, 422])
 def test_a_refusal_is_not_repeated(desk: Desk, plato: LocalPlato, status: int) -> None:
-    plato.fault("status", path="*/add_ssh_key", status=status, times=-1)
-    assert desk.run("start", "--from-config").code in (3, 6)
-    assert len(plato.requests("POST", "/add_ssh_key")) == 1
-    nothing_left(desk, plato)
+    desk.good("start", "--from-config", "--no-reset")
+    plato.fault("status", path="*/reset", status=status, times=-1)
+    assert desk.run("reset").code in (3, 6)
+    assert len(plato.requests("POST", "/reset")) == 1
 
 
 @pytest.mark.long
@@ -159,12 +156,12 @@ def test_retry_after_is_honoured(desk: Desk, plato: LocalPlato) -> None:
 
 @pytest.mark.long
 def test_retry_after_beyond_the_window_is_not_waited_for(desk: Desk, plato: LocalPlato) -> None:
-    plato.fault("status", path="*/add_ssh_key", status=429, headers={"Retry-After": "3600"})
-    failed = desk.run("start", "--from-config", "--json")
+    desk.good("start", "--from-config", "--no-reset")
+    plato.fault("status", path="*/reset", status=429, headers={"Retry-After": "3600"})
+    failed = desk.run("reset", "--json")
     assert failed.code == 6
     assert "3600" in failed.error["hint"]
-    assert len(plato.requests("POST", "/add_ssh_key")) == 1
-    nothing_left(desk, plato)
+    assert len(plato.requests("POST", "/reset")) == 1
 
 
 # -- several commands at once --

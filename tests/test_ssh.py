@@ -504,6 +504,9 @@ def assert_no_injection(desk: Desk, plato: LocalPlato) -> None:
         assert result.code == 1, result
         assert plato.requests("POST", "/close")
         assert desk.leftovers() == []
+    elif "ssh_host" not in desk.state:
+        assert "An SSH config cannot be written" in result.err
+        desk.good("stop")
     else:
         read = effective(desk, desk.state["ssh_host"])
         assert read["permitlocalcommand"] == "no"

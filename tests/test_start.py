@@ -627,25 +627,6 @@ AFTER_MAKE: dict[str, tuple[dict[str, Any], str, int]] = {
     "ready answers 404": ({"effect": "status", "path": "*/wait_for_ready", "status": 404}, "booting", 3),
     "ready answers 410": ({"effect": "status", "path": "*/wait_for_ready", "status": 410}, "booting", 3),
     "ready answers 401": ({"effect": "status", "path": "*/wait_for_ready", "status": 401}, "401", 4),
-    "key refused": (
-        {
-            "effect": "status",
-            "path": "*/add_ssh_key",
-            "status": 200,
-            "body": {
-                "success": False,
-                "session_id": "x",
-                "results": {"x": {"success": False, "error": "disk full"}},
-            },
-        },
-        "disk full",
-        1,
-    ),
-    "key answers 400": (
-        {"effect": "status", "path": "*/add_ssh_key", "status": 400, "body": {"detail": "bad key"}},
-        "bad key",
-        6,
-    ),
 }
 
 
@@ -658,7 +639,7 @@ def test_a_failure_after_make_is_undone(
     result = desk.run("start", *BLANK, "--json")
     assert result.code == code
     assert told in result.error["message"]
-    assert "closed" in result.error["message"]
+    assert "Nothing is left running" in result.error["message"]
     assert len(plato.sessions()) == 1
     nothing_left(desk, plato)
 
@@ -668,7 +649,7 @@ def test_a_failure_that_cannot_be_undone_names_stop(desk: Desk, plato: LocalPlat
     plato.fault("status", path="*/close", status=500, times=-1)
     result = desk.run("start", *BLANK, "--json")
     assert "no kernel found" in result.error["message"]
-    assert "closed again" not in result.error["message"]
+    assert "Nothing is left running" not in result.error["message"]
     assert " stop" in result.error["hint"]
     assert desk.state["session_id"] == plato.sessions()[0]["session_id"]
     plato.clear_faults()
@@ -710,15 +691,15 @@ def test_without_openssh(
 ) -> None:
     environment = programs_without(visitor, *missing)
     started = visitor.good("start", *mode, "--json", environment=environment)
-    warning = started.err.partition("Warning: ")[2].partition("\n")[0]
-    for name in missing:
-        assert name in warning
-    assert started.document["ssh_command"] is None
-    assert not {"ssh_host", "ssh_config_path", "ssh_private_key_path"} & set(visitor.state)
-    assert asked(shared_plato, visitor, "add_ssh_key") == []
+    assert f"Warning: {missing[-1]} could not be run: No such file" in started.err
+    assert "`sync` goes through the API" in started.err
+    if "ssh-keygen" in missing:
+        assert started.document["ssh_command"] is None
+        assert not {"ssh_host", "ssh_config_path", "ssh_private_key_path"} & set(visitor.state)
+        assert asked(shared_plato, visitor, "add_ssh_key") == []
     status = visitor.good("status", environment=environment)
     assert "  VM Status:   running\n" in status.out
-    assert "SSH:" not in status.out
+    visitor.good("sync", environment=environment)
     visitor.good("stop", environment=environment)
     assert visitor.leftovers() == []
 
@@ -728,10 +709,21 @@ def test_ssh_keygen_that_fails(desk: Desk, plato: LocalPlato) -> None:
     broken = desk.place / "programs" / "ssh-keygen"
     broken.write_text("#!/bin/sh\necho 'no entropy today' >&2\nexit 3\n")
     broken.chmod(0o755)
-    result = desk.run("start", *BLANK, "--json", environment=environment)
-    assert result.code == 1
-    assert "no entropy today" in result.error["message"]
+    result = desk.good("start", *BLANK, "--json", environment=environment)
+    assert "no entropy today" in result.err
+    assert "`sync` goes through the API" in result.err
+    assert result.document["ssh_command"] is None
+    desk.good("sync")
+    desk.good("stop")
     nothing_left(desk, plato)
+
+
+def test_a_key_that_plato_does_not_install(desk: Desk, plato: LocalPlato) -> None:
+    plato.fault("status", path="*/add_ssh_key", status=500, times=-1)
+    result = desk.good("start", *BLANK, "--json")
+    assert "`sync` goes through the API" in result.err
+    assert result.document["ssh_command"] is None
+    desk.good("sync")
 
 
 def test_a_windows_vm_gets_the_key_of_plato(desk: Desk, plato: LocalPlato) -> None:

@@ -359,7 +359,7 @@ def test_status_of_a_dead_heartbeat(started: Desk) -> None:
     assert f"  Heartbeat:   stopped (PID: {pid} not found)\n" in status.out
     assert "  Last beat:   " in status.out
     assert re.search(
-        r"The VM ends in about (1 min \d+|\d+) s; what uses it, such as `.* state`, revives", status.out
+        r"The VM ends in about (1:\d+ min|\d+ s); any use, such as `.* state`, revives", status.out
     )
     health = started.good("status", "--json").document["heartbeat"]
     assert (health["state"], health["pid"]) == ("dead", pid)

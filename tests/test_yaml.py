@@ -512,7 +512,7 @@ def test_what_is_written_reads_back_here_and_in_pyyaml(value: Any) -> None:
     ("value", "text"),
     [
         ({"b": [1, {"c": None, "a": ()}], "a": {"x": {}}}, "b: [1, {c: null, a: []}]\na: {x: {}}\n"),
-        ({"url": "https://a.b?c=d:1", "l": ["a?b"]}, 'url: https://a.b?c=d:1\nl: ["a?b"]\n'),
+        ({"url": "https://a.b?c=d:1", "l": ["a?b"]}, 'url: "https://a.b?c=d:1"\nl: ["a?b"]\n'),
         (
             {"path": "/home/é", "a\nb": '"\\ \x00', "no": "off"},
             'path: "/home/é"\n"a\\nb": "\\"\\\\ \\x00"\n"no": "off"\n',
