@@ -122,9 +122,6 @@ STATE_FILE = ".sandbox.yaml"
 CONFIG_NAMES = ("plato-config.yml", "plato-config.yaml")
 
 DEFAULT_BASE_URL = "https://plato.so"
-DEFAULT_GATEWAY_HOST = "gateway.plato.so"
-DEFAULT_GATEWAY_PORT = 443
-DEFAULT_HEARTBEAT_SECONDS = 15.0  # with 30, an outage of 90 seconds could end a VM
 
 DEFAULT_CPUS = 2
 DEFAULT_MEMORY_MB = 1024
@@ -381,10 +378,10 @@ class Settings:
         *,
         api_key: str = "",
         base_url: str = DEFAULT_BASE_URL,
-        gateway_host: str = DEFAULT_GATEWAY_HOST,
-        gateway_port: int = DEFAULT_GATEWAY_PORT,
+        gateway_host: str = "gateway.plato.so",
+        gateway_port: int = 443,
         home: str = "~/.plato",
-        heartbeat_seconds: float = DEFAULT_HEARTBEAT_SECONDS,
+        heartbeat_seconds: float = 15.0,  # with 30, an outage of 90 seconds could end a VM
         ca_file: str | None = None,
         browser: str | None = None,
     ) -> None:
@@ -3591,20 +3588,22 @@ def size_text(count: int) -> str:
     return f"{count / 1e3:,.1f} kB" if count < 999_950 else f"{count / 1e6:,.1f} MB"
 
 
-def parse_look(answer: bytes) -> tuple[str, Stamps, Stamps]:
+def parse_look(answer: bytes, local: Stamps) -> tuple[str, Stamps, Stamps]:
     """What `_LOOK` prints: the name of the last sync, the kinds of what it left there, and stamps, by path.
 
-    The stamp of a directory that was not entered is "x".
+    The stamp of a directory that was not entered is "x". What is alike in local stamps is the same object, as
+    trees can be large.
     """
     import binascii
     import zlib
 
     try:
+        same = {part: part for pair in local.items() for part in pair}.get
         listed = zlib.decompress(binascii.a2b_base64(answer), wbits=31)  # of gzip
-        known, _, listing = listed.partition(b"\0\0")
+        known, _, listed = listed.partition(b"\0\0")
+        found = [same(field, field) for field in listed.split(b"\0")]
         generation, *fields = known.split(b"\0")
-        found = listing.split(b"\0")
-        manifest = {field[1:]: field[:1] for field in fields}
+        manifest = {same(field[1:], field[1:]): field[:1] for field in fields}
         return generation.decode("ascii"), manifest, dict(zip(found[1::2], found[::2]))
     except (ValueError, zlib.error):
         raise ApiError(
@@ -3866,9 +3865,10 @@ class Syncer:
         # Directories of excluded names are not entered there, unless something here has that name.
         inside = {name for path in stamps for name in path.split(b"/")}
         closed = [name for name in EXCLUDED_DIRECTORIES if name not in inside and tree.ignores(name, True)]
+        del inside  # trees can be large
         values = assigned(refused=REFUSED_TARGETS, closed=b" ".join(closed).decode())
         look = self.vm.run(self.head + values + _LOOK, None, self.timeout)
-        generation, manifest, remote = parse_look(look)
+        generation, manifest, remote = parse_look(look, stamps)
         tree.leave_out_private_keys(remote)
         skipped = sorted(tree.skipped.items())
         for path, why in skipped:
@@ -6365,10 +6365,11 @@ class Sandbox:
     def end_of_vm(self) -> NoSandboxError | None:
         """Ask Plato whether the VM is gone; None when it is not, or when nobody can tell."""
         try:
-            error = self._vm_status()["error"]
-        except SandboxError as failure:
-            error = failure
-        return error if isinstance(error, NoSandboxError) else None
+            return self._vm_status()["error"]  # type: ignore[no-any-return]
+        except NoSandboxError as gone:
+            return gone
+        except SandboxError:
+            return None
 
     # What every use of it begins and ends with
 
@@ -8131,8 +8132,8 @@ def run(arguments: Sequence[str], output: Output) -> int:
     name = command_word(arguments)
     try:
         parsed, unknown = build_parser(name).parse_known_args(arguments or ["--help"])
-    except SystemExit as ending:  # --help
-        return int(ending.code or 0)
+    except SystemExit:  # of --help, as mistakes are UsageErrors
+        return 0
     options = vars(parsed)
     if not unknown and options.pop("version", False):
         output.result(version_text())

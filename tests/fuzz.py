@@ -283,7 +283,7 @@ def fuzz_listings(data: bytes) -> None:
     tree.stamps.update({b"a": b"d 755", b"a/b": b"f 644 3 5.0000000000"})
     for packed in (data, gzip.compress(data, 0)):
         try:
-            _, manifest, remote = product.parse_look(base64.b64encode(packed))
+            _, manifest, remote = product.parse_look(base64.b64encode(packed), {})
             plan = product.SyncPlan(tree, remote, manifest, False)
             harmless(product.listed_paths(plan.remove))
             assert set(plan.remove) <= remote.keys()

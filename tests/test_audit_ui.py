@@ -138,6 +138,7 @@ def test_it_listens_on_loopback_only(desk: Desk) -> None:
     assert listening == [f"0100007F:{serving.port:04X}"]
 
 
+@pytest.mark.long
 def test_json_is_one_document_at_the_start(desk: Desk) -> None:
     process = desk.begin("audit-ui", "--direct", "--json")
     assert process.stdout is not None
@@ -159,7 +160,7 @@ def test_json_is_one_document_at_the_start(desk: Desk) -> None:
     nothing_serves(desk, document["port"])
 
 
-@pytest.mark.sampled
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_nothing_is_left_however_it_ends(desk: Desk, number: int) -> None:
     serving = Serving(desk, "--direct")
@@ -276,6 +277,7 @@ def empty_database(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
+@pytest.mark.long
 def test_a_database_url_needs_neither_sandbox_nor_config(desk: Desk) -> None:
     (desk.work / "plato-config.yml").unlink()
     serving = Serving(desk, "--database-url", empty_database(desk.work / "data.db"))

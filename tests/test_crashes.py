@@ -343,7 +343,7 @@ exit $code
 """
 
 
-@pytest.mark.sampled
+@pytest.mark.long
 @pytest.mark.soak
 @pytest.mark.parametrize("remainder", range(3))
 def test_start_on_a_full_disk(

@@ -252,7 +252,7 @@ def test_help_needs_the_standard_library_only(desk: Desk, python: str) -> None:
     assert result.err == ""
 
 
-@pytest.mark.sampled
+@pytest.mark.long
 def test_main_job_on_every_python(desk: Desk, plato: LocalPlato, python: str) -> None:
     product = [python, "-W", "error", str(PRODUCT)]
     desk.good(command=[*product, "start", "--from-config"])

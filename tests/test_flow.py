@@ -663,6 +663,7 @@ def test_services_that_are_not_up(nobody: Desk, site: Site) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_words_of_a_run(nobody: Desk, site: Site) -> None:
     """What a person reads, in order; progress on stderr, no escape codes."""
     write_flows(
@@ -978,6 +979,7 @@ def test_browser_of_the_environment(nobody: Desk, site: Site, tmp_path: Path) ->
     assert "PLATO_BROWSER" in wrong.error["message"]
 
 
+@pytest.mark.long
 def test_browser_that_ends_at_once(nobody: Desk, site: Site, tmp_path: Path) -> None:
     write_flows(nobody, flow("login", step("verify_url", url=site.url)))
     result = nobody.run(

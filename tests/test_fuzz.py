@@ -67,6 +67,7 @@ def test_nothing_but_our_own_errors(
     tally("fuzz executions", executions)
 
 
+@pytest.mark.long
 def test_a_wrong_answer_of_the_product_is_found(tmp_path: Path) -> None:
     """The targets do look: a reader that takes a word for another is caught by the first text that has it."""
     for target, change in (

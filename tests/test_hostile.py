@@ -417,6 +417,7 @@ def test_text_of_the_flows(sandbox: tuple[Desk, LocalPlato], shown: Shower) -> N
         shown(desk, "flow")
 
 
+@pytest.mark.long
 @pytest.mark.soak
 def test_text_of_names_of_files(sandbox: tuple[Desk, LocalPlato], shown: Shower, tmp_path: Path) -> None:
     desk, _ = sandbox
@@ -844,6 +845,7 @@ def test_a_record_cannot_name_options_as_a_host(sandbox: tuple[Desk, LocalPlato]
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_links_in_the_home_do_not_lead_out(desk: Desk, plato: LocalPlato) -> None:
     """Every file of ours planted beforehand as a link: nothing that it leads to is touched."""
     session = "5e551011-aaaa"

@@ -212,6 +212,7 @@ USED = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_no_secret_is_anywhere(

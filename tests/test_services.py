@@ -437,6 +437,7 @@ def test_links_that_lead_out_are_left_out_and_said(vm: Vm) -> None:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_users_git_is_neither_touched_nor_needed(vm: Vm, tmp_path: Path) -> None:
     git = ["git", "-c", "user.name=T", "-c", "user.email=t@example.com"]
     write(vm.work, {"a": "1"})
@@ -1189,6 +1190,7 @@ def test_without_ssh_the_api_starts_what_sync_brought(docker: Vm) -> None:
     assert read(vm.tree) == read(vm.work)
 
 
+@pytest.mark.long
 def test_the_report_for_people(vm: Vm) -> None:
     if vm.docker is not None:
         missing(f"the VM has no Docker engine: {vm.docker}")

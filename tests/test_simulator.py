@@ -28,6 +28,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.long  # every part of the whole day needs it to be right, and shows it if it is not
+
 SIMULATOR = Path(__file__).resolve().parent / "simulator"
 EMAIL = "admin@example.com"
 PASSWORD = "demo-password"

@@ -238,6 +238,7 @@ def test_connections_at_once(sandbox: Desk) -> None:
     assert [result.out for result in results] == [f"{number}\n" for number in range(8)]
 
 
+@pytest.mark.long
 def test_later_connections_use_the_first(desk: Desk, plato: LocalPlato) -> None:
     """One connection through the gateway for all; it outlives its command, and `stop` ends it."""
     desk.good(*BLANK)
@@ -263,6 +264,7 @@ def test_a_connection_that_was_kept_and_is_dead_is_made_anew(desk: Desk, plato: 
     assert desk.ssh("echo there").out == "there\n"
 
 
+@pytest.mark.long
 def test_a_home_too_deep_for_a_socket_is_no_obstacle(desk: Desk) -> None:
     desk.environment["PLATO_HOME"] = str(desk.place / ("deep" * 30))
     desk.good(*BLANK)

@@ -385,6 +385,7 @@ def test_a_saved_record_is_what_pyyaml_reads(tmp_path: Path) -> None:
 # Another Plato's
 
 
+@pytest.mark.long
 def test_the_record_of_another_plato(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", *BLANK)
     session_id, here = desk.state["session_id"], desk.state["base_url"]

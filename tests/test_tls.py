@@ -122,6 +122,7 @@ def test_a_gateway_that_cannot_be_trusted(
     assert desk.good("sync", "--json").document["via"] == "ssh"
 
 
+@pytest.mark.long
 def test_a_sync_goes_on_through_the_api(
     desk: Desk,
     plato: LocalPlato,
@@ -212,6 +213,7 @@ class Loose:
         context.load_cert_chain(self.leaf, self.leaf.with_name("leaf.key"))
 
 
+@pytest.mark.long
 def test_a_ca_that_only_newer_pythons_refuse(desk: Desk, plato: LocalPlato, tmp_path: Path) -> None:
     """The error names the cause and what to do, instead of sending people to look for a missing CA."""
     python = strict_python()

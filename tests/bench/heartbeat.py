@@ -46,7 +46,7 @@ WRITTEN = {
 }
 FLOOR_NAME = f'`python3 -I -S -c "{FLOOR}"`'
 DEFAULTS = {
-    OURS: product.DEFAULT_HEARTBEAT_SECONDS,
+    OURS: product.Settings().heartbeat_seconds,
     **{f"SDK {release}": THEIR_SECONDS for release in WRITTEN},
 }
 
