@@ -147,8 +147,8 @@ ARTIFACT_POLL_SECONDS = 2.0
 READY_POLL_SECONDS = 10
 RETRY_SECONDS = (0.0, 1.0, 2.0)  # before each retry; a kept connection may have ended unseen
 RETRY_WINDOW_SECONDS = 20.0
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
-MAX_TEXT_OF_OTHERS = 1024 * 1024
+MAX_ANSWER_BYTES = 64_000_000
+MAX_TEXT_OF_OTHERS = 1_000_000
 SHORTEST_SECRET = 4  # hiding what is shorter would make nonsense of other words
 
 BEAT_SECONDS = 10.0
@@ -4008,7 +4008,6 @@ GIT_SECONDS = 900.0
 UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
 COMPOSE_POLL_SECONDS = 0.6
 HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
-COMPOSE_FILE = "docker-compose.yml"  # where a service names none
 
 
 # What is to be started, and from which files
@@ -4024,7 +4023,7 @@ def plan_services(config: Config) -> list[Json]:
     root = os.path.dirname(config.path)
     planned, problems = [], []
     for name, part in wanted.items():
-        file = os.path.normpath(part.get("file") or COMPOSE_FILE)
+        file = os.path.normpath(part.get("file") or "docker-compose.yml")
         if file.startswith(("/", "..")) or not os.path.isfile(os.path.join(root, file)):
             problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
         required = part.get("required_healthy_containers") or ["all"]
@@ -6055,8 +6054,9 @@ def free_port(wanted: int | None) -> int:
     """The wanted port of 127.0.0.1, or any free one where that is taken or none is wanted."""
     import socket
 
+    number_in("--port", wanted or 1, 1, 65535)
     for port in (wanted or 0, 0):
-        with contextlib.suppress(OSError, OverflowError), socket.create_server(("127.0.0.1", port)) as server:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as server:
             return int(server.getsockname()[1])
     raise SandboxError("No port of 127.0.0.1 could be opened for the page.")
 
