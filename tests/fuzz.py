@@ -385,7 +385,7 @@ def fuzz_slot(data: bytes) -> None:
     assert all(os.path.dirname(path) in (settings.home, "") for path in files.values())
     assert "ssh_private_key_path" not in state
     json.dumps(state, allow_nan=False).encode()
-    told_lines(product.sandbox_lines(state))
+    told_lines(product.sandbox_lines({**state, "ssh_command": product.ssh_command(state)}))
     health = product.heartbeat_health(settings, state)
     told_lines(
         product.status_lines(
