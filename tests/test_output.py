@@ -221,7 +221,7 @@ def test_progress_lines_keep_their_distance(
     lines = result.err.splitlines()
     assert 3 <= len(lines) <= allowed
     assert lines[0] == "Creating the VM ..."
-    boot = r"Waiting for the VM to boot( \(\w+\))?: \d+ s of at most 5 min"
+    boot = r"Waiting for the VM to boot( \(\w+\))?: \d+ s of at most 5:00 min"
     assert any(re.fullmatch(boot, line) for line in lines)
 
 
