@@ -157,7 +157,6 @@ VM_SILENCE_SECONDS = 120.0  # so long after its last beat the server ends a VM
 BEAT_URGENT_SECONDS = VM_SILENCE_SECONDS + 30.0
 BEAT_SILENCE_LIMIT_SECONDS = 3600.0  # no good beat for so long: the server ended the VM long ago
 LEASE_SECONDS = 900.0  # another client's heartbeat that ends sooner by itself is not relied on
-UNHEALTHY_BEATS = 4  # a last good beat older than this many intervals is worth a warning
 
 VM_IS_GONE = "the VM is gone"  # how a heartbeat ends that has no VM any more
 TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "timeout"})
@@ -1516,7 +1515,7 @@ def heartbeat_health(settings: Settings, state: Json) -> Json:
     pid, failures = facts.get("pid") or state.get("heartbeat_pid"), facts.get("failures", 0)
     word = "expired" if facts.get("ended") == VM_IS_GONE else "dead"
     if facts.get("alive"):
-        limit = UNHEALTHY_BEATS * facts.get("interval", 0) + BEAT_SECONDS
+        limit = 4 * facts.get("interval", 0) + BEAT_SECONDS
         since = facts.get("last_ok") or facts.get("started", 0)
         word = "ok" if now - since <= limit else "degraded"
     elif not facts and is_heartbeat(pid, session_id):
@@ -2931,7 +2930,6 @@ VM_SECONDS = 120.0  # the longest wait for a script on the VM to end
 # Of input, in a command as base64: Linux takes no longer argument than 131,071 bytes, and the API's `execute`
 # hands a command on as one.
 PART_BYTES = 97_500
-PARTS_AT_ONCE = 16
 
 
 def ssh_fields(home: str, session_id: str) -> Json:
@@ -3196,7 +3194,7 @@ class Vm:
                 check_script(execute(api, self.sandbox.state, command + TAKE_PART, VM_SECONDS))
             api.hang_up()
 
-        senders = [Aside(send) for _ in range(min(PARTS_AT_ONCE, 1 + size // PART_BYTES))]
+        senders = [Aside(send) for _ in range(min(16, 1 + size // PART_BYTES))]
         try:
             for sender in senders:
                 sender.result()
@@ -5437,7 +5435,6 @@ def replace_text(path: str, old: str, new: str) -> None:
 # Databases: read only, with a limit on every look
 
 
-AUDIT_CONNECT_SECONDS = 10
 AUDIT_QUERY_SECONDS = 20
 AUDIT_LOOK_SECONDS = 60.0  # whatever happens: a VM can go without a word
 AUDIT_DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql"}
@@ -5667,7 +5664,7 @@ class Tunnel:
 
     def connect(self) -> ssl.SSLSocket:
         """A connection to the gateway that leads there. NetworkError when it does not give one."""
-        settings, deadline = self.settings, time.monotonic() + AUDIT_CONNECT_SECONDS
+        settings, deadline = self.settings, time.monotonic() + 10.0
         sock = connect(settings.gateway_host, settings.gateway_port, deadline)
         return secure(sock, f"{self.target}.{settings.gateway_host}", deadline, settings.ca_file)
 
@@ -7246,7 +7243,11 @@ def set_up_ssh(sandbox: Sandbox, provider: str | None) -> None:
     """Make a key, install it on the VM, write the config and record them. Any SandboxError."""
     state = sandbox.state
     files = ssh_fields(sandbox.settings.home, state["session_id"])
-    public_key = make_key(files["ssh_private_key_path"], sandbox.reporter)
+    making = Aside(lambda: make_key(files["ssh_private_key_path"], sandbox.reporter))
+    try:  # so that no signal comes while it is started
+        public_key = making.result()
+    finally:
+        making.wait()  # no file of it comes after those here are removed
     if provider is None:
         with contextlib.suppress(SandboxError):
             provider = text_in(sandbox.api.job_info(state["job_id"]), "provider")
