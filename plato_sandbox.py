@@ -80,7 +80,8 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any, NoReturn, Optional, TextIO, Union
 
-    Lines = Iterator[Union[str, tuple[Any, ...]]]
+    Line = Union[str, tuple[Any, ...]]
+    Lines = Iterator[Line]
     Json = dict[str, Any]
     Feed = Optional[Callable[[Any], object]]
     FlowListener = Callable[[Json, Json | None], None]
@@ -564,8 +565,9 @@ def own_file() -> str:
 
 def invocation(program: str) -> str:
     """How this user calls the tool, for the commands in hints; a wrapper may say so in the environment."""
-    named = ["python3", program] if program.endswith(".py") else [os.path.basename(program) or PROGRAM]
-    return os.environ.get("PLATO_SANDBOX_COMMAND") or shell_words(named)
+    return os.environ.get("PLATO_SANDBOX_COMMAND") or shell_words(
+        ["python3", program] if program.endswith(".py") else [os.path.basename(program) or PROGRAM]
+    )
 
 
 def command_of(pid: int | str) -> str:
@@ -1515,6 +1517,7 @@ def heartbeat_health(settings: Settings, state: Json) -> Json:
     pid, failures = facts.get("pid") or state.get("heartbeat_pid"), facts.get("failures", 0)
     word = "expired" if facts.get("ended") == VM_IS_GONE else "dead"
     if facts.get("alive"):
+        # Older than four intervals is worth a warning.
         limit = 4 * facts.get("interval", 0) + BEAT_SECONDS
         since = facts.get("last_ok") or facts.get("started", 0)
         word = "ok" if now - since <= limit else "degraded"
@@ -2483,7 +2486,7 @@ def find_config(directory: str) -> str:
 
 def read_config(path: str) -> str:
     failure = f"{shown_path(path)} cannot be read"
-    hint = "Go to the simulator's directory or name it with -w DIR; --blank starts a VM without a config."
+    hint = "The simulator's directory is the current one, or that of -w DIR; a VM of --blank needs no config."
     with explained(failure, hint, ConfigError), open(path, encoding="utf-8", newline="") as file:
         return file.read()
 
@@ -4060,7 +4063,7 @@ def find_repository(api: PlatoApi, service: str) -> list[str]:
         raise SandboxError(
             f"Gitea lists no simulator {service!r} for this API key.",
             hint=f"It lists: {', '.join(sorted(simulators)) or 'none'}."
-            f" Without Gitea: plato-sandbox start-services --via sync",
+            " Without Gitea: plato-sandbox start-services --via sync",
         )
     identifier = str(found.get("id"))
     if not found.get("has_repo"):
@@ -4451,9 +4454,8 @@ def difference(before: Any, after: Any) -> str:
 
 def excerpt(text: str, start: int = 0) -> str:
     """So much of a text, from there on, as fits into a line with others."""
-    dots = "..."
     end = start + 60
-    return printable(dots * (start > 0) + text[start:end] + dots * (len(text) > end))
+    return printable("..." * (start > 0) + text[start:end] + "..." * (len(text) > end))
 
 
 def mutations_of(content: Json) -> list[Mutation]:
@@ -4465,12 +4467,13 @@ def mutations_of(content: Json) -> list[Mutation]:
 
 
 def new_mutations(before: Sequence[Mutation], after: Sequence[Mutation]) -> list[Mutation]:
-    """Those that are told in the second look and were not in the first, so or as often."""
+    """Those of the second look that the first one did not tell, or not as often."""
     known = collections.Counter(repr(mutation.raw) for mutation in before)
     found = []
     for mutation in after:
-        known[repr(mutation.raw)] -= 1
-        if known[repr(mutation.raw)] < 0:
+        told = repr(mutation.raw)
+        known[told] -= 1
+        if known[told] < 0:
             found.append(mutation)
     return found
 
@@ -6209,7 +6212,8 @@ class Sandbox:
 
         options: what it is made of (from_config, simulator, artifact_id, blank, dataset, tag, service, cpus,
         memory and disk in MB). timeout: seconds until it must be ready; lifetime: until it ends. replace:
-        stop a live one first. Whatever fails after the VM exists, it is closed again. Any SandboxError.
+        stop a live one first. Whatever fails until the VM is ready closes it again; what it can live without
+        (its network, the reset, SSH) is a warning. Any SandboxError.
         """
         sandbox = cls(directory, settings=settings, reporter=reporter)
         environment, record, config = plan_start(sandbox.directory, **options)
@@ -7323,7 +7327,7 @@ class Output(Reporter):
 
     # Results
 
-    def result(self, line: Any) -> None:
+    def result(self, line: Line) -> None:
         """A line of the result: a text, or (label, value, style, more) for `  Label:       value more`.
 
         The value is coloured on a terminal; without one, there is no line. style and more may be left out.

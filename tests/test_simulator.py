@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.long  # every part of the whole day needs it to be right, and shows it if it is not
+pytestmark = pytest.mark.long  # the ordinary suite works with the simulator; --all asks it by itself
 
 SIMULATOR = Path(__file__).resolve().parent / "simulator"
 EMAIL = "admin@example.com"
