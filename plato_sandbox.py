@@ -9,6 +9,9 @@
 This file is the whole tool. Copy it into a repository, or install the package of the same name; it needs
 Python 3.9 or newer and, for SSH, the OpenSSH client. It imports nothing outside the standard library.
 
+    python3 plato_sandbox.py init                    a plato-config.yml for the Compose file that is here
+    python3 plato_sandbox.py check                   what is wrong with it, before a VM is made
+    python3 plato_sandbox.py up                      all that is needed for a simulator that works, or:
     python3 plato_sandbox.py start --from-config     a VM for the plato-config.yml of this directory
     python3 plato_sandbox.py status                  what the VM and its heartbeat are doing
     python3 plato_sandbox.py sync                    bring the VM's files up to date with this directory
@@ -19,6 +22,7 @@ Python 3.9 or newer and, for SSH, the OpenSSH client. It imports nothing outside
     python3 plato_sandbox.py audit-ui                choose what of that to ignore, in the browser
     python3 plato_sandbox.py snapshot                make an artifact of the VM as it is now
     python3 plato_sandbox.py stop                    destroy the VM and everything that belongs to it
+    python3 plato_sandbox.py --help                  and the rest: ssh, exec, logs, tunnel, list, doctor, ...
 
 Environment
     PLATO_API_KEY                       the key; required by every command that talks to Plato
@@ -31,6 +35,7 @@ Environment
     PLATO_SANDBOX_COMMAND               how a wrapper calls this tool, for the commands in its hints
     PLATO_SANDBOX                       which of several sandboxes of `plato sandbox` is meant, as there
     PGPASSWORD, MYSQL_PWD               the password that an --database-url leaves out
+    XDG_RUNTIME_DIR                     for SSH's socket, if PLATO_HOME is too deep (/tmp/plato-sandbox-UID)
     HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, NO_COLOR, TERM    with their usual meaning
 
 Files
@@ -40,6 +45,9 @@ Files
     .platoignore             what `sync` leaves out, in the syntax of .gitignore, at every level
     screenshots/             what the screenshot steps of flows make, beside the flows file
     test-results/            the report of `flow`, with pictures and traces (or --output)
+    PLATO_HOME/child_<hash>.py
+                             the copy of a part of this file that heartbeats and SSH run; the last `stop`
+                             removes it
     PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log
                              where <id> is the first part of the session id; `stop` removes them
 
@@ -58,15 +66,18 @@ What a Sandbox can do is below what does it, so that some are handed one. The ba
 the section of the heartbeat.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # of Python before 3.7 this is an error: plato-sandbox needs 3.9 or newer
 
 import collections
-import contextlib
-import functools
 import os
 import re
 import sys
 import time
+from contextlib import contextmanager, suppress
+
+if sys.version_info < (3, 9):  # noqa: UP036  (the file is copied to where no installer checks)
+    sys.exit(f"plato-sandbox needs Python 3.9 or newer; this is {sys.version.split()[0]}.")
+from functools import cache, partial, reduce
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,12 +88,16 @@ if TYPE_CHECKING:
     import subprocess
     import urllib.parse
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
     from typing import Any, NoReturn, Optional, TextIO, Union
 
     Line = Union[str, tuple[Any, ...]]
     Lines = Iterator[Line]
     Json = dict[str, Any]
+    Words = Sequence[str]
+    Act = Callable[[], Any]
+    Pattern = re.Pattern[str]
     Feed = Optional[Callable[[Any], object]]
     FlowListener = Callable[[Json, Json | None], None]
 
@@ -180,7 +195,7 @@ class SandboxError(Exception):
     code = "failed"
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        self.message = printable(message)
+        self.message = printable(" ".join(message.split()))
         self.hint = hint and printable(hint)
         super().__init__(self.message)
 
@@ -315,10 +330,10 @@ class Reporter:
 def reason(error: BaseException) -> str:
     """Why something failed, without Python's decoration: "Permission denied", "timed out"."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return printable(str(text)).rstrip(".")
+    return str(text).rstrip(".")
 
 
-@contextlib.contextmanager
+@contextmanager
 def explained(
     failure: str, hint: str | None = None, kind: type[SandboxError] = SandboxError
 ) -> Iterator[None]:
@@ -356,6 +371,42 @@ def text_of_others(path: str) -> str:
         return file.read(MAX_TEXT_OF_OTHERS)
 
 
+def write_whole(path: str, text: str, mode: int = 0o600) -> None:
+    """Replace a file in one step: temporary file beside it, fsync, rename, fsync of the directory."""
+    temporary = f"{path}.{os.urandom(8).hex()}.tmp"
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(handle, "wb") as file:
+            os.fchmod(handle, mode)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(handle)
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # it is gone, if all went well
+            os.unlink(temporary)
+    _sync_directory(os.path.dirname(path))
+
+
+def write_file(path: str, text: str, mode: int = 0o600) -> None:
+    """The same; SandboxError where that cannot be."""
+    with explained(f"{shown_path(path)} cannot be written"):
+        write_whole(path, text, mode)
+
+
+def _sync_directory(path: str) -> None:
+    with suppress(OSError):  # some file systems cannot; what was done there is done
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def hashed(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+
+
 def from_here(path: str) -> str:
     """A path as people name it from the current directory, if it lies below that."""
     try:
@@ -363,6 +414,10 @@ def from_here(path: str) -> str:
     except OSError:  # the current directory is gone
         return path
     return path if relative.startswith("..") else relative
+
+
+def shown_here(path: str) -> str:
+    return shown_path(from_here(path))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -382,7 +437,7 @@ class Settings:
         gateway_port: int = 443,
         home: str = "~/.plato",
         heartbeat_seconds: float = 15.0,  # with 30, an outage of 90 seconds could end a VM
-        ca_file: str | None = None,
+        ca_file: str = "",
         browser: str | None = None,
     ) -> None:
         self.api_key = api_key.strip()
@@ -396,7 +451,7 @@ class Settings:
                 "This user has no home directory.", hint="Set PLATO_HOME to a directory for the SSH files."
             )
         self.heartbeat_seconds = number_in("PLATO_HEARTBEAT_INTERVAL_SECONDS", heartbeat_seconds, 0.1, 3600)
-        self.ca_file = os.path.abspath(ca_file) if ca_file else None
+        self.ca_file = os.path.abspath(ca_file) if ca_file else ""
         self.browser = browser
 
     @classmethod
@@ -405,6 +460,11 @@ class Settings:
         source = os.environ if environment is None else environment
         given: Json = {field: source[name] for field, name in _VARIABLES.items() if source.get(name)}
         return cls(**given)
+
+    @property
+    def gateway(self) -> tuple[str, int, str]:
+        """What `vm_port` wants of it."""
+        return self.gateway_host, self.gateway_port, self.ca_file
 
     def require_key(self) -> str:
         """The API key, or AuthenticationError."""
@@ -448,7 +508,7 @@ def _key_in_dotenv() -> str:
     a .env of its own, so its key is used when the user says so.
     """
     for path in (".env", "~/.env"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             lines = text_of_others(os.path.expanduser(path)).splitlines()
             if any(re.match(_KEY_LINE, line) for line in lines):
                 return f'"$(sed -nE "s/{_KEY_LINE}/\\2/p" {path} | tail -n 1)"'
@@ -473,7 +533,7 @@ def normal_base_url(url: str) -> str:
     """
     trimmed = re.sub("(/+api)?/*$", "", url.strip())
     match = re.fullmatch(r"(https?)://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?(/[^?#\s]*)?", trimmed)
-    if match is None or not 0 < int(match[3] or 443) < 65536:
+    if not match or not 0 < int(match[3] or 443) < 65536:
         raise UsageError(
             f"PLATO_BASE_URL is {url!r}, which is not the address of an API.",
             hint=f"It looks like {DEFAULT_BASE_URL}.",
@@ -491,7 +551,7 @@ def normal_base_url(url: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subprocess.Popen[bytes]:
+def launch(command: Words, reporter: Reporter, **options: Any) -> subprocess.Popen[bytes]:
     """Start a child process, out of reach of the terminal's Ctrl-C, which is ours to handle, and without the
     secrets of the environment. SandboxError names a program that cannot be run."""
     import subprocess
@@ -499,6 +559,15 @@ def launch(command: Sequence[str], reporter: Reporter, **options: Any) -> subpro
     reporter.trace("run: " + shell_words(command))
     with explained(f"{command[0]} could not be run", "Check that it is installed and that PATH finds it."):
         return subprocess.Popen(command, env=child_environment(), start_new_session=True, **options)
+
+
+def become(command: Words, output: Any) -> NoReturn:
+    """Let another program take this process's place and its terminal, without the environment's secrets."""
+    output.finish()
+    output.trace("run: " + shell_words(command))
+    sys.stdout.flush()
+    with explained(f"{command[0]} could not be run", "Check that it is installed and that PATH finds it."):
+        os.execvpe(command[0], [*command], child_environment())  # noqa: S606  (no shell is wanted)
 
 
 def point_at_nothing(*descriptors: int) -> None:
@@ -511,56 +580,51 @@ def point_at_nothing(*descriptors: int) -> None:
 
 def child_environment() -> dict[str, str]:
     """The environment for a child process that has no use for the API key and the databases' passwords."""
-    secret = ("PLATO_API_KEY", "PGPASSWORD", "MYSQL_PWD")
-    return {name: value for name, value in os.environ.items() if name not in secret}
+    return {
+        name: value
+        for name, value in {**os.environ, "SHELL": "/bin/sh"}.items()  # by which ssh runs its ProxyCommand
+        if name not in ("PLATO_API_KEY", "PGPASSWORD", "MYSQL_PWD")
+    }
 
 
-def find_program(name: str) -> str | None:
-    """The absolute path of a program on PATH, or None."""
-    import shutil
-
-    return shutil.which(name)
-
-
-def shell_words(words: Sequence[str]) -> str:
+def shell_words(words: Words) -> str:
     """Words as one line that a POSIX shell reads back as the same words."""
     import shlex
 
     return shlex.join(words)
 
 
-# Runs a child of this file as Python runs an imported module: from its cached bytecode. Where none can be
-# written, it compiles no more of the file than children need; the whole takes four times as long and 25 MB.
-_RUN_FILE = (
-    "import os, sys; from importlib.machinery import SourceFileLoader as Loader; sys.argv.pop(0); "
-    'path = sys.argv[0]; os.path.exists(path) or sys.exit(path + " is not there any more."); '
-    "kept = not sys.dont_write_bytecode and os.access(os.path.dirname(path), os.W_OK); "
-    'sys.dont_write_bytecode = not kept; file = Loader("plato_sandbox", path); '
-    'kept or setattr(file, "source_to_code", lambda text, path, **_: compile(text.partition('
-    'b"\\n# Children of this file need nothing below.")[0], path, "exec", dont_inherit=True)); '
-    'names = {"__name__": "plato_sandbox", "__file__": path}; '
-    'exec(file.get_code("plato_sandbox"), names); sys.exit(names["run_child"](sys.argv[1:]))'
-)
+def own_command(home: str, *arguments: str) -> list[str]:
+    """The command that runs `run_child`, from the copy that `keep_copy` makes."""
+    python = getattr(sys, "_base_executable", "") or sys.executable
+    return [os.path.realpath(python), "-I", "-S", "-B", child_copy(home)[0], *arguments]
 
 
-def own_command(*arguments: str) -> list[str]:
-    """The command that runs `run_child` of this very file, without the user's site-packages and PYTHON*
-    variables."""
-    flags = ["-I", "-S", "-B"] if sys.dont_write_bytecode else ["-I", "-S"]
-    return [os.path.abspath(sys.executable), *flags, "-c", _RUN_FILE, own_file(), *arguments]
+def keep_copy(home: str) -> None:
+    """Have what children need of this file in PLATO_HOME: it may go, and an environment that it came with."""
+    path, text = child_copy(home)
+    if not os.path.exists(path):
+        write_file(path, text)
 
 
-def cache_bytecode() -> None:
-    """Have the bytecode of this file in Python's cache, if that can be, for the children started later."""
-    from importlib.machinery import SourceFileLoader
+def child_copy(home: str) -> tuple[str, str]:
+    """The path and the text of that copy, of which there is one for each content."""
+    text, mark, _ = own_text().partition("\n# Children of this file need nothing below.")
+    if not mark:
+        raise UsageError(
+            "This program cannot read its own text, of which it starts a heartbeat.",
+            hint="Save it as plato_sandbox.py, and run that file.",
+        )
+    return f"{home}/child_{hashed(text)}.py", f"{text}\nsys.exit(run_child(sys.argv[1:]))\n"
 
-    if not sys.dont_write_bytecode and os.access(os.path.dirname(own_file()), os.W_OK):
-        SourceFileLoader("plato_sandbox", own_file()).get_code("plato_sandbox")
 
-
-def own_file() -> str:
-    """The absolute path of this file, symbolic links kept."""
-    return os.path.abspath(__file__)
+def own_text() -> str:
+    """The text of this file, which may be in a zip; "" where there is none, as when it came by a pipe."""
+    with suppress(NameError, OSError, ValueError), open(__file__, encoding="utf-8") as file:
+        return file.read()
+    with suppress(NameError, AttributeError, OSError, ValueError):
+        return str(__loader__.get_data(__file__).decode())  # type: ignore[name-defined]
+    return ""
 
 
 def invocation(program: str) -> str:
@@ -585,15 +649,27 @@ def command_of(pid: int | str) -> str:
         return ""
 
 
-def take_lock(handle: int, *, shared: bool = False) -> bool:
+def take_lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool:
     """Take the kernel's lock on an open file, which ends with it; False when another process has it."""
     import fcntl
 
     try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         return True
     except BlockingIOError:
         return False
+
+
+@cache
+def hold(log: str, create: int = 0) -> None:
+    """Show the heartbeat with that log that this process uses the VM, from now on and until it ends.
+
+    create: os.O_CREAT for whoever starts the heartbeat. Others leave no file behind a `stop`.
+    """
+    with suppress(OSError):
+        handle = os.open(f"{log}.used", os.O_RDWR | create, 0o600)
+        os.utime(handle)
+        take_lock(handle, shared=True)
 
 
 def poll(look: Callable[[], str], seconds: float, pause: float, reporter: Reporter | None = None) -> str:
@@ -612,9 +688,14 @@ def poll(look: Callable[[], str], seconds: float, pause: float, reporter: Report
         left = deadline - time.monotonic()
         if not trouble or left <= 0:
             return trouble
-        if reporter is not None:
+        if reporter:
             reporter.detail(trouble)
         time.sleep(min(left, pause))
+
+
+def since(began: float) -> float:
+    """The seconds since then, to the millisecond. began: of the clock that nobody sets."""
+    return round(time.monotonic() - began, 3)
 
 
 def utc_text(seconds: float) -> str:
@@ -622,14 +703,35 @@ def utc_text(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(seconds))
 
 
-class Aside:
-    """A function running in a thread beside the main one; `result` waits and gives its value or its error."""
+def seconds_of(text: str, form: str = "%Y-%m-%dT%H:%M:%S+00:00") -> float:
+    """The time that `utc_text` wrote, or one of another form, as seconds since 1970. ValueError."""
+    import calendar
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    return calendar.timegm(time.strptime(text, form))
+
+
+def duration_text(seconds: float) -> str:
+    """A span of time for people: 0.4 s, 12 s, 3:05 min, 2:10 h."""
+    if seconds < 60:
+        return f"{round(max(0, seconds), 1 if seconds < 10 else None):g} s"
+    minutes, rest = divmod(int(seconds), 60)
+    unit = "min"
+    if minutes >= 60:
+        (minutes, rest), unit = divmod(minutes, 60), "h"
+    return f"{minutes}:{rest:02} {unit}"
+
+
+class Aside:
+    """A function running in a thread beside the main one; `result` waits and gives its value or its error.
+
+    ended: a threading.Event that is set then, for who must know although this was interrupted.
+    """
+
+    def __init__(self, function: Act, ended: Any = None) -> None:
         import threading
 
         # Not Thread.join: until Python 3.12, one that an exception interrupts takes the thread for ended.
-        ended = threading.Event()
+        ended = ended or threading.Event()
         self.wait = ended.wait
         self._error: BaseException | None = None
 
@@ -645,7 +747,7 @@ class Aside:
 
     def result(self) -> Any:
         self.wait()
-        if self._error is not None:
+        if self._error:
             raise self._error
         return self._value
 
@@ -654,7 +756,7 @@ class Aside:
 Outcome = collections.namedtuple("Outcome", "code stdout stderr")  # noqa: PYI024  (`typing` takes long)
 
 
-def run_program(command: Sequence[str], reporter: Reporter, *, seconds: float, feed: Feed = None) -> Outcome:
+def run_program(command: Words, reporter: Reporter, *, seconds: float, feed: Feed = None) -> Outcome:
     """Run a child process to its end. It is ended whenever this does not return.
 
     feed: writes its standard input to a file. TimedOutError when it has not ended so many seconds later.
@@ -678,7 +780,7 @@ def run_program(command: Sequence[str], reporter: Reporter, *, seconds: float, f
                 # Nobody has waited for it yet, so the number of its group is still its own.
                 if process.poll() is None:
                     os.killpg(process.pid, number)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
+                    with suppress(subprocess.TimeoutExpired):
                         process.wait(2.0)
         stdout.seek(0)
         stderr.seek(0)
@@ -688,8 +790,8 @@ def run_program(command: Sequence[str], reporter: Reporter, *, seconds: float, f
 def feed_child(process: subprocess.Popen[bytes], feed: Feed) -> None:
     """Have a child's input written and close it; a child that does not want it says why elsewhere."""
     stdin: Any = process.stdin
-    with contextlib.suppress(BrokenPipeError), stdin:
-        if feed is not None:
+    with suppress(BrokenPipeError), stdin:
+        if feed:
             feed(stdin)
 
 
@@ -711,7 +813,7 @@ class SignalGuard:
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                with contextlib.suppress(ValueError):  # in another thread than the main one
+                with suppress(ValueError):  # in another thread than the main one
                     self._previous[number] = signal.signal(number, self._arrived)
         return self
 
@@ -756,7 +858,7 @@ def timed_response(deadline: float, sock: socket.socket, **options: Any) -> Any:
     def readinto(buffer: Any) -> int:
         while True:  # by the second: a signal that came just before a wait began must not wait for its end
             sock.settimeout(min(time_left(deadline), 1.0))
-            with contextlib.suppress(socket.timeout):  # another class than TimeoutError before Python 3.10
+            with suppress(socket.timeout):  # another class than TimeoutError before Python 3.10
                 return sock.recv_into(buffer)
 
     response: Any = http.client.HTTPResponse(sock, **options)
@@ -771,7 +873,7 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
     name, way = f"[{host}]" if ":" in host else host, ""
     proxy = proxy_for(name, port)
     try:
-        if proxy is not None:
+        if proxy:
             way = f" through the proxy {proxy.hostname}:{proxy.port or 80}"
             return _tunnel(proxy, name, port, deadline)
         sock = socket.create_connection((name_on_the_wire(host), port), time_left(deadline))
@@ -799,7 +901,7 @@ def proxy_for(host: str, port: int) -> urllib.parse.SplitResult | None:
 
     if urllib.request.proxy_bypass(f"{host}:{port}"):
         return None
-    with contextlib.suppress(ValueError):  # its text may hold the password
+    with suppress(ValueError):  # its text may hold the password
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         if parts.scheme == "http" and parts.hostname and parts.port != 0:
             return parts
@@ -819,7 +921,7 @@ def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: flo
         pair = unquote(f"{proxy.username}:{proxy.password or ''}")
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
     connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 80, time_left(deadline))
-    connection.response_class = functools.partial(timed_response, deadline)  # type: ignore[assignment]
+    connection.response_class = partial(timed_response, deadline)  # type: ignore[assignment]
     connection.set_tunnel(host, port, headers)
     try:
         connection.connect()
@@ -828,12 +930,12 @@ def _tunnel(proxy: urllib.parse.SplitResult, host: str, port: int, deadline: flo
     return connection.sock
 
 
-@functools.lru_cache(maxsize=1)
-def tls_context(ca_file: str | None) -> ssl.SSLContext:
+@cache
+def tls_context(ca_file: str) -> ssl.SSLContext:
     """The TLS context of this process: verification on, the CAs of that file or those of the system."""
     import ssl
 
-    failure = f"The CA certificates in {shown_path(ca_file or '')} cannot be used"
+    failure = f"The CA certificates in {shown_path(ca_file)} cannot be used"
     hint = "SSL_CERT_FILE must name a file of certificates in PEM form, or not be set."
     with explained(failure, hint, UsageError):
         context = ssl.create_default_context(cafile=ca_file)
@@ -841,7 +943,7 @@ def tls_context(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
-def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None) -> ssl.SSLSocket:
+def secure(sock: socket.socket, name: str, deadline: float, ca_file: str) -> ssl.SSLSocket:
     """TLS over a connected socket, the certificate verified for `name`. Never without verification."""
     try:
         sock.settimeout(time_left(deadline))
@@ -851,7 +953,8 @@ def secure(sock: socket.socket, name: str, deadline: float, ca_file: str | None)
         why = getattr(error, "verify_message", "")
         hint = (
             "Behind a company proxy, set SSL_CERT_FILE to a file that holds its CA and the usual ones."
-            " Python 3.13 and newer also want a CA to follow RFC 5280 in all points."
+            " Python 3.13 and newer also want a CA to follow RFC 5280 in all points. A slim image may have"
+            " none at all: apt-get install ca-certificates"
         )
         raise NetworkError(
             f"No secure connection to {name}: {why or reason(error)}.", hint=hint if why else None, sent=False
@@ -867,11 +970,12 @@ class Transport:
         self.settings = settings
         self.reporter = reporter
         self.base = urllib.parse.urlsplit(settings.base_url)
+        self.server_time = ""  # as the last answer told it
         self._connection: http.client.HTTPConnection | None = None
 
     def hang_up(self) -> None:
         """Close the kept connection; the next request opens another one."""
-        if self._connection is not None:
+        if self._connection:
             self._connection.close()
             self._connection = None
 
@@ -929,7 +1033,7 @@ class Transport:
                 connection.sock = connect(host, port, deadline)
                 if secured:
                     connection.sock = secure(connection.sock, host, deadline, self.settings.ca_file)
-            connection.response_class = functools.partial(timed_response, deadline)  # type: ignore[assignment]
+            connection.response_class = partial(timed_response, deadline)  # type: ignore[assignment]
             connection.sock.settimeout(time_left(deadline))
             connection.request(method, self.base.path + path, payload, headers)
             response = connection.getresponse()
@@ -950,21 +1054,21 @@ class Transport:
         # An answer that repeats the key, as errors may, loses it here: no message or file can hold it.
         text = self.settings.without_key(data.decode("utf-8", "replace"))
         told = {name.lower(): self.settings.without_key(value) for name, value in response.getheaders()}
+        self.server_time = told.get("date", "")
         if not 200 <= response.status < 300:
             raise error_for_answer(method, path, response.status, told, text)
         content: Any = json_in(text)
         if isinstance(content, kind):
             return content  # type: ignore[no-any-return]
         raise ApiError(
-            f"{host} answered {method} {path} with {len(data)} bytes of"
-            f" {told.get('content-type', 'something')}, which are not the JSON object or list that was"
-            " asked for.",
+            f"{host} answered {method} {path} with {told.get('content-type', 'a text')}, which is"
+            " not the JSON that was asked for.",
             hint="Check PLATO_BASE_URL, and that no login page or proxy stands in between.",
             text=text,
         )
 
 
-def gone_error(why: str | None) -> NoSandboxError:
+def gone_error(why: Any) -> NoSandboxError:
     return NoSandboxError(
         f"The VM is gone{': ' + why if why else ''}.",
         hint="Remove what is left of it with `plato-sandbox stop`, then start a new one.",
@@ -984,8 +1088,10 @@ def error_for_answer(
     elif status == 429 or status >= 500:
         hint = f"Run the command again {f'in {retry_after:.0f} s' if retry_after else 'a little later'}."
     why = f"{status}{said and ': '}{said}"
-    if status in (404, 410) and re.match("/api/v2/sessions/(?!make$)|/api/v1/sandbox/.*/vm/", path):
-        return gone_error(None)
+    # Elsewhere, 404 also says that what lives has no simulator or no flows.
+    what = f"{status} {path}"
+    if re.match("4(04|10) /api/(v2/sessions/(?!make$)|v1/sandbox/.*/vm/)|410 /api/v(1/env|2/jobs)/", what):
+        return gone_error("")
     if status in (401, 403):
         return AuthenticationError(
             f"Plato refused the API key for {method} {path} ({why}).",
@@ -1000,7 +1106,7 @@ def server_words(text: str) -> str:
     if isinstance(detail, list):
         rows = [as_dict(row) for row in detail]
         detail = "; ".join(f"{'.'.join(map(str, as_list(row.get('loc'))))}: {row.get('msg')}" for row in rows)
-    return printable(str(detail)[:600]).rstrip(".")
+    return str(detail)[:600].rstrip(".")
 
 
 def quoted(part: str) -> str:
@@ -1033,6 +1139,10 @@ def as_list(value: Any) -> list[Any]:
 
 def as_text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def without_none(fields: Json) -> Json:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def dict_in(value: Any, key: str) -> Json:
@@ -1118,9 +1228,18 @@ class PlatoApi(Transport):
             seconds=seconds + 15.0,
         )
 
+    def sessions(self) -> Json:
+        """GET /api/v2/sessions: the newest 50 of the key. Returns sessions: a list of session_id and jobs."""
+        return self.request("GET", "/api/v2/sessions")
+
     def job_info(self, job_id: str) -> Json:
         """GET /api/v2/jobs/{job_id}/info. Returns JobInfoResult."""
         return self.request("GET", "/api/v2/jobs/{}/info", job_id)
+
+    def job_logs(self, session_id: str, job_id: str, limit: int) -> Json:
+        """GET .../jobs/{job_id}/logs. Returns logs: a list of timestamp and message, the newest last."""
+        path = f"/api/v2/sessions/{{}}/jobs/{{}}/logs?limit={limit}"
+        return self.request("GET", path, session_id, job_id)
 
     def job_config(self, job_id: str) -> Json:
         """GET /api/v2/jobs/{job_id}/plato_config: the dataset of its artifact. StoredSimConfigDataset."""
@@ -1129,6 +1248,10 @@ class PlatoApi(Transport):
     def job_flows(self, job_id: str) -> Any:
         """GET /api/v2/jobs/{job_id}/flows. Returns a list of Flow."""
         return self.request("GET", "/api/v2/jobs/{}/flows", job_id, kind=(dict, list, str))
+
+    def artifact_config(self, artifact_id: str) -> Json:
+        """GET /api/v1/simulator/{artifact_id}/plato_config, the text of a dataset. PlatoConfigResponse."""
+        return self.request("GET", "/api/v1/simulator/{}/plato_config", artifact_id)
 
     def artifact_flows(self, artifact_id: str) -> Any:
         """GET /api/v1/simulator/{artifact_id}/flows: {"data": {"flows": TEXT}} or the flows file itself."""
@@ -1221,14 +1344,14 @@ class PlatoApi(Transport):
         return self.request("POST", "/api/v1/gitea/simulators/{}/repo", simulator_id)
 
 
-def job_of(answer: Json, job_id: str | None) -> Json:
+def job_of(answer: Json, job_id: Any) -> Json:
     """The entry of one job in the `results` of an answer; {} when it has none. Sessions here have one job."""
     results = dict_in(answer, "results")
     only = next(iter(results.values())) if len(results) == 1 else None
     return as_dict(results.get(str(job_id), only))
 
 
-def refusal(answer: Json, job_id: str | None) -> str:
+def refusal(answer: Json, job_id: Any) -> str:
     """Why an answer says that something was not done; "" when it was."""
     job = job_of(answer, job_id)
     told = dict_in(answer, "results").get(str(job_id))
@@ -1238,14 +1361,14 @@ def refusal(answer: Json, job_id: str | None) -> str:
     return next(filter(None, words), "no reason was given").rstrip(".")
 
 
-def check_success(answer: Json, job_id: str | None, failure: str) -> None:
+def check_success(answer: Json, job_id: Any, failure: str) -> None:
     """SandboxError "FAILURE: why" when an answer says that something was not done."""
     why = refusal(answer, job_id)
     if why:
         raise SandboxError(f"{failure}: {why}.")
 
 
-def vm_status(details: Json, job_id: str | None) -> tuple[str | None, str | None]:
+def vm_status(details: Json, job_id: Any) -> tuple[str | None, str | None]:
     """The VM's status and its reason in session details, wherever this server's version puts them."""
     jobs = [as_dict(job) for job in as_list(details.get("jobs")) or as_list(details.get("envs"))]
     jobs.sort(key=lambda job: job_id not in (job.get("job_id"), job.get("public_id")))
@@ -1261,53 +1384,41 @@ def vm_status(details: Json, job_id: str | None) -> tuple[str | None, str | None
 # ----------------------------------------------------------------------------------------------------------
 
 
-def gateway_stream(host: str, port: str, target: str, ca_file: str | None = None) -> None:
+def vm_port(gateway: tuple[str, int, str], target: str, deadline: float) -> ssl.SSLSocket:
+    """A connection to a port of a VM, through TLS to the gateway. NetworkError when it does not give one.
+
+    gateway: its host and port, and the certificates to verify it with instead of those of the system.
+    target: `<job id>--<port>`; with the gateway's name behind it, it is the TLS server name.
+    """
+    host, port, ca_file = gateway
+    return secure(connect(host, port, deadline), f"{target}.{host}", deadline, ca_file)
+
+
+def gateway_stream(host: str, port: str, target: str, log: str, ca_file: str = "") -> None:
     """Join standard input and output to a port of a VM, through TLS to the gateway.
 
-    target: `<job id>--<port>`; with the gateway's name behind it, it is the TLS server name.
-    ca_file: certificates to verify it with instead of those of SSL_CERT_FILE or the system.
+    log: see `hold`; ca_file: certificates to verify it with instead of those of SSL_CERT_FILE or the system.
     """
-    deadline = time.monotonic() + REQUEST_SECONDS
-    silent = _speak_through_ssh()
-    ca_file = ca_file or os.environ.get("SSL_CERT_FILE")
-    try:
-        stream = secure(connect(host, int(port), deadline), f"{target}.{host}", deadline, ca_file)
-    except NetworkError as error:
-        tool = invocation(own_file())
-        error.hint = error.hint or f"If the VM has ended, `{tool} status` in its directory says so."
-        raise
-    if silent:
-        point_at_nothing(2)  # this may outlive the terminal
-    with contextlib.suppress(OSError), stream:  # either side hangs up, which is how these connections end
+    hold(log)
+    trusted = ca_file or os.environ.get("SSL_CERT_FILE", "")
+    stream = vm_port((host, int(port), trusted), target, time.monotonic() + REQUEST_SECONDS)
+    point_at_nothing(2)  # this may outlive the terminal
+    with suppress(OSError), stream:  # either side hangs up, which is how these connections end
         _relay(stream, 0, 1)
 
 
-def _speak_through_ssh() -> bool:
-    """Use the standard error of ssh, the parent, where it took this process's away; whether that was so.
+def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> bool:
+    """Copy both ways until the VM's side ends; whether anything came from there.
 
-    It does where the connection is kept for later ones, and why there is none would never be seen.
+    One thread: an SSL object must not be used by two.
     """
-    try:
-        if not os.path.samestat(os.fstat(2), os.stat(os.devnull)):
-            return False
-        path = f"/proc/{os.getppid()}/fd/2" if os.path.isdir("/proc/self/fd") else "/dev/tty"
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    os.dup2(handle, 2)
-    os.close(handle)
-    return True
-
-
-def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
-    """Copy both ways until the VM's side ends. One thread: an SSL object must not be used by two."""
     import select
     import ssl
 
-    later = contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError)
+    later = suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError)
     stream.setblocking(False)
     outgoing = b""
-    reading = True
+    reading, came = True, False
     while True:
         sources: list[Any] = [stream, source] if reading and not outgoing else [stream]
         patience = 0 if stream.pending() else None
@@ -1316,7 +1427,7 @@ def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
             outgoing = os.read(source, 65536)
             reading = bool(outgoing)
             if not reading:
-                with contextlib.suppress(OSError, ValueError):
+                with suppress(OSError, ValueError):
                     stream.unwrap()  # tells the gateway that nothing more comes; what it has is still read
         if outgoing:
             with later:
@@ -1325,7 +1436,8 @@ def _relay(stream: ssl.SSLSocket, source: int, sink: int) -> None:
             with later:
                 data = stream.recv(65536)
                 if not data:
-                    return
+                    return came
+                came = True
                 while data:
                     data = data[os.write(sink, data) :]
 
@@ -1350,16 +1462,21 @@ def heartbeat_path(home: str, session_id: str) -> str:
 
 
 def heartbeat_facts(home: str, session_id: str) -> Json:
-    """What a heartbeat wrote last (see `Heartbeat`), and `alive`: whether it has the lock; {} without one."""
+    """What the heartbeat of a session wrote last, {} without one."""
+    return facts_in(heartbeat_path(home, session_id))
+
+
+def facts_in(path: str) -> Json:
+    """What a heartbeat's log says (see `Heartbeat`), and `alive`: whether it has the lock; {} without one."""
     try:
-        with open(heartbeat_path(home, session_id), encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             alive = not take_lock(file.fileno(), shared=True)
             return {**as_dict(json_in(file.readline(65536))), "alive": alive}
     except OSError:
         return {}
 
 
-def beat_trouble(answer: Json, job_id: str | None) -> tuple[str, bool]:
+def beat_trouble(answer: Json, job_id: Any) -> tuple[str, bool]:
     """What a heartbeat's answer says is wrong ("": nothing), and whether the VM is gone (api notes).
 
     Errors that name `vm_heartbeat_message` only say that the worker is not started yet; one that names
@@ -1379,10 +1496,11 @@ class Heartbeat:
 
     It holds the kernel's lock on the file as long as it lives: the lock says whether it is alive.
     facts: session_id, pid, interval, beats, started, last_ok and last_error_at (seconds since 1970),
-    last_error, failures (in a row), gone (whether the last answer said so), ended (why, once it has).
+    last_error, failures (in a row), gone (whether the last answer said so), ended (why, once it has);
+    directory: where the record is, also after it was moved.
     It ends when the VM is gone (looked at twice), when the record no longer names its session, when its log
-    is taken away, or after an hour without one good beat. The clock of that and of the pauses is one that
-    nobody sets.
+    is taken away, after an hour without one good beat, or when nothing has used the VM for as long as its
+    task says. The clock of that and of the pauses is one that nobody sets.
     """
 
     def __init__(self, task: Json) -> None:
@@ -1398,7 +1516,8 @@ class Heartbeat:
             "beats": 0,
             "gone": False,
         }
-        self.last_ok = time.monotonic()
+        self.last_ok = self.last_use = time.monotonic()
+        self.used: Any = None
         self.log = heartbeat_path(settings.home, task["session_id"])
         self._file = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
@@ -1413,6 +1532,8 @@ class Heartbeat:
     def write(self) -> None:
         import json
 
+        with suppress(OSError):  # it was removed
+            self.facts["directory"] = os.getcwd()
         text = json.dumps(self.facts).encode() + b"\n"
         os.pwrite(self._file, text, 0)
         os.ftruncate(self._file, len(text))
@@ -1425,7 +1546,7 @@ class Heartbeat:
         while not self.facts.get("ended"):
             began = time.monotonic()
             self.facts["ended"] = self.reason_to_end() or self.beat() or None
-            with contextlib.suppress(OSError):  # a full disk must not end the heartbeat
+            with suppress(OSError):  # a full disk must not end the heartbeat
                 self.write()
             now = time.monotonic()
             pause = max(0.0, began + self.facts["interval"] - now)
@@ -1467,7 +1588,19 @@ class Heartbeat:
         another = re.search(r"session_id\W+[\w-]+[^\w-]", text)  # all of it, in a file that may be cut off
         if ended or (another and self.task["session_id"] not in text):
             return "its record names another sandbox, or none"
-        return ""
+        idle = self.task.get("idle")
+        is_idle = isinstance(idle, int) and self.unused_seconds() > idle
+        return f"nothing used the VM for {idle} s" if is_idle else ""
+
+    def unused_seconds(self) -> float:
+        """How long no command and no connection has used the VM (see `hold`), as far as the looks tell."""
+        with suppress(OSError):
+            handle = os.open(f"{self.log}.used", os.O_RDWR)
+            used = os.fstat(handle).st_mtime
+            if used != self.used or not take_lock(handle):
+                self.used, self.last_use = used, time.monotonic()
+            os.close(handle)
+        return time.monotonic() - self.last_use
 
 
 def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Reporter) -> int:
@@ -1481,10 +1614,12 @@ def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Repo
 
     session_id = state["session_id"]
     task = {"settings": vars(settings), "session_id": session_id, "job_id": state.get("job_id")}
-    task["record"] = record
-    command = own_command("heartbeat-child", session_id)  # see is_heartbeat
+    task["idle"] = state.get("idle_seconds")
+    directory, task["record"] = os.path.split(record)  # by its name alone, the directory may be moved
+    keep_copy(settings.home)
+    command = own_command(settings.home, "heartbeat-child", session_id)  # see is_heartbeat
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    child: Any = launch(command, reporter, cwd="/", **options)
+    child: Any = launch(command, reporter, cwd=directory, **options)
     try:
         feed_child(child, lambda stdin: stdin.write(json.dumps(task).encode()))
         with child.stdout:
@@ -1547,11 +1682,11 @@ def stop_heartbeat(settings: Settings, state: Json) -> bool:
     import signal
 
     session_id = state["session_id"]
-    look = functools.partial(heartbeat_facts, settings.home, session_id)
+    look = partial(heartbeat_facts, settings.home, session_id)
     for pid in (look().get("pid"), state.get("heartbeat_pid")):
         for number in (signal.SIGTERM, signal.SIGCONT):  # a suspended one ends when it goes on
             if is_heartbeat(pid, session_id):
-                with contextlib.suppress(OSError):  # it has ended, or is not ours to end
+                with suppress(OSError):  # it has ended, or is not ours to end
                     _signal_heartbeat(pid, session_id, number)
     return not poll(lambda: "it runs" if look().get("alive") else "", 3.0, 0.01)
 
@@ -1571,7 +1706,7 @@ def _signal_heartbeat(pid: Any, session_id: str, number: int) -> None:
     os.close(handle)
 
 
-def run_child(arguments: Sequence[str]) -> int:
+def run_child(arguments: Words) -> int:
     """The hidden commands that `own_command` starts, the heartbeat and the ProxyCommand."""
     try:
         if arguments[0] == "heartbeat-child":
@@ -1585,7 +1720,8 @@ def run_child(arguments: Sequence[str]) -> int:
             gateway_stream(*arguments[1:])
         return 0
     except SandboxError as error:
-        print(f"Error: {error.message}", error.hint or "", sep="\n", file=sys.stderr)
+        hint = error.hint or "If the VM has ended, `plato-sandbox status` in its directory says so."
+        print(f"Error: {error.message}", hint, sep="\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -1753,9 +1889,9 @@ class YamlNode:
             return [item.plain(depth + 1) for item in self.value]
         return {key: pair[1].plain(depth + 1) for key, pair in self.value.items()}
 
-    def error(self, message: str) -> YamlError:
-        """An error, to be raised by the caller, that points at this node."""
-        return self._reader.error(message, self.start)
+    def error(self, message: str, text: str = "") -> YamlError:
+        """An error, to be raised by the caller, that points at this node, or at a text that follows there."""
+        return self._reader.error(message, max(self.start, self._reader.text.find(text, self.start)))
 
 
 def yaml_load(text: str, source: str = "<yaml>") -> Any:
@@ -1800,7 +1936,7 @@ class _YamlReader:
         hints = (hint for pattern, hint in _YAML_HINTS.items() if re.search(pattern, around))
         return self.error(next(hints), self.at)
 
-    def take(self, pattern: re.Pattern[str]) -> str:
+    def take(self, pattern: Pattern) -> str:
         """Move behind what matches at the cursor, and return it; "" when nothing does."""
         match = pattern.match(self.text, self.at)
         if not match:
@@ -1890,7 +2026,7 @@ class _YamlReader:
         self.end_line()
         return node
 
-    def is_key(self, start: int, colon: re.Pattern[str]) -> bool:
+    def is_key(self, start: int, colon: Pattern) -> bool:
         """Whether a colon makes a key of what was read from `start` on; the cursor moves behind it."""
         return "\n" not in self.text[start : self.at] and self.take(colon) != ""
 
@@ -2080,7 +2216,7 @@ class _YamlReader:
 
     # Scalars
 
-    def scalar(self, indent: int, patterns: tuple[re.Pattern[str], re.Pattern[str]]) -> YamlNode:
+    def scalar(self, indent: int, patterns: tuple[Pattern, Pattern]) -> YamlNode:
         """An alias, quoted text, or plain text, which goes on in the lines below that are deeper."""
         start = self.at
         if self.text[start] == "*":
@@ -2094,7 +2230,7 @@ class _YamlReader:
             value = self.plain(indent, *patterns)
         return YamlNode(self, value, start, self.end)
 
-    def plain(self, indent: int, first: re.Pattern[str], further: re.Pattern[str]) -> Any:
+    def plain(self, indent: int, first: Pattern, further: Pattern) -> Any:
         start = self.at
         if not self.take(first):
             raise self.wrong()
@@ -2116,7 +2252,7 @@ class _YamlReader:
         if not whole and not _YAML_FLOAT.fullmatch(raw):
             return raw
         digits = raw.replace("_", "")
-        with contextlib.suppress(ValueError):  # of 0x, 1:30 (base 60), .inf
+        with suppress(ValueError):  # of 0x, 1:30 (base 60), .inf
             if len(raw) <= YAML_MAX_NUMBER:
                 return int(digits, 8 if whole[1] else 0) if whole else float(digits)
         raise self.error(
@@ -2158,17 +2294,26 @@ class _YamlReader:
 
 
 def yaml_dump(value: Any) -> str:
-    """A YAML document of a mapping, a line for each key; readers of YAML 1.1 read back the same.
+    """A YAML document as people write it; readers of YAML 1.1 read back the same.
 
     Takes dicts, lists, tuples (written as lists), strings, numbers, booleans and None; keys are scalars.
     SandboxError for other types, and for what is nested too deep to be read (or contains itself).
     """
     try:
-        if not isinstance(value, dict) or not value:
-            return yaml_inline(value) + "\n"
-        return "".join(f"{yaml_inline(key)}: {yaml_inline(part)}\n" for key, part in value.items())
+        return _yaml_block(value, "").lstrip()
     except RecursionError:
         raise SandboxError("What is nested so deep cannot be written as YAML.") from None
+
+
+def _yaml_block(value: Any, margin: str) -> str:
+    """What stands behind a key: fields and items on lines of their own, scalars and lists of them on one."""
+    below = f"{margin}  "
+    if value and isinstance(value, dict):
+        pairs = ((yaml_inline(key), _yaml_block(part, below)) for key, part in value.items())
+        return "\n" + "".join(f"{margin}{key}:{text}" for key, text in pairs)
+    if isinstance(value, (list, tuple)) and any(isinstance(part, (dict, list, tuple)) for part in value):
+        return "\n" + "".join(f"{margin}- {_yaml_block(part, below).lstrip()}" for part in value)
+    return f" {yaml_inline(value)}\n"
 
 
 def yaml_inline(value: Any) -> str:
@@ -2202,9 +2347,11 @@ def yaml_items(margin: str, values: Sequence[Any]) -> list[str]:
 
 
 class ConfigError(CheckFailedError):
-    """A config that cannot be used."""
+    """A config that cannot be used. problems, warnings: what is wrong with it, where that is known."""
 
     code = "config_invalid"
+    problems: Words = ()
+    warnings: Words = ()
 
 
 def counted(count: int, what: str) -> str:
@@ -2212,13 +2359,15 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
-def unusable_config(source: str, problems: Sequence[str]) -> ConfigError:
-    """The error for a file. problems: `file:line:column: what is wrong`, each a line of the message."""
+def unusable_config(source: str, problems: Words, warnings: Words = ()) -> ConfigError:
+    """The error for a file. problems, warnings: `file:line:column: what is wrong`, lines of the message."""
     error = ConfigError(
         f"{source} cannot be used: {counted(len(problems), 'problem')}.",
         hint="Nothing was done. Correct the file and run the command again.",
     )
-    error.message = "\n".join([error.message, *map(printable, problems)])
+    doubts = (f"{warning} (a warning)" for warning in warnings)
+    error.message = "\n".join([error.message, *map(printable, (*problems, *doubts))])
+    error.problems, error.warnings = [*problems], [*warnings]
     return error
 
 
@@ -2228,13 +2377,13 @@ def _meant(word: str, known: Iterable[str]) -> str:
     return f"did you mean `{close}`?" if close else f"there are: {', '.join(known) or 'none'}"
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was probably meant, or None."""
+def closest(word: str, known: Iterable[str]) -> str:
+    """The known word that was probably meant, or ""."""
     import difflib
 
     found = difflib.get_close_matches(word, list(known), 3, 0.7)
     found.sort(key=lambda name: sorted(name) != sorted(word))  # "strat" is "start", not "state"
-    return found[0] if found else None
+    return found[0] if found else ""
 
 
 def whole_number(value: Any) -> int | None:
@@ -2349,7 +2498,7 @@ _KINDS: dict[str, Any] = {
 }
 
 
-@functools.cache
+@cache
 def schemas() -> Json:
     """Of a dataset and of a flow."""
     return yaml_load(_SCHEMAS)  # type: ignore[no-any-return]
@@ -2399,7 +2548,7 @@ def check_yaml(text: str, source: str, schema: Json, *, strict: bool = False) ->
         found[0].append(str(error))
     problems, warnings = found
     if problems:
-        raise unusable_config(source, problems + warnings)
+        raise unusable_config(source, problems, warnings)
     return root, warnings
 
 
@@ -2460,13 +2609,21 @@ class Config:
     looks mistaken.
     """
 
-    def __init__(self, path: str, service: str, dataset: str, content: Json, warnings: list[str]):
+    def __init__(self, path: str, service: str, dataset: str, node: Any, warnings: list[str]):
         self.path = path
         self.service = service
         self.dataset = dataset
-        self.content = content
-        self.compute: Json = content.get("compute") or {}
+        self.content: Json = node.plain()
+        self.compute: Json = self.content.get("compute") or {}
         self.warnings = warnings
+        self._node = node
+
+    def told(self, words: str, *keys: str, value: str = "") -> str:
+        """What is wrong, behind its place: where the keys lead to, as far as they do; there, a text."""
+        node = self._node
+        for key in keys:
+            node = node.get(key) or node
+        return str(node.error(words, value))
 
     def for_worker(self) -> Json:
         """The dataset for `start-worker`: as written, required objects filled in."""
@@ -2484,28 +2641,41 @@ def find_config(directory: str) -> str:
     return next(filter(os.path.lexists, paths), paths[0])
 
 
-def read_config(path: str) -> str:
+NO_CONFIG = (
+    "It is looked for in the current directory or that of -w DIR. `start-worker` takes --config-path FILE,"
+    " and a VM of --blank needs none."
+)
+
+
+def read_config(path: str, hint: str | None = None) -> str:
+    """The text of a config, or of a file that it names; ConfigError for one that cannot be read."""
     failure = f"{shown_path(path)} cannot be read"
-    hint = "The simulator's directory is the current one, or that of -w DIR; a VM of --blank needs no config."
     with explained(failure, hint, ConfigError), open(path, encoding="utf-8", newline="") as file:
         return file.read()
 
 
-def load_config(path: str, dataset: str | None) -> Config:
+def load_config(path: str, dataset: Any) -> Config:
     """Read and check a plato-config.yml for one dataset (default: base); ConfigError lists every problem."""
-    return parse_config(read_config(path), shown_path(from_here(path)), path, dataset)
+    return parse_config(read_config(path, NO_CONFIG), shown_here(path), path, dataset)
 
 
-def parse_config(text: str, source: str, path: str, dataset: str | None) -> Config:
+def parse_config(text: str, source: str, path: str, dataset: str) -> Config:
     """The same from a text; source is what problems name as its place."""
     name = dataset or DEFAULT_DATASET
     datasets = {"*": None, f"{name}!": schemas()["dataset"]}  # the others are not looked at
-    root, warnings = check_yaml(text, source, {"service!": "name", "datasets!": datasets})
+    try:
+        root, warnings = check_yaml(text, source, {"service!": "name", "datasets!": datasets})
+    except ConfigError:
+        with suppress(YamlError):  # which is told with all that is wrong
+            known = dict_in(yaml_load(text), "datasets")
+            if dataset and known and dataset not in known:
+                meant = _meant(dataset, [*map(str, known)])
+                raise UsageError(f"{source} has no dataset {dataset!r}; {meant}") from None
+        raise
     native = root.get("datasets", name, "compute", "native_worker")
     if native is not None:
         warnings.append(str(native.error("`compute.native_worker` is ignored by Plato; remove it")))
-    plain = root.plain()
-    return Config(path, plain["service"], name, plain["datasets"][name], warnings)
+    return Config(path, root.value["service"][1].value, name, root.get("datasets", name), warnings)
 
 
 # Flows
@@ -2546,7 +2716,7 @@ class FlowStep:
 
     def __init__(self, number: int, values: Json, place: str | None) -> None:
         self.number = number
-        self.values = given = {name: value for name, value in values.items() if value is not None}
+        self.values = given = without_none(values)
         self.type = given["type"]
         self.kind = given["verify_type"] if self.type == "verify" else self.type
         needed = _fields(given, schemas()["flow"]["steps"][0])
@@ -2594,7 +2764,7 @@ class FlowSet:
         self.shown = shown
         self.warnings = warnings
 
-    def choose(self, names: Sequence[str], *, every: bool = False) -> list[Json]:
+    def choose(self, names: Words, *, every: bool = False) -> list[Json]:
         """The flows of those names, in that order; UsageError names what was probably meant."""
         known = {flow["name"]: flow for flow in self.flows}
         wanted = list(known) if every else names or ["login"]
@@ -2612,7 +2782,7 @@ def parse_flows(text: str, source: str, path: str | None) -> FlowSet:
     path: None for a text in which nobody can look those up.
     """
     schema = {"flows!": [schemas()["flow"]], "*": None}
-    root, warnings = check_yaml(text, source, schema, strict=path is not None)
+    root, warnings = check_yaml(text, source, schema, strict=bool(path))
     flows: list[Json] = []
     for node in root.value["flows"][1].value:
         told, steps = node.plain(), node.get("steps")
@@ -2624,20 +2794,20 @@ def parse_flows(text: str, source: str, path: str | None) -> FlowSet:
     return FlowSet(flows, path, source, warnings)
 
 
-def flows_file(config: Config) -> str | None:
-    """The absolute path of a config's flows file, None if it names none.
+def flows_file(config: Config) -> str:
+    """The absolute path of a config's flows file, "" if it names none.
 
     ConfigError unless it lies in the config's directory: its text leaves this machine with a snapshot, so a
     config must not be able to name any file at all.
     """
     name = (config.content.get("metadata") or {}).get("flows_path")
     if not name:
-        return None
+        return ""
     folder = os.path.dirname(os.path.abspath(config.path))
     path = os.path.join(folder, name)
     if not is_below(path, folder):
         raise ConfigError(
-            f"{shown_path(from_here(config.path))}: `metadata.flows_path` is {name!r};"
+            f"{shown_here(config.path)}: `metadata.flows_path` is {name!r};"
             " it must lie in the directory of the config."
         )
     return path
@@ -2754,7 +2924,7 @@ def load_slot(directory: str) -> Json | None:
     paths = sorted(glob.glob(f"{found}/sandboxes/*.json")) or glob.glob(f"{found}/state.json")
     pinned = os.environ.get("PLATO_SANDBOX", "")
     name = pinned
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         name = pinned or text_of_others(os.path.join(place, "current")).strip()
     live: dict[str, Json] = {}
     for path in paths:
@@ -2789,7 +2959,7 @@ def read_slot(path: str, directory: str) -> Json | None:
         if not isinstance(state[name], str) or not state[name].isprintable():
             raise damaged_state(path, f"its {theirs} is not a plain text", text)
     for name in ("created_at", "expires_at"):
-        with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):  # no time at all
+        with suppress(TypeError, ValueError, OverflowError, OSError):  # no time at all
             state[name] = utc_text(float(slot.get(name)))  # type: ignore[arg-type]
     if state["plato_config_path"]:
         state["plato_config_path"] = os.path.join(directory, state["plato_config_path"])
@@ -2814,53 +2984,29 @@ def update_slot(state: Json, **changes: Any) -> None:
 
 def save_state(directory: str, state: Json) -> None:
     """Write .sandbox.yaml so that a crash leaves the old file or the new one, readable by the owner only."""
-    kept = {key: value for key, value in state.items() if value is not None}
+    kept = without_none(state)
     with changing(state_path(directory)):
         write_whole(state_path(directory), STATE_FIRST_LINE + yaml_dump(kept) + STATE_LAST_LINE)
 
 
 def remove_state(directory: str) -> None:
     """Remove .sandbox.yaml; no error when it is not there."""
-    with changing(state_path(directory)), contextlib.suppress(FileNotFoundError):
+    with changing(state_path(directory)), suppress(FileNotFoundError):
         os.unlink(state_path(directory))
         _sync_directory(directory)
 
 
-def changing(path: str) -> contextlib.AbstractContextManager[None]:
+def changing(path: str) -> AbstractContextManager[None]:
     """StateError when a record cannot be written or removed."""
     hint = "The directory must be writable: the only record of the VM is kept there."
     return explained(f"{shown_path(path)} cannot be changed", hint, StateError)
-
-
-def write_whole(path: str, text: str, mode: int = 0o600) -> None:
-    """Replace a file in one step: temporary file beside it, fsync, rename, fsync of the directory."""
-    temporary = f"{path}.{os.urandom(8).hex()}.tmp"
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with open(handle, "wb") as file:
-            os.fchmod(handle, mode)
-            file.write(text.encode())
-            file.flush()
-            os.fsync(handle)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # it is gone, if all went well
-            os.unlink(temporary)
-    _sync_directory(os.path.dirname(path))
-
-
-def _sync_directory(path: str) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot; what was done there is done
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def remove_matching(directory: str, pattern: str) -> None:
     """Remove the files in a directory, if there is one, whose names fit a regular expression."""
     for name in os.listdir(directory) if os.path.isdir(directory) else ():
         if re.fullmatch(pattern, name):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(os.path.join(directory, name))
 
 
@@ -2871,6 +3017,7 @@ def make_home(home: str) -> None:
     not be one in which everyone can make files.
     """
     import stat
+    import tempfile
 
     failure = f"{shown_path(home)} cannot be used for SSH files and heartbeat records"
     hint = "Make it a directory that only you can write to, or set PLATO_HOME to another one."
@@ -2882,18 +3029,22 @@ def make_home(home: str) -> None:
             raise PermissionError("it is not writable")
         if os.stat(home).st_mode & stat.S_IWOTH:
             raise PermissionError("everyone can write to it, so an SSH config in it could be anyone's")
+        with tempfile.TemporaryFile(dir=home) as probe:  # the disk may have no room for all that comes
+            probe.write(bytes(131072))
+            probe.flush()
 
 
-@contextlib.contextmanager
-def locked(directory: str, *, shared: bool = False) -> Iterator[None]:
+@contextmanager
+def locked(directory: str, **how: bool) -> Iterator[None]:
     """The kernel's lock on a directory itself: it leaves no file behind and ends with its process.
 
-    ConflictError, naming the holder, when another command has it. shared: not against others that only look.
+    ConflictError, naming the holder, when another command has it. shared: not against others that only look;
+    wait: until it is free.
     """
     with explained(f"{shown_path(directory)} cannot be opened"):
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if not take_lock(handle, shared=shared):
+        if not take_lock(handle, **how):
             raise ConflictError(
                 f"Another command is at work in {shown_path(directory)}: {lock_holder(os.fstat(handle))}.",
                 hint="Wait for it to end, or press Ctrl-C in its terminal; then run this again.",
@@ -2905,7 +3056,7 @@ def locked(directory: str, *, shared: bool = False) -> Iterator[None]:
 
 def lock_holder(status: os.stat_result) -> str:
     """Who holds the lock on a file, in words: "start (PID 123)" where the system tells (Linux)."""
-    with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as file:
+    with suppress(OSError), open("/proc/locks", encoding="ascii") as file:
         lock = re.search(rf"^\d+: FLOCK .* (\d+) \S+:{status.st_ino} ", file.read(), re.MULTILINE)
         if lock:
             name = re.search(r"(?:\.pyw?|plato[_-]sandbox) (?:-\S+ )*([a-z][a-z-]+)", command_of(lock[1]))
@@ -2927,8 +3078,9 @@ SSH_CIPHERS = (
 KEY_SECONDS = 10.0
 SSH_FIRST_SECONDS = 30.0  # until a VM that was just connected answers
 SSH_PATIENCE_SECONDS = (2, 4, 8, 16)  # of each attempt in them
-SOCKET_PATH_BYTES = 86  # of the 104 that some systems allow; ssh adds 17 while it makes one
+SOCKET_HOME_BYTES = 60  # some systems allow 104 for the path of a socket; ssh adds 17 while it makes one
 SSH_ANSWER_SECONDS = 20.0
+EXEC_SECONDS = 3600.0
 VM_SECONDS = 120.0  # the longest wait for a script on the VM to end
 # Of input, in a command as base64: Linux takes no longer argument than 131,071 bytes, and the API's `execute`
 # hands a command on as one.
@@ -2947,8 +3099,13 @@ def ssh_fields(home: str, session_id: str) -> Json:
 
 
 def remove_files_of(home: str, session_id: str) -> None:
-    """Remove what belongs to a sandbox under PLATO_HOME, also what ssh or a killed command left half made."""
+    """Remove what belongs to a sandbox under PLATO_HOME, also what ssh or a killed command left half made;
+    with the last of them the copies that they run."""
+    import glob
+
     remove_matching(home, rf"(ssh|known_hosts|heartbeat)_{short_id(session_id)}([._].*)?")
+    if not glob.glob(f"{glob.escape(home)}/[hs]*_*"):
+        remove_matching(home, "child_.*")
 
 
 def make_key(path: str, reporter: Reporter) -> str:
@@ -2960,12 +3117,22 @@ def make_key(path: str, reporter: Reporter) -> str:
     return text_of_others(f"{path}.pub").strip()
 
 
-def proxy_words(settings: Settings, job_id: str) -> list[str]:
-    """The ProxyCommand that makes this file the way to the VM, and its last word if there is one: the CA."""
-    gateway = settings.gateway_host, str(settings.gateway_port)
-    command = own_command("gateway-stream", *gateway, f"{job_id}--22")
-    parts = command, [settings.ca_file] if settings.ca_file else []
-    return [shell_words(part).replace("%", "%%") for part in parts]
+# What its ProxyCommand has to say, ssh keeps to itself where the connection is kept for later ones. So that
+# goes to what ssh, the parent, has as its standard error, or to the terminal.
+_PROXY = """
+for p in "/proc/$PPID/fd/2" /dev/tty; do (: >> "$p") 2> /dev/null && exec 2>> "$p" && break; done
+[ -x "$0" ] && [ -r "$4" ] && exec "$0" "$@"
+echo "Error: $0 or $4 is gone, which leads to the VM." >&2
+echo "In the directory of the sandbox: plato-sandbox status" >&2
+exit 255""".strip().replace("\n", "; ")
+
+
+def proxy_command(settings: Settings, state: Json) -> str:
+    """The ProxyCommand that makes this file the way to the VM."""
+    way = settings.gateway_host, str(settings.gateway_port), f"{state['job_id']}--22"
+    log = heartbeat_path(settings.home, state["session_id"])
+    words = own_command(settings.home, "gateway-stream", *way, log, *filter(None, [settings.ca_file]))
+    return shell_words(["sh", "-c", _PROXY, *words]).replace("%", "%%")
 
 
 SSH_CONFIG = """\
@@ -2993,67 +3160,80 @@ Host {host}
 """
 
 
-def ssh_config_text(settings: Settings, state: Json, user: str) -> str:
+def short_place() -> str:
+    """A directory of this user's alone with a short path; "" where there can be none."""
+    place = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/plato-sandbox-{os.getuid()}"  # noqa: S108
+    with suppress(OSError):
+        os.makedirs(place, 0o700, exist_ok=True)
+        found = os.lstat(place)
+        if (found.st_mode, found.st_uid) == (0o40700, os.getuid()):
+            return place
+    return ""
+
+
+def ssh_config_text(settings: Settings, state: Json) -> str:
     """The config for `ssh -F`: one host, its own key and known hosts, and this file as the way there.
 
     Later connections use the first, which is kept for a while. SandboxError where a path cannot stand in it.
     """
     name = short_id(state["session_id"])
     home = settings.home.replace("%", "%%")
-    socket = f"{home}/ssh_{name}.sock"
+    place = home if len(os.fsencode(home)) <= SOCKET_HOME_BYTES else short_place()
     fields = {
         "host": state["ssh_host"],
         "name": name,
-        "user": user,
+        "user": ssh_user(state),
         "key": state["ssh_private_key_path"].replace("%", "%%"),
         "home": home,
         "ciphers": SSH_CIPHERS,
-        "socket": f'"{socket}"' if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES else "none",
-        "way": " ".join(proxy_words(settings, state["job_id"])).rstrip(),
+        "socket": f'"{place}/ssh_{name}.sock"' if place else "none",
+        "way": proxy_command(settings, state),
     }
     # After a line break, an option could follow.
     odd = re.search(r"[\n\r\0\ud800-\udfff]", "".join(fields.values()))
-    if odd or re.search(r'["\\]|\$\{', fields["key"] + home):
+    odd = odd or re.search(r'["\\]|\$\{', fields["key"] + home)
+    if odd:
         raise SandboxError(
-            "An SSH config cannot be written: PLATO_HOME, this file, Python or the job id holds a line break"
-            " or another character that it cannot carry.",
-            hint=f"Move them to a path without one; PLATO_HOME is {shown_path(settings.home)}.",
+            f"An SSH config cannot carry {odd[0]!r}, which is in PLATO_HOME, Python's path or the job id.",
+            hint=f"Move them to a path without it; PLATO_HOME is {shown_path(settings.home)}.",
         )
     return SSH_CONFIG.format(**fields)
 
 
-def write_ssh_config(settings: Settings, state: Json, user: str) -> None:
-    path = state["ssh_config_path"]
-    with explained(f"{shown_path(path)} cannot be written"):
-        write_whole(path, ssh_config_text(settings, state, user))
+def ssh_user(state: Json) -> str:
+    return "plato" if state.get("provider") == "qemu" else "root"
+
+
+def write_ssh_config(settings: Settings, state: Json, written: str = "") -> None:
+    """Write the SSH config and what it runs; of one that is `written`, only how it goes to the gateway."""
+    path, text = state["ssh_config_path"], ssh_config_text(settings, state)
+    keep_copy(settings.home)
+    way = text.splitlines()[-1]
+    if way not in written:
+        write_file(path, re.sub(" *ProxyCommand .*gateway-stream.*", lambda _: way, written or text))
 
 
 def repair_ssh_config(state: Json, settings: Settings) -> None:
-    """Have the way to the gateway in an SSH config of ours right: this file, Python or the gateway may have
-    moved. For another client's sandbox, the config is written here."""
-    path, job_id = state.get("ssh_config_path"), state.get("job_id")
+    """Have the way to the gateway in an SSH config of ours right: what it runs may be gone, or the gateway
+    have moved. For another client's sandbox, the config is written here."""
     ours = ssh_fields(settings.home, state.get("session_id") or "")["ssh_config_path"]
-    if not job_id or not job_id.isprintable() or path != ours:
+    if not state.get("job_id") or state.get("ssh_config_path") != ours:
         return
     if "slot_path" in state:
         make_home(settings.home)
-        write_ssh_config(settings, state, "plato" if state.get("provider") == "qemu" else "root")
-        return
-    command, authority = proxy_words(settings, job_id)
-    with contextlib.suppress(OSError):
-        written = text_of_others(path)
-        way = r"(?m)(?<=^    ProxyCommand ).*gateway-stream .*--22'?(?: |$)(.*)$"
-        text = re.sub(way, lambda found: f"{command} {authority or found[1]}".rstrip(), written)
-        if text != written:
-            write_whole(path, text)
+        write_ssh_config(settings, state)
+    else:
+        with suppress(OSError, SandboxError):
+            write_ssh_config(settings, state, text_of_others(ours))
 
 
 def ssh_command(state: Json) -> str | None:
-    """The command that opens a shell on the VM."""
+    """The command that opens a shell on the VM. ssh runs its ProxyCommand by $SHELL, which is to be one."""
     config, host = state.get("ssh_config_path"), state.get("ssh_host")
     if not config or not host:
         return None
-    return shell_words(["ssh", "-F", os.path.expanduser(config), host])
+    has_none = os.environ.get("SHELL", "").endswith(("/nologin", "/false"))
+    return "env SHELL=/bin/sh " * has_none + shell_words(["ssh", "-F", os.path.expanduser(config), host])
 
 
 def ssh_words(sandbox: Sandbox, *options: str) -> list[str]:
@@ -3087,6 +3267,10 @@ def wait_for_ssh(sandbox: Sandbox) -> None:
     raise ssh_broken(outcome.stderr)
 
 
+class SshError(NetworkError):
+    """SSH does not answer; whether the VM is still there is another question."""
+
+
 class OvertakenError(ConflictError):
     """What was planned for is not there any more; looking again helps."""
 
@@ -3116,29 +3300,46 @@ class Vm:
         """What a script prints; SandboxError with its last words when it fails."""
         return check_script(self.outcome(script, feed, seconds))
 
+    def published_ports(self) -> list[str]:
+        """The ports of the VM that running containers publish."""
+        words = self.run("docker ps --format '{{.Ports}}' 2>/dev/null; exit 0").decode("utf-8", "replace")
+        return sorted(set(re.findall(r":(\d+)->", words)), key=int)
+
     def outcome(self, script: str, feed: Feed = None, seconds: float = VM_SECONDS) -> Outcome:
         """How a script ended. A connection that breaks is opened once more, or left for the API."""
-        if self.via == "ssh":
+        if self.answers():
             try:
-                self._wait_for_answer()
                 return self._by_ssh(script, feed, seconds)
             except OvertakenError:
                 raise  # what was to be sent has changed
             except SandboxError as error:
-                if self._ssh_only and not isinstance(error, NetworkError):
-                    raise
-                further = "Connecting again." if self._ssh_only else "Going on through the API."
-                self.sandbox.reporter.note(f"{error.message} {further}")
-            if self._ssh_only:
-                return self._by_ssh(script, feed, seconds)
-            self.via = "api"
+                if self._ssh_only and isinstance(error, NetworkError):
+                    self.sandbox.reporter.note(f"{error.message} Connecting again.")
+                    return self._by_ssh(script, feed, seconds)
+                self._leave_ssh(error)
         return self._by_api(script, feed, seconds)
+
+    def answers(self) -> bool:
+        """Whether SSH answers; with `via="ssh"`, a SandboxError where it does not."""
+        if self.via == "ssh":
+            try:
+                self._wait_for_answer()
+                return True
+            except SandboxError as error:
+                self._leave_ssh(error)
+        return False
+
+    def _leave_ssh(self, error: SandboxError) -> None:
+        if self._ssh_only:
+            raise error
+        self.sandbox.reporter.note(f"{error.message} Going on through the API.")
+        self.via = "api"
 
     def _wait_for_answer(self) -> None:
         """Wait for SSH's first answer; where it is silent, the VM is connected to the network again, once."""
         sandbox, opening, self._opening = self.sandbox, self._opening, None
         try:
-            if opening is not None:
+            if opening:
                 opening.result()
         except SandboxError as silence:
             sandbox.reporter.note("SSH does not answer; connecting the VM to the network again.")
@@ -3159,7 +3360,7 @@ class Vm:
 
         def fed(stdin: Any) -> None:
             stdin.write(body)
-            if feed is not None:
+            if feed:
                 feed(stdin)
 
         outcome = run_program(command, self.sandbox.reporter, seconds=seconds, feed=fed)
@@ -3174,7 +3375,7 @@ class Vm:
         import tempfile
 
         with tempfile.TemporaryFile() as content:
-            if feed is not None:
+            if feed:
                 feed(content)
             size = content.seek(0, os.SEEK_END)
             place = f"/var/tmp/plato-sandbox-{secrets.token_hex(12)}"  # noqa: S108  (nobody else can know it)
@@ -3203,10 +3404,6 @@ class Vm:
                 sender.result()
         except SandboxError:
             list(offsets)  # nobody begins another part
-            for sender in senders:
-                sender.wait()
-            with contextlib.suppress(SandboxError):
-                execute(self.sandbox.api, self.sandbox.state, f"rm -rf {place}*", VM_SECONDS)
             raise
 
 
@@ -3214,7 +3411,11 @@ class Vm:
 TAKE_PART = """
 [ $part -gt 0 ] || find /var/tmp -maxdepth 1 -name 'plato-sandbox-*' -mmin +60 -exec rm -rf {} + 2>/dev/null
 umask 077
+[ ! -e $place.failed ] || exit 0 # another part says why
 mkdir -p $place && printf %s $data | base64 -d > $place.$$ && mv -f $place.$$ $place/$part && exit
+[ ! -e $place.failed ] || exit 0
+: > $place.failed
+rm -rf $place $place.[0-9]*
 echo 'The VM could not take the files.' >&2
 exit 1
 """
@@ -3254,21 +3455,19 @@ def check_script(outcome: Outcome) -> bytes:
     raise kind(last_words(outcome.stderr) or f"A command on the VM ended with {outcome.code}.")
 
 
-def ssh_broken(stderr: bytes) -> NetworkError:
+def ssh_broken(stderr: bytes) -> SshError:
     """The error for an ssh that ended by itself, from what it printed."""
     text = stderr.decode("utf-8", "replace").strip()
     told = re.search(r"^Error: (.*)\n?(.*)", text, re.MULTILINE)  # by the gateway stream, which knows more
     words, hint = told.groups() if told else (text.rpartition("\n")[2], "")
     hint = hint or "Run the command again; see what the VM is doing: plato-sandbox status"
-    return NetworkError(
-        f"SSH to the VM does not work: {words.rstrip('.') or 'no reason was given'}.", hint=hint
-    )
+    return SshError(f"SSH to the VM does not work: {words.rstrip('.') or 'no reason was given'}.", hint=hint)
 
 
 def last_words(stderr: bytes) -> str:
     """The end of what a command complained of, in one line."""
     lines = re.sub(r"\s*[\r\n]\s*", "; ", stderr.decode("utf-8", "replace").strip())
-    return printable(lines)[-600:]
+    return lines[-600:]
 
 
 def assigned(**values: object) -> str:
@@ -3295,12 +3494,14 @@ SYNC_TRIES = 4  # a plan that another sync overtakes, or a file that changes whi
 SYNC_STATE = ".plato-sync"  # beside the target: lock, manifests, and what is on its way in
 CHUNK_BYTES = 1_000_000  # of an archive; with each, the speed of the connection is looked at anew
 FAST_BYTES = 25_000_000  # a second; compression could not keep up with more
+SHOWN_WARNINGS = 10
 EMPTIED_FILES = 10  # fewer removals than this are never taken for an emptied tree
 WATCH_QUIET_SECONDS = 0.3
 WATCH_RETRY_SECONDS = 3.0
 
 EXCLUDED_DIRECTORIES = b"__pycache__ .git .venv venv node_modules .pytest_cache .mypy_cache".split()
 EXCLUDED_PATTERNS = EXCLUDED_DIRECTORIES + b"*.pyc .sandbox.yaml *.egg-info .DS_Store *.swp *.swo".split()
+EXCLUDED_NAMES = b", ".join(EXCLUDED_PATTERNS).decode().replace(" *.pyc", "\n*.pyc")  # in two lines
 NEVER_SENT = re.compile(rb"\.git|\.sandbox\.yaml.*|\.plato|\.plato-sync(?:\.new)?", re.DOTALL)
 PRIVATE_KEY = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----")
 REFUSED_TARGETS = (
@@ -3371,11 +3572,12 @@ def ignore_expression(pattern: bytes, name: bytes) -> bytes:
 class IgnoreFile:
     """The patterns of one ignore file. The last one that matches decides.
 
-    odd_patterns: those that are none, which match nothing, as in git.
+    odd_patterns: those that are none, which match nothing, as in git. taken_back: what `!PATH` names.
     """
 
     def __init__(self, text: bytes) -> None:
         self.odd_patterns: list[bytes] = []
+        self.taken_back: list[bytes] = []
         alternatives: list[bytes] = []
         for line in text.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
             pattern = re.sub(rb"(?<!\\)((?:\\\\)*) +$", rb"\1", re.sub(rb"\r$|\0.*", b"", line))
@@ -3383,6 +3585,8 @@ class IgnoreFile:
             wanted = pattern[negated:].removesuffix(b"/")
             if not wanted or pattern.startswith(b"#"):
                 continue
+            if negated:
+                self.taken_back.append(wanted.removeprefix(b"/"))
             name = b"%s%d" % (b"kept" if negated else b"ignored", len(alternatives))
             expression = ignore_expression(wanted.removeprefix(b"/"), name + b"_")
             # What they match is the `/` of a directory, the name, NUL, and the path.
@@ -3397,7 +3601,7 @@ class IgnoreFile:
     def verdict(self, path: bytes, is_directory: bool) -> bool | None:
         """Whether a path, relative to the file's directory, is ignored; None when no pattern matches."""
         found = self._match(b"/" * is_directory + path.rpartition(b"/")[2] + b"\0" + path)
-        return None if found is None else (found.lastgroup or "").startswith("ignored")
+        return None if not found else (found.lastgroup or "").startswith("ignored")
 
 
 # The local tree
@@ -3415,6 +3619,7 @@ class LocalTree:
         self.stamps: Stamps = {}
         self.skipped: dict[bytes, str] = {}
         self.odd_patterns: list[bytes] = []
+        self.taken_back: set[bytes] = set()  # by its own path
         names = [b".gitignore"] * gitignore + [b".platoignore"]
         # The ignore files of each directory that has some, the most important one first.
         self._rules = {b"": [IgnoreFile(b"\n".join(EXCLUDED_PATTERNS))]}
@@ -3438,6 +3643,8 @@ class LocalTree:
                         rules = IgnoreFile(file.read())
                     self._rules.setdefault(directory, []).insert(0, rules)
                     self.odd_patterns += [prefix + name + b": " + odd for odd in rules.odd_patterns]
+                    if name == b".platoignore":
+                        self.taken_back.update(prefix + path for path in rules.taken_back)
             for name, entry in entries.items():
                 path = prefix + name
                 is_directory = entry.is_dir(follow_symlinks=False)
@@ -3477,14 +3684,14 @@ class LocalTree:
     def leave_out_private_keys(self, remote: Stamps) -> None:
         """What differs there and turns out to be one is not sent. SandboxError for what cannot be read."""
         for path, stamp in list(self.stamps.items()):
-            if stamp[:1] == b"f" and remote.get(path) != stamp:
+            if stamp[:1] == b"f" and remote.get(path) != stamp and path not in self.taken_back:
                 with reading(self.location(path)), open(self.location(path), "rb", buffering=0) as file:
                     if PRIVATE_KEY.match(file.read(100)):
-                        self.skipped[path] = "a private key"
+                        self.skipped[path] = f"a private key (!{shown_name(path)} in .platoignore sends it)"
                         del self.stamps[path]
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(location: bytes) -> Iterator[None]:
     """Something here is read; SandboxError for what cannot be, nothing for what is gone meanwhile."""
     try:
@@ -3576,8 +3783,8 @@ class SyncPlan:
 
 def listed_paths(paths: Sequence[bytes]) -> str:
     """The first paths of a list in words."""
-    shown = ", ".join(map(shown_name, paths[:5]))
-    return f"{shown} and {len(paths) - 5} more" if len(paths) > 5 else shown
+    shown = ", ".join(map(shown_name, paths[:3]))
+    return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
 
 
 def shown_name(path: bytes) -> str:
@@ -3635,14 +3842,14 @@ def tar_pieces(tree: LocalTree, plan: SyncPlan) -> Iterator[bytes]:
         kind, rest = tree.stamps[path].split(b" ", 1)
         name = b"tree/" + path
         if kind == b"d":
-            yield tar_entry(b"5", rest, 0, path=name)
+            yield tar_entry(b"5", rest, 0, name)
         elif kind == b"l":
-            yield tar_entry(b"2", b"777", 0, path=name, linkpath=rest)
+            yield tar_entry(b"2", b"777", 0, name, rest)
         else:
             mode, digits, moment = rest.split(b" ")
             size = int(digits)
             with reading(tree.location(path)), open(tree.location(path), "rb") as file:
-                yield tar_entry(b"0", mode, size, path=name, mtime=moment)
+                yield tar_entry(b"0", mode, size, name, mtime=moment.decode())
                 for start in range(0, size, CHUNK_BYTES):  # as long as it said, whatever becomes of the file
                     length = min(CHUNK_BYTES, size - start)
                     yield file.read(length).ljust(length, b"\0")
@@ -3650,33 +3857,18 @@ def tar_pieces(tree: LocalTree, plan: SyncPlan) -> Iterator[bytes]:
     manifest = [kind + path for path, kind in sorted(plan.manifest.items())]
     for name, paths in ((b"meta/remove", plan.remove), (b"meta/manifest", manifest)):
         data = b"\0".join([*paths, b""])
-        yield tar_entry(b"0", b"644", len(data), path=name) + data + bytes(-len(data) % 512)
+        yield tar_entry(b"0", b"644", len(data), name) + data + bytes(-len(data) % 512)
     yield bytes(1024)
 
 
-def tar_entry(kind: bytes, mode: bytes, size: int, **records: bytes) -> bytes:
-    """The header of an entry: owner 0; its name, link and time in POSIX's extended form."""
-    extended = b"".join(
-        b"%09d %s=%s\n" % (len(key) + len(value) + 12, key.encode(), value) for key, value in records.items()
-    )
-    before = _tar_block(b"x", b"644", len(extended)) + extended + bytes(-len(extended) % 512)
-    return before + _tar_block(kind, mode, size)
+def tar_entry(kind: bytes, mode: bytes, size: int, path: bytes, link: bytes = b"", **more: str) -> bytes:
+    """The header of an entry: owner 0; more: records of POSIX's extended form."""
+    import tarfile
 
-
-def _tar_block(kind: bytes, mode: bytes, size: int) -> bytes:
-    import struct
-
-    block = struct.pack(
-        "100s8s16s12s20sc100x8s247x",
-        b"x",
-        mode.zfill(7),
-        b"0000000\x000000000",  # the owner and the group
-        b"%011o" % size,
-        b"00000000000\0        ",  # the time, and spaces for the sum
-        kind,
-        b"ustar\x0000",
-    )
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+    entry = tarfile.TarInfo(os.fsdecode(path))
+    entry.type, entry.mode, entry.size = kind, int(mode, 8), size
+    entry.linkname, entry.pax_headers = os.fsdecode(link), more
+    return entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 # What runs on the VM: POSIX sh with the GNU tools of every Linux
@@ -3807,7 +3999,7 @@ class Syncer:
         self,
         sandbox: Sandbox,
         path: str,
-        remote_path: str | None = None,
+        remote_path: str = "",
         *,
         dry_run: bool = False,
         gitignore: bool = False,
@@ -3822,16 +4014,21 @@ class Syncer:
         self.root = os.path.normpath(os.path.join(sandbox.directory, path))
         if not os.path.isdir(self.root):
             raise UsageError(f"There is no directory {shown_path(self.root)} to sync.")
-        self.scan = functools.partial(LocalTree, os.fsencode(self.root), gitignore=gitignore, also=also)
+        if self.root == "/" or is_below(os.path.expanduser("~"), self.root):
+            raise UsageError(
+                f"{self.root} holds more than a simulator: this user's home directory is in it.",
+                hint="Name the simulator's own directory: plato-sandbox sync DIR",
+            )
+        self.scan = partial(LocalTree, os.fsencode(self.root), gitignore=gitignore, also=also)
         self.target = normal_target(remote_path or default_target(sandbox.state))
         self.dry_run = dry_run
         self.force = force
         self.timeout = timeout
-        self._warn_once = functools.cache(self.reporter.warn)
+        self._warn_once = cache(self.reporter.warn)
         source = hashed(os.path.relpath(self.root, sandbox.directory))
         patience = int(timeout * PATIENCE_SHARE)
         self.head = assigned(target=self.target, source=source, patience=patience) + _SHELL_HEAD
-        self.connect = functools.partial(Vm, sandbox, via)
+        self.connect = partial(Vm, sandbox, via)
         self.vm = self.connect()
 
     def run(self) -> Json:
@@ -3850,7 +4047,7 @@ class Syncer:
         if unsteady:
             names = listed_paths(unsteady)
             self.reporter.warn(f"{names}: still changing while read, so the VM may have half of a change.")
-        report.update(via=self.vm.via, remote_path=self.target, seconds=round(time.monotonic() - began, 3))
+        report.update(via=self.vm.via, remote_path=self.target, seconds=since(began))
         return report
 
     def _sync(self, report: Json) -> list[bytes]:
@@ -3872,11 +4069,15 @@ class Syncer:
         generation, manifest, remote = parse_look(look, stamps)
         tree.leave_out_private_keys(remote)
         skipped = sorted(tree.skipped.items())
-        for path, why in skipped:
-            self._warn_once(f"{shown_name(path)} is left out: {why}.")
-        for text in tree.odd_patterns:
-            self._warn_once(f"{shown_name(text)}: no such pattern, so it matches nothing.")
-        plan = SyncPlan(tree, remote, manifest, self.force)
+        doubts = [f"{shown_name(path)} is left out: {why}." for path, why in skipped]
+        doubts += [
+            f"{shown_name(text)}: no such pattern, so it matches nothing." for text in tree.odd_patterns
+        ]
+        for doubt in doubts[:SHOWN_WARNINGS]:
+            self._warn_once(doubt)
+        if len(doubts) > SHOWN_WARNINGS:
+            self._warn_once(f"There are {len(doubts) - SHOWN_WARNINGS} more such warnings.")
+        plan = self.plan = SyncPlan(tree, remote, manifest, self.force)
         report["unchanged"] = sum(stamp[:1] != b"d" for stamp in stamps.values()) - len(plan.files)
         report["skipped"] = [{"path": os.fsdecode(path), "reason": why} for path, why in skipped]
         if self.dry_run:
@@ -3927,9 +4128,10 @@ class Syncer:
 
     # The watch
 
-    def watch(self, told: Callable[[Json], None]) -> Json:
+    def watch(self, told: Callable[[Json, str], None]) -> Json:
         """Sync, then follow the local tree until SIGINT. told: called with the report of each sync that did
-        something. Returns the sums of all reports; Interrupted when there is none yet.
+        something, and with what that was in words. Returns the sums of all reports; Interrupted when there is
+        none yet.
 
         What goes wrong after the first sync is tried again, unless it cannot pass.
         """
@@ -3956,7 +4158,7 @@ class Syncer:
                         synced, trouble = current, ""
                         if report["sent"] or report["removed"] or not total["syncs"]:
                             total = {key: value + report.get(key, 1) for key, value in total.items()}
-                            told(report)
+                            told(report, listed_paths([*self.plan.files, *self.plan.remove]))
                         self.reporter.step(f"Watching {shown_path(self.root)} (Ctrl-C ends it)", 0)
                 except SandboxError as error:
                     if not report or isinstance(error, (AuthenticationError, NoSandboxError, StateError)):
@@ -3970,7 +4172,7 @@ class Syncer:
         except Interrupted as interruption:
             if interruption.number != signal.SIGINT or not report:
                 raise
-        return {**report, **total, "seconds": round(time.monotonic() - began, 3)}
+        return {**report, **total, "seconds": since(began)}
 
 
 def normal_target(text: str) -> str:
@@ -3991,12 +4193,6 @@ def default_target(state: Json) -> str:
     return f"{SYNC_ROOT}/{state.get('service') or ''}"
 
 
-def hashed(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # services: the code on the VM goes to Gitea, the directory there becomes a clone, Docker Compose
 # ----------------------------------------------------------------------------------------------------------
@@ -4008,6 +4204,7 @@ def hashed(text: str) -> str:
 GIT_SECONDS = 900.0
 UP_SECONDS = 1800.0  # a first `docker compose up` pulls and builds images
 COMPOSE_POLL_SECONDS = 0.6
+APP_SECONDS = 5.0  # until it answers, once its containers are healthy
 HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
 
 
@@ -4015,26 +4212,178 @@ HEALTHY_SECONDS = 300  # the API's own default for healthy_wait_timeout
 
 
 def plan_services(config: Config) -> list[Json]:
-    """The services of a config's dataset, in its order; ConfigError when they cannot be started.
+    """The services of a config's dataset, in its order.
 
     file: the Compose file; required: the containers that must be healthy, by container or Compose service
     name, or "all"; seconds: how long they may take.
     """
-    wanted = config.content.get("services") or {}
-    root = os.path.dirname(config.path)
-    planned, problems = [], []
-    for name, part in wanted.items():
-        file = os.path.normpath(part.get("file") or "docker-compose.yml")
-        if file.startswith(("/", "..")) or not os.path.isfile(os.path.join(root, file)):
-            problems.append(f"services.{name}.file: there is no {file!r} in {shown_path(root)}")
-        required = part.get("required_healthy_containers") or ["all"]
-        seconds = whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS
-        planned.append({"name": str(name), "file": file, "required": required, "seconds": seconds})
-    if not wanted:
-        problems.append(f"the dataset {config.dataset!r} has no services to start; `sync` alone brings code")
-    if problems:
-        raise unusable_config(shown_path(from_here(config.path)), problems)
-    return planned
+    return [
+        {
+            "name": str(name),
+            "file": os.path.normpath(part.get("file") or "docker-compose.yml"),
+            "required": part.get("required_healthy_containers") or ["all"],
+            "seconds": whole_number(part.get("healthy_wait_timeout")) or HEALTHY_SECONDS,
+        }
+        for name, part in dict_in(config.content, "services").items()
+    ]
+
+
+UNCLEAR = "?"  # among ports: there may be others
+
+
+def read_compose(path: str) -> tuple[list[str], set[str]]:
+    """The services and containers that a Compose file defines, [] where only Compose itself can tell; and the
+    ports of the VM that it publishes."""
+    with suppress(SandboxError):  # Compose reads more of YAML, and says what is wrong
+        content = as_dict(yaml_load(read_config(path), path))
+        parts = dict_in(content, "services")
+        given = (text_in(part, "container_name") for part in parts.values())
+        names = [*map(str, parts), *filter(None, given)]
+        if "include" not in content and "$" not in "".join(names):
+            entries = [entry for part in parts.values() for entry in as_list(as_dict(part).get("ports"))]
+            ports = {published for published, _ in map(compose_port, entries) if published}
+            clear = all(map(str.isdecimal, ports)) and not re.search("extends|network_mode", str(parts))
+            return names, ports if clear else {UNCLEAR}
+    return [], {UNCLEAR}
+
+
+def compose_port(entry: Any) -> list[str]:
+    """The port of the VM ("" where it gives none) and the container's in an entry of Compose's `ports`."""
+    if isinstance(entry, dict):
+        entry = f"{entry.get('published') or ''}:{entry.get('target')}"
+    return with_defaults(f":{entry}").partition("/")[0].split(":")[-2:]
+
+
+COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
+
+# By the port in the container: the db_type, and in which variables user, password and database stand.
+_DATABASES = {
+    "5432": "postgresql POSTGRES_USER POSTGRES_PASSWORD POSTGRES_DB",
+    "3306": "mysql MYSQL_USER MYSQL_PASSWORD MYSQL_DATABASE",
+}
+
+_NEW_CONFIG = """\
+# What Plato is to know of this simulator. Made by `plato-sandbox init` from {0}; change what is not so.
+service: {1}  # the simulator's name on Plato
+
+datasets:
+  base:
+    compute:
+      cpus: 2  # 1 to 8
+      memory: 2048  # MB, 512 to 16384
+      disk: 10240  # MB, 1024 to 204800
+      app_port: {2}  # where the application answers on the VM
+      plato_messaging_port: 7000
+
+    metadata:
+      name: {1}
+      flows_path: flows.yml
+      variables:  # a login that works
+        - name: username
+          value: admin
+        - name: password
+          value: change-me
+
+    services:
+      main:
+        type: docker-compose
+        file: {0}
+        required_healthy_containers: [all]
+        healthy_wait_timeout: 300  # seconds; a first build may take long
+{3}"""
+
+_NEW_LISTENER = """
+      {0}:  # the worker watches this database
+        type: db
+        db_type: {1}
+        db_host: 127.0.0.1
+        db_port: {2}
+        db_user: {3}
+        db_password: {4}
+        db_database: {5}
+"""
+
+_NEW_FLOWS = """\
+# What `plato-sandbox flow` can do with the application. Change the selectors to those of its login page.
+flows:
+  - name: login
+    description: Log in and arrive at the start page.
+    steps:
+      - type: navigate
+        url: /
+      - type: fill
+        selector: "input[name='username']"
+        value: admin
+      - type: fill
+        selector: "input[type='password']"
+        value: change-me
+      - type: click
+        selector: "button[type='submit']"
+      - type: verify_no_errors
+"""
+
+
+def new_config(directory: str) -> dict[str, str]:
+    """The texts of a plato-config.yml and its flows for the Compose file of a directory, by name."""
+    import json
+
+    there = [name for name in COMPOSE_NAMES if os.path.isfile(os.path.join(directory, name))]
+    if not there:
+        raise UsageError(f"There is no Compose file ({COMPOSE_NAMES[-1]}) in {shown_path(directory)}.")
+    path = os.path.join(directory, there[0])
+    app, listeners = "", ""
+    for name, part in dict_in(yaml_load(read_config(path), path), "services").items():
+        given = as_dict(part).get("environment") or {}
+        pairs = given.items() if isinstance(given, dict) else (str(one).partition("=")[::2] for one in given)
+        known = {name.replace("MARIADB", "MYSQL"): with_defaults(str(value)) for name, value in pairs}
+        for published, inside in map(compose_port, as_list(as_dict(part).get("ports"))):
+            db_type, *names = _DATABASES.get(inside, " ").split(" ")
+            if db_type:
+                login = [json.dumps(known.get(one) or "change-me") for one in names]
+                listeners += _NEW_LISTENER.format(name, db_type, published or inside, *login)
+            app = app or (published if not db_type else "")
+    service = re.sub(r"[^a-z0-9]+", "-", os.path.basename(directory).lower()).strip("-") or "simulator"
+    listeners = listeners and f"\n    listeners:{listeners}"
+    text = _NEW_CONFIG.format(there[0], service, app or 8080, listeners)
+    return {"plato-config.yml": text, "flows.yml": _NEW_FLOWS}
+
+
+def with_defaults(text: str) -> str:
+    """A value of a Compose file, with ${NAME:-default} replaced."""
+    return re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", text)
+
+
+def around(config: Config, *, whole: bool = True) -> Iterator[tuple[bool, str]]:
+    """What is wrong, or doubtful (True), with what a dataset names: files, containers, ports of the VM.
+
+    whole: also what its services can do without.
+    """
+    root, services = os.path.dirname(config.path), plan_services(config)
+    for path in map(os.fsdecode, named_files(config.content if whole else {}, services)):
+        if path.startswith(("/", "..")) or not os.path.exists(os.path.join(root, path)):
+            yield False, config.told(f"there is no {path!r} in {shown_path(root)}", value=path)
+    if "change-me" in str(config.content):  # as `init` writes it
+        yield True, config.told("'change-me' is still to be replaced", value="change-me")
+    published: set[str] = set()
+    for service in services:
+        known, ports = read_compose(os.path.join(root, service["file"]))
+        published |= ports
+        for one in service["required"] if known else ():
+            if not re.fullmatch(rf"all|(.+[-_])?({'|'.join(map(re.escape, known))})([-_]\d+)?", one):
+                words = f"{service['file']} defines no container {one!r}; {_meant(one, known)}"
+                yield False, config.told(words, "services", service["name"], value=one)
+    places = [("compute", "app_port")]
+    places += [("listeners", name, "db_port") for name in dict_in(config.content, "listeners")]  # type: ignore[misc]
+    for place in places if services and UNCLEAR not in published else ():
+        part = reduce(dict_in, place[:-1], config.content)
+        port = str(part.get(place[-1]) or "")
+        if port and port not in published and part.get("db_host") in (None, "localhost", "127.0.0.1"):
+            shown = ", ".join(sorted(published, key=int)) or "none"
+            yield True, config.told(f"no service publishes port {port}; published are: {shown}", *place)
+
+
+def what_is_wrong(config: Config, *, whole: bool = True) -> list[str]:
+    return [words for is_doubt, words in around(config, whole=whole) if not is_doubt]
 
 
 def named_files(dataset: Json, services: Sequence[Json]) -> list[bytes]:
@@ -4059,7 +4408,7 @@ def find_repository(api: PlatoApi, service: str) -> list[str]:
     listed = map(as_dict, api.gitea_simulators())
     simulators = {str(entry.get("name")).lower(): entry for entry in listed}
     found = simulators.get(service.lower())
-    if found is None:
+    if not found:
         raise SandboxError(
             f"Gitea lists no simulator {service!r} for this API key.",
             hint=f"It lists: {', '.join(sorted(simulators)) or 'none'}."
@@ -4080,11 +4429,9 @@ def find_repository(api: PlatoApi, service: str) -> list[str]:
     return [*words, url, text_in(repository, "default_branch") or "main"]
 
 
-# Commits the files that are named on its standard input, after the credentials, and pushes them; says the
-# commit, and the one before it. Again when the connection broke or another push came between. All is done by
-# git's own records, beside the tree and an index that others may be using, until it is pushed.
-_PUSH = r"""
-IFS= read -r GITEA_USERNAME; IFS= read -r GITEA_PASSWORD
+# Brings the files that are named on its standard input into the repository. All is done by git's own records,
+# beside the tree and an index that others may be using, until it is pushed.
+_INDEX = r"""
 command -v git >/dev/null 2>&1 || fail 69 "The VM has no git; bring the code over with --via sync."
 cd -- "$target" || fail 77 "$target on the VM cannot be entered."
 repo=$target/.git
@@ -4107,6 +4454,12 @@ mkdir -p "$repo/info" && # byte for byte
   echo '* -text -eol -ident -filter -working-tree-encoding' > "$repo/info/attributes"
 words=$(g update-index --add --remove -z --stdin 2>&1) || broken
 tree=$(g write-tree) || broken
+"""
+
+# Commits and pushes that; says the commit, and the one before it. Again when the connection broke or another
+# push came between. The credentials come first on standard input.
+_CREDENTIALS = "IFS= read -r GITEA_USERNAME; IFS= read -r GITEA_PASSWORD\n"
+_PUSH = r"""
 origin=refs/remotes/origin/$branch
 attempt() {
   words=$(from_gitea ls-remote -- "$url" "refs/heads/$branch" "refs/heads/$default" 2>&1) || return
@@ -4179,7 +4532,7 @@ run=$state/compose-$key
 # The services of the file, and `up` begun in the background: it outlives a connection that breaks.
 _UP = r"""
 command -v docker >/dev/null 2>&1 || fail 69 "The VM has no docker."
-words=$(docker version --format '{{.Server.Version}}' 2>&1) ||
+words=$(timeout 90 docker version --format '{{.Server.Version}}' 2>&1) ||
   fail 70 "Docker on the VM does not answer: $words"
 mkdir -p "$run" || fail 77 "$run on the VM cannot be made."
 [ -e "$run/lock" ] || : > "$run/lock"
@@ -4189,15 +4542,22 @@ words=$(docker compose -f "./$file" config --services 2>&1 > "$run.services") ||
   docker compose version >/dev/null 2>&1 || fail 69 "The VM has no docker compose (Compose v2)."
   fail 71 "$file is not a valid Compose file: $words"
 }
-: > "$run.output"; : > "$run.code.new"; : > "$run.found"
+: > "$run.output"; : > "$run.code.new"; : > "$run.found"; : > "$run.synced"
 [ "$(id -u)" != 0 ] || chown -hR --reference="$target" "${run%/*}"
+synced=$(generation)
+[ "$build" != auto ] || [ "$(cat "${run%/*}/built" 2>/dev/null)" = "$synced" ] || build=yes
+set -- OPTIONS
+[ "$build" != yes ] || set -- --build "$@"
 up='echo $$ > "$run.pid"
   if command -v flock >/dev/null 2>&1; then exec 8<"${run%/*}/lock"; flock 8; fi
   [ ! -e "$run.stop" ] || exit
   docker compose -f "./$file" up -d "$@" > "$run.output" 2>&1 < /dev/null 8<&-
-  echo $? > "$run.code.new"; mv -f "$run.code.new" "$run.code"; rm -f "$run.pid"'
+  code=$?
+  [ "$code $build" != "0 yes" ] || printf %s "$synced" > "${run%/*}/built"
+  echo $code > "$run.code.new"; mv -f "$run.code.new" "$run.code"; rm -f "$run.pid"'
 if command -v setsid >/dev/null 2>&1; then alone=setsid; else alone=nohup; fi
-run="$run" file="$file" "$alone" sh -c "$up" - OPTIONS > /dev/null 2>&1 < /dev/null &
+export run file build synced
+"$alone" sh -c "$up" - "$@" > /dev/null 2>&1 < /dev/null &
 """
 
 # Says how it stands: `up`, `wait`, `failed` or `late`; what there is to say of it; then the containers, or
@@ -4209,8 +4569,12 @@ said() { tail -n 15 "$run.output" | tr '\r' '\n' | grep -a . | tail -n "$1" | jo
 older() { [ $(($(date +%s) - $(stat -c %Y -- "$1"))) -gt "$2" ]; }
 tell() {
   printf '%s\n%s\n' "$1" "$2"
-  [ -z "$3" ] || { docker logs --tail 20 -- "${3% *}" 2>&1 | grep -a . || echo '(it wrote nothing)'; } |
-    sed "s/^/${3#* } | /"
+  [ -z "$3" ] || {
+    docker logs --tail 20 -- "${3% *}" 2>&1 | grep -a . || echo '(it wrote nothing)'
+    form='{{with .State.Health}}{{range .Log}}{{println .Output}}{{end}}{{end}}'
+    docker inspect --format "$form" -- "${3% *}" |
+      grep -a . | tail -n 3 | uniq | sed 's/^/health check: /'
+  } | sed "s/^/${3#* } | /"
   exit 0; }
 code=$(cat "$run.code" 2>/dev/null) || code=-
 ids=$(docker compose -f "./$file" ps -aq) || [ "$code" = - ] ||
@@ -4218,13 +4582,21 @@ ids=$(docker compose -f "./$file" ps -aq) || [ "$code" = - ] ||
 moment=$(date -u -d '1 second ago' +%Y-%m-%dT%H:%M:%S)
 form='{{.Name}} {{index .Config.Labels "com.docker.compose.service"}} {{.State.Status}}'
 form=$form' {{with .State.Health}}{{.Status}}{{else}}-{{end}} {{.State.StartedAt}} {{.State.ExitCode}}'
+form=$form'{{range .Mounts}}{{if eq .Type "bind"}} {{.Source}}{{end}}{{end}}'
+tr '\0' '\n' < "$state/manifest.$source" > "$run.synced"
 [ -z "$ids" ] || docker inspect --format "$form" $ids | sort > "$run.found"
-while read -r name service state health started ended; do
+while read -r name service state health started ended mounts; do
   grep -qxF -e "$service" "$run.services" || continue
   name=${name#/}; word=$state
   case $state:$health in exited:*) word="exited ($ended)" ;; running:[!-]*) word=$health ;; esac
   known="$known $name $service "; states="$states, $service $word"
-  listed="$listed$name $service $state ${health#-}
+  outdated=no  # whether a sync changed after its start what it mounts
+  for place in $mounts; do
+    case $place/ in "$target"/*) ;; *) continue ;; esac
+    ! find ".${place#"$target"}" -type f -newerct "$started" | sed 's,^\./,f,' |
+      grep -qxFf - "$run.synced" || outdated=yes
+  done
+  listed="$listed$name $service $state $outdated ${health#-}
 "
   required=no; case " $* " in *" all "* | *" $name "* | *" $service "*) required=yes ;; esac
   case $word in
@@ -4265,39 +4637,16 @@ kill -KILL "$pid" 2>/dev/null; rm -f "$run/$id.pid"
 """
 
 
-def start_services(
-    sandbox: Sandbox,
-    config: Config,
-    *,
-    via: str = "git",
-    build: bool = False,
-    force_recreate: bool = False,
-    gitignore: bool = True,
-    timeout: float = UP_SECONDS,
-) -> Json:
-    """The code to the VM and to Gitea, then the services one by one; what was done, as
-    `Sandbox.start_services` tells it."""
-    import secrets
+class Steps:
+    """The parts of a whole: each is told as it begins, named in an error and timed for the report."""
 
-    number_in("--timeout", timeout, 1, 86400)
-    services = plan_services(config)
-    git = via == "git"
-    syncer = Syncer(
-        sandbox,
-        os.path.dirname(config.path),
-        gitignore=git and gitignore,
-        also=named_files(config.content, services),
-        force=git,  # what is gone is in Gitea's history
-        via="ssh" if git else "auto",
-    )
-    steps: list[Json] = []
-    report: Json = {"via": via, "path": syncer.target, "branch": None, "commit": None, "repository": None}
-    began = time.monotonic()
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.taken: list[Json] = []
 
-    @contextlib.contextmanager
-    def step(name: str, words: str, limit: float | None = None) -> Iterator[None]:
-        """A part of the whole: told as it begins, named in an error, timed for the report."""
-        sandbox.reporter.step(words, limit)
+    @contextmanager
+    def step(self, name: str, words: str, limit: float | None = None) -> Iterator[None]:
+        self.reporter.step(words, limit)
         start = time.monotonic()
         try:
             yield
@@ -4305,42 +4654,147 @@ def start_services(
             error.message = f"{words}: {error.message}"
             raise
         finally:
-            steps.append({"step": name, "seconds": round(time.monotonic() - start, 3)})
+            self.taken.append({"step": name, "seconds": since(start)})
 
+
+def start_services(
+    sandbox: Sandbox,
+    config: Config,
+    *,
+    via: str = "git",
+    build: bool | None = None,
+    force_recreate: bool = False,
+    timeout: float = UP_SECONDS,
+) -> Json:
+    """The code to the VM and to Gitea, then the services one by one; what was done, as
+    `Sandbox.start_services` tells it. build: None where something was synced since the last time."""
+    number_in("--timeout", timeout, 1, 86400)
+    services, problems = plan_services(config), what_is_wrong(config, whole=False)
+    if not services:
+        problems = [f"the dataset {config.dataset!r} has no services to start; `sync` alone brings code"]
+    if problems:
+        raise unusable_config(shown_here(config.path), problems)
+    git = via == "git"
+    syncer = code_syncer(sandbox, config, git, "ssh" if git else "auto")
+    steps = Steps(sandbox.reporter)
+    report: Json = {"via": via, "path": syncer.target, "branch": None, "commit": None, "repository": None}
+    began = time.monotonic()
     if git:
-        with step("repository", "Finding the repository"):
-            username, password, url, default = find_repository(sandbox.api, sandbox.state["service"])
-    with step("sync", "Syncing the code"):
+        with steps.step("repository", "Finding the repository"):
+            repository = find_repository(sandbox.api, sandbox.state["service"])
+    with steps.step("sync", "Syncing the code"):
         done = syncer.run()
     if git:
-        files = [path for path, stamp in syncer.tree.stamps.items() if stamp[:1] != b"d"]
-        branch = f"workspace-{short_id(sandbox.state['session_id'])}"
-        values = assigned(url=url, branch=branch, default=default, id=secrets.token_hex(12))
-        words = f"{username}\n{password}\n".encode() + b"\0".join([*files, b""])
-        with step("push", f"Pushing {counted(len(files), 'file')}", GIT_SECONDS):
-            script = syncer.head + values + _OWNER + _PUSH
-            outcome = syncer.vm.outcome(script, lambda file: file.write(words), GIT_SECONDS)
-            commit, _, parent = check_push(outcome, password).decode().strip().partition(" ")
-        report.update(branch=branch, commit=commit, repository=url, pushed=commit != parent)
-    options = ["--build"] * build + ["--force-recreate"] * force_recreate
-    started = []
+        report.update(push_code(syncer, repository, steps))
+    report.update(url=sandbox.state.get("url"), changed=done["sent"] + done["removed"], services=[])
+    when = {True: "yes", False: "no", None: "auto"}[build]
+    options = ["--force-recreate"] * force_recreate
     for service in services:
         name, file = service["name"], service["file"]
-        with step(name, f"Starting {name} ({file})", timeout):
-            containers = bring_up(syncer, service, options, timeout)
-        started.append({"name": name, "type": "docker-compose", "file": file, "containers": containers})
-    seconds = round(time.monotonic() - began, 3)
-    report.update(changed=done["sent"] + done["removed"], services=started, steps=steps, seconds=seconds)
+        with steps.step(name, f"Starting {name} ({file})", timeout):
+            containers = bring_up(syncer, service, when, options, timeout)
+        found = {"name": name, "type": "docker-compose", "file": file, "containers": containers}
+        report["services"].append(found)
+        outdated = [container["service"] for container in containers if container["outdated"]]
+        if outdated:
+            sandbox.reporter.warn(
+                f"The code that {', '.join(outdated)} mounted has changed since it was started. If it is read"
+                " only then: plato-sandbox start-services --force-recreate"
+            )
+    report["app_answers"] = find_app(syncer.vm, whole_number(config.compute.get("app_port")), steps)
+    report.update(steps=steps.taken, seconds=since(began))
     return report
 
 
-def bring_up(syncer: Syncer, service: Json, options: Sequence[str], timeout: float) -> list[Json]:
-    """Bring one service up and wait until its containers are healthy; they."""
+def code_syncer(sandbox: Sandbox, config: Config, git: bool, via: str) -> Syncer:
+    """What brings the directory of a config to the VM. git: for its repository."""
+    return Syncer(
+        sandbox,
+        os.path.dirname(config.path),
+        gitignore=git,
+        also=named_files(config.content, plan_services(config)),
+        force=git,  # what is gone is in Gitea's history
+        via=via,
+    )
+
+
+def push_code(syncer: Syncer, repository: Words, steps: Steps) -> Json:
+    """Push what was synced to the workspace branch. Returns branch, commit, repository and pushed."""
+    import secrets
+
+    username, password, url, default = repository
+    names = listed_files(syncer)
+    branch = f"workspace-{short_id(syncer.vm.sandbox.state['session_id'])}"
+    values = assigned(url=url, branch=branch, default=default, id=secrets.token_hex(12))
+    words = f"{username}\n{password}\n".encode() + names
+    with steps.step("push", f"Pushing {counted(names.count(0), 'file')}", GIT_SECONDS):
+        script = syncer.head + values + _OWNER + _CREDENTIALS + _INDEX + _PUSH
+        outcome = syncer.vm.outcome(script, lambda file: file.write(words), GIT_SECONDS)
+        commit, _, parent = check_push(outcome, password).decode().strip().partition(" ")
+    return {"branch": branch, "commit": commit, "repository": url, "pushed": commit != parent}
+
+
+def listed_files(syncer: Syncer) -> bytes:
+    """The names of the files that were synced, each with a NUL behind it."""
+    return b"".join(path + b"\0" for path, stamp in syncer.tree.stamps.items() if stamp[:1] != b"d")
+
+
+def find_app(vm: Vm, wanted: int | None, steps: Steps) -> str | None:
+    """Ask the application where the sandbox's address leads; what it answers. wanted: the config's port."""
+    port = whole_number(vm.sandbox.state.get("app_port")) or wanted
+    if port != wanted:
+        steps.reporter.warn(
+            f"`compute.app_port` is {wanted} now; the address of this sandbox leads to {port}, with which it"
+            " was started. Stop it and start a new one."
+        )
+    if not port:
+        return None
+    with steps.step("app", f"Asking port {port}", APP_SECONDS):
+        return ask_app(vm, port)
+
+
+def ask_app(vm: Vm, port: int) -> str | None:
+    """Wait some seconds until the application answers on its port of the VM; what it does. Else warn."""
+    import http.client
+
+    answer, sandbox = None, vm.sandbox
+
+    def trouble() -> str:
+        nonlocal answer
+        deadline = time.monotonic() + APP_SECONDS
+        try:
+            with vm_port(sandbox.settings.gateway, f"{sandbox.state['job_id']}--{port}", deadline) as stream:
+                stream.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                response = timed_response(deadline, stream)
+                response.begin()
+            answer = f"HTTP {response.status}"
+            return f"it answers {answer}" if response.status >= 500 else ""
+        except SandboxError as error:
+            return reason(error)
+        except (OSError, http.client.HTTPException):
+            return "nothing answers"
+
+    why = poll(trouble, APP_SECONDS, 0.5)
+    if why:
+        others = ""
+        with suppress(SandboxError):
+            ports = vm.published_ports()
+            others = "" if str(port) in ports else f" Containers publish: {', '.join(ports) or 'no port'}."
+        sandbox.reporter.warn(
+            f"The application's address leads to port {port} of the VM (`compute.app_port`), where it does"
+            f" not work yet: {why}.{others}"
+        )
+    return answer
+
+
+def bring_up(syncer: Syncer, service: Json, build: str, options: Words, timeout: float) -> list[Json]:
+    """Bring one service up and wait until its containers are healthy; they. build: yes, no or auto."""
     import secrets
 
     file, vm = service["file"], syncer.vm
     values = assigned(
         file=file,
+        build=build,
         key=hashed(file),
         id=secrets.token_hex(12),
         up_seconds=int(timeout),
@@ -4368,12 +4822,14 @@ def wait_for_containers(vm: Vm, look: str) -> list[Json]:
         verdict, words, *lines = [printable(line) for line in f"{answer}\n".split("\n")]
         vm.sandbox.reporter.detail(words)
         if verdict == "up":
-            names = ("name", "service", "state", "health")
-            return [dict(itertools.zip_longest(names, line.split())) for line in lines if line]
+            names = ("name", "service", "state", "outdated", "health")
+            found = [dict(itertools.zip_longest(names, line.split())) for line in lines if line]
+            return [{**container, "outdated": container["outdated"] == "yes"} for container in found]
         if verdict != "wait":
             kind = TimedOutError if verdict == "late" else SandboxError
-            words += "".join(f"\n  {line[:300]}" for line in lines if line)
-            raise kind(words, hint="Correct what is wrong there, then run this again.")
+            error = kind(words, hint="Correct what is wrong there, then run this again.")
+            error.message += "".join(f"\n  {line[:300]}" for line in lines if line)
+            raise error
         time.sleep(COMPOSE_POLL_SECONDS)
 
 
@@ -4384,6 +4840,7 @@ def wait_for_containers(vm: Vm, look: str) -> list[Json]:
 RULES_KEY = "audit_ignore_tables"
 WORKER_SECONDS = 240.0
 WORKER_POLL_SECONDS = 2.0
+LASTING_LOOKS = 15  # with the same answer, after which the reason is known to last
 SHOWN_MUTATIONS = 50
 _ACTIONS = {"INSERT": "inserted", "UPDATE": "updated", "DELETE": "deleted", "TRUNCATE": "deleted"}
 _BEFORE_KEYS = "before old_data old_values old_row old previous"
@@ -4402,12 +4859,14 @@ class Mutation:
 
     action: INSERT, UPDATE, DELETE or what else the worker calls it; kind: what became of the row, "inserted",
     "updated", "deleted" or "other"; before, after: the row, {} where it is not known; columns: those that an
-    UPDATE changed, as far as that is known; raw: as Plato tells it.
+    UPDATE changed, as far as that is known; raw: as Plato tells it, with the listener; home: listener and
+    schema; title: the table's name, with its home where the mutations told with it have several.
     """
 
     def __init__(self, raw: Json) -> None:
         self.raw = raw
-        self.table = str(raw.get("table_name") or raw.get("table") or "?")
+        self.table = self.title = str(raw.get("table_name") or raw.get("table") or "?")
+        self.home = [str(raw[key]) for key in ("listener", "schema", "table_schema") if raw.get(key)]
         self.action = str(raw.get("action") or raw.get("operation") or "?").upper()
         self.kind = _ACTIONS.get(self.action, "other")
         self.before = _row(raw, _BEFORE_KEYS)
@@ -4428,8 +4887,9 @@ class Mutation:
         changed = self.columns if self.before and self.after else []
         if not changed:
             return ", ".join(f"{name}={excerpt(value_text(value))}" for name, value in row.items())
-        key = f"id={excerpt(value_text(row['id']))}  " if "id" in row else ""
-        return key + ", ".join(
+        key = "id" if "id" in row else next(iter(row), "")  # tables begin with their keys
+        head = "" if key in changed else f"{key}={excerpt(value_text(row.get(key)))}  "
+        return head + ", ".join(
             f"{name}: {difference(self.before.get(name), self.after.get(name))}" for name in changed
         )
 
@@ -4460,10 +4920,20 @@ def excerpt(text: str, start: int = 0) -> str:
 
 def mutations_of(content: Json) -> list[Mutation]:
     """The mutations in the `state` of a job: merged if Plato does that, else listener by listener."""
-    found = content.get("mutations")
-    if not isinstance(found, list):
-        found = [entry for part in content.values() for entry in as_list(as_dict(part).get("mutations"))]
-    return [Mutation(as_dict(entry)) for entry in found]
+    parts = [
+        (entry, name) for name, part in content.items() for entry in as_list(as_dict(part).get("mutations"))
+    ]
+    listeners = {repr(entry): name for entry, name in parts}
+    told = content.get("mutations")
+    entries = told if isinstance(told, list) else [entry for entry, _ in parts]
+    found = []
+    for entry in map(as_dict, entries):
+        name = listeners.get(repr(entry))
+        found.append(Mutation({"listener": name, **entry} if name else entry))
+    if len({tuple(mutation.home) for mutation in found}) > 1:
+        for mutation in found:
+            mutation.title = ".".join([*mutation.home, mutation.table])
+    return found
 
 
 def new_mutations(before: Sequence[Mutation], after: Sequence[Mutation]) -> list[Mutation]:
@@ -4484,7 +4954,8 @@ def worker_trouble(job: Json) -> str:
     said = as_dict(content).get("error") or as_dict(content).get("errors") or job.get("error")
     if not said and (job.get("success") is False or not isinstance(content, dict)):
         said = as_text(content) or "it gave no state"
-    return printable(value_text(said or "")).rstrip(".")
+    words = "; ".join(map(value_text, said)) if isinstance(said, list) else value_text(said or "")
+    return " ".join(words.split()).rstrip(".")
 
 
 def summarize(mutations: Sequence[Mutation]) -> Json:
@@ -4492,7 +4963,7 @@ def summarize(mutations: Sequence[Mutation]) -> Json:
     tables: dict[str, Json] = {}
     for mutation in mutations:
         counts = tables.setdefault(
-            mutation.table, {"table": mutation.table, "inserted": 0, "updated": 0, "deleted": 0}
+            mutation.title, {"table": mutation.title, "inserted": 0, "updated": 0, "deleted": 0}
         )
         counts[mutation.kind] = counts.get(mutation.kind, 0) + 1
     return {"mutations": len(mutations), "tables": [tables[name] for name in sorted(tables)]}
@@ -4574,16 +5045,23 @@ class Changes:
 
 def table_of(mutation: Mutation, schema: str) -> str:
     """The name of a change's table, with its schema if that is another one."""
-    other = mutation.raw.get("schema") or mutation.raw.get("table_schema") or schema
-    return f"{other}.{mutation.table}".removeprefix(f"{schema}.")
+    return f"{schema_of(mutation) or schema}.{mutation.table}".removeprefix(f"{schema}.")
+
+
+def schema_of(mutation: Mutation) -> Any:
+    return mutation.raw.get("schema") or mutation.raw.get("table_schema")
 
 
 def mutations_found(mutations: Sequence[Mutation]) -> CheckFailedError:
     """The error of --verify-no-mutations, with the rules that would ignore them ready to paste."""
     error = CheckFailedError(f"There are {counted(len(mutations), 'mutation')}: {mutation_words(mutations)}.")
-    error.hint = "If they are noise, ignore them in the `db` listener of plato-config.yml:\n\n" + rules_text(
-        entries_with([], Changes(mutations, "public").noise(set()), "public")
-    )
+    error.hint = "If they are noise, ignore them in plato-config.yml:"
+    for listener in sorted({str(mutation.raw.get("listener") or "db") for mutation in mutations}):
+        own = [mutation for mutation in mutations if mutation.raw.get("listener") in (None, listener)]
+        found = {str(schema_of(mutation)) for mutation in own}
+        schema = found.pop() if len(found) == 1 else "public"  # a listener's own needs no name
+        rules = rules_text(entries_with([], Changes(own, schema).noise(set()), schema))
+        error.hint += f"\n\n# in the listener {printable(listener)}\n{rules}"
     return error
 
 
@@ -4632,8 +5110,8 @@ INSTALLED_BROWSERS = (
 # Where the flows are
 
 
-def fetch_flows(sandbox: Sandbox) -> FlowSet:
-    """The flows that Plato has for the sandbox's job, or else for its artifact."""
+def fetch_flows(sandbox: Sandbox) -> str:
+    """The flows that Plato has for the sandbox's job, or else for its artifact, as the text of a file."""
     found: Any = None
     sandbox.reporter.step("Fetching the flows")
     for name, ask in (("job_id", sandbox.api.job_flows), ("artifact_id", sandbox.api.artifact_flows)):
@@ -4649,8 +5127,7 @@ def fetch_flows(sandbox: Sandbox) -> FlowSet:
             "Plato has no flows for this sandbox.",
             hint="Name a flows file in plato-config.yml (`metadata.flows_path`) and use --local.",
         )
-    text = found if isinstance(found, str) else yaml_dump({"flows": found})
-    return parse_flows(text, "the flows that Plato has", None)
+    return found if isinstance(found, str) else yaml_dump({"flows": found})
 
 
 # What must not be read
@@ -4673,7 +5150,7 @@ class Mask:
     """
 
     def __init__(self, flows: Sequence[Json], address: str) -> None:
-        self._patterns: dict[str, re.Pattern[str]] = {}
+        self._patterns: dict[str, Pattern] = {}
         steps = [step for flow in flows for step in flow["steps"]]
         self._said = f"{address} {[step.subjects for step in steps]}".lower()
         for step in steps:
@@ -4781,7 +5258,7 @@ class FlowFailedError(CheckFailedError):
     code = "flow_failed"
 
 
-async def quietly(look: Callable[[], Any], seconds: float = FLOW_LOOK_SECONDS) -> Any:
+async def quietly(look: Act, seconds: float = FLOW_LOOK_SECONDS) -> Any:
     """What a look at a page gives, or None when the page does not answer or has gone."""
     import asyncio
 
@@ -4791,6 +5268,13 @@ async def quietly(look: Callable[[], Any], seconds: float = FLOW_LOOK_SECONDS) -
         return None
 
 
+def make_private(directory: str) -> None:
+    """Make a directory whose files `sync` leaves out, unless it is there already."""
+    if not os.path.isdir(directory):
+        os.makedirs(directory)
+        write_whole(os.path.join(directory, ".platoignore"), "*\n", 0o644)
+
+
 class FlowRun:
     """Some flows in one browser, one after the other, each in a context of its own.
 
@@ -4798,7 +5282,7 @@ class FlowRun:
     stays open; None to close it.
     """
 
-    stay: Callable[[], object] | None = None
+    stay: Act | None = None
     timed_out = False
     stays = False  # whether the flows are done and the window is still open
     page: Any = None
@@ -4816,7 +5300,7 @@ class FlowRun:
         self.results: list[Json] = []
         self.screenshots = os.path.dirname(known.path or state_path(sandbox.directory)) + "/screenshots"
         self.output = output
-        os.makedirs(self.output, exist_ok=True)
+        make_private(self.output)
         remove_matching(self.output, r"flow-\d+-.*-(step-\d+\.jpeg|trace\.zip)")  # of an earlier run
 
     def run(self, launch: Json, seconds: float, told: FlowListener) -> None:
@@ -4880,6 +5364,7 @@ class FlowRun:
     async def _open(self, launch: Json) -> None:
         """Open the browser. SandboxError with the command for what is missing."""
         import logging
+        import shutil
 
         python = shell_words([sys.executable, "-m"])
         try:
@@ -4901,9 +5386,9 @@ class FlowRun:
             chromium = self._playwright.chromium
             path = launch["executable_path"]
             if path:
-                path = find_program(path) or path
+                path = shutil.which(path) or path
             elif not os.path.exists(chromium.executable_path):
-                path = next(filter(None, map(find_program, INSTALLED_BROWSERS)), None)
+                path = next(filter(None, map(shutil.which, INSTALLED_BROWSERS)), None)
             self.browser = await chromium.launch(**{**launch, "executable_path": path})
         except Exception as error:  # noqa: BLE001  (the driver or the browser failed in any way)
             raise SandboxError(
@@ -4940,7 +5425,7 @@ class FlowRun:
             is_fresh = shown and is_look and seconds < 0.15
             if seen or (step.number and not is_fresh):
                 path = f"{place}step-{step.number:02d}.jpeg"
-                picture = functools.partial(self._picture, path, quality=75)
+                picture = partial(self._picture, path, quality=75)
                 shown = await quietly(picture) and path
             record.update(
                 status="failed" if seen else "passed",
@@ -4952,7 +5437,7 @@ class FlowRun:
             )
             if seen:
                 await self._fail(step, record, result, f"{place}trace.zip")
-            result["seconds"] = round(time.monotonic() - began, 3)
+            result["seconds"] = since(began)
             tell(result, record)
             if seen:
                 break
@@ -5052,7 +5537,7 @@ class FlowRun:
 
     # Steps that are more than one call of Playwright
 
-    async def at_address(self, expected: Any, pattern: re.Pattern[str]) -> None:
+    async def at_address(self, expected: Any, pattern: Pattern) -> None:
         """Wait for an address. The browser knows it even of a page that is too busy to be looked at."""
         try:
             await expected.to_have_url(pattern)
@@ -5067,7 +5552,7 @@ class FlowRun:
         except AssertionError:
             await check(values["text"])
 
-    async def no_errors(self, selectors: Sequence[str]) -> None:
+    async def no_errors(self, selectors: Words) -> None:
         """Looked at once: an error that is there counts, even if it is to vanish."""
         await self.page.wait_for_load_state("domcontentloaded")
         for selector in selectors:
@@ -5083,6 +5568,7 @@ class FlowRun:
         path = os.path.join(self.screenshots, directory, f"{time.time() * 1000:.0f}_{base}")
         if not is_below(path, self.screenshots):
             raise AssertionError(f"{name!r} would lie outside of {shown_path(self.screenshots)}")
+        make_private(self.screenshots)
         await self._picture(path, full_page=full_page)
         return from_here(path)
 
@@ -5410,7 +5896,7 @@ def _with_rules(text: str, listener: YamlNode, entries: Sequence[Any]) -> str:
 
 
 def difference_of(old: str, new: str) -> str:
-    """The lines that an edit changes: those of the list alone, so that none holds a password."""
+    """The lines that an edit changes, and no others: of a list of rules, none holds a password."""
     import difflib
 
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
@@ -5559,7 +6045,7 @@ class Database:
         self.sandbox = sandbox
         self.tunnel: Tunnel | None = None
         if sandbox and self.kind in AUDIT_DRIVERS:
-            self.tunnel = Tunnel(sandbox.settings, f"{sandbox.state['job_id']}--{self.login['port']}")
+            self.tunnel = Tunnel(sandbox, name, self.login["port"])
 
     def tables(self) -> Json:
         """The rows of _COLUMNS, by the names that rules have for tables; without what the worker fills."""
@@ -5653,32 +6139,45 @@ def database_url(url: str, environment: Mapping[str, str]) -> tuple[Json, Json]:
 class Tunnel:
     """A port of 127.0.0.1 that leads through the gateway to a port of a VM, as long as this process lives.
 
-    target: `<job id>--<port>`.
+    name: under which it is told what went wrong with a connection; there: the port; port: here, 0 for any.
     """
 
-    def __init__(self, settings: Settings, target: str) -> None:
+    def __init__(self, sandbox: Sandbox, name: str, there: int, port: int = 0) -> None:
         import socket
 
-        self.settings = settings
-        self.target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.sandbox = sandbox
+        self.target = f"{sandbox.state['job_id']}--{there}"
+        self.name = name
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port: int = self._listener.getsockname()[1]
         Aside(self._serve)
 
     def connect(self) -> ssl.SSLSocket:
         """A connection to the gateway that leads there. NetworkError when it does not give one."""
-        settings, deadline = self.settings, time.monotonic() + 10.0
-        sock = connect(settings.gateway_host, settings.gateway_port, deadline)
-        return secure(sock, f"{self.target}.{settings.gateway_host}", deadline, settings.ca_file)
+        return vm_port(self.sandbox.settings.gateway, self.target, time.monotonic() + 10.0)
+
+    def _told(self, words: str) -> None:
+        self.sandbox.reporter.note(f"{self.name}: {words}")
 
     def _serve(self) -> None:
         while True:
             near, _ = self._listener.accept()
-            Aside(functools.partial(self._carry, near))
+            Aside(partial(self._carry, near))
 
     def _carry(self, near: socket.socket) -> None:
-        with near, self.connect() as far:
-            _relay(far, near.fileno(), near.fileno())
+        import ssl
+
+        with near:
+            try:
+                with self.connect() as far:
+                    if not _relay(far, near.fileno(), near.fileno()):
+                        self._told("the VM's side ended it without a word; does something listen there?")
+            except SandboxError as error:
+                self._told(reason(error))
+            except ssl.SSLZeroReturnError:
+                pass  # the VM's side has ended it
+            except OSError as error:
+                self._told(f"it broke off ({reason(error)}); the next one is a new one")
 
 
 # What a visitor of the page has before them
@@ -5716,7 +6215,7 @@ class Visit:
         """Read everything anew; choices that were made stay, on top of what the file has now."""
         changes = Aside(lambda: self.plan.read_changes(self.name))
         self.troubles: dict[str, SandboxError] = {}
-        self.examples = functools.lru_cache(None)(lambda name: self.database.examples(self.tables[name]))
+        self.examples = cache(lambda name: self.database.examples(self.tables[name]))
         self.tables: Json = self._try("tables", self.database.tables) or {}
         self.text: str | None = self._try("config", self._read_rules)
         found = self._try("changes", changes.result)
@@ -5726,7 +6225,7 @@ class Visit:
         before, self.base = self.base, {tick for entry in self.saved for tick in ticks_of(entry, self.schema)}
         self.choose((self.base - (before - self.ticks)) | (self.ticks - before))
 
-    def _try(self, what: str, work: Callable[[], Any]) -> Any:
+    def _try(self, what: str, work: Act) -> Any:
         """What comes of some work; None when nothing does, and why is in `troubles`."""
         try:
             return work()
@@ -5798,7 +6297,7 @@ class Visit:
         }
 
 
-_visit = functools.lru_cache(None)(Visit)
+_visit = cache(Visit)
 
 
 # The page: drawn by Streamlit, top to bottom, each time something is clicked
@@ -6025,7 +6524,7 @@ STREAMLIT_OPTIONS = {
 }
 
 
-def serve_page(draw: Callable[[], None], port: int, ready: Callable[[], None]) -> None:
+def serve_page(draw: Act, port: int, ready: Act) -> None:
     """Serve a page until an interruption. ready: called once the page can be asked for."""
     import asyncio
     import tempfile
@@ -6041,7 +6540,7 @@ def serve_page(draw: Callable[[], None], port: int, ready: Callable[[], None]) -
         ready()
         await server.stopped
 
-    Aside(functools.partial(__import__, "pandas"))  # the first page needs it
+    Aside(partial(__import__, "pandas"))  # the first page needs it
     with tempfile.TemporaryDirectory() as place:
         script = os.path.join(place, "page.py")  # Streamlit runs a file anew at each click
         with open(script, "w", encoding="utf-8") as file:
@@ -6056,7 +6555,7 @@ def free_port(wanted: int | None) -> int:
 
     number_in("--port", wanted or 1, 1, 65535)
     for port in (wanted or 0, 0):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as server:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)) as server:
             return int(server.getsockname()[1])
     raise SandboxError("No port of 127.0.0.1 could be opened for the page.")
 
@@ -6070,11 +6569,11 @@ def plan_start(
     directory: str,
     *,
     from_config: bool = False,
-    simulator: str | None = None,
-    artifact_id: str | None = None,
+    simulator: str = "",
+    artifact_id: str = "",
     blank: bool = False,
-    dataset: str | None = None,
-    tag: str | None = None,
+    dataset: str = "",
+    tag: str = "",
     **options: Any,
 ) -> tuple[Json, Json, Config | None]:
     """What the options of `start` ask for. Reads the config, changes nothing.
@@ -6091,13 +6590,18 @@ def plan_start(
         )
     for option, value in {"dataset": dataset, "tag": tag, **options}.items():
         fitting = _OPTION_MODES.get(option, ("blank",))
-        if value is not None and modes[0] not in fitting:
-            raise UsageError(f"--{option} goes with {' and '.join('--' + name for name in fitting)} only.")
+        if value not in (None, "") and modes[0] not in fitting:
+            words = f"--{option} goes with {' and '.join('--' + name for name in fitting)} only."
+            raise UsageError(words, hint="A lifetime is --lifetime SECONDS." if option == "tag" else None)
     if from_config:
-        return _plan_from_config(load_config(find_config(directory), dataset))
-    if simulator is not None:
+        config = load_config(find_config(directory), dataset)
+        problems = what_is_wrong(config)
+        if problems:
+            raise unusable_config(shown_here(config.path), problems)
+        return _plan_from_config(config)
+    if simulator:
         return _plan_from_simulator(simulator, tag, dataset)
-    if artifact_id is not None:
+    if artifact_id:
         record = {"mode": "artifact", "artifact_id": artifact_id, "dataset": DEFAULT_DATASET}
         return {"type": "artifact", "artifact_id": artifact_id}, record, None
     return _plan_blank(**options)
@@ -6108,31 +6612,32 @@ _OPTION_MODES = {"dataset": ("from-config", "simulator"), "tag": ("simulator",)}
 
 def _plan_from_config(config: Config) -> tuple[Json, Json, Config]:
     numbers = {name: whole_number(config.compute.get(name)) for name in schemas()["dataset"]["compute"]}
-    sizes = {name: number for name, number in numbers.items() if number is not None}
+    sizes = without_none(numbers)
     record = {
         "mode": "config",
         "service": config.service,
         "dataset": config.dataset,
         "plato_config_path": config.path,
-        **{name: numbers[name] for name in VM_SIZES},
+        **{name: numbers[name] for name in (*VM_SIZES, "app_port")},
     }
     return {"type": "resource", "simulator": config.service, "sim_config": sizes}, record, config
 
 
-def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -> tuple[Json, Json, None]:
+def _plan_from_simulator(simulator: str, tag: str, dataset: str) -> tuple[Json, Json, None]:
     match = re.fullmatch(r"([^:@\s]+)(?::([^@]+))?(?:@(.+))?", simulator)
-    if match is None:
+    if not match:
         raise UsageError(
             f"--simulator is {simulator!r}; it must be a name, NAME:TAG, NAME:ARTIFACT-UUID or"
             " NAME:VERSION@DATASET.",
             hint="For example: --simulator espocrm:prod-latest",
         )
     name, version, named_dataset = match.groups()
-    other_tag = tag is not None if named_dataset else version and tag not in (None, version)
-    if other_tag or (named_dataset and dataset not in (None, named_dataset)):
-        raise UsageError(
+    other_tag = tag and (named_dataset or version not in (None, tag))
+    if other_tag or (named_dataset and dataset not in ("", named_dataset)):
+        words = (
             f"--simulator {simulator!r} chooses what --tag or --dataset chooses too; leave one of them out."
         )
+        raise UsageError(words)
     chosen = named_dataset or dataset or DEFAULT_DATASET
     record = {"mode": "artifact", "simulator": simulator, "service": name, "dataset": chosen}
     if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", version or ""):
@@ -6147,14 +6652,14 @@ def _plan_from_simulator(simulator: str, tag: str | None, dataset: str | None) -
 VM_SIZES = {"cpus": DEFAULT_CPUS, "memory": DEFAULT_MEMORY_MB, "disk": DEFAULT_DISK_MB}
 
 
-def _plan_blank(service: str | None = None, **sizes: int | None) -> tuple[Json, Json, None]:
+def _plan_blank(service: str = "", **sizes: int | None) -> tuple[Json, Json, None]:
     if not service:
         raise UsageError(
             "--blank needs --service NAME.", hint="For example: plato-sandbox start --blank --service myapp"
         )
     if not re.fullmatch(SERVICE_NAME, service):
         raise UsageError(f"--service is {service!r}; it may hold letters, digits, '.', '_' and '-' only.")
-    chosen = {**VM_SIZES, **{name: size for name, size in sizes.items() if size is not None}}
+    chosen = {**VM_SIZES, **without_none(sizes)}
     for name, size in chosen.items():
         wrong = _unlike(size, schemas()["dataset"]["compute"][name])
         if wrong:
@@ -6163,7 +6668,7 @@ def _plan_blank(service: str | None = None, **sizes: int | None) -> tuple[Json, 
     return environment, {"mode": "blank", "service": service, **chosen}, None
 
 
-def with_router_target(url: str, service: str | None) -> str:
+def with_router_target(url: str, service: Any) -> str:
     """The address for a browser: the public URL with `_plato_router_target` (api notes)."""
     if not service:
         return url
@@ -6195,6 +6700,10 @@ class Sandbox:
         self.api = PlatoApi(self.settings, self.reporter)
         self.state: Json = {}
 
+    def silent(self, directory: str = "") -> Sandbox:
+        """One with the same settings, here or elsewhere, for another thread or for what is nobody's news."""
+        return Sandbox(directory or self.directory, settings=self.settings)
+
     @classmethod
     def start(
         cls,
@@ -6204,6 +6713,8 @@ class Sandbox:
         reset: bool = True,
         timeout: float = DEFAULT_READY_SECONDS,
         lifetime: int = DEFAULT_LIFETIME_SECONDS,
+        idle: int | None = None,
+        send_code: str = "",
         settings: Settings | None = None,
         reporter: Reporter | None = None,
         **options: Any,
@@ -6211,29 +6722,42 @@ class Sandbox:
         """Create a VM and return when it is ready, reset, and reachable by SSH.
 
         options: what it is made of (from_config, simulator, artifact_id, blank, dataset, tag, service, cpus,
-        memory and disk in MB). timeout: seconds until it must be ready; lifetime: until it ends. replace:
-        stop a live one first. Whatever fails until the VM is ready closes it again; what it can live without
-        (its network, the reset, SSH) is a warning. Any SandboxError.
+        memory and disk in MB). timeout: seconds until it must be ready; lifetime: until it ends; idle: until
+        it ends because nothing used it. replace: stop a live one first. send_code: bring the config's code
+        over meanwhile, as `start_services` does with that `via`. Whatever fails until the VM is ready closes
+        it again; what it can live without (its network, the reset, SSH) is a warning. Any SandboxError.
         """
         sandbox = cls(directory, settings=settings, reporter=reporter)
         environment, record, config = plan_start(sandbox.directory, **options)
         patience = number_in("--timeout", timeout, 1, WEEK_SECONDS)
         lifetime = int(number_in("--lifetime", lifetime, 1, WEEK_SECONDS))
+        record["idle_seconds"] = idle and int(number_in("--idle", idle, 1, WEEK_SECONDS))
+        ahead = partial(send_ahead, sandbox, config, send_code, patience) if send_code and config else None
         sandbox.settings.require_key()
         for warning in config.warnings if config else ():
             sandbox.reporter.warn(warning)
-        try:
-            start_vm(
-                sandbox,
-                environment,
-                record,
-                lifetime=lifetime,
-                patience=patience,
-                reset=reset,
-                replace=replace,
-            )
-        finally:
-            sandbox.api.hang_up()
+        with locked(sandbox.directory), SignalGuard(sandbox.reporter) as guard:
+            home = sandbox.settings.home
+            make_home(home)
+            state = {**ssh_fields(home, "x"), "session_id": "x", "job_id": "x"}
+            ssh_config_text(sandbox.settings, state)  # refuses odd paths
+            end_what_is_here(sandbox, replace)
+            try:
+                # From the request to the record of its answer no signal is obeyed at once.
+                guard.held = True
+                answer = create_vm(sandbox, environment, record, lifetime)
+                record_vm(sandbox, answer)
+                guard.release()
+                bring_up_vm(sandbox, patience, reset, ahead)
+            except BaseException as error:
+                guard.held = False
+                if sandbox.state.get("session_id"):
+                    undo_start(sandbox, error)
+                elif isinstance(error, SandboxError) and not isinstance(error, UnknownOutcomeError):
+                    remove_state(sandbox.directory)
+                raise
+            finally:
+                sandbox.api.hang_up()
         return sandbox
 
     def __enter__(self) -> Sandbox:  # noqa: PYI034  (Self is newer than 3.9)
@@ -6247,7 +6771,7 @@ class Sandbox:
     def load(self) -> Json:
         """Read .sandbox.yaml into `state`. NoSandboxError without one, ConflictError for another Plato's."""
         state = load_state(self.directory)
-        if state is None:
+        if not state:
             hint = "Start one: plato-sandbox start --from-config (or --simulator, --artifact-id, --blank)"
             above = self.directory
             while above != "/":
@@ -6271,12 +6795,10 @@ class Sandbox:
 
     def _tell_of_copy(self, state: Json) -> None:
         """Warn when the directory is a copy of another one that still has the same sandbox."""
-        theirs = state.get("directory")
-        with contextlib.suppress(OSError, SandboxError):
-            if not theirs or os.path.samefile(theirs, self.directory):
-                return
-            other = load_state(theirs) or {}
-            if other.get("session_id") == state.get("session_id"):
+        theirs = state.get("directory") or self.directory
+        with suppress(OSError, SandboxError):
+            is_copy = not os.path.samefile(theirs, self.directory)
+            if is_copy and as_dict(load_state(theirs)).get("session_id") == state.get("session_id"):
                 self.reporter.warn(
                     f"{shown_path(self.directory)} is a copy of {shown_path(theirs)}: both have the same"
                     " sandbox, and `stop` ends it for both."
@@ -6298,7 +6820,7 @@ class Sandbox:
 
         Another client's record learns of a new artifact alone, since its other tools look for that there.
         """
-        self.state = {key: value for key, value in {**self.state, **changes}.items() if value is not None}
+        self.state = without_none({**self.state, **changes})
         if "slot_path" not in self.state:
             save_state(self.directory, self.state)
         elif "artifact_id" in changes:
@@ -6320,7 +6842,7 @@ class Sandbox:
             state = load_state(self.directory)
         except SandboxError:
             return
-        if state is None or state.get("session_id") != self.state.get("session_id"):
+        if not state or state.get("session_id") != self.state.get("session_id"):
             raise NoSandboxError(
                 f"The sandbox of {shown_path(self.directory)} was stopped or replaced meanwhile.",
                 hint="See what is there now: plato-sandbox status",
@@ -6331,8 +6853,9 @@ class Sandbox:
     def status(self) -> Json:
         """The state with what the API and the heartbeat's log say now. At most its SSH config is changed.
 
-        Adds vm_status, vm_status_reason, vm_running, ssh_command, heartbeat (see `heartbeat_health`), and
-        `error` (a SandboxError or None) when the API could not be asked or the VM is gone.
+        Adds vm_status, vm_status_reason, vm_running, ssh_command, heartbeat (see `heartbeat_health`), ends
+        (see `end_of_life`), and `error` (a SandboxError or None) when the API could not be asked or the VM is
+        gone.
         """
         state = self.load()
         repair_ssh_config(state, self.settings)
@@ -6345,7 +6868,7 @@ class Sandbox:
             report["vm_status"] = "gone" if isinstance(error, NoSandboxError) else "unreachable"
             report["error"] = error
         self.api.hang_up()
-        return report
+        return {**report, "ends": end_of_life(report)}
 
     def _vm_status(self) -> Json:
         details = self.api.session_details(self.state["session_id"])
@@ -6374,7 +6897,7 @@ class Sandbox:
 
     # What every use of it begins and ends with
 
-    @contextlib.contextmanager
+    @contextmanager
     def in_use(self, step: str = "", limit: float | None = None) -> Iterator[Json]:
         """The state of the sandbox, with a key and a living heartbeat, for the block that works with it.
 
@@ -6402,28 +6925,40 @@ class Sandbox:
         if not state.get("session_id"):
             raise unfinished_start(state)
         self.settings.require_key()
+        hold(heartbeat_path(self.settings.home, state["session_id"]))
         self.revive_heartbeat()
         return self.state
 
     def revive_heartbeat(self) -> None:
-        """Start a heartbeat that has died anew, and warn of one that is not well.
+        """Start a heartbeat anew that has died, or that fails where this command's own beat does not.
 
         It is left to a `start` or `stop` that is at work here.
         """
         health = heartbeat_health(self.settings, self.state)
-        if health["state"] == "degraded":
+        what = {"dead": "was not running", "ending": "of the other client ends soon"}.get(health["state"])
+        if not what and (health["failures"] or health["state"] == "degraded"):
             why = f": {health['last_error']}" if health["last_error"] else ""
-            since = health["last_ok"] or "its start"
-            self.reporter.warn(f"The heartbeat has had no good beat since {since}{why}.")
-        elif health["state"] in ("dead", "ending"):
-            with contextlib.suppress(ConflictError), locked(self.directory):
+            what = f"has had no good beat since {health['last_ok'] or 'its start'}{why}"
+            if self._own_beat_fails():
+                self.reporter.warn(f"The heartbeat {what}.")
+                return
+        if what:
+            with suppress(ConflictError), locked(self.directory):
                 self.load()
                 make_home(self.settings.home)
+                stop_heartbeat(self.settings, self.state)
                 pid = self.spawn_heartbeat()
-                what = "was not running" if health["state"] == "dead" else "of the other client ends soon"
                 self.reporter.warn(f"The heartbeat {what}; it was started again (PID {pid}).")
 
+    def _own_beat_fails(self) -> bool:
+        """Whether a beat with this command's settings fails too; those of a heartbeat may be older."""
+        with suppress(SandboxError):
+            answer = self.api.heartbeat(self.state["session_id"])
+            return bool(beat_trouble(answer, self.state.get("job_id"))[0])
+        return True
+
     def spawn_heartbeat(self) -> int:
+        hold(heartbeat_path(self.settings.home, self.state["session_id"]), os.O_CREAT)
         record = self.state.get("slot_path") or state_path(self.directory)
         pid = spawn_heartbeat(self.settings, self.state, record, self.reporter)
         self.save(heartbeat_pid=pid)
@@ -6431,7 +6966,7 @@ class Sandbox:
 
     def _gone_or(self, error: SandboxError) -> SandboxError:
         """What a failure means: one that says only that something failed leaves it to be asked."""
-        unclear = type(error) in (SandboxError, ApiError, TimedOutError, WorkerNotUpError)
+        unclear = type(error) in (SandboxError, ApiError, TimedOutError, WorkerNotUpError, SshError)
         if not unclear or getattr(error, "status", None) is not None:
             return error
         return self.end_of_vm() or error
@@ -6441,24 +6976,24 @@ class Sandbox:
         answer = self.api.connect_network(self.state["session_id"])
         check_success(answer, self.state.get("job_id"), "The VM could not be connected to the network")
 
-    def _config(self, path: str | None, dataset: str | None, *, stored: bool = False) -> Config:
+    def _config(self, path: str, dataset: str, *, stored: bool = False) -> Config:
         """The config at a path, or the one that the sandbox was started from, or that of its directory.
 
         stored: where there is none, that of the artifact that the VM was started from will do.
         """
         path = path or self._config_path()
         chosen = dataset or self.state.get("dataset")
-        if path is None and stored and self.state.get("mode") == "artifact":
+        if not path and stored and self.state.get("mode") == "artifact":
             return self._stored_config(chosen or DEFAULT_DATASET)
         config = load_config(os.path.abspath(path or find_config(self.directory)), chosen)
         for warning in config.warnings:
             self.reporter.warn(warning)
         return config
 
-    def _config_path(self) -> str | None:
-        """The config that the sandbox was started from, or that of its directory; None without one."""
+    def _config_path(self) -> str:
+        """The config that the sandbox was started from, or that of its directory; "" without one."""
         paths = self.state.get("plato_config_path") or "", find_config(self.directory)
-        return next(filter(os.path.isfile, paths), None)
+        return next(filter(os.path.isfile, paths), "")
 
     def _stored_config(self, dataset: str) -> Config:
         """The dataset that Plato stores with the VM's artifact; ConfigError when it has none."""
@@ -6467,7 +7002,7 @@ class Sandbox:
         except ApiError as error:
             if error.status != 404:
                 raise
-            read_config(find_config(self.directory))  # which says that there is none
+            read_config(find_config(self.directory), NO_CONFIG)  # which says that there is none
             raise
         service = self.state.get("service") or "simulator"
         text = yaml_dump({"service": service, "datasets": {dataset: content}})
@@ -6479,8 +7014,8 @@ class Sandbox:
         self,
         path: str = ".",
         *,
-        remote_path: str | None = None,
-        watch: Callable[[Json], None] | None = None,
+        remote_path: str = "",
+        watch: Callable[[Json, str], None] | None = None,
         **options: Any,
     ) -> Json:
         """Make a directory on the VM like a local one: what differs is sent, what earlier syncs put there and
@@ -6489,7 +7024,7 @@ class Sandbox:
         path: of the local directory, relative to the sandbox's.
         remote_path: default /home/plato/worktree/<service>. options: those of `Syncer` (dry_run, gitignore,
         force, via "auto", "api" or "ssh", timeout in seconds). watch: follow the tree until SIGINT, and call
-        this with the report of each sync.
+        this with the report of each sync and the files that it was about.
         Returns sent, removed, unchanged (numbers of files), bytes, archive_bytes, skipped (a list of path and
         reason), seconds, via and remote_path; with dry_run the lists send and remove of paths.
         """
@@ -6497,25 +7032,26 @@ class Sandbox:
             syncer = Syncer(self, path, remote_path, **options)
             return syncer.run() if watch is None else syncer.watch(watch)
 
-    def start_services(self, *, dataset: str | None = None, **options: Any) -> Json:
+    def start_services(self, *, dataset: str = "", **options: Any) -> Json:
         """Bring the code to the VM, push it to Gitea from there, and start the dataset's Compose services.
 
         dataset: default the sandbox's. options: those of `start_services` (via "git" or "sync", build,
-        force_recreate, gitignore, timeout in seconds of one `docker compose up`).
+        force_recreate, timeout in seconds of one `docker compose up`).
         Returns via, branch, commit, repository (its URL), path (on the VM), changed (number of files),
-        services (a list of name, type, file and containers), steps (of step and seconds) and seconds.
+        services (a list of name, type, file and containers), url, app_answers (such as HTTP 200, where
+        the config names its port), steps (of step and seconds) and seconds.
         """
         with self.in_use():
-            return start_services(self, self._config(None, dataset), **options)
+            return start_services(self, self._config("", dataset), **options)
 
     # The worker, and what it records
 
     def start_worker(
         self,
         *,
-        service: str | None = None,
-        dataset: str | None = None,
-        config_path: str | None = None,
+        service: str = "",
+        dataset: str = "",
+        config_path: str = "",
         wait: bool = False,
         wait_timeout: float = WORKER_SECONDS,
     ) -> Json:
@@ -6531,7 +7067,7 @@ class Sandbox:
             answer = self.api.start_worker(state["job_id"], chosen, config.dataset, config.for_worker())
             self._record(plato_config_path=config.path, dataset=config.dataset)
             if wait:
-                self._wait_for_worker(wait_timeout)
+                self._wait_for_worker(config, wait_timeout)
         return {
             "status": text_in(answer, "status") or "ok",
             "correlation_id": text_in(answer, "correlation_id"),
@@ -6540,10 +7076,22 @@ class Sandbox:
             "ready": True if wait else None,
         }
 
-    def _wait_for_worker(self, seconds: float) -> None:
+    def _wait_for_worker(self, config: Config, seconds: float) -> None:
+        """Until the worker is up; WorkerNotUpError once nothing changes and its databases do not run."""
+        known, looks = "", 0
+
         def trouble() -> str:
+            nonlocal known, looks
             answer = self.api.state(self.state["session_id"], window=0.0)
-            return worker_trouble(job_of(answer, self.state.get("job_id")))
+            why = worker_trouble(job_of(answer, self.state.get("job_id")))
+            looks = looks + 1 if why == known else 0
+            known = why
+            if why and looks == LASTING_LOOKS and not self._databases_run(config):
+                raise WorkerNotUpError(
+                    f"The worker cannot come up: {why}. No database of the config runs on the VM.",
+                    hint="Start the services first: plato-sandbox start-services",
+                )
+            return why
 
         self.reporter.step("Waiting for the worker", seconds)
         why = poll(trouble, seconds, WORKER_POLL_SECONDS, self.reporter)
@@ -6553,13 +7101,22 @@ class Sandbox:
                 hint="It may still come up: plato-sandbox state",
             )
 
+    def _databases_run(self, config: Config) -> bool:
+        """Whether a container of the VM publishes the port of a listener, as far as that can be told."""
+        listeners = map(as_dict, dict_in(config.content, "listeners").values())
+        ports = {str(part["db_port"]) for part in listeners if part.get("db_port")}
+        try:
+            return not ports or bool(ports.intersection(Vm(self).published_ports()))
+        except SandboxError:
+            return True
+
     def read_state(self, *, verify_no_mutations: bool = False) -> Json:
         """What the worker recorded since the last reset, the ignore rules applied.
 
         Returns SessionStateResponse with `summary` (see `summarize`) and `error` (a SandboxError or None:
         mutations where none are to be) beside it; WorkerNotUpError while nobody can tell.
         """
-        with self.in_use() as state:
+        with self.in_use("Asking what changed", STATE_SECONDS) as state:
             answer = self.api.state(state["session_id"])
             job = job_of(answer, state.get("job_id"))
             trouble = worker_trouble(job)
@@ -6594,7 +7151,7 @@ class Sandbox:
                     "Plato knows of no simulator in this session, so it cannot empty its audit tables.",
                     hint="`plato-sandbox reset` puts the whole environment back to its initial state.",
                 ) from None
-            check_success(answer, None, "The audit tables could not be emptied")
+            check_success(answer, "", "The audit tables could not be emptied")
         return {"cleared": True, "via": "api", "listeners": []}
 
     # Artifacts
@@ -6602,10 +7159,10 @@ class Sandbox:
     def snapshot(
         self,
         *,
-        description: str | None = None,
+        description: str = "",
         include_config: bool = False,
         config: bool = True,
-        target: str | None = None,
+        target: str = "",
         wait: bool = False,
         wait_timeout: float = ARTIFACT_SECONDS,
     ) -> Json:
@@ -6625,7 +7182,7 @@ class Sandbox:
             artifact_id = self._take_snapshot(state, checkpoint)
             self.reporter.note(f"The artifact is {artifact_id}.")  # whatever comes between
             self._record(artifact_id=artifact_id)
-            with contextlib.suppress(SandboxError):  # VMs start from it without that, too
+            with suppress(SandboxError):  # VMs start from it without that, too
                 self.api.prefetch(artifact_id)
             if wait:
                 self._wait_for_artifact(artifact_id, wait_timeout)
@@ -6633,7 +7190,7 @@ class Sandbox:
 
     def _config_for_snapshot(self) -> Json:
         """What Plato stores of a config and gives back: one dataset with the file's own keys, no anchors."""
-        config = self._config(None, None)
+        config = self._config("", "")
         metadata = dict_in(config.content, "metadata")
         flows = flows_file(config)
         text = read_config(flows) if flows else ""
@@ -6648,11 +7205,11 @@ class Sandbox:
 
     def _take_snapshot(self, state: Json, checkpoint: Json) -> str:
         with sent_once("an artifact", "The sandbox runs on; take another snapshot if you need one."):
-            given = {name: value for name, value in checkpoint.items() if value is not None}
+            given = without_none(checkpoint)
             answer = self.api.snapshot(state["session_id"], given)
             check_success(answer, state.get("job_id"), "The snapshot could not be created")
             artifact_id = text_in(job_of(answer, state.get("job_id")), "artifact_id")
-            if artifact_id is None:
+            if not artifact_id:
                 raise ApiError("it names none.")
         return artifact_id
 
@@ -6680,7 +7237,7 @@ class Sandbox:
 
     # What a browser sees
 
-    def flows(self, source: str | None = None) -> FlowSet:
+    def flows(self, source: str = "") -> FlowSet:
         """The flows of its own config, else of its directory's config, else those that Plato has; checked.
 
         They are in the field `flows`, each with its name, description and steps.
@@ -6689,11 +7246,11 @@ class Sandbox:
         """
         if load_state(self.directory):
             self.load()
-        path = None if source == "api" else self._config_path()
-        if path is not None:
+        path = "" if source == "api" else self._config_path()
+        if path:
             path = flows_file(load_config(path, self.state.get("dataset")))
-        if path is not None:
-            known = parse_flows(read_config(path), shown_path(from_here(path)), path)
+        if path:
+            known = parse_flows(read_config(path), shown_here(path), path)
         elif source == "local":
             raise ConfigError(
                 f"{shown_path(self.directory)} has no plato-config.yml with `metadata.flows_path`.",
@@ -6701,23 +7258,23 @@ class Sandbox:
             )
         else:
             self.load()
-            known = fetch_flows(self)
+            known = parse_flows(fetch_flows(self), "the flows that Plato has", None)
         for warning in known.warnings:
             self.reporter.warn(warning)
         return known
 
     def flow(
         self,
-        names: Sequence[str] = (),
+        names: Words = (),
         *,
         told: FlowListener = lambda result, step: None,
         every: bool = False,
-        source: str | None = None,
+        source: str = "",
         headed: bool = False,
         slowmo: float = 0,
         output: str = FLOW_OUTPUT,
         keep_open: bool = False,
-        base_url: str | None = None,
+        base_url: str = "",
         timeout: float = FLOW_SECONDS,
         verify_no_mutations: bool = False,
     ) -> Json:
@@ -6733,7 +7290,7 @@ class Sandbox:
         """
         headed = headed or keep_open
         launch = {"executable_path": self.settings.browser, "headless": not headed, "slow_mo": slowmo}
-        if base_url is None:
+        if not base_url:
             self._load_for_use()
         known = self.flows(source)
         flows = known.choose(names, every=every)
@@ -6787,7 +7344,7 @@ class Sandbox:
             )
         if failed:
             gone = None if begun_elsewhere or failed[0]["failure"]["step"] else self.end_of_vm()
-            if gone is not None:
+            if gone:
                 raise gone
             return flow_failed_error(failed)
         return mutations_found(list(map(Mutation, report["mutations"]))) if report["mutations"] else None
@@ -6850,7 +7407,7 @@ class Sandbox:
     def end(self, session_id: str) -> bool:
         """Close a session, surely, then remove what is left of it here; whether it was gone already."""
         try:
-            why = refusal(self.api.close(session_id), None)
+            why = refusal(self.api.close(session_id), "")
             already_gone = bool(why)
             if why:
                 word, _ = vm_status(self.api.session_details(session_id), self.state.get("job_id"))
@@ -6887,10 +7444,10 @@ class Sandbox:
 def plan_audit(
     sandbox: Sandbox,
     *,
-    dataset: str | None = None,
-    listener: str | None = None,
+    dataset: str = "",
+    listener: str = "",
     direct: bool = False,
-    url: str | None = None,
+    url: str = "",
 ) -> AuditPlan:
     """What `audit-ui` is to show: the `db` listeners of the sandbox's dataset, and how they are reached.
 
@@ -6898,7 +7455,7 @@ def plan_audit(
     not needed then. url: this database and no sandbox. Any SandboxError; the gateway is tried.
     """
     state: Json = {}
-    if url is not None:
+    if url:
         config, databases = _database_of_url(sandbox, url, dataset, listener)
     else:
         try:
@@ -6906,7 +7463,7 @@ def plan_audit(
         except NoSandboxError:
             if not direct:
                 raise
-        config = sandbox._config(None, dataset, stored=bool(state))
+        config = sandbox._config("", dataset, stored=bool(state))
         repair_ssh_config(state, sandbox.settings)
         through = sandbox if state and not direct else None
         listeners = _audit_listeners(config, listener).items()
@@ -6915,13 +7472,13 @@ def plan_audit(
             tunnel.connect().close()
     return AuditPlan(
         tuple(databases),
-        functools.partial(audit_changes, sandbox.directory) if state else lambda name: None,
+        partial(audit_changes, sandbox.directory) if state else lambda name: None,
         config,
         state.get("url"),
     )
 
 
-def _audit_listeners(config: Config, wanted: str | None) -> dict[str, Json]:
+def _audit_listeners(config: Config, wanted: str) -> dict[str, Json]:
     """The `db` listeners of a config, or the wanted one. CheckFailedError, UsageError."""
     every = dict_in(config.content, "listeners")
     found = {str(name): part for name, part in every.items() if part.get("type", "db") == "db"}
@@ -6929,16 +7486,16 @@ def _audit_listeners(config: Config, wanted: str | None) -> dict[str, Json]:
         raise CheckFailedError(
             f"The dataset {config.dataset!r} has no `db` listener, so there are no ignore rules to choose."
         )
-    if wanted is not None and wanted not in found:
+    if wanted and wanted not in found:
         raise UsageError(
             f"There is no `db` listener {wanted!r} in the dataset {config.dataset!r}.",
             hint=f"Its `db` listeners are: {', '.join(found)}.",
         )
-    return {name: part for name, part in found.items() if wanted in (None, name)}
+    return {name: part for name, part in found.items() if wanted in ("", name)}
 
 
 def _database_of_url(
-    sandbox: Sandbox, url: str, dataset: str | None, listener: str | None
+    sandbox: Sandbox, url: str, dataset: str, listener: str
 ) -> tuple[Config, list[Database]]:
     """A database by its address, and the config, if there is one, whose only `db` listener, or the named one,
     has the rules."""
@@ -6949,7 +7506,8 @@ def _database_of_url(
             " leave it out, and set PGPASSWORD or MYSQL_PWD instead."
         )
     if not listener and not os.path.exists(find_config(sandbox.directory)):
-        return Config("", "", DEFAULT_DATASET, {}, []), [Database("database", fields, None, **options)]
+        nothing = parse_config("{service: none, datasets: {base: {}}}", "", "", "")
+        return nothing, [Database("database", fields, None, **options)]
     config = load_config(find_config(sandbox.directory), dataset)
     own = _audit_listeners(config, listener)
     name, *others = own
@@ -6976,18 +7534,16 @@ def artifact_credentials(metadata: Json) -> Json | None:
     needs no login. None when none is declared. ConfigError for another shape, without any value.
     """
     declared = dict_in(metadata, "credentials")
-    accounts, default = dict(dict_in(declared, "roles")), declared.get("default_role")
-    older = declared.get("login") or declared.get("primary")
     if metadata.get("credentials") is None:
-        older = _account_of_variables(as_list(metadata.get("variables")))
-        if older is None:
+        declared = {"login": _account_of_variables(as_list(metadata.get("variables")))}
+        if not declared["login"]:
             return None
-    if older is not None:
-        name = "default_login" if "default" in accounts else "default"
+    accounts, older = dict(dict_in(declared, "roles")), declared.get("login") or declared.get("primary")
+    name = "default_login" if "default" in accounts else "default"
+    if older:
         accounts[name] = older
-        default = default or name
-    if default is None and len(accounts) == 1:
-        default = next(iter(accounts))
+    only = name if older else next(iter(accounts), None) if len(accounts) == 1 else None
+    default = declared.get("default_role") or only
     if not accounts or default not in (None, *accounts):
         raise ConfigError("metadata.credentials names no role, or a default_role that is none of its roles.")
     return {"default_role": default, "roles": {name: _logins(part) for name, part in accounts.items()}}
@@ -7031,10 +7587,10 @@ def _logins(account: Any) -> list[Json]:
 
 def mutations_in(report: Json) -> list[Mutation]:
     """The mutations in a SessionStateResponse."""
-    return mutations_of(dict_in(job_of(report, None), "state"))
+    return mutations_of(dict_in(job_of(report, ""), "state"))
 
 
-@contextlib.contextmanager
+@contextmanager
 def sent_once(made: str, hint: str) -> Iterator[None]:
     """For a request that creates something, and so is not repeated: UnknownOutcomeError when nobody knows
     whether it did."""
@@ -7050,6 +7606,24 @@ def sent_once(made: str, hint: str) -> Iterator[None]:
 UNKNOWN_VM = "If a VM was created, it gets no heartbeat and is shut down after about two minutes."
 
 
+def end_of_life(report: Json) -> Json:
+    """When a VM ends (`at`), why, and the `remedy` for who wants it otherwise, as far as this host knows.
+
+    report: what `Sandbox.status` tells.
+    """
+    health, idle = report["heartbeat"], report.get("idle_seconds")
+    if health["state"] in ("dead", "expired"):
+        last_ok = health["last_ok"] or utc_text(time.time())
+        at = utc_text(seconds_of(last_ok) + VM_SILENCE_SECONDS)
+        remedy = "any use, such as `plato-sandbox state`, revives the heartbeat."
+        return {"at": at, "why": "without a heartbeat", "remedy": remedy}
+    why = "by its lifetime"
+    if isinstance(idle, int):
+        why += f", or {duration_text(idle)} after its last use"
+    remedy = "`plato-sandbox stop` ends it now, `start --lifetime SECONDS` gives the next one longer."
+    return {"at": report.get("expires_at"), "why": why, "remedy": remedy}
+
+
 def unfinished_start(state: Json) -> NoSandboxError:
     return NoSandboxError(
         f"A `start` ({state.get('created_at', 'at an unknown time')}) was cut off before Plato answered it."
@@ -7061,51 +7635,13 @@ def unfinished_start(state: Json) -> NoSandboxError:
 # One `start`: the order of its steps is what keeps every VM accounted for.
 
 
-def start_vm(
-    sandbox: Sandbox,
-    environment: Json,
-    record: Json,
-    *,
-    lifetime: int,
-    patience: float,
-    reset: bool,
-    replace: bool,
-) -> None:
-    """Lock; record; create; record the ids; heartbeat; then wait, at most `patience` seconds.
-
-    After a failure or an interruption the session is closed and everything removed; where even that fails,
-    the record stays.
-    """
-    with locked(sandbox.directory), SignalGuard(sandbox.reporter) as guard:
-        home = sandbox.settings.home
-        make_home(home)
-        state = {**ssh_fields(home, "x"), "session_id": "x", "job_id": "x"}
-        ssh_config_text(sandbox.settings, state, "x")  # refuses odd paths
-        end_what_is_here(sandbox, replace)
-        cache_bytecode()
-        try:
-            # From the request to the record of its answer no signal is obeyed at once.
-            guard.held = True
-            answer = create_vm(sandbox, environment, record, lifetime)
-            record_vm(sandbox, answer)
-            guard.release()
-            bring_up_vm(sandbox, patience, reset)
-        except BaseException as error:
-            guard.held = False
-            if sandbox.state.get("session_id"):
-                undo_start(sandbox, error)
-            elif isinstance(error, SandboxError) and not isinstance(error, UnknownOutcomeError):
-                remove_state(sandbox.directory)
-            raise
-
-
 def end_what_is_here(sandbox: Sandbox, replace: bool) -> None:
     """Make sure that no live sandbox is recorded here; with `replace`, stop it."""
     if load_state(sandbox.directory) is None:
         return
     state = sandbox.load()
     session_id = state.get("session_id")
-    if session_id is None:
+    if not session_id:
         sandbox.reporter.warn(unfinished_start(state).message)
     elif replace:
         sandbox.reporter.step("Stopping the sandbox that is here")
@@ -7159,7 +7695,7 @@ def record_vm(sandbox: Sandbox, answer: Json) -> None:
     sandbox.save(session_id=answer["session_id"])
     entry = as_dict(next(iter(as_list(answer.get("envs"))), None))
     job_id = text_in(entry, "job_id")
-    if entry.get("success") is False or job_id is None:
+    if entry.get("success") is False or not job_id:
         why = text_in(entry, "error") or "no reason was given"
         raise SandboxError(
             f"Plato could not create the VM: {why.rstrip('.')}.",
@@ -7172,12 +7708,13 @@ def record_vm(sandbox: Sandbox, answer: Json) -> None:
     sandbox.save(job_id=job_id, **{**learned, **sandbox.state})
 
 
-def bring_up_vm(sandbox: Sandbox, patience: float, reset: bool) -> None:
-    """Heartbeat first; then wait for the VM; then network, reset and SSH."""
+def bring_up_vm(sandbox: Sandbox, patience: float, reset: bool, ahead: Act | None) -> None:
+    """Heartbeat first; then wait for the VM; then network, reset and SSH. ahead: what goes on beside that."""
     reporter = sandbox.reporter
     # Whoever put files of these names there: no link among them is followed.
     remove_files_of(sandbox.settings.home, sandbox.state["session_id"])
     sandbox.spawn_heartbeat()
+    beside = Aside(ahead) if ahead else None
     provider = wait_for_ready(sandbox, patience)
     reporter.step("Connecting the VM to the network", CONNECT_SECONDS)
     no_ssh = "SSH and tunnels to the VM do not work; `sync` goes through the API."
@@ -7191,17 +7728,42 @@ def bring_up_vm(sandbox: Sandbox, patience: float, reset: bool) -> None:
     if ready and connected:
         reporter.step("Waiting for SSH to answer", SSH_FIRST_SECONDS)
         may_fail(sandbox, lambda: wait_for_ssh(sandbox), "Until it does, `sync` goes through the API.")
+    if beside:
+        reporter.step("Waiting for the code that is on its way", SYNC_SECONDS)
+        may_fail(sandbox, beside.result, "It is sent later.")
     sandbox.save(starting=None)
 
 
-def may_fail(sandbox: Sandbox, act: Callable[[], Any], consequence: str) -> bool:
+def send_ahead(sandbox: Sandbox, config: Config, via: str, patience: float) -> None:
+    """Bring the code to a VM that boots, as soon as it runs commands: through the API, as SSH comes last.
+
+    It gives up when the VM should have been ready for so long as it may take: `start` must not wait for ever.
+    """
+    own = sandbox.silent()
+    own.state = dict(sandbox.state)
+    syncer = code_syncer(own, config, via == "git", "api")
+
+    def trouble() -> str:
+        syncer.run()
+        if via == "git":  # which finds it there, then
+            script = syncer.head + assigned(id="ahead") + _OWNER + _INDEX
+            syncer.vm.run(script, lambda file: file.write(listed_files(syncer)))
+        return ""
+
+    try:
+        poll(trouble, patience, 1.0)
+    finally:
+        own.api.hang_up()
+
+
+def may_fail(sandbox: Sandbox, act: Act, consequence: str) -> bool:
     """Do what a VM can live without; a failure is a warning, unless the VM itself is gone."""
     try:
         act()
     except SandboxError as error:
         refused = type(error) is SandboxError  # Plato answered for the VM, so it is there
         gone = None if refused else sandbox.end_of_vm()
-        if gone is not None:
+        if gone:
             raise gone from None
         sandbox.reporter.warn(f"{error.message} {consequence}")
         return False
@@ -7245,20 +7807,23 @@ def wait_for_ready(sandbox: Sandbox, patience: float) -> str | None:
 
 def set_up_ssh(sandbox: Sandbox, provider: str | None) -> None:
     """Make a key, install it on the VM, write the config and record them. Any SandboxError."""
+    import threading
+
     state = sandbox.state
     files = ssh_fields(sandbox.settings.home, state["session_id"])
-    making = Aside(lambda: make_key(files["ssh_private_key_path"], sandbox.reporter))
-    try:  # so that no signal comes while it is started
-        public_key = making.result()
+    ended = threading.Event()
+    try:  # beside the main thread, so that no signal comes while it is started
+        make = partial(make_key, files["ssh_private_key_path"], sandbox.reporter)
+        public_key = Aside(make, ended).result()
     finally:
-        making.wait()  # no file of it comes after those here are removed
-    if provider is None:
-        with contextlib.suppress(SandboxError):
+        ended.wait(2 * KEY_SECONDS)  # no file of it comes after those here are removed
+    if not provider:
+        with suppress(SandboxError):
             provider = text_in(sandbox.api.job_info(state["job_id"]), "provider")
-    user = "plato" if provider == "qemu" else "root"
-    answer = sandbox.api.add_ssh_key(state["session_id"], public_key, user)
+    files["provider"] = provider
+    answer = sandbox.api.add_ssh_key(state["session_id"], public_key, ssh_user(files))
     check_success(answer, state["job_id"], "The SSH key could not be installed on the VM")
-    write_ssh_config(sandbox.settings, {**state, **files}, user)
+    write_ssh_config(sandbox.settings, {**state, **files})
     sandbox.save(**files)
 
 
@@ -7288,6 +7853,21 @@ PROGRESS_LINE_SECONDS = 10.0  # without a terminal, at most one progress line in
 _COLOURS = {"good": "\033[32m", "bad": "\033[31m", "warn": "\033[33m"}
 
 
+@contextmanager
+def writing_result() -> Iterator[None]:
+    """What is written in the block may find no room, say, which is a SandboxError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_stream(sys.stdout)
+        raise SandboxError(
+            f"The result could not be written to standard output: {reason(error)}.",
+            hint="What was asked for is done; `plato-sandbox status` shows how things are.",
+        ) from None
+
+
 class Output(Reporter):
     """Human text and JSON, progress and errors. What comes from outside is made harmless, secrets are hidden.
 
@@ -7301,6 +7881,7 @@ class Output(Reporter):
         self.stdout = stdout
         self.stderr = stderr
         self.json = self.quiet = self.verbose = False
+        self.keeps_steps = True
         self.program = PROGRAM
         self.place = ""
         self.commands: Collection[str] = ()
@@ -7327,6 +7908,7 @@ class Output(Reporter):
 
     # Results
 
+    @writing_result()
     def result(self, line: Line) -> None:
         """A line of the result: a text, or (label, value, style, more) for `  Label:       value more`.
 
@@ -7338,12 +7920,12 @@ class Output(Reporter):
             self.stdout.write(self.safe(self.told(line)) + "\n")
         elif line[1] not in (None, ""):
             label, value, style, more = (*line, "", "")[:4]
-            head = f"{self.safe(label)}:" if label else ""
-            width = 0 if label is None else 13
+            head = "" if label is None else f"{self.safe(label) + ':' * bool(label):<12} "
             colour = _COLOURS.get(style) if self._colour else None
             shown = f"{colour}{self.safe(value)}\033[0m" if colour else self.safe(value)
-            self.stdout.write(f"  {head:<{width}}{shown}{self.safe(more)}\n")
+            self.stdout.write(f"  {head}{shown}{self.safe(more)}\n")
 
+    @writing_result()
     def document(self, value: Json) -> None:
         """The one JSON document of --json, in ASCII."""
         import json
@@ -7409,7 +7991,7 @@ class Output(Reporter):
             step, self._step = self._step, ""
             if step and not self.quiet:
                 self._erase()
-                if told and self._live:
+                if told and self.keeps_steps and self._live:
                     self._write(f"{step}: {duration_text(time.monotonic() - self._began)}\n")
 
     def _tick(self) -> None:
@@ -7427,34 +8009,24 @@ class Output(Reporter):
             if spent >= 1:
                 clock = f": {duration_text(int(spent))}"
                 limit = f" of at most {duration_text(self._limit)}" if self._limit else ""
-            words = f"{self._step} ({self._detail})" if self._detail else self._step
-            if self._live:
-                columns = terminal_columns(self.stderr) - 1
-                self._write("\r\033[K" + fitting(words, clock, limit, columns))
-            else:
-                self._write(f"{words}{clock}{limit}\n")
+            columns = terminal_columns(self.stderr) - 1 if self._live else sys.maxsize
+            line = fitting(self._step, self._detail, clock, limit, columns)
+            self._write(f"\r\033[K{line}" if self._live else f"{line}\n")
 
     def _erase(self) -> None:
         if self._live:
             self._write("\r\033[K")
 
 
-def fitting(words: str, clock: str, limit: str, columns: int) -> str:
-    """A progress line in so many columns: first the limit gives way, then the words, never the clock."""
-    if len(words + clock + limit) <= columns:
-        return words + clock + limit
-    return words[: max(0, columns - len(clock))] + clock
+def fitting(step: str, detail: str, clock: str, limit: str, columns: int) -> str:
+    """A progress line in so many columns: first the limit gives way, then the detail, then the last words."""
+    import textwrap
 
-
-def duration_text(seconds: float) -> str:
-    """A span of time for people: 0.4 s, 12 s, 3:05 min, 2:10 h."""
-    if seconds < 60:
-        return f"{round(max(0, seconds), 1 if seconds < 10 else None):g} s"
-    minutes, rest = divmod(int(seconds), 60)
-    unit = "min"
-    if minutes >= 60:
-        (minutes, rest), unit = divmod(minutes, 60), "h"
-    return f"{minutes}:{rest:02} {unit}"
+    whole = f"{step} ({detail})" if detail else step
+    for line in (whole + clock + limit, whole + clock, step + clock):
+        if len(line) <= columns:
+            return line
+    return textwrap.shorten(step, max(3, columns - len(clock)), placeholder="...") + clock
 
 
 def forget_stream(stream: TextIO) -> None:
@@ -7526,44 +8098,36 @@ def status_lines(report: Json) -> Lines:
     """With the heartbeat's line of the specification, then its last good beat and its last error."""
     yield "Sandbox Status"
     yield from sandbox_lines(report)
-    health = report["heartbeat"]
-    pid, now = health["pid"], time.time()
-    if health["state"] in ("ok", "degraded", "ending"):
-        yield "Heartbeat", "running", "good" if health["state"] == "ok" else "warn", f" (PID: {pid})"
-    elif pid:
-        yield "Heartbeat", "stopped", "bad", f" (PID: {pid} not found)"
-    else:
-        yield "Heartbeat", "never started", "bad"
-    silence = now - seconds_of(health["last_ok"]) if health["last_ok"] else 0.0
+    health, ends, now = report["heartbeat"], report["ends"], time.time()
+    style = {"ok": "good", "degraded": "warn", "ending": "warn"}.get(health["state"])
+    word = "running" if style else "stopped" if health["pid"] else "never started"
+    pid = f" (PID: {health['pid']}{'' if style else ' not found'})" if health["pid"] else ""
+    yield "Heartbeat", word, style or "bad", pid
     if health["last_ok"]:
-        yield "Last beat", f"{duration_text(silence)} ago"
-    if health["state"] == "dead" and report["vm_running"]:
-        left = duration_text(int(VM_SILENCE_SECONDS - silence))
-        yield f"The VM ends in about {left}; any use, such as `plato-sandbox state`, revives the heartbeat."
+        yield "Last beat", f"{duration_text(now - seconds_of(health['last_ok']))} ago"
+    with suppress(TypeError, ValueError):  # no time was recorded, or something that is none
+        left = duration_text(int(seconds_of(ends["at"]) - now))
+        if report["vm_running"]:
+            yield f"The VM ends in about {left} {ends['why']}; {ends['remedy']}"
     yield "Ended", health["ended"], "bad"
     at = health["last_error_at"]
     ago = f" ({duration_text(now - seconds_of(at))} ago)" if at else ""
     yield "Last error", health["last_error"], "warn", ago
 
 
-def seconds_of(text: str) -> float:
-    """The time that `utc_text` wrote, as seconds since 1970."""
-    import calendar
-
-    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%S+00:00"))
-
-
 def stop_lines(report: Json) -> Lines:
     gone = " It was gone already; what was left of it here is removed." if report["already_gone"] else ""
-    yield f"Sandbox stopped successfully.{gone}"
+    yield f"Sandbox stopped successfully.{gone}" if report["stopped"] else "There is none to stop."
 
 
 def run_sync(sandbox: Sandbox, path: str = ".", watch: bool = False, **options: Any) -> Json:
     output: Any = sandbox.reporter
 
-    def tell(report: Json) -> None:
-        for line in sync_lines(report):
-            output.note(str(line)) if output.json else output.result(line)
+    def tell(report: Json, changed: str) -> None:
+        line = (
+            f"{time.strftime('%H:%M:%S')}  {changed or 'all is there'}  ({duration_text(report['seconds'])})"
+        )
+        output.note(line) if output.json else output.result(line)
 
     return sandbox.sync(path, watch=tell if watch else None, **options)
 
@@ -7597,8 +8161,8 @@ def services_lines(report: Json) -> Lines:
             f"{found['service']} {found['health'] or found['state']}" for found in service["containers"]
         )
         yield service["name"], ", ".join(states) or "no containers", "good"
-    steps = ", ".join(f"{step['step']} {duration_text(step['seconds'])}" for step in report["steps"])
-    yield "Took", duration_text(report["seconds"]), "", f" ({steps})"
+    answers = report["app_answers"]
+    yield "Public URL", report["url"], "", f" (answers {answers})" if answers else ""
 
 
 def worker_lines(report: Json) -> Lines:
@@ -7607,7 +8171,6 @@ def worker_lines(report: Json) -> Lines:
     yield "Dataset", report["dataset"]
     yield "Status", report["status"]
     if not report["ready"]:
-        yield ""
         yield "It takes minutes to come up; see whether it has: plato-sandbox state"
 
 
@@ -7617,14 +8180,14 @@ def state_lines(report: Json) -> Lines:
     mutations = mutations_in(report)
     shown = mutations[:SHOWN_MUTATIONS]
     if not mutations:
-        yield "  No mutations since the last reset."
+        yield "  No mutations since the last reset or clear-audit."
         return
     for counts in report["summary"]["tables"]:
         yield counts["table"], counts_text(counts)
     yield ""
-    width = max(len(mutation.table) for mutation in shown)
+    width = max(len(mutation.title) for mutation in shown)
     for mutation in shown:
-        yield f"  {mutation.action:<7} {mutation.table:<{width}}  {mutation.told()}".rstrip()
+        yield f"  {mutation.action:<7} {mutation.title:<{width}}  {mutation.told()}".rstrip()
     if len(mutations) > SHOWN_MUTATIONS:
         yield f"  ... and {len(mutations) - SHOWN_MUTATIONS} more; --json has all of them"
 
@@ -7636,9 +8199,362 @@ def snapshot_lines(report: Json) -> Lines:
         yield "Status", report["status"], "", " (its upload goes on; --wait waits for it)"
 
 
+def run_init(sandbox: Sandbox) -> Json:
+    """Make a config and its flows, where neither is."""
+    path = find_config(sandbox.directory)
+    if os.path.lexists(path):
+        raise ConflictError(f"{shown_here(path)} is there already, and stays as it is.")
+    made = []
+    for name, text in new_config(sandbox.directory).items():
+        place = os.path.join(sandbox.directory, name)
+        if not os.path.lexists(place):
+            write_file(place, text, 0o644)
+            made.append(name)
+    return {"made": made}
+
+
+def run_check(sandbox: Sandbox, dataset: str = "") -> Json:
+    """All that can be known of a config, its flows and Compose files without a VM.
+
+    Returns problems and warnings, each `file:line:column: words`, and error. ConfigError where there is no
+    config. dataset: "" for all of them.
+    """
+    path = find_config(sandbox.directory)
+    text, source = read_config(path, NO_CONFIG), shown_here(path)
+    found: Json = {"problems": [], "warnings": []}
+    names: list[Any] = [dataset]
+    with suppress(YamlError):
+        names = [dataset] if dataset else [*dict_in(yaml_load(text), "datasets")] or names
+    for name in names:
+        try:
+            config = parse_config(text, source, path, name)
+            found["warnings"] += config.warnings
+            for is_doubt, words in around(config):
+                found["warnings" if is_doubt else "problems"].append(words)
+            flows = flows_file(config)
+            if flows and os.path.isfile(flows):
+                known = parse_flows(read_config(flows), shown_here(flows), flows)
+                found["warnings"] += known.warnings
+                if "login" not in [flow["name"] for flow in known.flows]:
+                    words = f"{known.shown}:1:1: there is no flow `login`; every simulator needs one"
+                    found["warnings"].append(words)
+        except ConfigError as error:
+            found["problems"] += error.problems or [error.message]
+            found["warnings"] += error.warnings
+    report: Json = {name: [*dict.fromkeys(told)] for name, told in found.items()}
+    wrong = counted(len(report["problems"]), "problem")
+    return {**report, "error": CheckFailedError(f"There are {wrong}.") if report["problems"] else None}
+
+
+def check_lines(report: Json) -> Lines:
+    yield from report["problems"]
+    yield from (f"{warning} (a warning)" for warning in report["warnings"])
+    if not report["problems"]:
+        yield "Nothing is wrong with the config and what it names."
+
+
+def run_up(sandbox: Sandbox, dataset: str = "", via: str = "git") -> Json:
+    """From a directory to a simulator that is known to work, in five stages; goes on with what is there."""
+    output: Any = sandbox.reporter
+    output.keeps_steps = False
+    stages: Json = {
+        "check": lambda: run_check(sandbox, dataset),
+        "start": lambda: start_if_needed(sandbox, dataset, via),
+        "start-services": lambda: sandbox.start_services(dataset=dataset, via=via),
+        "start-worker": lambda: sandbox.start_worker(dataset=dataset, wait=True),
+        "flow": lambda: sandbox.flow(verify_no_mutations=True),
+    }
+    report: Json = {"stages": []}
+    for name, act in stages.items():
+        began, told = time.monotonic(), {}
+        try:
+            told = act()
+            error = told.get("error")
+        except SandboxError as failure:
+            error = failure
+        seconds = since(began)
+        report["stages"].append({"stage": name, "passed": not error, "seconds": seconds})
+        report.update(url=sandbox.state.get("url"), error=error)
+        output.finish()
+        verdict = ("FAILED", "bad") if error else ("ok    ", "good")
+        lines: Any = [(None, *verdict, f"  {name:<16}{duration_text(seconds)}")]
+        lines += COMMANDS[name].lines(told) if error and told else []
+        for line in lines if not output.json else ():
+            output.result(line)
+        if error:
+            error.hint = f"{error.hint or 'Correct that.'}\nThen go on: plato-sandbox up"
+            break
+    return report
+
+
+def start_if_needed(sandbox: Sandbox, dataset: str, via: str) -> Json:
+    """Start a VM, unless there is one here that lives."""
+    lives: Any = None
+    with suppress(NoSandboxError):
+        lives = sandbox.load().get("session_id") and not sandbox.end_of_vm()
+    if not lives:
+        sandbox.state = run_start(sandbox, from_config=True, dataset=dataset, send_code=via, reset=False)
+    return {}
+
+
+def up_lines(report: Json) -> Lines:
+    if report["stages"][-1]["passed"]:  # which is the last of all, then
+        yield "Public URL", report["url"]
+        yield "It is up, and its flow changes nothing. `plato-sandbox down` ends it."
+
+
+def run_pull_config(sandbox: Sandbox, artifact_id: str = "", yes: bool = False) -> Json:
+    """The config and the flows of an artifact, as files here; what is there already is asked about."""
+    api, output = sandbox.api, sandbox.reporter
+    artifact_id = artifact_id or sandbox.load().get("artifact_id", "")
+    if not artifact_id:
+        raise UsageError("The sandbox here comes from no artifact.", hint="Name one: -a ID")
+    about = api.artifact(artifact_id)
+    stored = yaml_load(text_in(api.artifact_config(artifact_id), "plato_config") or "")
+    dataset = text_in(about, "dataset") or DEFAULT_DATASET
+    text = yaml_dump({"service": text_in(about, "simulator_name"), "datasets": {dataset: stored}})
+    path = find_config(sandbox.directory)
+    config = parse_config(text, "the config of the artifact", path, dataset)
+    files = {path: text}
+    sandbox.state = {"artifact_id": artifact_id}
+    with suppress(ConfigError):  # it has no flows
+        place = flows_file(config) or os.path.join(sandbox.directory, "flows.yml")
+        files[place] = fetch_flows(sandbox)
+    for place, new in files.items():
+        shown = shown_here(place)
+        old = read_config(place) if os.path.lexists(place) else new
+        if old != new:
+            for line in difference_of(old, new).split("\n"):
+                output.note(line)
+            confirm(output, f"Change {shown} like this?", yes)
+        with explained(f"{shown} cannot be written"):
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            write_whole(place, new, 0o644)
+    return {"artifact_id": artifact_id, "dataset": dataset, "written": [*map(from_here, files)]}
+
+
+def run_doctor(sandbox: Sandbox) -> Json:
+    """Everything that this tool needs, looked at one by one, with the fix beside what is wrong."""
+    import importlib.util
+    import shutil
+
+    settings, api = sandbox.settings, sandbox.api
+    host, port, ca_file = settings.gateway
+    status: Json = {"vm_status": "none here", "heartbeat": {"state": "none"}}
+
+    def browser() -> Any:
+        if importlib.util.find_spec("playwright"):
+            return settings.browser or next(
+                filter(None, map(shutil.which, INSTALLED_BROWSERS)), "Playwright's"
+            )
+        return SandboxError("`flow` needs Playwright.", hint="python3 -m pip install playwright")
+
+    def clock() -> Any:
+        with suppress(ValueError):
+            ahead = time.time() - seconds_of(api.server_time, "%a, %d %b %Y %H:%M:%S GMT")
+            words = f"{ahead:+.0f} s to Plato's"
+            return SandboxError(words, hint="Have NTP set it.") if abs(ahead) > 60 else words
+        return "Plato's is not known"
+
+    def gateway() -> str:
+        connect(host, port, time.monotonic() + REQUEST_SECONDS).close()
+        return f"{host}:{port} answers"
+
+    def here() -> Any:
+        status.update(sandbox.status() if load_state(sandbox.directory) else {})
+        return status.get("error") or status["vm_status"]
+
+    def heartbeat() -> Any:
+        word = status["heartbeat"]["state"]
+        return SandboxError(word, hint=status["ends"]["remedy"]) if word in ("dead", "degraded") else word
+
+    looks: Json = {
+        "Python": lambda: f"{sys.version.split()[0]} ({sys.executable})",
+        "ssh": lambda: (
+            shutil.which("ssh") or SandboxError("It is missing.", hint="Install OpenSSH's client.")
+        ),
+        "git": lambda: shutil.which("git") or "none here; the VM's is enough",
+        "Browser": browser,
+        "Network": lambda: f"{'a' if proxy_for(host, port) else 'no'} proxy; CAs: {ca_file or 'the system'}",
+        "API key": lambda: settings.require_key() and "PLATO_API_KEY is set",
+        "API": lambda: api.sessions() and f"{settings.base_url} answers",
+        "Clock": clock,
+        "Gateway": gateway,
+        "Sandbox": here,
+        "Heartbeat": heartbeat,
+    }
+    checks: list[Json] = []
+    for name, look in looks.items():
+        try:
+            found = look()
+        except SandboxError as error:
+            found = error
+        fine = not isinstance(found, SandboxError)
+        checks.append({"name": name, "ok": fine, "found": str(found), "fix": None if fine else found.hint})
+    wrong = ", ".join(check["name"] for check in checks if not check["ok"])
+    return {"checks": checks, "error": SandboxError(f"Something is wrong with: {wrong}.") if wrong else None}
+
+
+def doctor_lines(report: Json) -> Lines:
+    for check in report["checks"]:
+        style = "good" if check["ok"] else "bad"
+        yield check["name"], check["found"], style, f"  {check['fix']}" if check["fix"] else ""
+
+
+@contextmanager
+def on_vm(sandbox: Sandbox, via: str = "auto") -> Iterator[Vm]:
+    """The VM of a sandbox, once a `start` that is at work on it has ended."""
+    if sandbox.load().get("starting"):
+        sandbox.reporter.step("Waiting for the VM to be started")
+        with locked(sandbox.directory, shared=True, wait=True):
+            pass
+    with sandbox.in_use():
+        yield Vm(sandbox, via)
+
+
+def run_ssh(sandbox: Sandbox, words: Words = ()) -> Json:
+    """The system's ssh in this process's place; with --json, only the words that would run it."""
+    output: Any = sandbox.reporter
+    with on_vm(sandbox, "ssh") as vm:
+        ssh = [*ssh_words(sandbox, *["-t"] * sys.stdin.isatty()), *words]
+        if not output.json:
+            vm.answers()
+            become(ssh, output)
+    return {"command": ssh}
+
+
+def run_exec(sandbox: Sandbox, words: Words = ()) -> Json:
+    """A command on the VM as if it were one here; one word is a line for the shell."""
+    output: Any = sandbox.reporter
+    if not words:
+        raise UsageError("There is no command to run.", hint="For example: plato-sandbox exec ls /home/plato")
+    line = shell_words(words) if words[1:] else words[0]
+
+    def feed(file: Any) -> None:
+        if not sys.stdin.isatty():
+            file.write(sys.stdin.buffer.read())
+
+    with on_vm(sandbox) as vm:
+        if vm.answers() and not output.json:
+            become([*ssh_words(sandbox), "--", line], output)
+        outcome = vm.outcome(line, feed, EXEC_SECONDS)
+    stdout, stderr = (part.decode("utf-8", "replace") for part in (outcome.stdout, outcome.stderr))
+    return {"exit_code": outcome.code, "via": vm.via, "stdout": stdout, "stderr": stderr}
+
+
+def exec_lines(report: Json) -> Lines:
+    """None: what the command wrote is not ours to change."""
+    sys.stdout.write(report["stdout"])
+    sys.stderr.write(report["stderr"])
+    yield from ()
+
+
+def plan_tunnels(sandbox: Sandbox, ports: Words) -> Iterator[tuple[str, int, int, str]]:
+    """What each tunnel is called, its port on the VM, the one that is wanted here, and how that (a NUL) is
+    used."""
+    for text in ports:
+        first, _, second = text.partition(":")
+        there, here = (int(number_in("PORT", port, 1, 65535)) for port in (first, second or first))
+        yield f"port {there}", there, here, "127.0.0.1:\0"
+    if ports:
+        return
+    config = sandbox._config("", "", stored=True)
+    app = whole_number(config.compute.get("app_port"))
+    if app:
+        yield "app", app, app, "http://127.0.0.1:\0"
+    for name, listener in dict_in(config.content, "listeners").items():
+        if listener.get("type", "db") == "db" and listener["db_type"] in AUDIT_DRIVERS:
+            login = Database(name, listener).login
+            user, base = login["user"], login["database"]
+            use = f"psql postgresql://{quoted(user)}@127.0.0.1:\0/{quoted(base)}"
+            if listener["db_type"] == "mysql":
+                use = f"mysql -h127.0.0.1 -P\0 {shell_words(['-u', user, '-p', base])}"
+            yield str(name), login["port"], login["port"], use
+
+
+def run_tunnel(sandbox: Sandbox, port: Words = ()) -> None:
+    """Ports of the VM on 127.0.0.1 until Ctrl-C, the ordinary end."""
+    import threading
+
+    output: Any = sandbox.reporter
+    with sandbox.in_use():
+        plan = [*plan_tunnels(sandbox, port)]
+    if not plan:
+        raise UsageError("The config names no port; name one, such as 8080.")
+    tunnels = []
+    for name, there, wanted, use in plan:
+        here = Tunnel(sandbox, name, there, free_port(wanted)).port
+        tunnels.append({"name": name, "port": there, "local_port": here, "use": use.replace("\0", str(here))})
+    begun(
+        output,
+        {"tunnels": tunnels},
+        [*((tunnel["name"], tunnel["use"]) for tunnel in tunnels), "(Ctrl-C ends it)"],
+    )
+    with until_interrupted():
+        threading.Event().wait()
+
+
+def run_open(sandbox: Sandbox, print: bool = False) -> Json:  # noqa: A002  (the name of the option)
+    output: Any = sandbox.reporter
+    with sandbox.in_use():
+        address = sandbox.find_address()
+    if not print and not output.json:
+        open_browser(address["url"], output)
+    return address
+
+
+_LOGS = r"""
+fail() { code=$1; shift; printf '%s\n' "$*" >&2; exit "$code"; }
+[ "$terminal" = True ] || stty -onlcr 2>/dev/null
+command -v docker >/dev/null 2>&1 || fail 69 "The VM has no docker."
+found=$(docker ps -a --format '{{.Names}} {{.Label "com.docker.compose.service"}}' | sort) ||
+  fail 70 "Docker on the VM does not answer."
+[ "$found" ] || fail 66 "There is no container on the VM. Make some: plato-sandbox start-services"
+eval "set -- $services"
+for one; do
+  case " $(echo $found) " in *" $one "*) ;; *) fail 66 "No container is called $one: $(echo $found)" ;; esac
+done
+printf '%s
+' "$found" | { while read -r name service; do
+  service=${service:-$name}
+  case "$# $* " in '0 '* | *" $service "* | *" $name "*) ;; *) continue ;; esac
+  docker logs $follow --tail "$lines" -- "$name" 2>&1 | sed -u "s/^/$service | /" &
+  [ "$follow" ] || wait
+done; wait; }
+"""
+
+
+def run_logs(
+    sandbox: Sandbox,
+    service: Words = (),
+    follow: bool = False,
+    lines: int | None = None,
+    worker: bool = False,
+    vm: bool = False,
+) -> Json | None:
+    """What containers of the VM wrote, or what Plato noted of the VM itself or of its worker."""
+    output: Any = sandbox.reporter
+    if follow and output.json:
+        raise UsageError("--follow and --json do not go together.")
+    if vm or worker:
+        with sandbox.in_use() as state:
+            answer = sandbox.api.job_logs(state["session_id"], state["job_id"], lines or 100)
+        noted = map(as_dict, as_list(answer.get("logs")))
+        told = [f"{entry.get('timestamp')}  {entry.get('message')}" for entry in noted]
+        return {"lines": [line for line in told if vm or "worker" in line.lower()]}
+    given = {"follow": "--follow" * follow, "lines": "all" if lines is None else lines}
+    script = assigned(**given, services=shell_words(service), terminal=sys.stdout.isatty()) + _LOGS
+    with on_vm(sandbox, "ssh" if follow else "auto") as machine:
+        if follow:
+            machine.answers()
+            # Of a terminal that is gone, the VM's processes learn at once.
+            become([*ssh_words(sandbox, "-tt"), shell_words(["exec", "sh", "-c", script])], output)
+        return {"lines": machine.run(script).decode("utf-8", "replace").split("\n")[:-1]}
+
+
 def run_flow(
     sandbox: Sandbox,
-    flow_name: Sequence[str] = (),
+    flow_name: Words = (),
     list: bool = False,  # noqa: A002  (the name of the option)
     all: bool = False,  # noqa: A002
     local: bool = False,
@@ -7646,18 +8562,14 @@ def run_flow(
     headless: bool = True,
     **options: Any,
 ) -> Json:
-    source = "local" if local else "api" if api else None
+    source = "local" if local else "api" if api else ""
     if list:
-        return listed_flows(sandbox.flows(source))
+        known = sandbox.flows(source)
+        flows = [{**flow, "steps": len(flow["steps"])} for flow in known.flows]
+        return {"source": "local" if known.path else "api", "flows_path": known.path, "flows": flows}
     output: Any = sandbox.reporter
-    told = functools.partial(show_flow_progress, output)
+    told = partial(show_flow_progress, output)
     return sandbox.flow(flow_name, told=told, every=all, source=source, **options)
-
-
-def listed_flows(known: FlowSet) -> Json:
-    """The flows by name, with how many steps each has and what it is about."""
-    flows = [{**flow, "steps": len(flow["steps"])} for flow in known.flows]
-    return {"source": "local" if known.path else "api", "flows_path": known.path, "flows": flows}
 
 
 def flow_lines(report: Json) -> Lines:
@@ -7669,7 +8581,7 @@ def flow_lines(report: Json) -> Lines:
         return
     if report["mutations"] is not None:
         yield "Mutations", mutation_words(map(Mutation, report["mutations"]))
-    yield "Report", shown_path(from_here(report["report"]))
+    yield "Report", shown_here(report["report"])
 
 
 def show_flow_progress(output: Output, result: Json, step: Json | None) -> None:
@@ -7711,19 +8623,17 @@ def failure_lines(failure: Json) -> Lines:
     for number, line in enumerate((failure["text"] or "").split("\n")[:8]):
         yield "" if number else "Page says", line
     yield from (("Also", trouble) for trouble in failure["troubles"][:5])
-    yield "Picture", failure["picture"] and shown_path(from_here(failure["picture"]))
+    yield "Picture", failure["picture"] and shown_here(failure["picture"])
 
 
 def run_audit_ui(
     sandbox: Sandbox,
     port: int | None = None,
     browser: bool = True,
-    database_url: str | None = None,
+    database_url: str = "",
     **options: Any,
 ) -> None:
-    """Serve the page until Ctrl-C, its ordinary end. With --json, the document comes at the start."""
-    import signal
-
+    """Serve the page until Ctrl-C, its ordinary end."""
     output: Any = sandbox.reporter
     output.step("Looking for the databases")
     plan = plan_audit(sandbox, url=database_url, **options)
@@ -7735,39 +8645,212 @@ def run_audit_ui(
     free, for_person = free_port(port), browser and not output.json
 
     def ready() -> None:
-        show_audit_address(free, plan, output)
+        url = f"http://127.0.0.1:{free}"
+        names = [database.name for database in plan.databases]
+        about = {"url": url, "port": free, "listeners": names, "config": plan.config.path or None}
+        begun(output, about, [f"The page is at {url} (Ctrl-C ends it)"])
         if for_person:
-            open_browser(f"http://127.0.0.1:{free}", output)
+            open_browser(url, output)
+
+    with until_interrupted():
+        serve_page(partial(show_audit_page, plan), free, ready)
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """The block goes on until Ctrl-C, which is its ordinary end."""
+    import signal
 
     try:
-        serve_page(functools.partial(show_audit_page, plan), free, ready)
+        yield
     except Interrupted as interruption:
         if interruption.number != signal.SIGINT:
             raise
 
 
-def show_audit_address(port: int, plan: AuditPlan, output: Output) -> None:
-    """Where the page is; from here on, errors are told in words only, as the one document is written."""
-    url = f"http://127.0.0.1:{port}"
+def begun(output: Output, document: Json, lines: Iterable[Line]) -> None:
+    """Show at its beginning what a command does that goes on until Ctrl-C; later errors are in words only."""
     if output.json:
-        names = [database.name for database in plan.databases]
-        output.document({"url": url, "port": port, "listeners": names, "config": plan.config.path or None})
+        output.document(document)
         output.json = False
     else:
-        output.result(f"The page is at {url} (Ctrl-C ends it)")
+        for line in lines:
+            output.result(line)
     output.stdout.flush()
 
 
 def open_browser(url: str, output: Output) -> None:
     """Show an address to the person at this machine, if there is a screen."""
+    import shutil
     import subprocess
 
     mac = sys.platform == "darwin"
-    program = find_program("open" if mac else "xdg-open")
-    screen = mac or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if program and screen:
+    program = shutil.which("open" if mac else "xdg-open")
+    if program and (mac or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         quiet = subprocess.DEVNULL
         launch([program, url], output, stdin=quiet, stdout=quiet, stderr=quiet)
+
+
+def known_sandboxes(sandbox: Sandbox, every: bool = False) -> list[Json]:
+    """Every sandbox that this host started and that may still run, as its heartbeat's log, its record and
+    Plato tell of it. every: also the other running sessions of the key.
+
+    Each: directory, session_id, service, created_at, vm_status, gone, and, as `Sandbox.status` tells them,
+    heartbeat and ends; orphan: why no command in a directory is for it, None for most.
+    """
+    import glob
+
+    logs = glob.glob(f"{glob.escape(sandbox.settings.home)}/heartbeat_*.log")
+    read = map(facts_in, sorted(logs))
+    found = {facts["session_id"]: facts for facts in read if text_in(facts, "session_id")}
+    rows = [_known_sandbox(sandbox, session_id, facts) for session_id, facts in found.items()]
+    for session in map(as_dict, as_list(sandbox.api.sessions().get("sessions")) if every else []):
+        word, _ = vm_status(session, "")
+        if session.get("session_id") not in found and word not in TERMINAL_STATUSES:
+            rows.append({**session, "vm_status": word, "orphan": "this host did not start it, or forgot it"})
+    sandbox.api.hang_up()
+    keys = "directory session_id service created_at vm_status gone heartbeat ends orphan".split()  # noqa: SIM905
+    return [{key: row.get(key) for key in keys} for row in rows]
+
+
+def _known_sandbox(sandbox: Sandbox, session_id: str, facts: Json) -> Json:
+    with suppress(SandboxError):  # there is no record, or none that can be read
+        other = sandbox.silent(re.sub(r"/\.plato(/sandboxes)?$", "", str(facts.get("directory"))))
+        report = other.status()
+        if report.get("session_id") == session_id:
+            return {
+                **report,
+                "directory": other.directory,
+                "gone": isinstance(report["error"], NoSandboxError),
+            }
+    other = sandbox.silent()
+    other.state = {"session_id": session_id}
+    gone = bool(other.end_of_vm())
+    return {
+        **other.state,
+        "vm_status": "gone" if gone else "active",
+        "gone": gone,
+        "orphan": "no directory has its record",
+    }
+
+
+def list_lines(report: Json) -> Lines:
+    for row in report["sandboxes"]:
+        yield shown_path(row["directory"] or f"session {row['session_id']}")
+        yield "Service", row["service"]
+        yield "Created", row["created_at"]
+        yield "VM Status", row["vm_status"]
+        if row["ends"]:
+            yield "Ends at", row["ends"]["at"], "", f" ({row['ends']['why']})"
+            yield "Heartbeat", row["heartbeat"]["state"]
+        if row["orphan"]:
+            yield "Orphaned", row["orphan"], "warn", f"; plato-sandbox stop --session-id {row['session_id']}"
+    if not report["sandboxes"]:
+        yield "There are none."
+
+
+def run_gc(sandbox: Sandbox, dry_run: bool = False) -> Json:
+    """Forget the sandboxes whose VM is gone; the others that no directory knows are for the user to end."""
+    rows = known_sandboxes(sandbox)
+    gone = [row for row in rows if row["gone"]]
+    for row in gone if not dry_run else ():
+        end_row(sandbox, row)
+    return {"forgotten": gone, "orphans": [row for row in rows if row["orphan"] and not row["gone"]]}
+
+
+def gc_lines(report: Json) -> Lines:
+    for label in ("forgotten", "orphans"):
+        yield f"{label.capitalize()}:"
+        yield from list_lines({"sandboxes": report[label]})
+
+
+def end_row(sandbox: Sandbox, row: Json) -> None:
+    """Stop one of the `known_sandboxes`, from its directory where it has one."""
+    place = sandbox.directory if row["orphan"] else row["directory"]
+    Sandbox(place, settings=sandbox.settings, reporter=sandbox.reporter).stop(row["session_id"])
+
+
+def run_stop(sandbox: Sandbox, all: bool = False, yes: bool = False, **options: Any) -> Json:  # noqa: A002
+    if not all:
+        return sandbox.stop(**options)
+    rows = [row for row in known_sandboxes(sandbox) if not row["gone"]]
+    names = ", ".join(row["directory"] or row["session_id"] for row in rows)
+    if rows:
+        confirm(sandbox.reporter, f"Stop the VMs of {names}?", yes)
+    for row in rows:
+        end_row(sandbox, row)
+    return {"stopped": [row["session_id"] for row in rows], "already_gone": False}
+
+
+def confirm(output: Any, question: str, yes: bool) -> None:
+    """Ask whoever is at standard input, unless --yes was given; SandboxError for anything but a yes."""
+    if not yes:
+        output.finish()
+        output._write(f"{printable(question)} [y/N] ")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise SandboxError("Nobody said yes, so that was not done.", hint="--yes says it beforehand.")
+
+
+# What may come next, with its help: from the table of all options, given the words so far.
+_COMPLETION = r"""awk -F '~' -v typed="TYPED" '
+    { commands[$1]; row[NR] = $0 }
+    END {
+      count = split(typed, word, "\n")
+      for (i = 1; i <= count && command == ""; i++)
+        if (word[i] in commands && word[i - 1] !~ /^(-w|--working-dir)$/) command = word[i]
+      for (n = 1; n <= NR; n++) {
+        split(row[n], of, "~")
+        if (of[1] != command || of[2] ~ /^\[/) continue
+        if (of[4] != "" && count && (word[count] == of[2] || word[count] == of[3])) {
+          if (of[4] !~ /[|]/) exit
+          gsub("[|]", "\n", of[4]); print of[4]; exit
+        }
+        told = told of[2] "\t" of[5] "\n"
+      }
+      printf "%s", told
+    }'"""
+_SHELL_WORDS = """\
+_plato_sandbox_words() {
+  printf '%s\\n' TABLE | COMPLETION
+}
+"""
+_SHELLS = {
+    "bash": _SHELL_WORDS
+    + r"""_plato_sandbox() {
+  local IFS=$'\n'
+  local found=$(_plato_sandbox_words "${COMP_WORDS[*]:1:COMP_CWORD-1}" | cut -f 1)
+  COMPREPLY=($(compgen -W "$found" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _plato_sandbox plato-sandbox plato_sandbox.py""",
+    "zsh": _SHELL_WORDS
+    + r"""_plato_sandbox() {
+  local -a found
+  found=(${(f)"$(_plato_sandbox_words "${(F)words[2,CURRENT-1]}" | sed 's/:/\\:/g' | tr '\t' :)"})
+  _describe plato-sandbox found || _files
+}
+compdef _plato_sandbox plato-sandbox plato_sandbox.py""",
+    "fish": r"""function __plato_sandbox_words
+  set -l words (commandline -opc)
+  printf '%s\n' TABLE | COMPLETION
+end
+complete -c plato-sandbox -n __fish_use_subcommand -f
+complete -c plato-sandbox -a '(__plato_sandbox_words)'""",
+}
+
+
+def run_completion(sandbox: Sandbox, shell: str = "") -> Json:
+    """What a shell is to read, so that Tab completes commands, options and choices."""
+    if shell not in _SHELLS:
+        raise UsageError(f"It is `completion bash`, `completion zsh` or `completion fish`, not {shell!r}.")
+    rows = [("", name, "", "", command.about) for name, command in COMMANDS.items()]
+    for name, command in COMMANDS.items():
+        for text in (command.text, COMMON_OPTIONS):
+            for _, short, option, value, words in option_lines(text):
+                rows.append((name, option, (short or "")[:2], value or "", words))
+    table = shell_words(["\n".join(map("~".join, rows))])
+    typed = "$(string join \\n -- $words[2..])" if shell == "fish" else "$1"
+    script = _SHELLS[shell].replace("COMPLETION", _COMPLETION).replace("TYPED", typed)
+    return {"shell": shell, "script": script.replace("TABLE", table)}
 
 
 # A command. run: called with a Sandbox and the options that were given, returns the report, which is the
@@ -7785,13 +8868,13 @@ COMMON_OPTIONS = """\
 -q, --quiet              no progress, only warnings and errors
     --verbose            show requests and child processes on stderr"""
 
-# What stands below the options is shown as it is: in lines of at most 79 characters.
+# What stands below the options is shown as it is: in lines of at most 79 characters. {NAME} is a constant.
 COMMANDS = {
     "start": Command(
         "Start a new sandbox environment",
         run_start,
         start_lines,
-        f"""\
+        """\
 -c, --from-config        use plato-config.yml in the working directory
 -s, --simulator NAME     NAME, NAME:TAG, NAME:VERSION@DATASET or NAME:ARTIFACT-UUID
 -a, --artifact-id ID     specific artifact id
@@ -7804,6 +8887,7 @@ COMMANDS = {
     --disk N             its disk in MB (default: {DEFAULT_DISK_MB})
     --timeout SECONDS    how long to wait for the VM to be ready (default: {DEFAULT_READY_SECONDS})
     --lifetime N         seconds until the VM ends, heartbeats or not (default: {DEFAULT_LIFETIME_SECONDS})
+    --idle N             seconds without a command, SSH connection or tunnel until the VM ends
     --no-reset           skip the initial reset after the VM is ready
     --replace            stop a live sandbox of this directory first
 
@@ -7817,17 +8901,144 @@ modes (choose one):
     ),
     "stop": Command(
         "Stop and destroy the sandbox",
-        Sandbox.stop,
+        run_stop,
         stop_lines,
-        "    --session-id ID      stop this session, from any directory",
+        """\
+    --session-id ID      stop this session, from any directory
+  | --all                stop every sandbox that this host started
+    --yes                do not ask first""",
         "The VM may still run, and nothing is lost; run the command again.",
     ),
+    "down": Command(
+        "Stop and destroy the sandbox, as `stop` does",
+        Sandbox.stop,
+        stop_lines,
+        interrupted="The VM may still run, and nothing is lost; run the command again.",
+    ),
     "status": Command("Show current sandbox status", Sandbox.status, status_lines),
+    "up": Command(
+        "From a directory to a verified simulator: check, start, start-services, start-worker, flow",
+        run_up,
+        up_lines,
+        """\
+-d, --dataset NAME       dataset of the config (default: the sandbox's, or base)
+    --via git|sync       how the code gets there, see start-services (default: git)
+
+The code is sent while the VM boots. Run again, it goes on with the VM that is
+there, and sends what has changed. It ends at the first stage that fails; the
+last one is `flow --verify-no-mutations`.
+""",
+        "Run `plato-sandbox up` again to go on; `plato-sandbox down` ends the VM.",
+    ),
+    "list": Command(
+        "Show the sandboxes that this host started and that may still run",
+        lambda sandbox, all=False: {"sandboxes": known_sandboxes(sandbox, all)},  # noqa: A006
+        list_lines,
+        "    --all                also the key's other running sessions",
+    ),
+    "gc": Command(
+        "Forget sandboxes that are gone, and name those that nothing is for",
+        run_gc,
+        gc_lines,
+        "-n, --dry-run            only show them",
+    ),
+    "doctor": Command("See whether this machine has all that is needed", run_doctor, doctor_lines),
+    "pull-config": Command(
+        "Bring the config and the flows of an artifact here",
+        run_pull_config,
+        lambda report: [f"Written: {', '.join(report['written'])}"],
+        """\
+-a, --artifact-id ID     the artifact (default: the sandbox's)
+    --yes                write over files that differ without a question""",
+    ),
+    "init": Command(
+        "Make a plato-config.yml and a login flow from the Compose file that is here",
+        run_init,
+        lambda report: [f"Made {' and '.join(report['made'])}. Adapt them; then: plato-sandbox check"],
+        "",
+    ),
+    "check": Command(
+        "Check plato-config.yml, its flows and Compose files, without a VM",
+        run_check,
+        check_lines,
+        """\
+-d, --dataset NAME       only this dataset (default: all of them)
+
+What is wrong is told as file:line:column, and the exit code is 8. It needs no
+key, so it can be a step of a pre-commit hook or of CI.
+""",
+    ),
+    "ssh": Command(
+        "Log in to the VM, or run a command there, with the system's ssh",
+        run_ssh,
+        lambda report: [shell_words(report["command"])],
+        """\
+    [--] COMMAND         what to run there, as ssh takes it (default: a shell)
+
+examples:
+  plato-sandbox ssh
+  plato-sandbox ssh -- docker ps
+""",
+    ),
+    "exec": Command(
+        "Run a command on the VM as if it were a local one",
+        run_exec,
+        exec_lines,
+        """\
+    [--] COMMAND         the command and its arguments, or one line for the shell
+
+Standard input, both outputs and the exit code are the command's. It goes over
+SSH, and through the API where that does not answer (then the output comes at
+the end, and standard input must end first).
+
+examples:
+  plato-sandbox exec ls -la /home/plato/worktree
+  plato-sandbox exec 'docker ps | wc -l'
+  plato-sandbox exec --json -- psql --version
+""",
+    ),
+    "logs": Command(
+        "Show what the containers on the VM wrote",
+        run_logs,
+        lambda report: report["lines"],
+        """\
+    [SERVICE...]         Compose services or containers (default: all)
+-f, --follow             go on, until Ctrl-C
+  | --worker             instead, what Plato noted of its worker
+  | --vm                 instead, what Plato noted of the VM itself
+-n, --lines N            the last N lines of each
+
+examples:
+  plato-sandbox logs app -f -n 20
+  plato-sandbox logs --vm
+""",
+    ),
+    "tunnel": Command(
+        "Reach ports of the VM on 127.0.0.1, until Ctrl-C",
+        run_tunnel,
+        tuple,
+        """\
+    [PORT...]            PORT or PORT:LOCAL (default: the app's and the databases')
+
+A local port that is taken gives way to any that is free. Each connection is one
+of its own, so a broken one is made again by whoever uses it.
+
+examples:
+  plato-sandbox tunnel
+  plato-sandbox tunnel 8080 5432:15432
+""",
+    ),
+    "open": Command(
+        "Show the application of the sandbox in the browser",
+        run_open,
+        lambda report: [report["url"]],
+        "    --print              only print the address",
+    ),
     "sync": Command(
         "Sync local code to the sandbox",
         run_sync,
         sync_lines,
-        f"""\
+        """\
     [PATH]               what to sync (default: the working directory)
     --remote-path P      where to on the VM (default: {SYNC_ROOT}/<service>)
 -n, --dry-run            show what would be sent and removed, change nothing
@@ -7840,8 +9051,7 @@ modes (choose one):
 Only what differs is sent. What an earlier sync put on the VM and is gone here
 is removed there; what the VM made stays. .platoignore files (in the syntax of
 .gitignore) keep files out. Always left out: private keys, .plato,
-{", ".join(name.decode() for name in EXCLUDED_PATTERNS[:7])},
-{", ".join(name.decode() for name in EXCLUDED_PATTERNS[7:])}.
+{EXCLUDED_NAMES}.
 
 examples:
   plato-sandbox sync                      this directory
@@ -7854,7 +9064,7 @@ examples:
         "Execute a test flow against the simulator",
         run_flow,
         flow_lines,
-        f"""\
+        """\
 -f, --flow-name NAME...  flow to execute; may be given more than once (default: login)
   | --all                execute all flows, in the order of the file
 -l, --list               show which flows there are
@@ -7886,11 +9096,11 @@ examples:
         "Push code and start Docker Compose services",
         Sandbox.start_services,
         services_lines,
-        f"""\
+        """\
 -d, --dataset NAME       dataset of the config (default: the sandbox's)
     --via git|sync       git pushes the code to Gitea as well, sync does not (default: git)
-    --no-gitignore       push also what .gitignore files hide
-    --build              build images before starting containers
+    --build              build images in any case (default: after the code changed)
+  | --no-build           do not build images anew
     --force-recreate     recreate containers even if nothing changed
 -t, --timeout SECONDS    the longest wait for one `docker compose up` (default: {UP_SECONDS:g})
 
@@ -7900,20 +9110,22 @@ becomes a clone of that; what services wrote beside it there stays.
 
 examples:
   plato-sandbox start-services                 with the sandbox's dataset
-  plato-sandbox start-services --build         after a change to an image
+  plato-sandbox start-services --build         after a change of a base image
   plato-sandbox start-services --via sync      for a key without a repository
 """,
+        "`docker compose up` was ended if it had begun, containers that run stay. Run it again to go on.",
     ),
     "start-worker": Command(
         "Start or configure the Plato worker",
         Sandbox.start_worker,
         worker_lines,
-        f"""\
+        """\
 -s, --service NAME       service name (default: the sandbox's)
 -d, --dataset NAME       dataset name (default: the sandbox's, or {DEFAULT_DATASET})
     --config-path FILE   path to plato-config.yml
     --wait               wait until the worker is up
     --wait-timeout SECONDS  the longest wait of --wait (default: {WORKER_SECONDS:g})""",
+        "The worker may be starting all the same; see whether it is up: plato-sandbox state",
     ),
     "state": Command(
         "Show what changed in the environment's databases",
@@ -7925,12 +9137,13 @@ examples:
         "Put the environment back to its initial state",
         Sandbox.reset,
         lambda report: ["Environment reset successfully."],
+        interrupted="The reset may go on in the VM; to be sure of the state, run it again.",
     ),
     "snapshot": Command(
         "Create a snapshot (artifact) of the current state",
         Sandbox.snapshot,
         snapshot_lines,
-        f"""\
+        """\
     --description TEXT   a note that stays with the artifact
     --include-config     send the config's dataset, flows, ports and logins along (as config sandboxes do)
   | --no-config          do not send them
@@ -7966,6 +9179,22 @@ examples:
                                            with PGPASSWORD set
 """,
     ),
+    "completion": Command(
+        "Print what makes Tab complete commands and options in a shell",
+        run_completion,
+        lambda report: report["script"].split("\n"),
+        """\
+    [SHELL]              bash, zsh or fish
+
+examples:
+  plato-sandbox completion bash >> ~/.bashrc
+  plato-sandbox completion fish > ~/.config/fish/completions/plato-sandbox.fish
+""",
+    ),
+}
+
+COMMANDS = {
+    name: command._replace(text=command.text.format_map(globals())) for name, command in COMMANDS.items()
 }
 
 EXAMPLES = """\
@@ -7983,7 +9212,7 @@ exit codes:
 """
 
 
-def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+def build_parser(chosen: str) -> argparse.ArgumentParser:
     """The parser with the options of one command; the others are only named, which takes half the time.
 
     Only options that are given are in its result: what is left out is for the operation to decide.
@@ -8019,17 +9248,22 @@ def add_options(parser: argparse.ArgumentParser, text: str) -> None:
 
     `|` before an option: it excludes the one above. `--no-x` sets x to False. N, SECONDS and MS are numbers,
     a|b a choice, NAME... may be given again and again; without a word behind it, the option takes none.
+    [X] is an argument, [X...] are several, and [--] X is all that follows.
     """
+    import argparse
+
     group: Any = None
-    for line in text.splitlines():
-        match: Any = re.fullmatch(r"(?: {2}(\|) |(-\w), | *)(\S+)(?: (\S+))? {2,}(.*)", line)
-        excludes, short, name, value, words = match.groups()
+    for excludes, short, name, value, words in option_lines(text):
         names, how = [*filter(None, [short]), name], {"help": words, "metavar": value}
+        if name.startswith("["):
+            many = {"[--]": argparse.REMAINDER, "...]": "*"}.get(name[-4:], "?")
+            metavar = value or name.strip("[.]")
+            where = "words" if many == argparse.REMAINDER else metavar.lower()
+            parser.add_argument(where, help=words, metavar=metavar, nargs=many)
+            continue
         if not excludes:
             group = parser.add_mutually_exclusive_group()
-        if name.startswith("["):
-            names, how = [name[1:-1].lower()], {"help": words, "metavar": name[1:-1], "nargs": "?"}
-        elif value is None:
+        if value is None:
             off = name.startswith("--no-")
             action = "store_false" if off else "store_true"
             how = {"help": words, "action": action, "dest": name[5 if off else 2 :].replace("-", "_")}
@@ -8042,7 +9276,14 @@ def add_options(parser: argparse.ArgumentParser, text: str) -> None:
         group.add_argument(*names, **how)
 
 
-def command_word(arguments: Sequence[str]) -> str | None:
+def option_lines(text: str) -> Iterator[tuple[Any, ...]]:
+    """Of each line: `|` or None, the short option or None, the long one, what it takes or None, its help."""
+    for line in text.partition("\n\n")[0].splitlines():
+        match: Any = re.fullmatch(r"(?: {2}(\|) |(-\w), | *)(\S+)(?: (\S+))? {2,}(.*)", line)
+        yield match.groups()
+
+
+def command_word(arguments: Words) -> str:
     """The command that is asked for, if any; UsageError for another word, with what was probably meant."""
     words = iter(arguments)
     for word in words:
@@ -8054,15 +9295,19 @@ def command_word(arguments: Sequence[str]) -> str | None:
             command = next(filter(COMMANDS.__contains__, words), None)
             meant = f"did you mean `plato-sandbox {command}`?" if command else _meant(word, COMMANDS)
             raise UsageError(f"There is no command {word!r}; {meant}")
-    return None
+    return ""
 
 
-def unknown_word(word: str, command: str | None) -> UsageError:
+# What the letters of `plato sandbox` are here.
+_THEIR_OPTIONS = {"-v": "--verbose", "-n": "-w DIR (a directory has one sandbox)", "-t": "--lifetime"}
+
+
+def unknown_word(word: str, command: str) -> UsageError:
     """The error for a word that the command does not take, with the option that was probably meant."""
-    if command is None:
+    if not command:
         return UsageError(f"{word!r} needs a command before it.", hint="See plato-sandbox --help")
     known = re.findall("--[a-z-]+", COMMANDS[command].text + COMMON_OPTIONS)
-    meant = closest(word.partition("=")[0], known)
+    meant = _THEIR_OPTIONS.get(word) or closest(word.partition("=")[0], known)
     hint = f"Did you mean {meant}?" if meant else f"See plato-sandbox {command} --help"
     what = "option" if word.startswith("-") else "argument"
     return UsageError(f"`{command}` takes no {what} {word!r}.", hint=hint)
@@ -8073,31 +9318,31 @@ def unknown_word(word: str, command: str | None) -> UsageError:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Words | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    unfit = unfit_host()
-    if unfit:
-        print(unfit, file=sys.stderr)
-        return 1
+    if os.name == "nt":
+        sys.exit("plato-sandbox runs on Linux, macOS and WSL, not on native Windows; use it inside WSL.")
     open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     output = Output(sys.stdout, sys.stderr, os.environ)
-    output.program, output.commands = invocation(sys.argv[0]), COMMANDS
     # Asked before parsing, for the errors that parsing finds.
     output.json = any(re.fullmatch("--json|-[a-z]*j[a-z]*", word) for word in arguments)
     try:
+        output.program, output.commands = invocation(sys.argv[0]), COMMANDS
         code = run(arguments, output)
-        flush_result()
+        with writing_result():
+            sys.stdout.flush()
         return code
     except (SandboxError, Interrupted) as error:
         return fail(output, error)
     except KeyboardInterrupt:
-        import signal
-
-        return fail(output, Interrupted(signal.SIGINT))
+        return fail(output, Interrupted(2))  # SIGINT
+    except ImportError as error:
+        words = f"This Python lacks a part of its standard library ({error.name})."
+        return fail(output, SandboxError(words, hint="On Debian: apt-get install python3"))
     except BrokenPipeError:  # whoever read the output has gone, and shells count that as SIGPIPE
         forget_stream(sys.stdout)
         return 141
@@ -8112,15 +9357,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(output, mistake)
 
 
-def unfit_host() -> str:
-    """Why this tool cannot run here at all, in one sentence; "" where it can."""
-    if os.name == "nt":
-        return "plato-sandbox runs on Linux, macOS and WSL, not on native Windows; use it inside WSL."
-    if sys.version_info < (3, 9):  # noqa: UP036  (the file is copied to where no installer checks)
-        return f"plato-sandbox needs Python 3.9 or newer; this is {sys.version.split()[0]}."
-    return ""
-
-
 def open_closed_streams() -> None:
     """Let a standard stream that was closed (`>&-`) lead nowhere, before a file takes its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -8132,7 +9368,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
-def run(arguments: Sequence[str], output: Output) -> int:
+def run(arguments: Words, output: Output) -> int:
     """Parse the command line and run its command; whatever goes wrong is an exception."""
     name = command_word(arguments)
     try:
@@ -8143,12 +9379,14 @@ def run(arguments: Sequence[str], output: Output) -> int:
     if not unknown and options.pop("version", False):
         output.result(version_text())
         return 0
-    if unknown or name is None:
+    if unknown or not name:
         raise unknown_word([*unknown, *arguments][0], name)
     for option, value in options.items():
         if isinstance(value, str) and not value.strip():
             raise UsageError(f"{'PATH' if option == 'path' else '--' + option.replace('_', '-')} is empty.")
     del options["command"]
+    if options.get("words", [])[:1] == ["--"]:
+        del options["words"][0]
     output.json, output.quiet, output.verbose = (
         options.pop(option, False) for option in ("json", "quiet", "verbose")
     )
@@ -8173,7 +9411,7 @@ def show(report: Json, command: Command, output: Output) -> int:
     told = output.error(error) if error else {}
     if output.json:
         output.document({**report, **told})
-    return error.exit_code if error else 0
+    return error.exit_code if error else report.get("exit_code", 0)
 
 
 def fail(output: Output, error: SandboxError | Interrupted) -> int:
@@ -8182,32 +9420,14 @@ def fail(output: Output, error: SandboxError | Interrupted) -> int:
         if output.json:
             output.document(told)
         sys.stdout.flush()
-    except OSError:  # nobody reads it; the exit code still tells
+    except (OSError, SandboxError):  # nobody reads it; the exit code still tells
         forget_stream(sys.stdout)
     return error.exit_code
 
 
-def flush_result() -> None:
-    """Write the rest of the result; SandboxError when there is no room for it, say."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        forget_stream(sys.stdout)
-        raise SandboxError(
-            f"The result could not be written to standard output: {reason(error)}.",
-            hint="What was asked for is done; `plato-sandbox status` shows how things are.",
-        ) from None
-
-
 def version_text() -> str:
     """The version, and a hash of this file's text so that edited copies show."""
-    import hashlib
-
-    with open(own_file(), "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
-    return f"plato-sandbox {__version__} ({digest[:12]})"
+    return f"plato-sandbox {__version__} ({hashed(own_text())})"
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ COMMAND_SECONDS = 60.0
 # Compiling the product anew for each of some thousand runs would take most of the time of the tests.
 RUN_CACHED = (
     "import sys; from importlib.machinery import SourceFileLoader as Loader; sys.argv.pop(0); "
-    "exec(Loader('plato_sandbox', sys.argv[0]).get_code('plato_sandbox'), "
-    "{'__name__': '__main__', '__file__': sys.argv[0], '__builtins__': __builtins__})"
+    "loader = Loader('plato_sandbox', sys.argv[0]); exec(loader.get_code('plato_sandbox'), "
+    "{'__name__': '__main__', '__file__': sys.argv[0], '__loader__': loader, '__builtins__': __builtins__})"
 )
 BLANK = ("start", "--blank", "--service", "myapp")
 
@@ -139,7 +139,7 @@ class Result(NamedTuple):
 
 
 class Desk:
-    """A user: a home, a working directory with the example config, an environment; the product at hand."""
+    """A user: a home, a working directory with the example simulator, an environment; the product at hand."""
 
     def __init__(self, place: Path, environment: Mapping[str, str]) -> None:
         self.place = place
@@ -147,8 +147,7 @@ class Desk:
         self.home = Path(tempfile.mkdtemp(prefix="home-"))
         weakref.finalize(self, shutil.rmtree, self.home, ignore_errors=True)
         self.work = place / "work"
-        self.work.mkdir(parents=True)
-        shutil.copy(SIMULATOR / "plato-config.yml", self.work)
+        shutil.copytree(SIMULATOR, self.work, ignore=shutil.ignore_patterns("__pycache__"))
         self.environment = {
             "PATH": os.environ["PATH"],
             "LANG": "C.UTF-8",
@@ -306,6 +305,15 @@ class Desk:
         for pid in [*heartbeats(self), *heartbeats(self, SDK_HEARTBEAT)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def take_whole_example(desk: Desk, plato: LocalPlato) -> None:
+    """Give a desk the example as it is, for VMs that have a Docker engine."""
+    problem = plato.information["docker"]
+    if problem is not None:
+        missing(problem)
+    shutil.rmtree(desk.work)
+    shutil.copytree(SIMULATOR, desk.work)
 
 
 def end_heartbeat(record: Path) -> None:
@@ -502,6 +510,8 @@ def newest_sdk() -> NewestSdk:
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The certificate authority that the local Platos of one test process share."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the local Plato is for Linux")
     part("openssl", "openssl")
     with LocalPlato(tmp_path_factory.mktemp("authority")) as plato:
         return plato.certificates

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,18 +162,25 @@ def fuzz_yaml(data: bytes) -> None:
 
 def fuzz_config(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
-    product.read_config = lambda path: text
+    product.read_config = lambda path, *_: text
     try:
         config = product.load_config("/nowhere/plato-config.yml", "base")
         json.dumps(config.for_worker(), allow_nan=False)
         product._plan_from_config(config)
         product.named_files(config.content, product.plan_services(config))
+        for _, words in product.around(config):
+            harmless(words)
     except product.SandboxError as error:
         harmless(error.message)
     try:
         product.flows_file(product.load_config("/nowhere/plato-config.yml", "base"))
     except product.SandboxError as error:
         harmless(error.message)
+
+
+def listed_flows(known: Any) -> dict[str, Any]:
+    report: dict[str, Any] = product.run_flow(SimpleNamespace(flows=lambda _: known), list=True)
+    return report
 
 
 def fuzz_flows(data: bytes) -> None:
@@ -182,7 +190,7 @@ def fuzz_flows(data: bytes) -> None:
     except product.SandboxError as error:
         harmless(error.message)
         return
-    told_lines(product.flow_lines(product.listed_flows(known)))
+    told_lines(product.flow_lines(listed_flows(known)))
     for flow in known.flows:
         for step in flow["steps"]:
             harmless(product.printable(step.record["target"]))
@@ -248,6 +256,7 @@ def fuzz_answers(data: bytes) -> None:
     value = json_of(body)
     if not isinstance(value, (dict, list, str)):
         return
+    config = product.parse_config(CONFIG, "plato-config.yml", "/plato-config.yml", None)
     sandbox = product.Sandbox("/")
     sandbox.api = Answering(value)
     sandbox.settings = sandbox.api.settings
@@ -262,13 +271,15 @@ def fuzz_answers(data: bytes) -> None:
         lambda: sandbox.snapshot(config=False),
         lambda: sandbox.clear_audit(),
         lambda: sandbox._wait_for_artifact("a", 0.0),
-        lambda: sandbox._wait_for_worker(0.0),
+        lambda: sandbox._wait_for_worker(config, 0.0),
         lambda: product.wait_for_ready(sandbox, 0.0),
         sandbox.find_address,
         lambda: sandbox.connect_network(),
         lambda: product.beat_trouble(sandbox.api.checked(dict), JOB),
         lambda: product.execute(sandbox.api, sandbox.state, "true", 1.0),
-        lambda: told_lines(product.flow_lines(product.listed_flows(product.fetch_flows(sandbox)))),
+        lambda: told_lines(
+            product.flow_lines(listed_flows(product.parse_flows(product.fetch_flows(sandbox), "", None)))
+        ),
         lambda: product.find_repository(sandbox.api, "taskboard"),
     ):
         try:
@@ -363,7 +374,13 @@ def fuzz_state(data: bytes) -> None:
         health = product.heartbeat_health(settings, state)
         told_lines(
             product.status_lines(
-                {**state, "ssh_command": product.ssh_command(state), "heartbeat": health, "vm_running": True}
+                {
+                    **state,
+                    "heartbeat": health,
+                    "ends": product.end_of_life({**state, "heartbeat": health}),
+                    "ssh_command": product.ssh_command(state),
+                    "vm_running": True,
+                }
             )
         )
 
@@ -377,7 +394,7 @@ def fuzz_slot(data: bytes) -> None:
         if state is None:
             return
         files = product.ssh_fields(settings.home, state["session_id"])
-        product.ssh_config_text(settings, {**state, **files}, "root")
+        product.ssh_config_text(settings, {**state, **files})
         product.default_target(state)
     except product.SandboxError as error:
         harmless(error.message)
@@ -389,7 +406,13 @@ def fuzz_slot(data: bytes) -> None:
     health = product.heartbeat_health(settings, state)
     told_lines(
         product.status_lines(
-            {**state, "ssh_command": product.ssh_command(state), "heartbeat": health, "vm_running": True}
+            {
+                **state,
+                "heartbeat": health,
+                "ends": product.end_of_life({**state, "heartbeat": health}),
+                "ssh_command": product.ssh_command(state),
+                "vm_running": True,
+            }
         )
     )
 

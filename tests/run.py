@@ -39,6 +39,8 @@ SYSTEM_PACKAGES = {
     "/usr/bin/git": "git",
     "/usr/bin/unshare": "util-linux",
     "/usr/bin/tmux": "tmux",
+    "/usr/bin/zsh": "zsh",
+    "/usr/bin/fish": "fish",
     "/usr/bin/strace": "strace",
     "/usr/sbin/runuser": "util-linux",
     "/usr/share/postgresql-common": "postgresql-common",
@@ -62,7 +64,10 @@ COMPOSE_PACKAGE = "docker-compose"
 COMPOSE_IN_PACKAGE = "usr/libexec/docker/cli-plugins/docker-compose"
 CHECKED = ["plato_sandbox.py", "tests"]
 # The pinned versions, and the groups of pyproject.toml that they are for.
-PINS = {"constraints.txt": ("test", "setup", "sdk"), "constraints-newest-sdk.txt": ("newest-sdk", "setup")}
+PINS = {
+    "constraints.txt": ("test", "setup", "sdk", "ways"),
+    "constraints-newest-sdk.txt": ("newest-sdk", "setup"),
+}
 OLDEST_PYTHON = "3.9"
 SDK_GROUPS = {"2.0.40": ("sdk", "constraints.txt"), "2.187.0": ("newest-sdk", "constraints-newest-sdk.txt")}
 

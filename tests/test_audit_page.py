@@ -14,12 +14,12 @@ from conftest import SIMULATOR, missing
 from plato_sandbox import (
     AuditPlan,
     Changes,
-    Config,
     Database,
     DatabaseError,
     Mutation,
     WorkerNotUpError,
     bars_of,
+    parse_config,
     show_audit_page,
 )
 
@@ -115,7 +115,7 @@ class Stage:
             self.plan = AuditPlan(
                 (self.database, *self.others),
                 reader,
-                Config(self.path, "taskboard", "base", {}, []),
+                parse_config("{service: taskboard, datasets: {base: {}}}", "", self.path, "base"),
                 "https://app.example/",
             )
         show_audit_page(self.plan)

@@ -242,7 +242,7 @@ def test_a_listener_that_is_not_there(desk: Desk) -> None:
     assert result.code == 2
     assert "'nope'" in result.err
     assert "db" in result.err
-    assert desk.run(*SERVE, "--direct", "-d", "nope").code == 8
+    assert desk.run(*SERVE, "--direct", "-d", "nope").code == 2
 
 
 @pytest.mark.parametrize("gone", ["streamlit", "psycopg2", "pymysql"])
@@ -340,7 +340,9 @@ class Scene:
         self.desk = desk
         self.plato = plato
         self.settings = desk.settings
-        self.tunnel = Tunnel(self.settings, f"{desk.state['job_id']}--5432")
+        sandbox = Sandbox(str(desk.work), settings=self.settings)
+        sandbox.load()
+        self.tunnel = Tunnel(sandbox, "db", 5432)
 
     @property
     def config(self) -> Path:

@@ -135,7 +135,8 @@ def test_every_problem_is_told_with_its_place(
         for place, name in zip(places, names):
             assert any(line.startswith(f"{place}: ") and name in line for line in lines), (place, name, lines)
         assert len(lines) == len(places) == len(names)
-    assert f"{len(places)} problem" in result.err
+    doubts = result.err.count("(a warning)")
+    assert f"{len(places) - doubts} problem" in result.err
     assert visitor.leftovers() == []
     assert len(shared_plato.requests()) == before
 
@@ -166,7 +167,7 @@ def test_an_unknown_dataset_is_answered_with_the_known_ones(
 ) -> None:
     before = len(shared_plato.requests())
     result = visitor.run("start", "-c", "-d", name, "--json")
-    assert result.code == 8
+    assert (result.code, result.error["code"]) == (2, "usage")
     assert name in result.error["message"]
     assert told in result.error["message"]
     assert len(shared_plato.requests()) == before
@@ -296,6 +297,7 @@ SENT: dict[str, str] = {
 @pytest.mark.parametrize("text", SENT.values(), ids=SENT)
 def test_the_dataset_is_sent_as_written(visitor: Desk, shared_plato: LocalPlato, text: str) -> None:
     write_config(visitor, text)
+    write_config(visitor, "", "compose.yml")
     started = visitor.good("start", "-c")
     assert "plato-config.yml" not in started.err
     written = dataset_of(text.removeprefix("\ufeff") if hasattr(text, "removeprefix") else text)
@@ -364,9 +366,51 @@ datasets:
 
 def test_a_config_is_found_through_the_working_directory_option(visitor: Desk) -> None:
     elsewhere = visitor.place / "a simulator"
-    elsewhere.mkdir()
-    shutil.move(str(visitor.work / "plato-config.yml"), elsewhere)
+    shutil.move(str(visitor.work), elsewhere)
+    visitor.work.mkdir()
     visitor.good("start", "-c", "-w", "../a simulator")
     state = yaml.safe_load((elsewhere / ".sandbox.yaml").read_text())
     assert state["plato_config_path"] == str(elsewhere / "plato-config.yml")
     visitor.good("stop", "-w", "../a simulator")
+
+
+def test_files_that_are_not_there_are_told_before_a_vm_is_made(
+    visitor: Desk, shared_plato: LocalPlato
+) -> None:
+    parts = """\
+    metadata: {flows_path: flow.yml}
+    services:
+      main: {file: compose.yml, required_healthy_containers: [fronted, db, myapp-frontend-1, one-off]}
+      other: {file: other.yml}
+    listeners:
+      db: {db_type: mysql, db_database: d, seed_data_paths: [seed.sql]}
+"""
+    write_config(visitor, HEAD + parts)
+    services = "services: {frontend: {image: a}, db: {image: b}, job: {image: c, container_name: one-off}}\n"
+    write_config(visitor, services, "compose.yml")
+    made = len(sent(shared_plato, "/sessions/make"))
+    result = visitor.run("start", "-c", "--json")
+    assert (result.code, result.error["code"]) == (8, "config_invalid")
+    message = result.error["message"]
+    assert "4 problems" in message
+    assert "compose.yml defines no container 'fronted'; did you mean `frontend`?" in message
+    for missing in ("'other.yml'", "'flow.yml'", "'seed.sql'"):
+        assert missing in message
+    assert len(sent(shared_plato, "/sessions/make")) == made
+    for name in ("other.yml", "flow.yml", "seed.sql"):
+        write_config(visitor, "", name)
+    write_config(visitor, services.replace("frontend:", "fronted:"), "compose.yml")
+    assert visitor.run("start", "-c").code == 8  # myapp-frontend-1 is no container now
+    write_config(
+        visitor, services.replace("{frontend: {", "{fronted: {image: a}, frontend: {"), "compose.yml"
+    )
+    visitor.good("start", "-c")
+    visitor.good("stop")
+
+
+def test_a_dataset_that_is_not_there(visitor: Desk) -> None:
+    visitor.good("start", "-c")
+    result = visitor.run("start-services", "-d", "empyt", "--json")
+    assert (result.code, result.error["code"]) == (2, "usage")
+    assert "no dataset 'empyt'; did you mean `empty`?" in result.error["message"]
+    visitor.good("stop")

@@ -127,6 +127,7 @@ def passing_faults(key: str) -> list[Fault]:
 # Fields of answers
 
 Place = tuple[Any, ...]
+IDENTIFIER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def places(kind: contract.Type, value: Any, place: Place = ()) -> Iterator[tuple[Place, Any, bool]]:
@@ -136,8 +137,9 @@ def places(kind: contract.Type, value: Any, place: Place = ()) -> Iterator[tuple
         fields = CONTRACT.models[kind.name] if kind.kind == "model" else []
         types = {known.name: known.type for known in fields}
         for name, inner in value.items():
-            every = kind.kind == "map"
-            inner_kind = kind.members[1] if every else types.get(name, contract.Type("any"))
+            inner_kind = kind.members[1] if kind.kind == "map" else types.get(name, contract.Type("any"))
+            # What is of any kind may be an object of which the contract knows no more; ids are keys of maps.
+            every = bool(IDENTIFIER.fullmatch(name)) or (kind.kind == "map" and inner_kind.kind != "any")
             yield (*place, "*" if every else name), inner, True
             yield from places(inner_kind, inner, (*place, "*" if every else name))
         yield from (((*place, known.name), None, False) for known in fields if known.name not in value)
@@ -254,8 +256,15 @@ OTHERS = (
     Other(
         "clear-audit", "*/cleanup", "gone", {1, 3}, "404: there may be no simulator in a session that lives"
     ),
+    Other(
+        "clear-audit of no*",
+        V2,
+        EVERY.replace("gone ", ""),
+        {PLAIN},
+        "it is asked only whether there is no simulator because the VM is gone",
+    ),
     Other("flow*", "*/public_url", "fields", {PLAIN, 1}, "1: Plato names no address"),
-    Other("flow*", "*/flows", "gone", {0, 3, 8}, "404: those of the artifact, or none"),
+    Other("flow*", "*/flows", "gone", {0, 3, 6, 8}, "404: those of the artifact, or none"),
     Other("flow*", "*/flows", "refusal", {0, 6, 8}, "405, 501: the same"),
     Other("flow*", "*/flows", "garbage fields", {PLAIN, 6, 8}, "flows that cannot be used are told as such"),
     Other("sync*", "*/execute", "fields", {PLAIN, 1, 6, 7}, "it says what a command on the VM did"),
@@ -479,7 +488,9 @@ class Table:
         config["datasets"]["base"]["listeners"] = {"db": listener}
         (self.desk.work / "plato-config.yml").write_text(yaml.safe_dump(config))
         (self.desk.work / "flows.yml").write_text(yaml.safe_dump({"flows": self.flows}))
-        (self.desk.work / "docker-compose.yml").write_text("services: {idle: {image: none}}\n")
+        (self.desk.work / "docker-compose.yml").write_text(
+            "services: {app: {image: none}, db: {image: none}}\n"
+        )
 
     def end(self) -> None:
         self.desk.clear()

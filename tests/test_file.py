@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SOURCE = PRODUCT.read_text(encoding="utf-8")
-MOST_NODES = 52_000
+MOST_NODES = 59_999
 TREE = ast.parse(SOURCE)
 RULE = "# " + "-" * 106
 OPTIONAL_PACKAGES = {
@@ -272,12 +272,16 @@ def test_main_job_on_every_python(desk: Desk, plato: LocalPlato, python: str) ->
 
 @pytest.mark.parametrize(
     ("host", "named"),
-    [("product.os.name = 'nt'", "WSL"), ("product.sys.version_info = (3, 8, 18)", "Python 3.9")],
+    [("os.name = 'nt'", "WSL"), ("sys.version_info = (3, 8, 18)", "Python 3.9")],
     ids=["native Windows", "Python 3.8"],
 )
 def test_unfit_host_is_refused_in_one_sentence(desk: Desk, host: str, named: str) -> None:
+    program = (
+        "import os, re, runpy, shlex, sys, contextlib; sys.argv.pop(0); "
+        f"{host}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     for words in (["start", "-b", "--service", "x"], ["--help"], ["status", "--json"], ["heartbeat-child"]):
-        result = desk.run(command=altered(host, *words))
+        result = desk.run(command=[sys.executable, "-c", program, str(PRODUCT), *words])
         assert result.code == 1
         assert result.err.count("\n") == 1
         assert named in result.err
@@ -342,8 +346,7 @@ def test_children_compile_no_more_than_they_need(desk: Desk, plato: LocalPlato) 
 
 
 @pytest.mark.long
-def test_children_in_a_directory_that_cannot_be_written(desk: Desk, plato: LocalPlato) -> None:
-    """Bytecode is not kept there; an older one of the whole file is used."""
+def test_children_of_a_file_in_a_directory_that_cannot_be_written(desk: Desk, plato: LocalPlato) -> None:
     tools = desk.place / "tools"
     tools.mkdir()
     copy = Path(shutil.copy(PRODUCT, tools))
@@ -484,7 +487,7 @@ ERRORS = {
     "Sandbox('/nowhere/at/all')": ("UsageError", 2),
     "Sandbox.start()": ("UsageError", 2),
     "Sandbox.start(blank=True)": ("UsageError", 2),
-    "Sandbox.start(from_config=True, dataset='nope')": ("ConfigError", 8),
+    "Sandbox.start(from_config=True, dataset='nope')": ("UsageError", 2),
     "Sandbox.start(blank=True, service='x', settings=Settings(base_url=BASE))": ("AuthenticationError", 4),
     "Sandbox.start(blank=True, service='x', settings=Settings(api_key='no', base_url=BASE))": (
         "AuthenticationError",

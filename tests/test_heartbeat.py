@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_child_holds_nothing_of_its_parent(desk: Desk, plato: LocalPlato) -> Non
     connections = {name for name in open_files if name.startswith("socket:")}  # to the API, while it beats
     assert open_files - connections == {"/dev/null", str(record)}
     assert os.getsid(pid) == pid
-    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.readlink(f"/proc/{pid}/cwd") == str(desk.work)  # which may be moved
 
 
 def test_key_is_neither_in_argv_nor_in_the_environment(desk: Desk, plato: LocalPlato) -> None:
@@ -271,8 +272,41 @@ def test_state_of_another_session_ends_it(fast: Desk) -> None:
 
 def test_removed_directory_ends_it(fast: Desk) -> None:
     pid = start(fast)
-    fast.work.rename(fast.place / "moved")
+    shutil.rmtree(fast.work)
     ended(fast, pid)
+
+
+def test_it_goes_on_in_a_directory_that_was_moved(fast: Desk, plato: LocalPlato) -> None:
+    pid = start(fast)
+    moved = fast.place / "moved"
+    fast.work.rename(moved)
+    wait_for_beats(plato, 5)
+    assert fast.good("sync", directory=moved).err.count("Warning") == 0
+    wait_for_beats(plato, 5)
+    assert heartbeats(fast) == [pid]
+    fast.good("stop", directory=moved)
+    ended(fast, pid)
+
+
+def test_one_with_a_key_that_is_refused_is_replaced_by_whoever_has_another(
+    fast: Desk, plato: LocalPlato
+) -> None:
+    os.kill(start(fast), signal.SIGKILL)
+    wrong = {"PLATO_API_KEY": "another-key-of-somebody"}
+    eventually(lambda: not heartbeats(fast))
+    fast.good("sync", environment=wrong)  # over SSH
+    [refused] = heartbeats(fast)
+    eventually(lambda: fast.heartbeat_record()["failures"] > 1)
+    told = fast.run("sync", environment=wrong).err
+    assert "no good beat since its start: Plato refused the API key" in told
+    assert heartbeats(fast) == [refused]
+    told = fast.good("sync").err
+    assert "Plato refused the API key" in told
+    assert "it was started again" in told
+    [pid] = heartbeats(fast)
+    assert pid != refused
+    eventually(lambda: fast.heartbeat_record()["beats"] > 1)
+    assert "Warning" not in fast.good("sync").err
 
 
 def test_removed_record_ends_it(fast: Desk) -> None:
@@ -347,7 +381,7 @@ def test_first_line_of_the_record_is_always_whole(fast: Desk, plato: LocalPlato)
 def child(desk: Desk, task: bytes) -> subprocess.CompletedProcess[bytes]:
     """Start a heartbeat by hand; how it ended."""
     return subprocess.run(
-        product.own_command("heartbeat-child"),
+        product.own_command(str(desk.plato_home), "heartbeat-child"),
         input=task,
         env=desk.environment,
         capture_output=True,

@@ -664,7 +664,7 @@ def test_a_flows_file_lies_in_the_folder_of_its_config(sandbox: tuple[Desk, Loca
     assert [one for one in plato.requests()[since:] if "CANARY" in (one["body"] or "")] == []
 
 
-@pytest.mark.parametrize("name", ["../docker-compose.yml", "/etc/passwd", "a/../../x.yml", "."])
+@pytest.mark.parametrize("name", ["../docker-compose.yml", "/etc/passwd", "a/../../x.yml"])
 def test_a_compose_file_lies_in_the_folder_of_its_config(sandbox: tuple[Desk, LocalPlato], name: str) -> None:
     desk, plato = sandbox
     (desk.place / "docker-compose.yml").write_text("services: {}")
@@ -674,7 +674,7 @@ def test_a_compose_file_lies_in_the_folder_of_its_config(sandbox: tuple[Desk, Lo
     since = len(plato.requests("POST"))
     result = desk.run("start-services", "--json")
     assert result.code == 8, result
-    assert ".file" in result.error["message"]
+    assert "there is no '" in result.error["message"]
     assert len(plato.requests("POST")) == since
 
 

@@ -358,8 +358,30 @@ exec {keygen} "$@"
 """
 
 
-def test_key_that_is_still_being_made_does_not_come_later(desk: Desk, plato: LocalPlato) -> None:
-    desk.tune(KEY_SECONDS=1.0)
+# As soon as the thread that makes the key has begun to, before whoever started the thread knows of it.
+SIGNAL_TO_KEYS_PARENT = """
+import os, runpy, signal, sys, threading, time
+
+begin = threading.Thread.start
+
+def start(thread):
+    begin(thread)
+    for _ in range(100):
+        if os.path.exists("../keygen.pid"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+threading.Thread.start = start
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_key_that_is_still_being_made_does_not_come_later(
+    desk: Desk, plato: LocalPlato, at_once: bool
+) -> None:
+    desk.tune(KEY_SECONDS=2.0)
     tools = desk.place / "tools"
     tools.mkdir()
     slow = tools / "ssh-keygen"
@@ -367,10 +389,13 @@ def test_key_that_is_still_being_made_does_not_come_later(desk: Desk, plato: Loc
     slow.chmod(0o755)
     os.mkfifo(desk.place / "go")
     desk.environment["PATH"] = f"{tools}:{desk.environment['PATH']}"
-    process = desk.begin("start", "--from-config", "--json")
+    words = ("start", "--from-config", "--json")
+    hook = [sys.executable, "-c", SIGNAL_TO_KEYS_PARENT, *desk.words(*words)]
+    process = desk.begin_command(hook) if at_once else desk.begin(*words)
     noted = desk.place / "keygen.pid"
     maker = int(eventually(lambda: noted.exists() and noted.read_text()))
-    process.send_signal(signal.SIGTERM)
+    if not at_once:
+        process.send_signal(signal.SIGTERM)
     interrupted(desk, process, signal.SIGTERM)
     go = os.open(desk.place / "go", os.O_RDWR)
     os.write(go, b"\n")

@@ -387,9 +387,8 @@ SEEN = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("isolation", ["auto", "paths"])
-def test_a_vm_of_a_snapshot_has_its_files(new_plato: Callable[..., LocalPlato], isolation: str) -> None:
-    client = Closing(new_plato(isolation=isolation))
+def test_a_vm_of_a_snapshot_has_its_files(plato: LocalPlato) -> None:
+    client = Closing(plato)
     session_id, _ = client.start()
     client.output(session_id, KEEPING)
     artifact = client.snapshot(session_id)

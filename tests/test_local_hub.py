@@ -119,6 +119,16 @@ def raw(
 # ---------------------------------------------------------------------------
 
 
+def test_whoever_runs_a_vm_of_a_simulator_may_push_it(git: Git, plato: LocalPlato) -> None:
+    environment = {"type": "resource", "simulator": "Shoe-shop", "sim_config": {"cpus": 1}}
+    body = {"type": "envs", "envs": [environment], "timeout": 600, "source": "SDK"}
+    session = git.client.call("POST", "/api/v2/sessions/make", body)
+    assert git.simulator("Shoe-shop")["has_repo"] is False
+    assert git.url("Shoe-shop").endswith("/local/Shoe-shop.git")
+    git.client.call("POST", f"/api/v2/sessions/{session['session_id']}/close")
+    assert git.simulator("Shoe-shop")["has_repo"] is True
+
+
 def test_simulators_and_their_repositories(git: Git, plato: LocalPlato) -> None:
     plato.add_simulator("TaskBoards", has_repo=True, description="Close, but another")
     plato.add_simulator("hidden", has_repo=True, listed=False)
@@ -505,11 +515,3 @@ def test_vms_leave_nothing_behind(git: Git, plato: LocalPlato) -> None:
     for end in (close, kill, close, kill):
         one_life(end)
     eventually(lambda: used(plato) <= before)
-
-
-def test_a_vm_without_namespaces(new_plato: Callable[..., LocalPlato], tmp_path: Path) -> None:
-    git = Git(new_plato(isolation="paths"), tmp_path / "git")
-    url = git.url("taskboard")
-    session_id, _ = git.client.start()
-    result = git.client.execute(session_id, askpass(git) + f"git ls-remote {url}")
-    assert result["success"], result

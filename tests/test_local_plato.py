@@ -1367,23 +1367,41 @@ def test_web_pages_cannot_use_the_admin_interface(shared_client: Client) -> None
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.long
-def test_without_namespaces_paths_are_rewritten(new_plato: Callable[..., LocalPlato]) -> None:
-    plato = new_plato(isolation="paths")
-    assert any("without namespaces" in warning for warning in plato.information["warnings"])
+def test_a_vm_without_namespaces_reaches_nothing(
+    new_plato: Callable[..., LocalPlato], ssh_place: Path
+) -> None:
+    plato = new_plato(isolation="none")
+    assert "no commands" in plato.information["warnings"][0]
     client = Client(plato)
-    session_id, _ = client.start({"type": "simulator", "simulator": "espocrm"})
+    session_id, job_id = client.connect({"type": "simulator", "simulator": "espocrm"})
+    path = f"{SESSIONS}/{session_id}"
+    reason = "the VM runs no processes"
+    made = ssh_place / "made"
+    result = client.execute(session_id, f"touch {made}")
+    assert (result["success"], result["exit_code"], reason in result["stderr"]) == (False, -1, True)
+    user = SshUser(plato, job_id, ssh_place)
+    for name in ("root", "plato"):
+        body = {"public_key": user.public_key, "username": name}
+        (added,) = client.call("POST", f"{path}/add_ssh_key", body)["results"].values()
+        assert (added["success"], reason in added["error"]) == (False, True)
+        assert user.run(f"{name}@vm", f"touch {made}").returncode == 255
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # of the host
+        port = listener.getsockname()[1]
+        url = client.call("GET", f"{path}/public_url?port={port}")["results"][job_id]["url"]
+        assert fetch(url)[0] == 502
+        with Tunnel(plato, f"{job_id}--{port}.localhost") as tunnel, pytest.raises((ssl.SSLError, OSError)):
+            assert tunnel.receive_all() != b""
+        listener.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert [entry["error"] for entry in plato.gateway()["connections"] if reason not in entry["error"]] == []
+    assert client.call("POST", f"{path}/heartbeat", {})["success"]
     (machine,) = plato.machines()
-    directory = machine["directory"]
-    assert client.output(session_id, "pwd; ls /home/plato/worktree") == f"{directory}/root\nespocrm\n"
-    client.output(session_id, "echo text > /home/plato/file; cp /home/plato/file /root/copy; cat ~/copy")
-    assert Path(directory, "root", "copy").read_text() == "text\n"
-    assert client.output(session_id, f"cat {directory}/home/plato/file") == "text\n"
-    client.output(session_id, "setsid sleep 1000 >/dev/null 2>&1 & sleep 1001 >/dev/null 2>&1 &")
-    pids = [process["pid"] for process in plato.machines()[0]["processes"]]
-    assert len(pids) == 2
-    plato.kill()
-    eventually(lambda: not any(is_running(pid) for pid in [*pids, machine["pid"]]))
+    assert (machine["pid"], machine["processes"]) == (None, [])
+    assert Path(machine["directory"], "home/plato/worktree/espocrm").is_dir()
+    assert client.call("POST", f"{path}/close")["success"]
+    assert not Path(machine["directory"]).exists()
+    assert not made.exists()
 
 
 @pytest.fixture

@@ -350,9 +350,8 @@ def test_many_share_one_home(desk: Desk, plato: LocalPlato) -> None:
     other.mkdir()
     desk.good(*BLANK)
     desk.good(*BLANK, directory=other)
-    kept = sorted(
-        path.name for path in desk.plato_home.iterdir() if desk.state["session_id"][:8] in path.name
-    )
+    mine = re.compile(rf"child_.*|.*{desk.state['session_id'][:8]}.*")
+    kept = sorted(path.name for path in desk.plato_home.iterdir() if mine.fullmatch(path.name))
     desk.good("stop", directory=other)
     assert sorted(path.name for path in desk.plato_home.iterdir()) == kept
     assert desk.ssh("true").code == 0
@@ -429,6 +428,16 @@ def test_stop_while_a_watch_waits_to_try_again(desk: Desk, plato: LocalPlato) ->
     result = ending(sync)
     assert result.code == 3, result
     assert "was stopped or replaced meanwhile" in result.err
+    nothing_left(desk, plato)
+
+
+def test_ssh_that_comes_after_stop_leaves_nothing(desk: Desk, plato: LocalPlato) -> None:
+    desk.good(*BLANK)
+    kept = desk.place / "config"
+    shutil.copy(desk.state["ssh_config_path"], kept)
+    command = [part("ssh", "openssh-client"), "-F", str(kept), desk.state["ssh_host"], "true"]
+    desk.good("stop")
+    assert desk.run(command=command).code == 255
     nothing_left(desk, plato)
 
 

@@ -1,17 +1,20 @@
-"""What `run.py` sets up: pins for everything that the tests install, and packages of another Debian."""
+"""What is set up and packed: pins for all that tests install, packages of another Debian, the sdist."""
 
 from __future__ import annotations
 
+import os
 import re
-from typing import TYPE_CHECKING
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, missing, part
 from localplato.debian import for_suite
+from release import Builder, ReleaseError
 from run import PINS
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def requirements(group: str) -> set[str]:
@@ -29,6 +32,17 @@ def test_everything_that_tests_install_is_pinned(name: str) -> None:
     pinned = {line.partition("==")[0] for line in lines}
     for group in PINS[name]:
         assert requirements(group) <= pinned
+
+
+def test_old_pips_can_install_all() -> None:
+    """`all` names the packages: the pip of Debian 11 does not understand an extra that names the package."""
+    extras = {
+        name: set(re.findall(r'"([^"]+)"', listed))
+        for name, listed in re.findall(
+            r"^(flow|audit|all) = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+        )
+    }
+    assert extras["all"] == extras["flow"] | extras["audit"]
 
 
 LINE = """\
@@ -83,3 +97,43 @@ def test_another_release_from_the_same_mirror(
 ) -> None:
     (tmp_path / name).write_text(text)
     assert for_suite(tmp_path / name, number, "trixie") == expected
+
+
+# ---------------------------------------------------------------------------
+# the sdist
+# ---------------------------------------------------------------------------
+
+
+def repository_files() -> list[str]:
+    """What belongs to the repository, or to the sdist that this is."""
+    if not (ROOT / ".git").exists():
+        found = [path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file()]
+        made = re.compile(r"(^|/)(\.venv.*|__pycache__|\..*_cache|\.hypothesis|dist)/")
+        return [str(path) for path in found if not made.search(str(path))]
+    words = [part("git", "git"), "ls-files", "-z", "--cached"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+@pytest.mark.long
+def test_the_sdist_holds_the_tests_and_they_run_there(tmp_path: Path) -> None:
+    """It is all that somebody needs who carries on: every file of the repository, and a test of it runs."""
+    source = tmp_path / "source"
+    for name in repository_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name)
+    try:
+        built = Builder(tmp_path / "tools").build(source, tmp_path / "dist", epoch=1_000_000_000)
+    except ReleaseError as error:
+        missing(str(error))
+    sdist = next(path for path in built if path.name.endswith(".tar.gz"))
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked")  # noqa: S202  (it was made two lines above)
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    packed = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    assert packed == {*repository_files(), "PKG-INFO"}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_yaml.py"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(words, cwd=unpacked, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d+ passed", done.stdout)

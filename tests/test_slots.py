@@ -203,7 +203,8 @@ def test_sync_and_the_other_commands(slot: Slot, desk: Desk, plato: LocalPlato) 
     files = slot.files()
     document = desk.good("sync", "--json").document
     assert document["via"] == "ssh"
-    assert slot.client.output(slot.session_id, "ls /home/plato/worktree/taskboard") == "plato-config.yml\n"
+    there = slot.client.output(slot.session_id, "ls /home/plato/worktree/taskboard").splitlines()
+    assert there == sorted(path.name for path in desk.work.iterdir() if path.name[0] != ".")
     state = desk.run("state", "--json")
     assert (state.code, state.error["code"]) == (9, "worker_not_up")
     assert desk.good("start-worker", "--json").document["service"] == "taskboard"

@@ -525,7 +525,7 @@ def test_replace_where_nothing_is(visitor: Desk) -> None:
 def test_replace_with_options_that_are_wrong_keeps_the_old_one(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", *BLANK)
     before = desk.state_file.read_bytes()
-    assert desk.run("start", "--replace", "-c", "-d", "nope").code == 8
+    assert desk.run("start", "--replace", "-c", "-d", "nope").code == 2
     assert desk.run("start", "--replace", "--blank").code == 2
     assert desk.state_file.read_bytes() == before
     assert living(plato) == [desk.state["job_id"]]
@@ -804,22 +804,19 @@ def test_plato_home_cannot_be_used(visitor: Desk, shared_plato: LocalPlato, make
 
 
 READ_ONLY = 'mount --bind "$PWD" "$PWD" && mount -o remount,bind,ro "$PWD" && cd "$PWD" && exec "$@"'
+FULL_HOME = """mount -t tmpfs -o size=64k,mode=700 tmpfs "$PLATO_HOME" &&
+! head -c 100000 /dev/zero 2>/dev/null >"$PLATO_HOME/all" && "$@"
+code=$?; ls "$PLATO_HOME" >&2; exit $code"""
+
+
+def mounted(desk: Desk, script: str, *arguments: str) -> list[str]:
+    """The product in a mount namespace of its own, whoever runs it, which a script prepares."""
+    unshare = [part("unshare", "util-linux"), "--user", "--map-root-user", "--mount"]
+    return [*unshare, "sh", "-c", script, "sh", *desk.command(*arguments)]
 
 
 def in_a_read_only_directory(desk: Desk, *arguments: str) -> list[str]:
-    """The product in a mount namespace in which the working directory is read-only, whoever runs it."""
-    unshare = part("unshare", "util-linux")
-    return [
-        unshare,
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "sh",
-        "-c",
-        READ_ONLY,
-        "sh",
-        *desk.command(*arguments),
-    ]
+    return mounted(desk, READ_ONLY, *arguments)
 
 
 def test_a_read_only_working_directory(visitor: Desk, shared_plato: LocalPlato) -> None:
@@ -849,15 +846,29 @@ def test_plato_home_on_a_read_only_file_system(visitor: Desk, shared_plato: Loca
 def test_a_user_without_a_home(visitor: Desk, shared_plato: LocalPlato) -> None:
     """Neither HOME nor an account, as in some containers: nothing is made in a directory named ~."""
     before = len(shared_plato.requests())
+    files = set(visitor.work.iterdir())
     code = "import os.path; os.path.expanduser = lambda path: path  # what it does for a user without a home"
     result = visitor.run(command=altered(code, "start", *BLANK, "--json"))
     assert result.code == 2
     assert "PLATO_HOME" in result.error["hint"]
-    assert [path.name for path in visitor.work.iterdir()] == ["plato-config.yml"]
+    assert set(visitor.work.iterdir()) == files
     assert len(shared_plato.requests()) == before
     visitor.environment["PLATO_HOME"] = str(visitor.place / "elsewhere")
     visitor.good(command=altered(code, "start", *BLANK))
     visitor.good("stop")
+
+
+def test_a_full_disk_is_known_before_a_vm_is_made(visitor: Desk, shared_plato: LocalPlato) -> None:
+    before = len(shared_plato.requests())
+    home = visitor.place / "full"
+    home.mkdir()
+    command = mounted(visitor, FULL_HOME, "start", *BLANK)
+    result = visitor.run(command=command, environment={"PLATO_HOME": str(home)})
+    assert result.code == 1
+    assert "No space left on device" in result.err
+    assert result.err.endswith("\nall\n")  # nothing of ours is there
+    assert visitor.leftovers() == []
+    assert len(shared_plato.requests()) == before
 
 
 def test_stop_in_a_read_only_directory(visitor: Desk, shared_plato: LocalPlato) -> None:

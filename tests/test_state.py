@@ -30,11 +30,12 @@ OURS = {
     "directory",
 }  # on the real Plato there is no base_url
 SIZES = {"cpus", "memory", "disk"}
+NUMBERS = {"app_port", *SIZES}
 KEYS = {
-    "config": (["-c"], {"dataset", "plato_config_path", *SIZES}),
-    "simulator": (["-s", "espocrm"], {"dataset", "simulator", "tag"}),
-    "artifact": (["-a", "art_abc123"], {"dataset", "artifact_id"}),
-    "blank": (BLANK, SIZES),
+    "config": (["-c"], {"dataset", "plato_config_path", "app_port", "provider", *SIZES}),
+    "simulator": (["-s", "espocrm"], {"dataset", "simulator", "tag", "provider"}),
+    "artifact": (["-a", "art_abc123"], {"dataset", "artifact_id", "provider"}),
+    "blank": (BLANK, {"provider", *SIZES}),
 }
 
 # A file as `plato` 2.0.x writes it: sorted keys, nulls, no base URL.
@@ -103,7 +104,7 @@ def test_keys_of_the_record(visitor: Desk, arguments: list[str], keys: set[str])
     state = visitor.state
     assert set(state) == SPECIFIED | OURS | keys
     assert {name for name, value in state.items() if isinstance(value, int)} == {"heartbeat_pid"} | (
-        SIZES & keys
+        NUMBERS & keys
     )
     assert all(isinstance(value, (str, int)) for value in state.values())
     for name in ("created_at", "expires_at"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 import yaml
-from conftest import Desk, Result, eventually, is_running, living
+from conftest import Desk, Result, eventually, is_running, living, part
 
 import plato_sandbox as product
 
@@ -128,7 +128,7 @@ def test_status_as_json(visitor: Desk, arguments: list[str]) -> None:
     visitor.good("start", *arguments)
     before, state = visitor.state_file.stat(), visitor.state
     document = visitor.good("status", "--json").document
-    added = {"vm_status", "vm_status_reason", "vm_running", "ssh_command", "heartbeat"}
+    added = {"vm_status", "vm_status_reason", "vm_running", "ssh_command", "heartbeat", "ends"}
     assert set(document) == set(state) | added
     assert {name: document[name] for name in state} == state
     assert (document["vm_status"], document["vm_status_reason"], document["vm_running"]) == (
@@ -265,7 +265,7 @@ TROUBLE: dict[str, tuple[dict[str, Any], int, str]] = {
     "503": ({"effect": "status", "status": 503}, 6, "503"),
     "HTML": ({"effect": "html", "status": 200}, 6, "text/html"),
     "half an answer": ({"effect": "truncate", "bytes": 20}, 6, ""),
-    "a list": ({"effect": "status", "status": 200, "body": [1]}, 6, "JSON object"),
+    "a list": ({"effect": "status", "status": 200, "body": [1]}, 6, "not the JSON"),
     "reset": ({"effect": "reset_before_acting"}, 6, ""),
     "hang": ({"effect": "hang"}, 6, "timed out"),
     "drip": ({"effect": "drip", "seconds": 60}, 6, "timed out"),
@@ -359,7 +359,8 @@ def test_status_of_a_dead_heartbeat(started: Desk) -> None:
     assert f"  Heartbeat:   stopped (PID: {pid} not found)\n" in status.out
     assert "  Last beat:   " in status.out
     assert re.search(
-        r"The VM ends in about (1:\d+ min|\d+ s); any use, such as `.* state`, revives", status.out
+        r"The VM ends in about (1:\d+ min|\d+ s) without a heartbeat; any use, such as `.* state`, revives",
+        status.out,
     )
     health = started.good("status", "--json").document["heartbeat"]
     assert (health["state"], health["pid"]) == ("dead", pid)
@@ -536,9 +537,8 @@ def test_stop_keeps_what_belongs_to_other_sandboxes(visitor: Desk, shared_plato:
     visitor.good("start", *BLANK)
     visitor.good("start", *BLANK, "-w", str(other))
     kept = yaml.safe_load((other / ".sandbox.yaml").read_text())
-    files = {
-        path.name for path in visitor.plato_home.iterdir() if kept["session_id"].split("-")[0] in path.name
-    }
+    theirs = (kept["session_id"].split("-")[0], "child_")
+    files = {path.name for path in visitor.plato_home.iterdir() if any(word in path.name for word in theirs)}
     visitor.good("stop")
     assert {path.name for path in visitor.plato_home.iterdir()} == files
     assert len(files) >= 4
@@ -707,3 +707,18 @@ def test_files_that_the_record_names_elsewhere_are_kept(started: Desk) -> None:
         started.good("stop")
         started.good("start", *BLANK)
     assert {path: path.read_text() for path in named} == dict.fromkeys(named, "precious")
+
+
+IN_THE_VM = [
+    "sync", "sync --via ssh", "start-services", "start-services --via sync", "start-worker --wait", "state",
+    "reset", "snapshot", "clear-audit", "flow",
+]  # fmt: skip
+
+
+def test_every_command_says_that_the_vm_is_gone(desk: Desk, plato: LocalPlato) -> None:
+    part("git", "git")  # of the repositories that `start-services` looks for
+    desk.good("start", "-c", environment={"PLATO_HEARTBEAT_INTERVAL_SECONDS": "3600"})
+    plato.advance(20 * 3600)
+    for command in IN_THE_VM:
+        result = desk.run(*command.split(), "--json")
+        assert (result.code, result.error["code"]) == (3, "no_sandbox"), (command, result)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import http.cookiejar
 import re
-import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import SIMULATOR, Desk, eventually, living, missing, nothing_left
+from conftest import Desk, eventually, living, nothing_left, take_whole_example
 from test_audit_ui import Page, Serving, chromium, open_page  # noqa: F401  (two are fixtures)
 
 if TYPE_CHECKING:
@@ -62,11 +61,7 @@ class Browser:
 @pytest.fixture
 def simulator(desk: Desk, plato: LocalPlato) -> Desk:
     """A desk with the whole example in its working directory, where VMs have a Docker engine."""
-    problem = plato.information["docker"]
-    if problem is not None:
-        missing(problem)
-    shutil.rmtree(desk.work)
-    shutil.copytree(SIMULATOR, desk.work)
+    take_whole_example(desk, plato)
     return desk
 
 
@@ -86,14 +81,28 @@ def test_a_day_with_the_example_simulator(simulator: Desk, plato: LocalPlato) ->
         "app": "healthy",
         "db": "healthy",
     }
+    assert services["app_answers"] == "HTTP 302"
+    assert services["url"] == desk.state["url"]
     browser = Browser(desk.state["url"])
     assert browser.answers()
+
+    # What is edited is what is shown then; an address that leads nowhere is told.
+    template = desk.work / "app/templates/login.html"
+    template.write_text(template.read_text().replace(">Log in<", ">Log in today<"))
+    config = desk.work / "plato-config.yml"
+    written = config.read_text()
+    config.write_text(written.replace("app_port: 8080", "app_port: 8099"))
+    told = desk.good("start-services", timeout=LOOP_SECONDS).err
+    assert "`compute.app_port` is 8099 now; the address of this sandbox leads to 8080" in told
+    assert "not work" not in told
+    config.write_text(written)
+    assert ">Log in today<" in browser.get("/login")
 
     # Before the worker is up nobody knows what changed; then nothing has.
     assert desk.run("state").code == 9
     assert desk.good("start-worker", "--wait", "--json", timeout=LOOP_SECONDS).document["ready"] is True
     assert summary(desk) == {}
-    assert desk.good("state", "-v").out.endswith("No mutations since the last reset.\n")
+    assert desk.good("state", "-v").out.endswith("No mutations since the last reset or clear-audit.\n")
 
     # What a person does in the application is what `state` shows.
     board = browser.log_in()

@@ -413,12 +413,13 @@ def test_only_what_changed_travels(vm: Vm, source: Path, target: str, via: str) 
 
 def test_defaults_are_those_of_the_specification(vm: Vm) -> None:
     """The working directory goes to /home/plato/worktree/<service>, without what is excluded."""
+    expected = {path for path in read_tree(vm.desk.work) if not path.startswith(b".sandbox.yaml")}
     write_tree(vm.desk.work, {"app/main.py": "1", "venv/x": "2", ".env": "3"})
     document = vm.desk.good("sync", "--json").document
     assert document["via"] == "ssh"
     place = vm.place(f"/home/plato/worktree/{vm.desk.state['service']}")
     assert document["remote_path"].endswith(f"/worktree/{vm.desk.state['service']}")
-    assert set(read_tree(place)) == {b"app", b"app/main.py", b".env", b"plato-config.yml"}
+    assert set(read_tree(place)) == {*expected, b"app/main.py", b".env"}
 
 
 @pytest.mark.long
@@ -614,6 +615,35 @@ def test_what_never_leaves(vm: Vm, source: Path, target: str) -> None:
     for name in left_out:
         assert f"{name} is left out" in result.err
     assert set(read_tree(vm.place(target))) == {b"deep", b"public.pem", b".platoignore", b"inside"}
+
+
+def test_a_private_key_is_sent_when_its_path_is_taken_back(vm: Vm, source: Path, target: str) -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nx\n"
+    write_tree(source, {"certs/server.key": key, "certs/other.key": key, "server.key": key})
+    write_tree(source, {".platoignore": "!certs/server.key\n!*\n"})
+    told = sync(vm, source, target)
+    assert told.code == 0
+    assert (
+        "certs/other.key is left out: a private key (!certs/other.key in .platoignore sends it)" in told.err
+    )
+    assert set(read_tree(vm.place(target))) == {b".platoignore", b"certs", b"certs/server.key"}
+
+
+def test_a_directory_above_the_home_is_refused_before_it_is_read(vm: Vm) -> None:
+    for path in ("/", str(vm.desk.home.parent)):
+        result = vm.desk.run("sync", path, "--json")
+        assert (result.code, result.error["code"]) == (2, "usage")
+        assert "home directory" in result.error["message"]
+
+
+def test_many_warnings_are_counted(vm: Vm, source: Path, target: str) -> None:
+    write_tree(source, {"a": "1"})
+    for number in range(25):
+        os.symlink("/etc", source / f"link{number}")
+    result = sync(vm, source, target)
+    assert result.err.count("is left out") == 10
+    assert "There are 15 more such warnings." in result.err
+    assert len(good_sync(vm, source, target)["skipped"]) == 25
 
 
 @pytest.mark.sampled
@@ -1205,7 +1235,10 @@ def test_watch(own_vm: Vm, source: Path, target: str, via: str) -> None:
     out, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
-    assert out.splitlines()[-1].startswith("Watched ")
+    first, second, *_, last = out.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  a, d/b  \(.* s\)", first)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  a, new/c  \(.* s\)", second)
+    assert last.startswith("Watched ")
     assert "Trying again" in errors
 
 

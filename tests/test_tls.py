@@ -83,6 +83,8 @@ def gateway_desk(desk: Desk) -> str:
     """A sandbox with a database; the TLS server name of its SSH."""
     (desk.work / "plato-config.yml").write_text(config_text(main={}))
     (desk.work / "docker-compose.yml").write_text("services: {}")
+    (desk.work / "seed").mkdir()
+    (desk.work / "seed/a.sql").touch()
     desk.good("start", "-c")
     return f"{desk.state['job_id']}--22.{GATEWAY}"
 

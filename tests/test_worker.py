@@ -93,7 +93,7 @@ def test_mutations_are_found_wherever_they_stand(
     answer(plato, started, state)
     assert started.good("state", "--json").document["summary"]["mutations"] == count
     human = started.good("state")
-    assert ("No mutations since the last reset." in human.out) is (count == 0)
+    assert ("No mutations since the last reset or clear-audit." in human.out) is (count == 0)
     assert started.run("state", "-v").code == (8 if count else 0)
 
 
@@ -106,6 +106,7 @@ def test_verify_names_the_tables_and_the_rules_that_would_ignore_them(
     assert result.code == 8
     assert "4 mutations" in result.err
     assert "users (2 updated)" in result.err
+    assert "ignore them in plato-config.yml:\n\n# in the listener db\naudit_ignore_tables:" in result.err
     pasted = result.err[result.err.index("audit_ignore_tables:") :]
     assert yaml.safe_load(pasted) == {
         "audit_ignore_tables": [
@@ -118,6 +119,41 @@ def test_verify_names_the_tables_and_the_rules_that_would_ignore_them(
     assert document["error"]["exit_code"] == 8
     assert document["summary"]["mutations"] == 4
     assert len(document["results"][started.state["job_id"]]["state"]["mutations"]) == 4
+
+
+def test_tables_of_several_listeners_and_schemas_are_told_apart(started: Desk, plato: LocalPlato) -> None:
+    mail = {**UPDATED, "schema": "mail"}
+    state = {"db": {"mutations": [UPDATED, mail]}, "files": {"mutations": [DELETED]}}
+    answer(plato, started, {**state, "mutations": [UPDATED, mail, DELETED]})
+    result = started.run("state", "-v")
+    tables = [entry["table"] for entry in started.good("state", "--json").document["summary"]["tables"]]
+    assert tables == ["db.mail.users", "db.users", "files.tasks"]
+    assert "  db.users:    1 updated\n" in result.out
+    assert "  db.mail.users: 1 updated\n" in result.out
+    db, files = result.err.split("# in the listener ")[1:]
+    rule = {"table": "users", "columns": ["login_count"]}
+    assert yaml.safe_load(db.partition("\n")[2]) == {
+        "audit_ignore_tables": [{**rule, "table": "mail.users"}, rule]
+    }
+    assert yaml.safe_load(files.partition("\n")[2]) == {"audit_ignore_tables": ["tasks"]}
+
+
+def test_the_schema_of_all_tables_of_a_listener_is_not_named(started: Desk, plato: LocalPlato) -> None:
+    answer(plato, started, {"shop": {"mutations": [{**DELETED, "schema": "shop"}]}})
+    told = started.run("state", "-v").err
+    assert "# in the listener shop\naudit_ignore_tables:\n  - tasks\n" in told
+
+
+def test_a_row_without_an_id_is_named_by_its_first_column(started: Desk, plato: LocalPlato) -> None:
+    row = {"country": "de", "amount": 1}
+    changed = {"table": "prices", "action": "UPDATE", "before": row, "after": {**row, "amount": 2}}
+    answer(plato, started, {"mutations": [changed]})
+    assert "UPDATE  prices  country=de  amount: 1 -> 2\n" in started.good("state").out
+
+
+def test_an_error_of_several_lines_is_told_in_one(started: Desk, plato: LocalPlato) -> None:
+    answer(plato, started, {"errors": ["502 Bad\n\tGateway", "x"]}, success=False)
+    assert "so nobody knows what changed: 502 Bad Gateway; x." in started.run("state").err
 
 
 def test_many_mutations_are_not_all_shown(started: Desk, plato: LocalPlato) -> None:
@@ -220,7 +256,7 @@ def test_service_dataset_and_config_can_be_named(started: Desk, plato: LocalPlat
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("-d", "nowhere"), 8, "base"),
+        (("-d", "nowhere"), 2, "base"),
         (("--config-path", "missing.yml"), 8, "missing.yml"),
         (("--wait", "--wait-timeout", "no"), 2, "wait-timeout"),
     ],
@@ -246,12 +282,22 @@ def test_waiting_until_the_worker_is_up(started: Desk, plato: LocalPlato) -> Non
 
 
 def test_a_worker_that_never_comes_up(started: Desk, plato: LocalPlato) -> None:
-    started.tune(WORKER_POLL_SECONDS=0.05)
+    started.tune(WORKER_POLL_SECONDS=0.05, LASTING_LOOKS=1000)
     plato.fault("status", path="*/start-worker", status=200, body={"status": "ok", "correlation_id": "c"})
     answer(plato, started, {"error": "the database does not answer"}, success=False)
     result = started.run("start-worker", "--wait", "--wait-timeout", "1", "--json")
     assert result.code == 7
     assert "the database does not answer" in result.error["message"]
+
+
+def test_a_worker_without_databases_is_not_waited_for(started: Desk, plato: LocalPlato) -> None:
+    started.tune(WORKER_POLL_SECONDS=0.05)
+    plato.fault("status", path="*/start-worker", status=200, body={"status": "ok", "correlation_id": "c"})
+    answer(plato, started, {"error": "connection to the database refused"}, success=False)
+    result = started.run("start-worker", "--wait", "--wait-timeout", "60", "--json")
+    assert (result.code, result.error["code"]) == (9, "worker_not_up")
+    assert "connection to the database refused. No database of the config runs" in result.error["message"]
+    assert "start-services" in result.error["hint"]
 
 
 def test_the_vm_that_ends_while_the_worker_is_awaited(started: Desk, plato: LocalPlato) -> None:
@@ -463,6 +509,7 @@ def test_logins_that_cannot_be_read(desk: Desk, plato: LocalPlato, line: str) ->
 
 def test_flows_that_cannot_be_read_stop_a_snapshot_before_it_is_made(desk: Desk, plato: LocalPlato) -> None:
     desk.good("start", "-c")
+    (desk.work / "flows.yml").unlink()
     result = desk.run("snapshot")
     assert result.code == 8
     assert "flows.yml" in result.err

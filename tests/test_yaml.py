@@ -505,13 +505,15 @@ def test_what_is_written_reads_back_here_and_in_pyyaml(value: Any) -> None:
     assert exact(yaml_load(text)) == exact(value)
     assert exact(yaml.safe_load(text)) == exact(value)
     assert text.replace("\n", "").isprintable()
-    assert text.count("\n") == (len(value) if isinstance(value, dict) and value else 1)
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        ({"b": [1, {"c": None, "a": ()}], "a": {"x": {}}}, "b: [1, {c: null, a: []}]\na: {x: {}}\n"),
+        (
+            {"b": [1, {"c": None, "a": ()}], "a": {"x": {}}},
+            "b:\n  - 1\n  - c: null\n    a: []\na:\n  x: {}\n",
+        ),
         ({"url": "https://a.b?c=d:1", "l": ["a?b"]}, 'url: "https://a.b?c=d:1"\nl: ["a?b"]\n'),
         (
             {"path": "/home/é", "a\nb": '"\\ \x00', "no": "off"},
@@ -523,7 +525,7 @@ def test_what_is_written_reads_back_here_and_in_pyyaml(value: Any) -> None:
     ],
     ids=range(6),
 )
-def test_writes_a_line_for_each_key(value: Any, text: str) -> None:
+def test_writes_as_people_do(value: Any, text: str) -> None:
     assert yaml_dump(value) == text
 
 

@@ -2,9 +2,8 @@
 """Measures the process that keeps a VM alive: `python3 tests/bench/heartbeat.py [--seconds N]`.
 
 Ours and those of both SDK releases, at a local Plato, against an interpreter that only sleeps: memory of
-one process, of ours also where no bytecode is kept (PYTHONDONTWRITEBYTECODE, a read-only directory), of a
-hundred of ours on this host, and what a beat costs in CPU time and wake-ups (voluntary context switches,
-of which waiting for the answer is one). Linux only: all is read from /proc.
+one process and of a hundred of ours on this host, and what a beat costs in CPU time and wake-ups (voluntary
+context switches, of which waiting for the answer is one). Linux only: all is read from /proc.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ INTERVAL = "PLATO_HEARTBEAT_INTERVAL_SECONDS"
 
 
 OURS = "ours"
-UNCACHED = "ours, without bytecode"
 # How the program of an SDK's heartbeat says how long it waits: in its own words, and in ours.
 WRITTEN = {
     "2.0.40": (f"time.sleep({THEIR_SECONDS:g})", "time.sleep({})"),
@@ -122,22 +120,12 @@ class Children:
 
 
 class Ours:
-    """Starts our heartbeats for one session, each with a home and a directory of its own as for a VM each.
+    """Starts our heartbeats for one session, each with a home and a directory of its own as for a VM each."""
 
-    without_bytecode: of a copy of the file that has none, and is not to get any.
-    """
-
-    def __init__(
-        self, place: Path, plato: LocalPlato, state_file: Path, *, without_bytecode: bool = False
-    ) -> None:
+    def __init__(self, place: Path, plato: LocalPlato, state_file: Path) -> None:
         self.place = place
         self.plato = plato
         self.state_file = state_file
-        self.file = product.__file__
-        self.without_bytecode = without_bytecode
-        if without_bytecode:
-            place.mkdir()
-            self.file = str(shutil.copy(shared.PRODUCT, place))
         self.count = 0
 
     def spawn(self, interval: float) -> int:
@@ -150,12 +138,7 @@ class Ours:
         settings = product.Settings.from_environment(environment)
         state = product.load_state(str(directory))
         assert state is not None
-        before = product.__file__, sys.dont_write_bytecode
-        product.__file__, sys.dont_write_bytecode = self.file, self.without_bytecode
-        try:
-            return product.spawn_heartbeat(settings, state, str(directory), product.Reporter())
-        finally:
-            product.__file__, sys.dont_write_bytecode = before
+        return product.spawn_heartbeat(settings, state, str(directory), product.Reporter())
 
 
 class Theirs:
@@ -312,10 +295,8 @@ def prepare(place: Path, plato: LocalPlato, bench: Bench, desks: dict[str, Desk]
     bench.spawners[FLOOR_NAME] = begin_floor
     desks[OURS] = shared.our_desk(place / "ours", plato)
     state = json.loads(desks[OURS].output("start", "--blank", "--service", "bench", "--json"))
-    bench.sessions[OURS] = bench.sessions[UNCACHED] = state["session_id"]
-    state_file = desks[OURS].work / ".sandbox.yaml"
-    bench.spawners[OURS] = Ours(place, plato, state_file).spawn
-    bench.spawners[UNCACHED] = Ours(place / "uncached", plato, state_file, without_bytecode=True).spawn
+    bench.sessions[OURS] = state["session_id"]
+    bench.spawners[OURS] = Ours(place, plato, desks[OURS].work / ".sandbox.yaml").spawn
     for release in options.releases:
         theirs = f"SDK {release}"
         known = {session["session_id"] for session in plato.sessions()}

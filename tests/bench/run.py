@@ -17,6 +17,7 @@ PLACE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "startup.py": ["--quick"],
     "start.py": ["--quick"],
+    "up.py": ["--quick"],
     "heartbeat.py": ["--quick"],
     "ssh.py": ["--quick"],
     "yaml_reader.py": ["--quick"],

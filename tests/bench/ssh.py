@@ -5,9 +5,8 @@ The same OpenSSH client, config and VM by three ways: our ProxyCommand, `openssl
 to the same gateway (which verifies the certificate too), and a direct TCP connection to an sshd that
 listens inside the VM. The VM of a local Plato has a network of its own, so for that `ssh` itself runs in
 it, by nsenter; where that cannot be, the direct way is left out. Measured are the time to the first byte
-of a command, alone (ours also where no bytecode is kept) and over a connection that is there already, and
-the throughput both ways: unhindered, where all that encrypts shares the CPUs of this host, and offered at
-the rate of a line of 1 Gbit/s.
+of a command, alone and over a connection that is there already, and the throughput both ways: unhindered,
+where all that encrypts shares the CPUs of this host, and offered at the rate of a line of 1 Gbit/s.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 OURS = "our ProxyCommand"
-UNCACHED = "our ProxyCommand, without bytecode"
 OPENSSL = "`openssl s_client`"
 DIRECT = "direct"
 BEFORE = "the ProxyCommand before"
@@ -145,16 +143,6 @@ def openssl_proxy(desk: Desk, job_id: str) -> list[str]:
     return ["-o", f"ProxyCommand={shlex.join(words)} 2>/dev/null"]
 
 
-def uncached_proxy(config: str, place: Path) -> list[str]:
-    """The option of `ssh` that runs our ProxyCommand from a copy of the file that has no bytecode."""
-    copy = str(shutil.copy(shared.PRODUCT, place))
-    (line,) = (line for line in Path(config).read_text().splitlines() if "ProxyCommand" in line)
-    words = line.strip().partition(" ")[2].replace(" -I -S ", " -I -S -B ", 1)
-    if str(shared.PRODUCT) not in words:
-        raise RuntimeError("the ProxyCommand is not the line that it was")
-    return ["-o", "ProxyCommand=" + words.replace(str(shared.PRODUCT), copy)]
-
-
 def direct_prefix(plato: LocalPlato, way: Way) -> list[str] | None:
     """Start an sshd in the VM, with the VM's own settings; the words that put a command into its network."""
     (machine,) = plato.machines()
@@ -181,9 +169,8 @@ def make_ways(plato: LocalPlato, desk: Desk) -> dict[str, Way]:
     state: dict[str, Any] = json.loads(desk.output("start", "--blank", "--service", "bench", "--json"))
     config, host = state["ssh_config_path"], state["ssh_host"]
     ours = Way(desk, [], config, host)
-    uncached = Way(desk, [], config, host, uncached_proxy(config, desk.work.parent))
     openssl = Way(desk, [], config, host, openssl_proxy(desk, state["job_id"]))
-    ways = {OURS: ours, UNCACHED: uncached, OPENSSL: openssl}
+    ways = {OURS: ours, OPENSSL: openssl}
     prefix = direct_prefix(plato, ours)
     if prefix is None:
         print("The direct way is left out: the VM has no network of its own here.", file=sys.stderr)

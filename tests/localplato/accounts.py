@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 PLATO_UID = 1000
 LAST_SYSTEM_UID = 999
@@ -86,14 +85,6 @@ def shadow_text(passwd: str) -> str:
     """/etc/shadow of a VM: nobody has a password, nobody is locked."""
     names = dict.fromkeys(line.split(":")[0] for line in passwd.splitlines())
     return "".join(f"{name}:*:19000:0:99999:7:::\n" for name in names)
-
-
-def mapped_account_files(directory: Path) -> Iterator[tuple[str, str, int]]:
-    """The account files of a VM without namespaces: both users are the one who runs the server."""
-    uid, gid, sh = os.getuid(), os.getgid(), shell()
-    lines = [f"{name}:x:{uid}:{gid}::{directory}{account.home}:{sh}" for name, account in ACCOUNTS.items()]
-    yield "passwd", "\n".join([*lines, *system_lines("/etc/passwd", tuple(ACCOUNTS)), ""]), 0o644
-    yield "group", f"root:x:{gid}:\nplato:x:{gid}:\n", 0o644
 
 
 def account_files(hostname: str, one_uid: bool) -> Iterator[tuple[str, str, int]]:

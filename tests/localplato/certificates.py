@@ -1,6 +1,7 @@
 """The certificates of the TLS gateway: a CA of the data directory, and one for each server name.
 
-They are made by the `openssl` command. The CA may vouch only for the gateway's host and the names below it.
+They are made by the `openssl` command. The CA may vouch only for the gateway's host and the names below it,
+or below 127.0.0.1, which is the gateway's host where names are not found.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CN = Local Plato CA
 basicConstraints = critical, CA:TRUE, pathlen:0
 keyUsage = critical, keyCertSign, cRLSign
 subjectKeyIdentifier = hash
-nameConstraints = critical, permitted;DNS:{host}
+nameConstraints = critical, permitted;DNS:{host}, permitted;DNS:127.0.0.1
 """
 LEAF_EXTENSIONS = """\
 basicConstraints = critical, CA:FALSE

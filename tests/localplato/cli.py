@@ -148,9 +148,9 @@ def show(arguments: argparse.Namespace, value: dict[str, Any], lines: Sequence[s
     return 0
 
 
-def warn(information: dict[str, Any]) -> None:
-    """Say once, when the server has just started, what does not hold on this host."""
-    if information["started"]:
+def warn(information: dict[str, Any], again: bool = False) -> None:
+    """Say what does not hold on this host: when the server has just started, and `again` where it matters."""
+    if information["started"] or again:
         for warning in information["warnings"]:
             print(f"local plato: {warning}", file=sys.stderr)
 
@@ -228,7 +228,8 @@ def command_run(home: Home, arguments: argparse.Namespace) -> int:
     """Become `plato_sandbox.py ARGS` of this repository; its hints then name this command."""
     typed = shlex.join(["python3", sys.argv[0], "run"])
     command = [sys.executable, str(REPOSITORY / "plato_sandbox.py"), *arguments.arguments]
-    return become(home, command, {"PLATO_SANDBOX_COMMAND": typed})
+    makes_vm = arguments.arguments[:1] in (["start"], ["up"])
+    return become(home, command, {"PLATO_SANDBOX_COMMAND": typed}, makes_vm)
 
 
 def command_exec(home: Home, arguments: argparse.Namespace) -> int:
@@ -239,9 +240,9 @@ def command_exec(home: Home, arguments: argparse.Namespace) -> int:
     return become(home, words, {})
 
 
-def become(home: Home, command: list[str], environment: dict[str, str]) -> int:
+def become(home: Home, command: list[str], environment: dict[str, str], again: bool = False) -> int:
     information = up(home)
-    warn(information)
+    warn(information, again)
     sys.stdout.flush()
     try:
         os.execvpe(command[0], command, {**os.environ, **information["environment"], **environment})
@@ -278,14 +279,14 @@ SETTINGS = {
     "reset_without_worker": "status of a reset, which fails, where a VM has no running worker",
     "wrong_config": "status of a snapshot whose plato_config is not one dataset",
     "old_clients": "have setup-sandbox and setup-root-access, for clients of before SDK 2.7",
-    "isolation": "namespaces for VMs, or only the mapping of paths in commands",
+    "isolation": "namespaces for VMs, or none, and with them no processes",
     "docker": "a Docker engine for each VM where this host allows it, none, or not even the docker command",
 }
 PASSING = ("run", "exec")
 CHOICES: dict[str, list[Any]] = {
     "not_ready_status": [200, 408],
     "hub_scheme": ["http", "https"],
-    "isolation": ["auto", "namespaces", "paths"],
+    "isolation": ["auto", "namespaces", "none"],
     "unconnected": ["silent", "closed"],
     "network_for": ["gateway", "everything"],
     "reset_without_worker": [200, 500],
@@ -383,8 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(words)
     if passed is not None:
         arguments.arguments = passed
-    home = Home(arguments.home.absolute() if arguments.home else default_home())
     try:
+        home = Home(arguments.home.absolute() if arguments.home else default_home())
         status: int = arguments.handler(home, arguments)
     except (CommandError, HomeError, OSError) as error:
         print(f"local plato: {error}", file=sys.stderr)

@@ -24,6 +24,8 @@ CLIENT_SECONDS = 120.0
 CONNECT_SECONDS = 5
 POSTGRESQL_PORT, MYSQL_PORT = 5432, 3306
 DEFAULT_AUDIT_TABLE = "audit_log"
+NOT_FOUND = 127  # the exit code of a shell
+CLIENTS = "; a VM has this host's programs: apt-get install postgresql-client mariadb-client"
 
 
 class DatabaseError(Exception):
@@ -96,7 +98,8 @@ class Database:
                 raise DatabaseError(f"{command[0]} did not end within {CLIENT_SECONDS:g} s") from None
             if code != 0:
                 stderr.seek(0)
-                raise DatabaseError(complaint(stderr.read()) or f"{command[0]} ended with status {code}")
+                words = complaint(stderr.read()) or f"{command[0]} ended with status {code}"
+                raise DatabaseError(words + (CLIENTS if code == NOT_FOUND else ""))
             stdout.seek(0)
             return stdout.read()
 

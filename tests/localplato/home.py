@@ -18,8 +18,17 @@ class HomeError(Exception):
     """The data directory cannot be used; the message says why."""
 
 
+def in_home(path: str) -> Path:
+    """A path that may begin with `~`, in full. Raises HomeError for a user without a home."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        uid = os.getuid()
+        raise HomeError(f"{path}: uid {uid} has no home here; set HOME to a directory of yours") from error
+
+
 def default_home() -> Path:
-    return Path(os.environ.get("PLATO_LOCAL_HOME") or "~/.plato-local").expanduser().absolute()
+    return in_home(os.environ.get("PLATO_LOCAL_HOME") or "~/.plato-local")
 
 
 class Home:
@@ -40,7 +49,8 @@ class Home:
             self.directory.chmod(0o700)
         except OSError as error:
             raise HomeError(
-                f"the data directory {self.directory} cannot be used: {error.strerror}"
+                f"the data directory {self.directory} cannot be used: {error.strerror}; "
+                "PLATO_LOCAL_HOME=DIR names another"
             ) from error
 
     def key(self) -> str:

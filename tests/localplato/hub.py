@@ -13,6 +13,7 @@ import secrets
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,12 @@ class Hub:
             self.save_simulators()
         return simulator
 
+    def learn(self, names: Iterable[str]) -> None:
+        """Add a simulator, without a repository, for each name that is not known yet."""
+        known = {simulator.name.lower() for simulator in self.simulators}
+        for name in sorted({name for name in names if name and name.lower() not in known}):
+            self.add({"name": name})
+
     def free_name(self, simulator: Simulator) -> str:
         """A name for a simulator's repository. Gitea tells names apart without regard to case."""
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", simulator.name).strip(".-") or "simulator"
@@ -265,6 +272,9 @@ def credentials(call: Call) -> dict[str, Any]:
 
 @endpoint("GET", "/api/v1/gitea/simulators")
 def simulators(call: Call) -> list[dict[str, Any]]:
+    """Those that it began with, and those that the VMs of now are of: whoever runs one here may push it."""
+    hub = hub_of(call)
+    hub.learn(job.simulator for job in call.sessions.alive())
     return [
         {
             "id": one.id,
@@ -276,7 +286,7 @@ def simulators(call: Call) -> list[dict[str, Any]]:
             "gitea_repo_owner": one.owner if one.has_repo else None,
             "has_repo": one.has_repo,
         }
-        for one in hub_of(call).simulators
+        for one in hub.simulators
         if one.listed
     ]
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from . import debian, engine
 from .engine import EngineError
+from .home import in_home
 from .machine import PATH, Machine, MachineError, create_directory, remove_tree
 
 FORMAT = "1"
@@ -72,7 +73,7 @@ class ImageError(Exception):
 
 def cache_directory() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser().absolute() / "plato-local" / "images"
+    return in_home(cache) / "plato-local" / "images"
 
 
 def find_busybox() -> Path | None:
@@ -81,6 +82,13 @@ def find_busybox() -> Path | None:
         path = Path(name)
         if path.exists() and is_static(path.read_bytes()):
             return path
+    return None
+
+
+def debian_problem() -> str | None:
+    """Why the Debian image cannot be made here, or None."""
+    if shutil.which("mmdebstrap", path=PATH) is None:
+        return "debian:bookworm-slim needs mmdebstrap; on Debian: apt-get install mmdebstrap"
     return None
 
 
@@ -155,8 +163,11 @@ class Images:
 
     def prepare(self, with_debian: bool) -> Path:
         """The data root of a recipe. Raises ImageError."""
-        if with_debian and shutil.which("mmdebstrap", path=PATH) is None:
-            raise ImageError("debian:bookworm-slim needs mmdebstrap; on Debian: apt-get install mmdebstrap")
+        problem = debian_problem() if with_debian else None
+        if not with_debian and find_busybox() is None:
+            problem = "the image busybox needs a static one; on Debian: apt-get install busybox-static"
+        if problem is not None:
+            raise ImageError(problem)
         name = hashlib.sha256(recipe(with_debian).encode()).hexdigest()[:16]
         place = self.directory / name
         try:
@@ -183,7 +194,7 @@ class Images:
         machine = Machine("images-" + place.name, work / "vm", "images", True, lambda dead: None)
         began = time.monotonic()
         try:
-            create_directory(machine.directory, "images", True)
+            create_directory(machine.directory, "images")
             names = pack(machine.directory / "tmp", with_debian)
             machine.start()
             machine.engine = engine.Engine(machine, lambda: None)

@@ -15,8 +15,7 @@ each with an "id" that comes back in the answer:
     freeze      stops every process of the VM but this one; what `run` starts from now on is born stopped
     thaw        lets go on what `freeze` has stopped
 
-Where the host allows no namespaces it runs without them: it is then no PID 1, but still the parent of every
-process of the VM, whose orphans come to it, and ends them before it ends itself.
+With the argument `try` it only tries what a VM needs of its host, and says what it is not allowed.
 
 This file imports nothing of ours, so that it runs by its path with `python -I`.
 """
@@ -71,7 +70,7 @@ READ_ONLY_PROC = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 # Nothing in a VM may load modules, touch raw devices or mounts, reboot, set the clock or make device nodes.
 CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SYS_BOOT, CAP_SYS_TIME, CAP_MKNOD = 16, 17, 21, 22, 25, 27
 DROPPED_CAPABILITIES = (CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SYS_BOOT, CAP_SYS_TIME, CAP_MKNOD)
-PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 24, 36
+PR_CAPBSET_DROP = 24
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 
 
@@ -263,6 +262,17 @@ def bring_loopback_up() -> None:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
 
 
+def try_host() -> int:
+    """Do in new namespaces what a host may not allow; the last line on standard error says what it was."""
+    for step in (bring_loopback_up, protect_host, mount_devices, mount_proc):
+        try:
+            step()
+        except OSError as error:
+            print(f"{step.__name__}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
 def drop_capabilities() -> None:
     """What PID 1 starts can never have these again, whoever it is."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -271,14 +281,11 @@ def drop_capabilities() -> None:
 
 
 def set_up(settings: dict[str, Any]) -> None:
-    """Turn the new namespaces into this VM, or be ready for one without them."""
+    """Turn the new namespaces into this VM."""
     os.umask(0o022)
     # The server needs many more open files than programs in a VM should be used to.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, hard), hard))
-    if not settings["isolated"]:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        return
     socket.sethostname(settings["hostname"])
     bring_loopback_up()
     lay_over(settings["overlays"])
@@ -325,22 +332,9 @@ def run_child(request: dict[str, Any], descriptors: Sequence[int]) -> None:
 
 def list_processes() -> list[dict[str, Any]]:
     """Every process of the VM but this one: pid, parent, state letter and command line."""
-    everything = list_all_processes()
-    if os.getpid() == 1:
-        return [process for process in everything if process["pid"] != 1]
-    family = {os.getpid()}
-    while True:
-        grown = family | {process["pid"] for process in everything if process["parent"] in family}
-        if grown == family:
-            return [process for process in everything if process["pid"] in family - {os.getpid()}]
-        family = grown
-
-
-def list_all_processes() -> list[dict[str, Any]]:
-    """Every process that /proc shows."""
     processes: list[dict[str, Any]] = []
     for name in os.listdir("/proc"):
-        if not name.isdigit():
+        if not name.isdigit() or name == "1":
             continue
         try:
             with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
@@ -397,18 +391,6 @@ def continue_processes(without: set[int]) -> None:
     for pid in sorted(set(parents) - without, key=depth, reverse=True):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-
-
-def end_descendants() -> None:
-    """Kill and reap until this process has no descendants."""
-    while True:
-        for process in list_processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process["pid"], signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
 
 
 class Init:
@@ -525,6 +507,8 @@ class Init:
 
 def main() -> int:
     """Set the VM up and serve; the exit of this process is the end of the VM."""
+    if sys.argv[1] == "try":
+        return try_host()
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     received = receive_message(channel)
@@ -542,9 +526,6 @@ def main() -> int:
         init.serve()
     except ConnectionError:
         pass
-    if not received[0]["isolated"]:
-        signal.set_wakeup_fd(-1)
-        end_descendants()
     return 0
 
 

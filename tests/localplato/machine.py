@@ -1,6 +1,7 @@
 """A VM: a directory with its own files, and real processes in their own namespaces.
 
-`Machine` is the server's end of the socket to the VM's PID 1 (`init.py`).
+`Machine` is the server's end of the socket to the VM's PID 1 (`init.py`). Where the host allows no
+namespaces, a VM has no processes at all: they could reach the files, processes and ports of the host.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Callable
 
-from . import accounts, paths
+from . import accounts
 from .engine import Engine
 from .init import receive_message, send_message
 
@@ -40,6 +41,10 @@ BINDS = {
     "/etc/hostname": "etc/hostname",
     "/etc/hosts": "etc/hosts",
 }
+NO_PROCESSES = "the VM runs no processes: this local Plato has no namespaces for them"
+# Where it says 1, as on Ubuntu, an ordinary user can make namespaces and may do nothing in them.
+RESTRICTION = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
+CONTAINER_OPTIONS = "--cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt apparmor=unconfined"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -70,6 +75,11 @@ def unshare_command() -> list[str]:
     return [*command, "--"]
 
 
+def init_command(argument: str) -> list[str]:
+    """The command that runs `init.py`."""
+    return [sys.executable, "-I", "-S", str(Path(__file__).with_name("init.py")), argument]
+
+
 @functools.cache
 def namespaces_problem() -> str | None:
     """Why this host cannot give a VM its own namespaces, or None when it can."""
@@ -77,10 +87,9 @@ def namespaces_problem() -> str | None:
         return "VMs with their own file system and network need Linux"
     if shutil.which("unshare") is None:
         return "the unshare command is missing (package util-linux)"
-    script = "mount -t proc proc /proc && mount -t tmpfs tmpfs /dev"
     try:
         trial = subprocess.run(
-            [*unshare_command(), "sh", "-c", script],
+            [*unshare_command(), *init_command("try")],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -92,6 +101,20 @@ def namespaces_problem() -> str | None:
         reason = (trial.stderr.strip().splitlines() or [f"status {trial.returncode}"])[-1]
         return f"this host does not allow namespaces ({reason})"
     return None
+
+
+def namespaces_remedy(problem: str) -> str:
+    """What would give the VMs of this host their own namespaces, with a line to paste."""
+    if "util-linux" in problem:
+        return "apt-get install util-linux"
+    if "propagation: Invalid argument" in problem or "'/proc/" in problem:
+        return "mount --bind DIR DIR && mount -t proc proc DIR/proc, before a chroot to DIR"
+    if os.geteuid() == 0:
+        return f"docker run {CONTAINER_OPTIONS} ..."
+    alone = "to be root"
+    if RESTRICTION.exists() and RESTRICTION.read_text().strip() == "1":
+        alone = f"sudo sysctl -w kernel.{RESTRICTION.name}=0"
+    return f"{alone}; in a container: docker run --user root {CONTAINER_OPTIONS} ..."
 
 
 # ---------------------------------------------------------------------------
@@ -106,7 +129,7 @@ def own(path: Path, uid: int, mode: int) -> None:
     path.chmod(mode)
 
 
-def create_directory(directory: Path, hostname: str, isolated: bool) -> None:
+def create_directory(directory: Path, hostname: str) -> None:
     """Lay out an empty VM: the homes of root and plato, temporary directories and the account files."""
     for name, uid, mode in (
         ("home", 0, 0o755),
@@ -121,11 +144,7 @@ def create_directory(directory: Path, hostname: str, isolated: bool) -> None:
         path = directory / name
         path.mkdir(parents=True, exist_ok=True)
         own(path, uid, mode)
-    if not isolated:
-        files = accounts.mapped_account_files(directory)
-    else:
-        files = accounts.account_files(hostname, one_uid=os.geteuid() != 0)
-    for name, text, mode in files:
+    for name, text, mode in accounts.account_files(hostname, one_uid=os.geteuid() != 0):
         path = directory / "etc" / name
         path.write_text(text)
         own(path, 0, mode)
@@ -201,12 +220,13 @@ class Machine:
 
     def start(self) -> None:
         """Start PID 1 and wait until the VM's world is set up. Raises MachineError."""
+        if not self.isolated:
+            self.alive = True
+            return
         ours, theirs = socket.socketpair()
-        script = Path(__file__).with_name("init.py")
-        wrapper = unshare_command() if self.isolated else []
         with theirs, open(self.console_path, "ab") as console:
             self.process = subprocess.Popen(
-                [*wrapper, sys.executable, "-I", "-S", str(script), str(theirs.fileno())],
+                [*unshare_command(), *init_command(str(theirs.fileno()))],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
@@ -220,7 +240,6 @@ class Machine:
             "directory": str(self.directory),
             "hostname": self.hostname,
             "binds": BINDS,
-            "isolated": self.isolated,
             "shown": self.shown,
             "overlays": self.overlays,
         }
@@ -249,14 +268,11 @@ class Machine:
         self.end_process()
 
     def end_process(self) -> None:
-        """Kill PID 1. The kernel ends every process of the VM before unshare sees it gone, and ends too.
-
-        Without namespaces it ends the others itself when its socket is closed, which it is.
-        """
+        """Kill PID 1. The kernel ends every process of the VM before unshare sees it gone, and ends too."""
         if self.process is None:
             return
         pid = self.pid
-        if pid is not None and self.isolated:
+        if pid is not None:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -275,8 +291,6 @@ class Machine:
         """The process id, on the host, of the VM's PID 1."""
         if self.process is None or self.process.poll() is not None:
             return None
-        if not self.isolated:
-            return self.process.pid
         try:
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         except OSError:
@@ -321,14 +335,12 @@ class Machine:
             self.end_process()
             self.on_death(self)
 
-    def on_host(self, text: str) -> str:
-        """A text with the VM's paths as its processes have to write them."""
-        return text if self.isolated else paths.map_paths(text, str(self.directory))
-
     # -- requests --
 
     def request(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> Reply:
         """Send a request to PID 1 and wait for its answer. Raises MachineError."""
+        if not self.isolated:
+            raise MachineError(NO_PROCESSES)
         reply: concurrent.futures.Future[Reply] = concurrent.futures.Future()
         with self.lock:
             if not self.alive or self.channel is None:
@@ -360,18 +372,17 @@ class Machine:
     ) -> Command:
         """Start a command with these standard streams, as a user of the VM, in that user's home."""
         account = accounts.ACCOUNTS[user]
-        keep_uid = self.one_uid or user == "root" or not self.isolated
+        keep_uid = self.one_uid or user == "root"
         with self.lock:
             command = Command(self, self.next_identifier)
             self.next_identifier += 1
             self.commands[command.identifier] = command
-        home = self.on_host(account.home)
         message = {
             "op": "run",
             "id": command.identifier,
-            "argv": [self.on_host(word) for word in argv],
-            "env": {**accounts.environment(user, PATH), "HOME": home, **(environment or {})},
-            "cwd": home,
+            "argv": argv,
+            "env": {**accounts.environment(user, PATH), **(environment or {})},
+            "cwd": account.home,
             "uid": None if keep_uid else account.uid,
             "gid": None if keep_uid else account.uid,
         }
@@ -411,6 +422,9 @@ class Machine:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Hold every process of the VM still, those in containers too. Raises MachineError."""
+        if not self.isolated:
+            yield  # there are none
+            return
         with self.freeze_lock:
             try:
                 self.request({"op": "freeze"})

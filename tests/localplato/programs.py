@@ -26,7 +26,7 @@ def compose_plugin() -> Path | None:
     """The Compose plugin of the server's user; None without one, or where every user has one already."""
     if any(os.path.exists(f"{directory}/{PLUGIN}") for directory in PLUGIN_DIRECTORIES):
         return None
-    path = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser() / "cli-plugins" / PLUGIN
+    path = Path(os.path.expanduser(os.environ.get("DOCKER_CONFIG") or "~/.docker"), "cli-plugins", PLUGIN)
     return path if os.access(path, os.X_OK) else None
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import contract, paths, ssh
+from . import contract, ssh
 from .catalogue import Catalogue
 from .certificates import CertificateError, Certificates
 from .clock import Clock
@@ -24,8 +25,8 @@ from .gateway import Gateway
 from .git_server import GitServer, Outlet
 from .home import Home, HomeError
 from .hub import Hub, git_problem
-from .images import Images
-from .machine import Machine, namespaces_problem, remove_tree
+from .images import Images, debian_problem
+from .machine import Machine, namespaces_problem, namespaces_remedy, remove_tree
 from .server import HttpServer, Service
 from .sessions import Job, Sessions
 from .worker import resume as resume_workers
@@ -79,7 +80,9 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
     sessions.uploads.seconds = settings.upload_seconds
     sessions.worker_seconds = settings.worker_seconds
     resume_workers(sessions)
-    warnings: list[str] = []
+    sessions.isolated, warnings = choose_isolation(settings.isolation)
+    if settings.gateway_host == "localhost" and not is_found("localhost"):
+        settings.gateway_host = "127.0.0.1"
     last = home.information() or {}
     certificates = Certificates(home.certificates, settings.gateway_host)
     gateway: Gateway | None = None
@@ -95,12 +98,13 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
         )
     except CertificateError as error:
         warnings.append(str(error))
-    sessions.isolated, isolation_warnings = choose_isolation(settings.isolation)
-    warnings += isolation_warnings
     problem = ssh.sshd_problem()
     if problem is not None:
         warnings.append(problem)
     docker_problem = choose_docker(settings.docker, sessions)
+    without_debian = debian_problem()
+    if docker_problem is None and without_debian is not None:
+        warnings.append(f"an image is missing in VMs: {without_debian}")
     hub = Hub(home.hub)
     hub.prepare()
     service = Service(contract.load(), sessions, settings, home.key(), gateway, hub)
@@ -118,26 +122,28 @@ def start(home: Home, settings: Settings, shared_authority: Path | None) -> Runn
     return Running(service, http, gateway, git, information)
 
 
+def is_found(host: str) -> bool:
+    """Whether a host's name leads somewhere; without an /etc/hosts, not even `localhost` need."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
 def choose_isolation(wish: str) -> tuple[bool, list[str]]:
-    """Whether VMs get namespaces, and what does not hold when they do not. Raises HomeError."""
+    """Whether VMs get namespaces, and what does not work when they do not. Raises HomeError."""
     if wish == "namespaces" or (wish == "auto" and namespaces_problem() is None):
         problem = namespaces_problem()
         if problem is not None:
             raise HomeError(problem)
         return True, []
-    if not sys.platform.startswith("linux"):
-        return False, ["VMs need Linux: sessions can be made here, but their VMs fail to start"]
-    reason = "asked for" if wish == "paths" else namespaces_problem()
-    warnings = [
-        f"VMs are directories without namespaces ({reason}): /home/plato and /root in commands are rewritten "
-        "to the VM's directory; all other files, processes and ports are this host's, and commands run as you"
+    if wish == "none":
+        return False, ["VMs run no commands and have no SSH: asked for"]
+    problem = str(namespaces_problem())
+    return False, [
+        "here a VM can be started, looked at and stopped, but it runs no commands and has no SSH, as "
+        f"{problem}. What helps: {namespaces_remedy(problem)}"
     ]
-    if paths.find_nss_wrapper() is None:
-        warnings.append(
-            "SSH lets in only the user who runs this, by that name: "
-            "install the package libnss-wrapper for root and plato"
-        )
-    return False, warnings
 
 
 def choose_docker(wish: str, sessions: Sessions) -> str | None:

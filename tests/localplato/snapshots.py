@@ -73,11 +73,10 @@ def copy(machine: Machine, place: Path) -> dict[str, bool]:
 def copy_files(machine: Machine, target: Path) -> None:
     for name in KEPT:
         copy_tree(machine.directory / name, target / name)
-    if machine.isolated:
-        (target / "etc").mkdir()
-        for name in KEPT_ACCOUNTS:
-            content = (machine.directory / "etc" / name).read_bytes()
-            (target / "etc" / name).write_bytes(content)
+    (target / "etc").mkdir()
+    for name in KEPT_ACCOUNTS:
+        content = (machine.directory / "etc" / name).read_bytes()
+        (target / "etc" / name).write_bytes(content)
 
 
 def describe(

@@ -8,15 +8,12 @@ import os
 import shutil
 import socket
 import struct
-import sys
 from pathlib import Path
 
-from . import paths
-from .accounts import ACCOUNTS, PLATO_UID, ROOT_SHELL, root_shell_text
+from .accounts import PLATO_UID, ROOT_SHELL, root_shell_text
 from .machine import PATH, Machine, MachineError
 
 DIRECTORY = "/run/plato"
-PRIVILEGE_SEPARATION = Path("/run/sshd")
 KEY_SECONDS = 30.0
 MAXIMUM_KEY_LENGTH = 16_384
 CONFIG = f"""\
@@ -87,20 +84,6 @@ def add_key(machine: Machine, user: str, key: str) -> str:
     return result.stdout.decode("utf-8", "replace")
 
 
-def config_text(machine: Machine) -> str:
-    """The configuration of a VM's sshd."""
-    if machine.isolated:
-        return CONFIG
-    # The users' homes are the VM's directories, and every command goes through the mapping of paths.
-    script = Path(__file__).with_name("paths.py")
-    lines = [machine.on_host(CONFIG.replace("Subsystem sftp", "StrictModes no\nSubsystem sftp"))]
-    for user, account in ACCOUNTS.items():
-        lines.append(f"Match User {user}")
-        lines.append(f"    AuthorizedKeysFile {machine.on_host(account.home)}/.ssh/authorized_keys")
-        lines.append(f"    ForceCommand {sys.executable} -I -S {script} {machine.directory} {user}")
-    return "\n".join([*lines, ""])
-
-
 def prepare(machine: Machine) -> None:
     """Give the VM its host key and the configuration of sshd, once. Raises MachineError."""
     directory = machine.directory / "run" / "plato"
@@ -108,15 +91,12 @@ def prepare(machine: Machine) -> None:
         if (directory / "sshd_config").exists():
             return
         directory.mkdir(mode=0o755, exist_ok=True)
-        if not machine.isolated and os.geteuid() == 0:
-            # A root sshd wants this directory; a VM with namespaces has its own.
-            PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
         if not (directory / "ssh_host_ed25519_key").exists():
             make_host_key(machine)
         shell = directory / Path(ROOT_SHELL).name
         shell.write_text(root_shell_text())
         shell.chmod(0o755)
-        (directory / "sshd_config").write_text(config_text(machine))
+        (directory / "sshd_config").write_text(CONFIG)
 
 
 def make_host_key(machine: Machine) -> None:
@@ -133,23 +113,10 @@ def server_command(machine: Machine) -> list[str]:
     if sshd is None:
         raise MachineError(sshd_problem() or "no sshd")
     command = [sshd, "-i", "-e", "-f", f"{DIRECTORY}/sshd_config"]
-    if machine.one_uid and machine.isolated:
+    if machine.one_uid:
         # Without root sshd lets in only the user that it runs as, and that cannot be the namespace's uid 0.
         return ["unshare", "--user", f"--map-user={PLATO_UID}", f"--map-group={PLATO_UID}", "--", *command]
     return command
-
-
-def server_environment(machine: Machine) -> dict[str, str]:
-    """Without namespaces sshd knows the VM's users only by the library nss_wrapper, where there is one."""
-    library = None if machine.isolated else paths.find_nss_wrapper()
-    if library is None:
-        return {}
-    etc = machine.directory / "etc"
-    return {
-        "LD_PRELOAD": library,
-        "NSS_WRAPPER_PASSWD": str(etc / "passwd"),
-        "NSS_WRAPPER_GROUP": str(etc / "group"),
-    }
 
 
 def connect(machine: Machine) -> socket.socket:
@@ -158,8 +125,7 @@ def connect(machine: Machine) -> socket.socket:
     ours, theirs = socket.socketpair()
     with theirs, open(machine.directory / "sshd.log", "ab") as log:
         try:
-            streams = (theirs.fileno(), theirs.fileno(), log.fileno())
-            machine.spawn(server_command(machine), *streams, environment=server_environment(machine))
+            machine.spawn(server_command(machine), theirs.fileno(), theirs.fileno(), log.fileno())
         except MachineError:
             ours.close()
             raise
