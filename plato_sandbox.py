@@ -2917,11 +2917,8 @@ def load_slot(directory: str) -> Json | None:
     It is the one that PLATO_SANDBOX or .plato/current names, else the only one that was not stopped.
     ConflictError for several. Before 2.121, .plato/state.json was the only slot; since then it is a link.
     """
-    import glob
-
     place = os.path.join(directory, ".plato")
-    found = glob.escape(place)
-    paths = sorted(glob.glob(f"{found}/sandboxes/*.json")) or glob.glob(f"{found}/state.json")
+    paths = matching(f"{place}/sandboxes", r"[^.].*\.json") or matching(place, r"state\.json")
     pinned = os.environ.get("PLATO_SANDBOX", "")
     name = pinned
     with suppress(OSError):
@@ -3003,11 +3000,18 @@ def changing(path: str) -> AbstractContextManager[None]:
 
 
 def remove_matching(directory: str, pattern: str) -> None:
-    """Remove the files in a directory, if there is one, whose names fit a regular expression."""
-    for name in os.listdir(directory) if os.path.isdir(directory) else ():
-        if re.fullmatch(pattern, name):
-            with suppress(OSError):
-                os.unlink(os.path.join(directory, name))
+    """Remove the files of a directory whose names fit a regular expression, the last first."""
+    for path in reversed(matching(directory, pattern)):
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def matching(directory: str, pattern: str) -> list[str]:
+    """The paths of what is in a directory, if one can be read, by names that fit a regular expression."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(os.listdir(directory))
+    return [os.path.join(directory, name) for name in names if re.fullmatch(pattern, name)]
 
 
 def make_home(home: str) -> None:
@@ -3098,13 +3102,16 @@ def ssh_fields(home: str, session_id: str) -> Json:
     }
 
 
+def files_of(session_id: str) -> str:
+    """The names of what belongs to a sandbox under PLATO_HOME, as a regular expression."""
+    return rf"(ssh|known_hosts|heartbeat)_{short_id(session_id)}([._].*)?"
+
+
 def remove_files_of(home: str, session_id: str) -> None:
     """Remove what belongs to a sandbox under PLATO_HOME, also what ssh or a killed command left half made;
     with the last of them the copies that they run."""
-    import glob
-
-    remove_matching(home, rf"(ssh|known_hosts|heartbeat)_{short_id(session_id)}([._].*)?")
-    if not glob.glob(f"{glob.escape(home)}/[hs]*_*"):
+    remove_matching(home, files_of(session_id))
+    if not matching(home, "(heartbeat|ssh)_.*"):
         remove_matching(home, "child_.*")
 
 
@@ -3216,7 +3223,8 @@ def write_ssh_config(settings: Settings, state: Json, written: str = "") -> None
 def repair_ssh_config(state: Json, settings: Settings) -> None:
     """Have the way to the gateway in an SSH config of ours right: what it runs may be gone, or the gateway
     have moved. For another client's sandbox, the config is written here."""
-    ours = ssh_fields(settings.home, state.get("session_id") or "")["ssh_config_path"]
+    files = ssh_fields(settings.home, state.get("session_id") or "")
+    ours, key = files["ssh_config_path"], files["ssh_private_key_path"]
     if not state.get("job_id") or state.get("ssh_config_path") != ours:
         return
     if "slot_path" in state:
@@ -3225,6 +3233,8 @@ def repair_ssh_config(state: Json, settings: Settings) -> None:
     else:
         with suppress(OSError, SandboxError):
             write_ssh_config(settings, state, text_of_others(ours))
+        if not os.path.exists(key):  # a `stop` came between, which removes the key first
+            remove_files_of(settings.home, state["session_id"])
 
 
 def ssh_command(state: Json) -> str | None:
@@ -7418,9 +7428,7 @@ class Sandbox:
                     )
         except NoSandboxError:
             already_gone = True
-            home = self.settings.home
-            kept = [ssh_fields(home, session_id)["ssh_config_path"], heartbeat_path(home, session_id)]
-            if not self.state and not any(map(os.path.lexists, kept)):
+            if not self.state and not matching(self.settings.home, files_of(session_id)):
                 raise NoSandboxError(
                     f"Plato knows no session {session_id!r}, and nothing of it is here; nothing was stopped.",
                     hint="`plato-sandbox status` in the directory of the sandbox shows its id.",
@@ -8352,7 +8360,7 @@ def run_doctor(sandbox: Sandbox) -> Json:
     def clock() -> Any:
         with suppress(ValueError):
             ahead = time.time() - seconds_of(api.server_time, "%a, %d %b %Y %H:%M:%S GMT")
-            words = f"{ahead:+.0f} s to Plato's"
+            words = f"{ahead:+.0f} s from Plato's"
             return SandboxError(words, hint="Have NTP set it.") if abs(ahead) > 60 else words
         return "Plato's is not known"
 
@@ -8383,14 +8391,16 @@ def run_doctor(sandbox: Sandbox) -> Json:
         "Sandbox": here,
         "Heartbeat": heartbeat,
     }
-    checks: list[Json] = []
-    for name, look in looks.items():
+
+    def check(name: str) -> Json:
         try:
-            found = look()
+            found = looks[name]()
         except SandboxError as error:
             found = error
         fine = not isinstance(found, SandboxError)
-        checks.append({"name": name, "ok": fine, "found": str(found), "fix": None if fine else found.hint})
+        return {"name": name, "ok": fine, "found": str(found), "fix": getattr(found, "hint", None)}
+
+    checks = [*map(check, looks)]
     wrong = ", ".join(check["name"] for check in checks if not check["ok"])
     return {"checks": checks, "error": SandboxError(f"Something is wrong with: {wrong}.") if wrong else None}
 
@@ -8698,10 +8708,7 @@ def known_sandboxes(sandbox: Sandbox, every: bool = False) -> list[Json]:
     Each: directory, session_id, service, created_at, vm_status, gone, and, as `Sandbox.status` tells them,
     heartbeat and ends; orphan: why no command in a directory is for it, None for most.
     """
-    import glob
-
-    logs = glob.glob(f"{glob.escape(sandbox.settings.home)}/heartbeat_*.log")
-    read = map(facts_in, sorted(logs))
+    read = map(facts_in, matching(sandbox.settings.home, r"heartbeat_.*\.log"))
     found = {facts["session_id"]: facts for facts in read if text_in(facts, "session_id")}
     rows = [_known_sandbox(sandbox, session_id, facts) for session_id, facts in found.items()]
     for session in map(as_dict, as_list(sandbox.api.sessions().get("sessions")) if every else []):
@@ -8714,24 +8721,16 @@ def known_sandboxes(sandbox: Sandbox, every: bool = False) -> list[Json]:
 
 
 def _known_sandbox(sandbox: Sandbox, session_id: str, facts: Json) -> Json:
+    report: Json = {}
     with suppress(SandboxError):  # there is no record, or none that can be read
         other = sandbox.silent(re.sub(r"/\.plato(/sandboxes)?$", "", str(facts.get("directory"))))
-        report = other.status()
-        if report.get("session_id") == session_id:
-            return {
-                **report,
-                "directory": other.directory,
-                "gone": isinstance(report["error"], NoSandboxError),
-            }
-    other = sandbox.silent()
-    other.state = {"session_id": session_id}
-    gone = bool(other.end_of_vm())
-    return {
-        **other.state,
-        "vm_status": "gone" if gone else "active",
-        "gone": gone,
-        "orphan": "no directory has its record",
-    }
+        report = {"directory": other.directory, **other.status()}
+    if report.get("session_id") != session_id:
+        other = sandbox.silent()
+        other.state = {"session_id": session_id}
+        report = {**other.state, "error": other.end_of_vm(), "orphan": "no directory has its record"}
+        report["vm_status"] = "gone" if report["error"] else "active"
+    return {**report, "gone": isinstance(report["error"], NoSandboxError)}
 
 
 def list_lines(report: Json) -> Lines:
@@ -9377,7 +9376,7 @@ def run(arguments: Words, output: Output) -> int:
         return 0
     options = vars(parsed)
     if not unknown and options.pop("version", False):
-        output.result(version_text())
+        output.result(f"plato-sandbox {__version__} ({hashed(own_text())})")  # so that edited copies show
         return 0
     if unknown or not name:
         raise unknown_word([*unknown, *arguments][0], name)
@@ -9423,11 +9422,6 @@ def fail(output: Output, error: SandboxError | Interrupted) -> int:
     except (OSError, SandboxError):  # nobody reads it; the exit code still tells
         forget_stream(sys.stdout)
     return error.exit_code
-
-
-def version_text() -> str:
-    """The version, and a hash of this file's text so that edited copies show."""
-    return f"plato-sandbox {__version__} ({hashed(own_text())})"
 
 
 if __name__ == "__main__":

@@ -441,6 +441,21 @@ def test_ssh_that_comes_after_stop_leaves_nothing(desk: Desk, plato: LocalPlato)
     nothing_left(desk, plato)
 
 
+@pytest.mark.parametrize("words", [("status",), ("sync",)], ids=" ".join)
+def test_stop_while_another_looks_at_the_way_to_the_vm(
+    desk: Desk, plato: LocalPlato, words: tuple[str, ...]
+) -> None:
+    """What a command finds that comes between: the key is gone already, the record and the config are not."""
+    desk.good(*BLANK)
+    record, config = desk.state_file, Path(desk.state["ssh_config_path"])
+    there = {path: path.read_bytes() for path in (record, config)}
+    desk.good("stop")
+    for path, content in there.items():
+        path.write_bytes(content)
+    assert desk.run(*words).code == 3
+    assert desk.leftovers() == [record.name]
+
+
 AT_ONCE: list[tuple[str, ...]] = [
     ("start", "--from-config"),
     ("start", "--from-config", "--replace"),
