@@ -46,8 +46,7 @@ Files
     screenshots/             what the screenshot steps of flows make, beside the flows file
     test-results/            the report of `flow`, with pictures and traces (or --output)
     PLATO_HOME/child_<hash>.py
-                             the copy of a part of this file that heartbeats and SSH run; the last `stop`
-                             removes it
+                             the copy of a part of this file that SSH runs; the last `stop` removes it
     PLATO_HOME/ssh_<id>.conf, ssh_<id>_key, ssh_<id>_key.pub, known_hosts_<id>, heartbeat_<id>.log
                              where <id> is the first part of the session id; `stop` removes them
 
@@ -594,28 +593,33 @@ def shell_words(words: Words) -> str:
     return shlex.join(words)
 
 
-def own_command(home: str, *arguments: str) -> list[str]:
-    """The command that runs `run_child`, from the copy that `keep_copy` makes."""
+def own_command(program: str, *arguments: str) -> list[str]:
+    """The command that runs `run_child`, from a file that `keep_copy` made, or from standard input (`-`)."""
     python = getattr(sys, "_base_executable", "") or sys.executable
-    return [os.path.realpath(python), "-I", "-S", "-B", child_copy(home)[0], *arguments]
+    return [os.path.realpath(python), "-I", "-S", "-B", program, *arguments]
 
 
 def keep_copy(home: str) -> None:
-    """Have what children need of this file in PLATO_HOME: it may go, and an environment that it came with."""
-    path, text = child_copy(home)
+    """Have what ssh runs of this file in PLATO_HOME: it may go, and an environment that it came with."""
+    path = copy_path(home)
     if not os.path.exists(path):
-        write_file(path, text)
+        write_file(path, child_program())
 
 
-def child_copy(home: str) -> tuple[str, str]:
-    """The path and the text of that copy, of which there is one for each content."""
+def copy_path(home: str) -> str:
+    """Where that copy is, of which there is one for each content."""
+    return f"{home}/child_{hashed(child_program())}.py"
+
+
+def child_program(task: Json | None = None) -> str:
+    """What children need of this file, and a call of `run_child`."""
     text, mark, _ = own_text().partition("\n# Children of this file need nothing below.")
     if not mark:
         raise UsageError(
             "This program cannot read its own text, of which it starts a heartbeat.",
             hint="Save it as plato_sandbox.py, and run that file.",
         )
-    return f"{home}/child_{hashed(text)}.py", f"{text}\nsys.exit(run_child(sys.argv[1:]))\n"
+    return f"{text}\nsys.exit(run_child(sys.argv[1:], {task!a}))\n"
 
 
 def own_text() -> str:
@@ -1604,24 +1608,24 @@ class Heartbeat:
 
 
 def spawn_heartbeat(settings: Settings, state: Json, record: str, reporter: Reporter) -> int:
-    """Start the heartbeat of a sandbox and return its pid, once it holds its lock. The key goes by a pipe.
+    """Start the heartbeat of a sandbox and return its pid, once it holds its lock.
+
+    Its program goes by a pipe, and the key with it.
 
     record: the path of the file that names the sandbox, as long as it is wanted. Where another heartbeat of
     this session lives, as for a copy of the directory, it is that one.
     """
-    import json
     import subprocess
 
     session_id = state["session_id"]
     task = {"settings": vars(settings), "session_id": session_id, "job_id": state.get("job_id")}
     task["idle"] = state.get("idle_seconds")
     directory, task["record"] = os.path.split(record)  # by its name alone, the directory may be moved
-    keep_copy(settings.home)
-    command = own_command(settings.home, "heartbeat-child", session_id)  # see is_heartbeat
+    command = own_command("-", "heartbeat-child", session_id)  # see is_heartbeat
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     child: Any = launch(command, reporter, cwd=directory, **options)
     try:
-        feed_child(child, lambda stdin: stdin.write(json.dumps(task).encode()))
+        feed_child(child, lambda stdin: stdin.write(child_program(task).encode()))
         with child.stdout:
             child.stdout.read()  # which ends when it has begun, or is about to end
     except BaseException:
@@ -1706,13 +1710,11 @@ def _signal_heartbeat(pid: Any, session_id: str, number: int) -> None:
     os.close(handle)
 
 
-def run_child(arguments: Words) -> int:
+def run_child(arguments: Words, task: Json | None) -> int:
     """The hidden commands that `own_command` starts, the heartbeat and the ProxyCommand."""
     try:
-        if arguments[0] == "heartbeat-child":
-            import json
-
-            heartbeat = Heartbeat(json.loads(sys.stdin.buffer.read()))
+        if task:
+            heartbeat = Heartbeat(task)
             if heartbeat.begin():
                 point_at_nothing(0, 1)  # it holds nothing of its parent, which waits for that
                 heartbeat.run()
@@ -3111,7 +3113,7 @@ def remove_files_of(home: str, session_id: str) -> None:
     """Remove what belongs to a sandbox under PLATO_HOME, also what ssh or a killed command left half made;
     with the last of them the copies that they run."""
     remove_matching(home, files_of(session_id))
-    if not matching(home, "(heartbeat|ssh)_.*"):
+    if not matching(home, "ssh_.*"):
         remove_matching(home, "child_.*")
 
 
@@ -3138,7 +3140,8 @@ def proxy_command(settings: Settings, state: Json) -> str:
     """The ProxyCommand that makes this file the way to the VM."""
     way = settings.gateway_host, str(settings.gateway_port), f"{state['job_id']}--22"
     log = heartbeat_path(settings.home, state["session_id"])
-    words = own_command(settings.home, "gateway-stream", *way, log, *filter(None, [settings.ca_file]))
+    program, ca_file = copy_path(settings.home), filter(None, [settings.ca_file])
+    words = own_command(program, "gateway-stream", *way, log, *ca_file)
     return shell_words(["sh", "-c", _PROXY, *words]).replace("%", "%%")
 
 

@@ -378,11 +378,11 @@ def test_first_line_of_the_record_is_always_whole(fast: Desk, plato: LocalPlato)
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def child(desk: Desk, task: bytes) -> subprocess.CompletedProcess[bytes]:
+def child(desk: Desk, program: str) -> subprocess.CompletedProcess[bytes]:
     """Start a heartbeat by hand; how it ended."""
     return subprocess.run(
-        product.own_command(str(desk.plato_home), "heartbeat-child"),
-        input=task,
+        product.own_command("-", "heartbeat-child"),
+        input=program.encode(),
         env=desk.environment,
         capture_output=True,
         timeout=60,
@@ -399,7 +399,7 @@ def test_of_two_heartbeats_one_lives(desk: Desk, plato: LocalPlato) -> None:
         "job_id": state["job_id"],
         "record": str(desk.state_file),
     }
-    second = child(desk, json.dumps(task).encode())
+    second = child(desk, product.child_program(task))
     assert (second.returncode, second.stdout, second.stderr) == (0, b"", b"")
     assert heartbeats(desk) == [pid]
     assert desk.heartbeat_record()["pid"] == pid
@@ -421,9 +421,11 @@ def test_record_that_is_held_already(tmp_path: Path, holder: str) -> None:
                 product.spawn_heartbeat(*task)
 
 
-def test_child_without_a_task_ends(desk: Desk) -> None:
-    done = child(desk, b"")
-    assert done.returncode != 0
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_child_whose_parent_ends_too_early_does_nothing(desk: Desk, share: float) -> None:
+    """All but the last line break and bracket is the most that is no whole program."""
+    program = product.child_program({"session_id": "abcdef12-mine", "settings": vars(desk.settings)})
+    done = child(desk, program[: int(share * (len(program) - 2))])
     assert done.stdout == b""
     assert desk.leftovers() == []
 
