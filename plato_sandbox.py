@@ -8727,7 +8727,7 @@ def _known_sandbox(sandbox: Sandbox, session_id: str, facts: Json) -> Json:
     report: Json = {}
     with suppress(SandboxError):  # there is no record, or none that can be read
         other = sandbox.silent(re.sub(r"/\.plato(/sandboxes)?$", "", str(facts.get("directory"))))
-        report = {"directory": other.directory, **other.status()}
+        report = {**other.status(), "directory": other.directory}
     if report.get("session_id") != session_id:
         other = sandbox.silent()
         other.state = {"session_id": session_id}
