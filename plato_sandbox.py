@@ -2920,7 +2920,7 @@ def load_slot(directory: str) -> Json | None:
     ConflictError for several. Before 2.121, .plato/state.json was the only slot; since then it is a link.
     """
     place = os.path.join(directory, ".plato")
-    paths = matching(f"{place}/sandboxes", r"[^.].*\.json") or matching(place, r"state\.json")
+    paths = matching(f"{place}/sandboxes", r"(?s)[^.].*\.json") or matching(place, r"state\.json")
     pinned = os.environ.get("PLATO_SANDBOX", "")
     name = pinned
     with suppress(OSError):
@@ -8716,7 +8716,7 @@ def known_sandboxes(sandbox: Sandbox, every: bool = False) -> list[Json]:
     rows = [_known_sandbox(sandbox, session_id, facts) for session_id, facts in found.items()]
     for session in map(as_dict, as_list(sandbox.api.sessions().get("sessions")) if every else []):
         word, _ = vm_status(session, "")
-        if session.get("session_id") not in found and word not in TERMINAL_STATUSES:
+        if text_in(session, "session_id") not in found and word not in TERMINAL_STATUSES:
             rows.append({**session, "vm_status": word, "orphan": "this host did not start it, or forgot it"})
     sandbox.api.hang_up()
     keys = "directory session_id service created_at vm_status gone heartbeat ends orphan".split()  # noqa: SIM905
@@ -8775,7 +8775,7 @@ def end_row(sandbox: Sandbox, row: Json) -> None:
 def run_stop(sandbox: Sandbox, all: bool = False, yes: bool = False, **options: Any) -> Json:  # noqa: A002
     if not all:
         return sandbox.stop(**options)
-    rows = [row for row in known_sandboxes(sandbox) if not row["gone"]]
+    rows = known_sandboxes(sandbox)
     names = ", ".join(row["directory"] or row["session_id"] for row in rows)
     if rows:
         confirm(sandbox.reporter, f"Stop the VMs of {names}?", yes)

@@ -397,6 +397,8 @@ def test_sandboxes_of_this_host(desk: Desk, plato: LocalPlato) -> None:
     shown = desk.good("list").out
     assert f" stop --session-id {third_id}" in shown
     assert set(sandboxes(desk, "--all")) == set(found)
+    plato.fault("edit", method="GET", path="/api/v2/sessions", edits=[[["sessions", 0, "session_id"], [7]]])
+    assert "this host did not start it" in desk.good("list", "--all").out
 
     told = desk.good("gc", "--dry-run", "--json").document
     assert [one["session_id"] for one in told["forgotten"]] == [first_id]

@@ -277,6 +277,14 @@ OTHERS = (
         "it is asked only whether a failure means that the VM is gone",
     ),
     Other("start-services*", "*/gitea/*", "gone", {6}, "it is not the sandbox that is gone"),
+    Other("doctor", "*", EVERY, {PLAIN, 1}, "it is there to say what is wrong"),
+    Other("list --all", "*/sessions", "gone", {6}, "it is not a sandbox that is gone"),
+    Other("list --all", V2, EVERY, {PLAIN}, "what cannot be asked for is told in its row"),
+    Other("gc", V2, EVERY, {PLAIN}, "what may still be there is not forgotten"),
+    Other("stop --all", V2, EVERY, {PLAIN}, "it is stopped whatever is known of it"),
+    Other("pull-config", "*/flows", "gone refusal garbage fields", {PLAIN, 6, 8}, "as for flow"),
+    Other("pull-config", "*", "gone", {6}, "it is not the sandbox that is gone"),
+    Other("pull-config", "*", "fields", {PLAIN, 6, 8}, "a config that cannot be used is told as such"),
 )
 
 
@@ -393,6 +401,12 @@ SCENES = (
     ),
     Scene("start-services --via sync", ("start-services", "--via", "sync", "--timeout", "20"), plain=1),
     Scene("the state of audit-ui", (), fields=4),
+    Scene("open --print", ("open", "--print"), fields=4),
+    Scene("logs --vm", ("logs", "--vm")),
+    Scene("pull-config", ("pull-config", "--yes")),
+    Scene("list --all", ("list", "--all")),
+    Scene("gc", ("gc",), kind="beside", only=V2, fields=4),
+    Scene("doctor", ("doctor",), fields=4),
     Scene("start --blank", ("start", "--blank", "--service", "myapp"), kind="start", patience=BOOT),
     Scene("start --from-config", ("start", "--from-config"), kind="start", patience=BOOT, fields=4),
     Scene("start --simulator", ("start", "--simulator", "espocrm"), kind="start", patience=BOOT, fields=4),
@@ -418,6 +432,7 @@ SCENES = (
         given=(given("status", "POST", "*/close", status=200, body={"success": False, "message": "no"}),),
         only=V2,
     ),
+    Scene("stop --all", ("stop", "--all", "--yes"), kind="stop"),
 )
 BY_NAME = {scene.name: scene for scene in SCENES}
 
@@ -479,6 +494,7 @@ class Table:
             {"name": "login", "description": "In", "steps": [{"type": "navigate", "url": "/login"}]}
         ]
         self.write_simulator()
+        self.simulator = {path: path.read_bytes() for path in self.desk.work.iterdir() if path.is_file()}
 
     def write_simulator(self) -> None:
         """A simulator whose worker has a database to watch, and whose services do not start here."""
@@ -510,6 +526,9 @@ class Table:
     def prepare(self, scene: Scene) -> None:
         """See to it that the sandbox that a scene is about is there, and only that one."""
         self.plato.clear_faults()
+        for path, content in self.simulator.items():  # which `pull-config` writes anew
+            if path.read_bytes() != content:
+                path.write_bytes(content)
         if scene.kind == "start":
             self.wipe()
         elif not self.is_standing(scene.kind):

@@ -269,7 +269,7 @@ def test_doctor(desk: Desk, plato: LocalPlato) -> None:
     late = altered("real = product.time.time; product.time.time = lambda: real() + 7200", "doctor", "--json")
     clock = checked(desk, command=late)["Clock"]
     assert not clock["ok"]
-    assert re.fullmatch(r"\+720\d s to Plato.s", clock["found"])
+    assert re.fullmatch(r"\+720\d s from Plato.s", clock["found"])
     nobody = {"PLATO_GATEWAY_PORT": "1"}
     gateway = checked(desk, environment=nobody)["Gateway"]
     assert not gateway["ok"]
