@@ -3236,8 +3236,8 @@ def repair_ssh_config(state: Json, settings: Settings) -> None:
     else:
         with suppress(OSError, SandboxError):
             write_ssh_config(settings, state, text_of_others(ours))
-        if not os.path.exists(key):  # a `stop` came between, which removes the key first
-            remove_files_of(settings.home, state["session_id"])
+            if not os.path.exists(key):  # a `stop` came between, which removes the key first
+                remove_files_of(settings.home, state["session_id"])
 
 
 def ssh_command(state: Json) -> str | None:

@@ -456,6 +456,20 @@ def test_stop_while_another_looks_at_the_way_to_the_vm(
     assert desk.leftovers() == [record.name]
 
 
+def test_a_home_that_was_lost(desk: Desk, plato: LocalPlato) -> None:
+    """As that of a container that was made anew, beside a directory that stayed: its VM goes on, and is listed."""
+    desk.good(*BLANK)
+    (heartbeat,) = heartbeats(desk)
+    os.kill(heartbeat, signal.SIGKILL)
+    shutil.rmtree(desk.plato_home)
+    assert "it was started again" in desk.run("state").err
+    desk.good("sync", "--via", "auto")
+    (listed,) = desk.good("list", "--json").document["sandboxes"]
+    assert (listed["directory"], listed["heartbeat"]["state"]) == (str(desk.work), "ok")
+    desk.good("stop")
+    nothing_left(desk, plato)
+
+
 AT_ONCE: list[tuple[str, ...]] = [
     ("start", "--from-config"),
     ("start", "--from-config", "--replace"),
