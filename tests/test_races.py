@@ -457,7 +457,7 @@ def test_stop_while_another_looks_at_the_way_to_the_vm(
 
 
 def test_a_home_that_was_lost(desk: Desk, plato: LocalPlato) -> None:
-    """As that of a container that was made anew, beside a directory that stayed: its VM goes on, and is listed."""
+    """As that of a container that was made anew, while the directory stayed: the VM goes on and is listed."""
     desk.good(*BLANK)
     (heartbeat,) = heartbeats(desk)
     os.kill(heartbeat, signal.SIGKILL)
