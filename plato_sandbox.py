@@ -622,6 +622,7 @@ def child_program(task: Json | None = None) -> str:
     return f"{text}\nsys.exit(run_child(sys.argv[1:], {task!a}))\n"
 
 
+@cache
 def own_text() -> str:
     """The text of this file, which may be in a zip; "" where there is none, as when it came by a pipe."""
     with suppress(NameError, OSError, ValueError), open(__file__, encoding="utf-8") as file:
@@ -1711,7 +1712,7 @@ def _signal_heartbeat(pid: Any, session_id: str, number: int) -> None:
 
 
 def run_child(arguments: Words, task: Json | None) -> int:
-    """The hidden commands that `own_command` starts, the heartbeat and the ProxyCommand."""
+    """The hidden commands that `own_command` starts: the heartbeat, which has a task, or the ProxyCommand."""
     try:
         if task:
             heartbeat = Heartbeat(task)
@@ -3110,8 +3111,10 @@ def files_of(session_id: str) -> str:
 
 
 def remove_files_of(home: str, session_id: str) -> None:
-    """Remove what belongs to a sandbox under PLATO_HOME, also what ssh or a killed command left half made;
-    with the last of them the copies that they run."""
+    """Remove what belongs to a sandbox under PLATO_HOME, also what ssh or a killed command left half made.
+
+    Its key goes before its SSH config (see `repair_ssh_config`); with the last one, the copies that SSH ran.
+    """
     remove_matching(home, files_of(session_id))
     if not matching(home, "ssh_.*"):
         remove_matching(home, "child_.*")

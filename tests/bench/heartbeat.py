@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -318,16 +317,12 @@ def main() -> int:
     seconds = options.seconds or (4.0 if options.quick else 60.0)
     many = options.many or (10 if options.quick else 100)
     before = os.getloadavg()
-    patience = shared.SERVER_PATIENCE_SECONDS
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-") as name,
-        LocalPlato(Path(name) / "plato", heartbeat_seconds=patience) as plato,
-    ):
+    with shared.patient_plato() as (place, plato):
         bench = Bench(plato)
         desks: dict[str, Desk] = {}
         rows = []
         try:
-            prepare(Path(name), plato, bench, desks, options)
+            prepare(place, plato, bench, desks, options)
             memories = bench.memory_by_turns(options.runs)
             for client, default in DEFAULTS.items():
                 for interval in [FAST_SECONDS] if options.quick else [FAST_SECONDS, default]:
@@ -338,7 +333,7 @@ def main() -> int:
             rows.append(bench.row(OURS, many, interval, DEFAULTS[OURS], max(seconds, 2 * interval)))
             memories[f"{OURS}, each of {many} at once"] = bench.last_memories
             if options.before:
-                memories.update(memories_before(Path(name) / "before", plato, options.before, options.runs))
+                memories.update(memories_before(place / "before", plato, options.before, options.runs))
         finally:
             bench.children.end_all()
             for desk in desks.values():

@@ -12,15 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
+from localplato import LocalPlato
 from run import SDK_GROUPS, sdk_words
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from localplato import LocalPlato
+    from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRODUCT = ROOT / "plato_sandbox.py"
@@ -54,6 +54,17 @@ _, status, usage = os.wait4(pid, 0)
 seconds = time.perf_counter() - began
 os.write(report, b"%d %f %d" % (status, seconds, usage.ru_maxrss))
 """
+
+
+@contextmanager
+def patient_plato(**options: Any) -> Iterator[tuple[Path, LocalPlato]]:
+    """A directory, whose path is short since that of a socket is limited, and in it a local Plato whose VMs
+    need no heartbeat."""
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as name,
+        LocalPlato(Path(name) / "plato", heartbeat_seconds=SERVER_PATIENCE_SECONDS, **options) as plato,
+    ):
+        yield Path(name), plato
 
 
 class Measured(NamedTuple):

@@ -19,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
@@ -233,12 +232,7 @@ def main() -> int:
     before = os.getloadavg()
     size = (options.megabytes or (20 if options.quick else 1000)) << 20
     runs = options.runs
-    patience = shared.SERVER_PATIENCE_SECONDS
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-") as name,  # a short path, as that of a socket is limited
-        LocalPlato(Path(name) / "plato", heartbeat_seconds=patience) as plato,
-    ):
-        place = Path(name)
+    with shared.patient_plato() as (place, plato):
         desk = shared.our_desk(place / "d", plato)
         ways: dict[str, Way] = {}
         throughput: dict[str, shared.Results] = {}

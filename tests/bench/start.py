@@ -14,7 +14,6 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -154,15 +153,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main() -> int:
     options = shared.options_of(__doc__, add_options)
     before = os.getloadavg()
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-") as name,
-        LocalPlato(
-            Path(name) / "plato",
-            heartbeat_seconds=shared.SERVER_PATIENCE_SECONDS,
-            boot_seconds=options.boot_seconds,
-        ) as plato,
-    ):
-        place = Path(name)
+    with shared.patient_plato(boot_seconds=options.boot_seconds) as (place, plato):
         options.program = shared.installed_command(place)
         contest = make_contest(place, plato, options)
         results = shared.interleave({name: one.run for name, one in contest.items()}, options.runs)

@@ -11,7 +11,6 @@ import http.client
 import os
 import shutil
 import sys
-import tempfile
 import time
 import urllib.parse
 from pathlib import Path
@@ -137,12 +136,7 @@ def show(words: str, results: shared.Results, bases: list[str]) -> None:
 def main() -> int:
     options = shared.options_of(__doc__)
     before = os.getloadavg()
-    patience = shared.SERVER_PATIENCE_SECONDS
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-") as name,
-        LocalPlato(Path(name) / "plato", heartbeat_seconds=patience) as plato,
-    ):
-        place = Path(name)
+    with shared.patient_plato() as (place, plato):
         desks = make_desks(place, plato, options)
         help_results = shared.interleave({**floors(place), **contestants_of(desks, "--help")}, options.runs)
         begun: dict[str, Desk] = {}

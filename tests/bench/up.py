@@ -12,15 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-
-from localplato import LocalPlato  # noqa: E402
 
 from bench import shared  # noqa: E402
 from bench.shared import Desk, Measured  # noqa: E402
@@ -55,17 +52,8 @@ def timed(desk: Desk, *commands: tuple[str, ...]) -> Measured:
 def main() -> int:
     options = shared.options_of(__doc__, add_options)
     before = os.getloadavg()
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-") as name,
-        LocalPlato(
-            Path(name) / "plato",
-            heartbeat_seconds=shared.SERVER_PATIENCE_SECONDS,
-            boot_seconds=options.boot_seconds,
-            connect_seconds=options.connect_seconds,
-            docker="absent",
-        ) as plato,
-    ):
-        place = Path(name)
+    times = {"boot_seconds": options.boot_seconds, "connect_seconds": options.connect_seconds}
+    with shared.patient_plato(docker="absent", **times) as (place, plato):
         desk = shared.our_desk(place / "desk", plato, shared.installed_command(place))
         shutil.copytree(ROOT / "tests" / "simulator", desk.work, dirs_exist_ok=True)
         make_tree(desk.work / "data", options.files // (10 if options.quick else 1), 10_000)
